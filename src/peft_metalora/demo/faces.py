@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Procedural faces: who is shown, the splits of subjects, and datasets on disk.
+
+An identity is a vector of ``len(IDENTITY_FACTORS)`` numbers in [0, 1]. Subjects of the fixed splits are drawn from
+one generator per (split, index), with seeds that no two subjects share:
+
+=========  ============  ==========================================================
+split      subjects      used for
+=========  ============  ==========================================================
+base       no limit      training the base model, the face embedder and the judge
+meta       0 ... 1023    stage 1 (meta-training)
+tune       0 ... 31      choosing learning rates
+held-out   0 ... 63      figures that are reported
+=========  ============  ==========================================================
+
+Other modules of the domain are re-exported: scenes and captions (``scene.py``), the renderer (``render.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from peft_metalora.demo.render import IDENTITY_FACTORS, render
+from peft_metalora.demo.scene import (
+    COLOURS,
+    EXPRESSIONS,
+    LABELS,
+    LIGHTS,
+    PATTERNS,
+    VOCABULARY,
+    YAWS,
+    Scene,
+    captions,
+    labels,
+    parse_caption,
+    sample_scenes,
+    scene_from_labels,
+)
+
+__all__ = [
+    "COLOURS",
+    "EXPRESSIONS",
+    "IDENTITY_FACTORS",
+    "LABELS",
+    "LIGHTS",
+    "PATTERNS",
+    "SPLITS",
+    "VOCABULARY",
+    "YAWS",
+    "Scene",
+    "captions",
+    "flip_identity",
+    "labels",
+    "parse_caption",
+    "render",
+    "sample_identities",
+    "sample_scenes",
+    "scene_from_labels",
+    "subject_identity",
+    "write_dataset",
+]
+
+SPLITS: dict[str, int | None] = {"base": None, "meta": 1024, "tune": 32, "held-out": 64}
+"""Number of subjects in each split; None: as many as wanted."""
+
+_SEED_STRIDE = 1 << 24  # seed of a subject = number of its split * stride + index; torch uses 32 bits on the CPU
+
+
+def sample_identities(
+    n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw n identities uniformly, (n, len(IDENTITY_FACTORS)) float32 in [0, 1], on ``device``."""
+    source = generator.device if generator is not None else torch.device(device)
+    return torch.rand(n, len(IDENTITY_FACTORS), generator=generator, device=source).to(device)
+
+
+def flip_identity(identity: Tensor) -> Tensor:
+    """Mirror an identity; all factors are symmetric but the position of the mole."""
+    flipped = identity.clone()
+    mole = IDENTITY_FACTORS.index("mole_x")
+    flipped[..., mole] = 1 - identity[..., mole]
+    return flipped
+
+
+def subject_identity(split: str, index: int) -> Tensor:
+    """Return the identity of one subject of a split, (len(IDENTITY_FACTORS),).
+
+    Raises:
+        ValueError: if there is no such split or no such subject in it.
+    """
+    return sample_identities(1, torch.Generator().manual_seed(_subject_seed(split, index)))[0]
+
+
+def _subject_seed(split: str, index: int) -> int:
+    if split not in SPLITS:
+        raise ValueError(f"expected a split of {', '.join(SPLITS)}, found {split!r}")
+    size = SPLITS[split] or _SEED_STRIDE
+    if not 0 <= index < size:
+        raise ValueError(f"expected a subject from 0 to {size - 1} in split {split!r}, found {index}")
+    return (list(SPLITS).index(split) + 1) * _SEED_STRIDE + index
+
+
+def write_dataset(
+    directory: str | Path,
+    split: str,
+    subjects: int | Iterable[int],
+    images_per_subject: int,
+    size: int = 64,
+    seed: int = 0,
+) -> Path:
+    """Write photos of subjects in the layout that real data uses.
+
+    Gives ``directory/<subject>/<n>.png`` and ``directory/<subject>/metadata.jsonl`` with a ``file_name``, a full
+    caption as ``text`` and ``reference`` (true for image 0) per line. The reference is an ordinary photo, except
+    that the person faces forward with a neutral expression; its wall and shirt are random, so that copying them can
+    be measured. Equal arguments write equal files, and image n of a subject does not depend on the other arguments.
+
+    Args:
+        subjects: how many subjects (the first ones), or their indices.
+
+    Returns:
+        The directory.
+    """
+    directory = Path(directory)
+    indices = range(subjects) if isinstance(subjects, int) else list(subjects)
+    identities = [subject_identity(split, index) for index in indices]
+    for index, identity in zip(tqdm(indices, desc=f"Drawing {split} subjects", unit="subject"), identities):
+        scene = _subject_scenes(split, index, images_per_subject, seed)
+        images = render(identity.expand(images_per_subject, -1), scene, size)
+        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        folder = directory / f"{split}-{index:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for number, (image, text) in enumerate(zip(pixels, captions(scene))):
+            name = f"{number}.png"
+            Image.fromarray(image).save(folder / name)
+            lines.append(json.dumps({"file_name": name, "text": text, "reference": number == 0}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return directory
+
+
+def _subject_scenes(split: str, index: int, count: int, seed: int) -> Scene:
+    """Draw the scenes of one subject one by one, so that more images leave the earlier ones as they are."""
+    digest = hashlib.sha256(f"scenes {_subject_seed(split, index)} {seed}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    scenes = [scene_from_labels(yaw="forward", expression="neutral", generator=generator)]
+    scenes += [sample_scenes(1, generator) for _ in range(count - 1)]
+    return Scene.cat(scenes)[:count]
