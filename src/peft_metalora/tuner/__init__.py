@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PEFT tuner: configuration, layers, model and their registration with PEFT. torch and peft only."""
+
+from .config import MetaLoraConfig
+from .down import DownSource, fingerprint, set_down_loader
+from .layer import Linear, MetaLoraLayer
+from .model import MetaLoraModel, reset_slots, set_warmup, subject_state, write_subject
+from .plan import down_fingerprint, down_state
+from .registration import MetaLoraType, register
+from .subjects import set_subjects, subjects
+
+__all__ = [
+    "DownSource",
+    "Linear",
+    "MetaLoraConfig",
+    "MetaLoraLayer",
+    "MetaLoraModel",
+    "MetaLoraType",
+    "down_fingerprint",
+    "down_state",
+    "fingerprint",
+    "register",
+    "reset_slots",
+    "set_down_loader",
+    "set_subjects",
+    "set_warmup",
+    "subject_state",
+    "subjects",
+    "write_subject",
+]
+
+register(MetaLoraConfig, MetaLoraModel)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MetaLoraConfig`: ranks, targets, stage and slots of a Meta-LoRA adapter, with every check that needs no model.
+
+A user of PEFT's LoRA has two new words to learn: `meta_r` (the rank of the shared Down, r1 in arXiv 2503.22352) and
+`stage`. Each field is documented once, in its `help`; flags and docs are made from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from ..errors import ConfigError
+from .registration import MetaLoraType
+
+STAGES = ("meta", "subject")
+STARTS = ("stored", "mean", "fresh")
+BIASES = ("none", "all", "metalora_only")
+
+
+@dataclass
+class MetaLoraConfig(PeftConfig):
+    """Configuration of a Meta-LoRA adapter: `y = base(x) + scaling * Up @ Mid @ Down @ x`.
+
+    Down is `meta_r x d_in` and shared by all subjects of a domain, Mid `r x meta_r` and Up `d_out x r` belong to one
+    subject. Source: arXiv 2503.22352 (method); slots, starts and fingerprints are ours.
+
+    Example:
+
+    >>> MetaLoraConfig(r=2, meta_r=16, target_modules=["to_q", "to_v"]).stage
+    'meta'
+
+    Raises:
+        ConfigError: a rank, scale, probability, stage, start or pattern that cannot be.
+    """
+
+    r: int = field(default=4, metadata={"help": "Rank of a subject: columns of Up, rows of Mid (r2)."})
+    meta_r: int = field(default=64, metadata={"help": "Rank of the shared Down: its rows (r1)."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (or one regular expression) of the modules to adapt, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or one regular expression) of modules to leave alone although target_modules names them."
+        },
+    )
+    lora_alpha: float = field(
+        default=4, metadata={"help": "Scale: the adapter's output is multiplied by lora_alpha / r."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of dropping an input feature of the adapter while training."}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Divide lora_alpha by sqrt(r) instead of r (rsLoRA, arXiv 2312.03732)."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: Up = 0, so that a new adapter changes nothing. False: Up is drawn too (for tests)."},
+    )
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={
+            "help": "The targets store their weight as (d_in, d_out), as transformers' Conv1D does. Set by itself for those."
+        },
+    )
+    bias: str = field(
+        default="none", metadata={"help": "Which biases of the base train along: 'none', 'all' or 'metalora_only'."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train fully and save with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Adapt only the layers with these indices."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the layer list that layers_to_transform counts in, if it is not the usual one."},
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other values of r for modules whose name matches a pattern."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Other values of lora_alpha for modules that match a pattern."}
+    )
+    meta_rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other values of meta_r for modules that match a pattern."}
+    )
+    stage: str = field(
+        default="meta", metadata={"help": "'meta': Down, Mid and Up train. 'subject': Down is given and never trains."}
+    )
+    num_slots: int = field(
+        default=1, metadata={"help": "How many subjects the adapter holds; set_subjects chooses one for each sample."}
+    )
+    start: str = field(
+        default="stored",
+        metadata={
+            "help": "Where a subject starts: 'stored' (the Mid that belongs to the Down, Up = 0), 'mean' (mean Mid and Up of "
+            "stage 1) or 'fresh' (a new Mid, Up = 0; a control, it loses the gain)."
+        },
+    )
+    down: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stage 'subject': the Down, as an adapter name on this model, a local folder or a repository id."
+        },
+    )
+    down_revision: str | None = field(default=None, metadata={"help": "Revision of the Down's repository."})
+    down_fingerprint: str | None = field(
+        default=None, metadata={"help": "Hash that identifies the Down's tensors; set when a Down is bound."}
+    )
+    format_version: int = field(default=1, metadata={"help": "Version of the file format (docs/format.md)."})
+    facts: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "What the publisher says about it: domain, subjects, steps, recipe; plain JSON."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MetaLoraType.META_LORA
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self._check_numbers()
+        self._check_words()
+
+    def _check_numbers(self) -> None:
+        for name in ("r", "meta_r", "num_slots"):
+            _require_positive_int(name, getattr(self, name))
+        for name in ("rank_pattern", "meta_rank_pattern"):
+            setattr(self, name, getattr(self, name) or {})
+            for pattern, value in getattr(self, name).items():
+                _require_positive_int(f"{name}[{pattern!r}]", value)
+        self.alpha_pattern = self.alpha_pattern or {}
+        for name, value in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ConfigError(
+                    f"lora_alpha must be a number above 0, got {value!r} for {name}. Use alpha = r for 1."
+                )
+        if isinstance(self.lora_dropout, bool) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}. Use 0.0 for no dropout.")
+
+    def _check_words(self) -> None:
+        for name, allowed in (("stage", STAGES), ("start", STARTS), ("bias", BIASES)):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern was given without layers_to_transform. Give both, or neither.")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} works only with a list of target_modules, but target_modules is the expression "
+                    f"{self.target_modules!r}. Put the layer numbers into the expression, or give a list."
+                )
+        if self.stage == "meta" and self.down is not None:
+            raise ConfigError(
+                f"stage 'meta' trains its own Down, but down={self.down!r} was given. "
+                "Use stage='subject' to start from an existing Down."
+            )
+
+
+def _require_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What identifies a Down and how the tuner gets one that is not on the model yet.
+
+The tuner knows no files: whoever does installs a loader with `set_down_loader`, and the tuner calls it with the
+subject's config."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import MissingDownError
+from .config import MetaLoraConfig
+
+DOWN, MID_INIT, MID, UP = "metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up"
+
+
+@dataclass(frozen=True)
+class DownSource:
+    """A Down that has been read but not put on a model yet.
+
+    `tensors` holds, for every adapted module, `{module}.metalora_down` (meta_r, d_in), `.metalora_mid_init`
+    (r, meta_r), and the mean subject of stage 1: `.metalora_mid` (1, r, meta_r), `.metalora_up` (1, d_out, r).
+    """
+
+    config: MetaLoraConfig
+    tensors: dict[str, Tensor]
+    fingerprint: str
+
+
+DownLoader = Callable[[MetaLoraConfig], DownSource]
+_loader: DownLoader | None = None
+
+
+def set_down_loader(loader: DownLoader | None) -> None:
+    """Install the function that reads the Down a config names by path or repository; None removes it."""
+    global _loader
+    _loader = loader
+
+
+def load_down_source(config: MetaLoraConfig) -> DownSource:
+    """Read the Down that `config` names.
+
+    Raises:
+        MissingDownError: the config names none, or no loader is installed.
+    """
+    if config.down is None:
+        raise MissingDownError(
+            "stage 'subject' needs a Down, and the config names none. Give down=<repository id, folder, or name of a "
+            "stage 'meta' adapter on this model>, or load the Down on this model first."
+        )
+    if _loader is None:
+        raise MissingDownError(
+            f"The Down {config.down!r} is no adapter of this model and no loader for files is installed. "
+            "Import peft_metalora (it installs one), or load the Down on this model first."
+        )
+    return _loader(config)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 (hex) of the Down tensors in `tensors`: sorted name, shape, dtype and bytes of each.
+
+    Keys that do not end in `.metalora_down` are ignored, so a whole Down file gives the same value as its Down part.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(key for key in tensors if key.endswith(f".{DOWN}")):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

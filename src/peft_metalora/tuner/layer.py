@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapted layer: `y = base(x) + scaling * Up @ Mid @ Down @ x`, one Down for all subjects, slots of Mid and Up.
+
+`MetaLoraLayer` holds what is the same for every base layer (factors, stages, slots, merging); `Linear` is the forward
+pass for nn.Linear. Factors and shapes (method: arXiv 2503.22352):
+
+    metalora_down      {down key: (meta_r, d_in)}          U(-1/sqrt(d_in), 1/sqrt(d_in)); trains in stage 'meta' only
+    metalora_mid_init  {down key: (r, meta_r)}             the Mid every subject of that Down starts from
+    metalora_mid       {adapter:  (slots, r, meta_r)}      = mid_init
+    metalora_up        {adapter:  (slots, d_out, r)}       = 0
+
+The key of a Down is the name of the adapter that trains it, or its fingerprint where a subject brought it along."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..errors import AdapterStateError, NonFiniteError
+from .config import MetaLoraConfig
+from .down import DOWN, MID, MID_INIT, UP
+from .subjects import SubjectIndex
+
+Chosen = tuple[Tensor, Tensor]  # slot (rows,) int64, present (rows, 1, 1) bool
+
+
+class MetaLoraLayer(BaseTunerLayer, nn.Module):
+    """Factors, stages, slots and merging of one adapted layer; the subclass gives the forward pass."""
+
+    adapter_layer_names: tuple[str, ...] = (MID, UP)
+    other_param_names: tuple[str, ...] = (
+        DOWN,
+        MID_INIT,
+        "metalora_dropout",
+        "metalora_folded",
+        "r",
+        "meta_r",
+        "lora_alpha",
+        "scaling",
+        "use_rslora",
+        "stage",
+        "warmup",
+        "down_key",
+    )
+
+    def __init__(self, base_layer: nn.Module, subject_index: SubjectIndex, fan_in_fan_out: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.fan_in_fan_out = fan_in_fan_out
+        self.subject_index = subject_index
+        self.d_in, self.d_out = factor_sizes(self.get_base_layer())
+        self.metalora_down = nn.ParameterDict()
+        self.metalora_mid_init = BufferDict(persistent=True)
+        self.metalora_mid = nn.ParameterDict()
+        self.metalora_up = nn.ParameterDict()
+        self.metalora_mean_mid = BufferDict()
+        self.metalora_mean_up = BufferDict()
+        self.metalora_folded = BufferDict()
+        self.metalora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.meta_r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.stage: dict[str, str] = {}
+        self.warmup: dict[str, bool] = {}
+        self.down_key: dict[str, str] = {}
+        self.down_fingerprint: dict[str, str] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._weight_before_merge: Tensor | None = None
+
+    # ---- factors -------------------------------------------------------------------------------------------------
+
+    def down_shape(self, meta_r: int) -> tuple[int, ...]:
+        """Shape of a Down of this layer: (meta_r, d_in)."""
+        return (meta_r, self.d_in)
+
+    def update_layer(
+        self, adapter_name: str, config: MetaLoraConfig, r: int, meta_r: int, lora_alpha: float, down_key: str
+    ) -> None:
+        """Create the factors of a new adapter; a subject's Down is bound afterwards with `bind_down`."""
+        self.r[adapter_name], self.meta_r[adapter_name], self.lora_alpha[adapter_name] = r, meta_r, lora_alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self._full_scale(adapter_name)
+        self.stage[adapter_name] = config.stage
+        self.warmup[adapter_name] = False
+        self.down_key[adapter_name] = down_key
+        self.metalora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.metalora_mid[adapter_name] = nn.Parameter(torch.empty(config.num_slots, r, meta_r))
+        self.metalora_up[adapter_name] = nn.Parameter(torch.zeros(config.num_slots, self.d_out, r))
+        if config.stage == "meta":
+            self.metalora_down[adapter_name] = nn.Parameter(torch.empty(self.down_shape(meta_r)))
+            self.metalora_mid_init[adapter_name] = torch.empty(r, meta_r)
+            self.init_down(adapter_name)
+            self.start_slots(adapter_name, "stored")
+        else:
+            self.start_slots(adapter_name, "fresh")
+        if not config.init_weights:
+            nn.init.kaiming_uniform_(self.metalora_up[adapter_name].data.flatten(0, 1), a=math.sqrt(5))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def init_down(self, key: str) -> None:
+        """Draw a Down and the one Mid that belongs to it."""
+        nn.init.kaiming_uniform_(self.metalora_down[key].data, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.metalora_mid_init[key], a=math.sqrt(5))
+
+    def bind_down(
+        self, key: str, down: Tensor, mid_init: Tensor, mean_mid: Tensor, mean_up: Tensor, fingerprint: str
+    ) -> None:
+        """Put a given Down under `key`, with the Mid that belongs to it and the mean subject of its stage 1.
+
+        Args:
+            down: (meta_r, d_in). mid_init: (r, meta_r). mean_mid: (r, meta_r). mean_up: (d_out, r).
+        """
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is None or not dtype.is_floating_point:
+            dtype = down.dtype
+        parameter = nn.Parameter(_own_copy(down, device, dtype), requires_grad=False)
+        self.metalora_down[key] = parameter
+        # PEFT's low_cpu_mem_usage moves whatever is registered to the meta device; no file will fill a given Down.
+        self.metalora_down._parameters[key] = parameter
+        self.metalora_mid_init[key] = _own_copy(mid_init, device, torch.float32)
+        self.metalora_mean_mid[key] = _own_copy(mean_mid, device, torch.float32)
+        self.metalora_mean_up[key] = _own_copy(mean_up, device, torch.float32)
+        self.down_fingerprint[key] = fingerprint
+
+    @torch.no_grad()
+    def start_slots(self, adapter_name: str, start: str, slots: list[int] | None = None) -> None:
+        """Set slots (all by default) to where a subject starts: 'stored', 'mean' or 'fresh'."""
+        mid, up, key = self.metalora_mid[adapter_name], self.metalora_up[adapter_name], self.down_key[adapter_name]
+        chosen = slice(None) if slots is None else slots
+        if start == "stored":
+            mid[chosen] = self.metalora_mid_init[key].to(mid)
+            up[chosen] = 0
+        elif start == "mean":
+            mean_mid, mean_up = self.mean_subject(key)
+            mid[chosen] = mean_mid.to(mid)
+            up[chosen] = mean_up.to(up)
+        else:
+            bound = 1 / math.sqrt(mid.shape[-1])
+            mid[chosen] = torch.empty_like(mid[chosen]).uniform_(-bound, bound)
+            up[chosen] = 0
+
+    def mean_subject(self, key: str) -> tuple[Tensor, Tensor]:
+        """Mean Mid (r, meta_r) and mean Up (d_out, r) of the stage 1 that made this Down."""
+        if key in self.metalora_mean_mid:
+            return self.metalora_mean_mid[key], self.metalora_mean_up[key]
+        return self.metalora_mid[key].detach().mean(0), self.metalora_up[key].detach().mean(0)
+
+    def adapter_device(self) -> torch.device:
+        """Device of the factors."""
+        return next(iter(self.metalora_up.values())).device if self.metalora_up else torch.device("cpu")
+
+    def active_slots(self) -> int:
+        """Smallest number of slots among the active adapters of this layer, a large number if there is none."""
+        names = [name for name in self.active_adapters if name in self.metalora_mid]
+        return min((self.metalora_mid[name].shape[0] for name in names), default=2**31)
+
+    # ---- what trains ---------------------------------------------------------------------------------------------
+
+    def down_trains(self, key: str) -> bool:
+        """Whether the Down may have a gradient: its own adapter trains it, out of warm-up, and no subject uses it."""
+        return (
+            self.stage.get(key) == "meta"
+            and not self.warmup[key]
+            and not any(used == key for name, used in self.down_key.items() if name != key)
+        )
+
+    def sync_down(self) -> None:
+        """Set `requires_grad` of every Down to what stage, warm-up and activity allow."""
+        for key, down in self.metalora_down.items():
+            if down.is_leaf:
+                down.requires_grad_(self.down_trains(key) and self.metalora_mid[key].requires_grad)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.sync_down()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.sync_down()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.sync_down()
+
+    def train(self, mode: bool = True) -> MetaLoraLayer:
+        super().train(mode)
+        for key, down in self.metalora_down.items():
+            if down.requires_grad and not self.down_trains(key):
+                down.requires_grad_(False)
+        return self
+
+    def _down(self, key: str) -> Tensor:
+        """The Down for a forward pass: cut off from autograd wherever it must not train, whatever its flag says."""
+        down = self.metalora_down[key]
+        if down.requires_grad and not self.down_trains(key):
+            if not torch.compiler.is_compiling():
+                down.requires_grad_(False)
+            return down.detach()
+        return down
+
+    # ---- adapters come and go ------------------------------------------------------------------------------------
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.metalora_mid)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.metalora_mid)
+
+    def subjects_of(self, key: str) -> list[str]:
+        """Names of the adapters that use the Down of adapter `key`, itself left out."""
+        return sorted(name for name, used in self.down_key.items() if used == key and name != key)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; a Down that a subject brought goes with its last user.
+
+        Raises:
+            AdapterStateError: other adapters use this adapter's Down.
+        """
+        users = self.subjects_of(adapter_name)
+        if users:
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} holds the Down that {', '.join(map(repr, users))} use(s). Delete them first."
+            )
+        key = self.down_key.get(adapter_name)
+        super().delete_adapter(adapter_name)
+        if key is not None and key not in self.down_key.values():
+            for container in (
+                self.metalora_down,
+                self.metalora_mid_init,
+                self.metalora_mean_mid,
+                self.metalora_mean_up,
+                self.down_fingerprint,
+            ):
+                if key in container:
+                    del container[key]
+        self.sync_down()
+
+    # ---- scale ---------------------------------------------------------------------------------------------------
+
+    def _full_scale(self, adapter_name: str) -> float:
+        r = self.r[adapter_name]
+        return self.lora_alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Weight the adapter: its output is multiplied by `scale` times its own scaling."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._full_scale(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        if scale != 1:
+            for name in self.active_adapters:
+                if name in self.scaling:
+                    self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; without a scale, return to the adapter's own scaling."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self._full_scale(name) if scale is None else self.scaling[name] / scale
+
+    # ---- fold and merge ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fold(self, adapter_name: str, slot: int | None = None) -> None:
+        """Cache A = Mid @ Down, (slots, r, d_in), for all slots or anew for one: inference then does not touch Down."""
+        if slot is None or adapter_name not in self.metalora_folded:
+            dtype = self.metalora_down[self.down_key[adapter_name]].dtype
+            self.metalora_folded[adapter_name] = self.folded_factor(adapter_name).to(dtype)
+        else:
+            self.metalora_folded[adapter_name][slot] = self.folded_factor(adapter_name, slot).to(
+                self.metalora_folded[adapter_name]
+            )
+
+    def unfold(self) -> None:
+        """Forget every cached fold."""
+        self.metalora_folded.clear()
+
+    def folded_factor(self, adapter_name: str, slot: int | None = None) -> Tensor:
+        """Return A = Mid @ Down, at least in float32: (slots, r, *down.shape[1:]), or without `slots` for one slot."""
+        mid, down = self.metalora_mid[adapter_name].detach(), self.metalora_down[self.down_key[adapter_name]].detach()
+        mid = mid if slot is None else mid[slot]
+        dtype = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
+        flat = mid.to(dtype) @ down.to(dtype).flatten(1)
+        return flat.view(*mid.shape[:-1], *down.shape[1:])
+
+    def merge_slot(self, adapter_name: str) -> int | None:
+        """The one slot that all samples use, None for no subject.
+
+        Raises:
+            AdapterStateError: the samples use different slots, which one weight cannot hold.
+        """
+        values = set(self.subject_index.values or (0,))
+        if len(values) > 1:
+            raise AdapterStateError(
+                f"Merging needs one subject for the whole batch, but {sorted(values)} are set. "
+                "Choose one, for example set_subjects(model, [0]), or None for slot 0."
+            )
+        slot = values.pop()
+        return None if slot < 0 else slot
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str, slot: int = 0) -> Tensor:
+        """Return what merging adds to the base weight: scaling * Up @ Mid @ Down, shaped like that weight.
+
+        Computed at least in float32 and returned in the dtype of Up.
+        """
+        folded, up = self.folded_factor(adapter, slot), self.metalora_up[adapter][slot].detach()
+        delta = (up.to(folded.dtype) * self.scaling[adapter]) @ folded.flatten(1)
+        return self._shaped_like_weight(delta.view(self.d_out, *folded.shape[1:])).to(up.dtype)
+
+    def _shaped_like_weight(self, delta: Tensor) -> Tensor:
+        return delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weight; the weight before is kept, so that `unmerge` is exact to the bit.
+
+        Args:
+            safe_merge: refuse a merge whose result holds NaN or infinity, and leave the weight as it was.
+            adapter_names: which adapters, the active ones by default.
+
+        Raises:
+            NonFiniteError: `safe_merge` found NaN or infinity.
+            AdapterStateError: the samples use different slots.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.metalora_mid]
+        if not names:
+            return
+        slots = {name: self.merge_slot(name) for name in names}
+        before = self.get_base_weight()
+        total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
+        for name, slot in slots.items():
+            if slot is not None:
+                total += self.get_delta_weight(name, slot).to(total)
+        merged = total.to(before.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise NonFiniteError(
+                f"Merging {', '.join(map(repr, names))} gives NaN or infinity. The adapter is broken, the base is kept."
+            )
+        if self._weight_before_merge is None:
+            self._weight_before_merge = before.clone()
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore the base weight bit for bit to what it was before the first merge."""
+        if not self.merged or self._weight_before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        self.set_base_weight(self._weight_before_merge.to(self.get_base_weight().device))
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return base(x) plus the active adapters, each for the subject its sample was given."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._forward_by_names(x, adapter_names, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        for name in self.active_adapters:
+            if name in self.metalora_mid:
+                result = self._add(result, x, name, self._chosen(x))
+        return result
+
+    def _forward_by_names(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """A batch whose samples use different adapters, `__base__` for none (PEFT's mixed batches)."""
+        if self.merged:
+            raise AdapterStateError("adapter_names needs unmerged adapters. Call unmerge_adapter() first.")
+        if len(adapter_names) != x.shape[0]:
+            raise AdapterStateError(
+                f"adapter_names must name one adapter for each of the {x.shape[0]} samples, got {len(adapter_names)}."
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        chosen = self._chosen(x)
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.metalora_mid:
+                continue
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            part = None if chosen is None else (chosen[0][rows], chosen[1][rows])
+            result = result.index_copy(0, rows, self._add(result[rows], x[rows], name, part))
+        return result
+
+    def _chosen(self, x: Tensor) -> Chosen | None:
+        return self.subject_index.select(x.shape[0] if x.dim() > 1 else 1, x.device)
+
+    def _may_overwrite(self) -> bool:
+        # With autograd an in-place sum on a view copies the gradient; a hook may have kept the base's output.
+        return not torch.is_grad_enabled() and not self.base_layer._forward_hooks
+
+    def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+        """Return result + the adapter's contribution for x; `chosen` gives each sample's slot, None is slot 0."""
+        raise NotImplementedError
+
+
+class Linear(MetaLoraLayer):
+    """Meta-LoRA on nn.Linear: x (..., d_in) -> (..., d_out)."""
+
+    def _shaped_like_weight(self, delta: Tensor) -> Tensor:
+        return delta.T if self.fan_in_fan_out else delta
+
+    def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+        dtype, in_place = result.dtype, self._may_overwrite()
+        scaling, up = self.scaling[name], _cast(self.metalora_up[name], dtype)
+        x = _cast(self.metalora_dropout[name](x), dtype)
+        folded = self.metalora_folded[name] if name in self.metalora_folded and not torch.is_grad_enabled() else None
+        mid = _cast(self.metalora_mid[name], dtype)
+        if chosen is None:
+            if folded is not None:
+                z = F.linear(x, _cast(_slot0(folded), dtype))
+            else:
+                h = F.linear(x, _cast(self._down(self.down_key[name]), dtype))
+                z = F.linear(h, _slot0(mid))
+            flat, z, up = result.reshape(-1, self.d_out), z.reshape(-1, z.shape[-1]), _slot0(up).t()
+            if in_place:
+                return flat.addmm_(z, up, alpha=scaling).view(result.shape)
+            return torch.addmm(flat, z, up, alpha=scaling).view(result.shape)
+        slot, present = chosen
+        rows, zero = slot.shape[0], torch.zeros((), dtype=dtype, device=x.device)
+        up = torch.where(present, up[slot], zero)
+        if folded is not None:
+            z = torch.bmm(x.reshape(rows, -1, self.d_in), torch.where(present, _cast(folded, dtype)[slot], zero).mT)
+        else:
+            h = F.linear(x, _cast(self._down(self.down_key[name]), dtype))
+            z = torch.bmm(h.reshape(rows, -1, h.shape[-1]), torch.where(present, mid[slot], zero).mT)
+        deep = result.reshape(rows, -1, self.d_out)
+        if in_place:
+            return deep.baddbmm_(z, up.mT, alpha=scaling).view(result.shape)
+        return torch.baddbmm(deep, z, up.mT, alpha=scaling).view(result.shape)
+
+    def __repr__(self) -> str:
+        return "metalora." + super().__repr__()
+
+
+def factor_sizes(base_layer: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a base layer that can be adapted."""
+    return base_layer.in_features, base_layer.out_features  # type: ignore[return-value]
+
+
+def _own_copy(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    """A copy that shares no storage with the source, so that a loaded file can be freed."""
+    return tensor.detach().to(device=device, dtype=dtype, copy=True)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _slot0(stacked: Tensor) -> Tensor:
+    """The first slot; a view without a scattering backward where there is only one."""
+    return stacked.squeeze(0) if stacked.shape[0] == 1 else stacked[0]

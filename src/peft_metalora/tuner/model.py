@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MetaLoraModel`: puts the layers on a model, binds subjects to their Down, and says what a saved adapter holds.
+
+Everything that can go wrong with a config is found by `plan_injection` before the model is touched. The functions below
+the class work on any nn.Module that holds Meta-LoRA layers: a PeftModel, an injected module, a diffusers model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..errors import AdapterStateError, TargetModuleError, UnknownAdapterError
+from .config import STARTS, MetaLoraConfig
+from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint, set_down_loader
+from .layer import MetaLoraLayer
+from .layers import create_layer
+from .plan import Plan, down_fingerprint, down_state, plan_injection
+from .registration import PREFIX
+from .subjects import SubjectIndex, meta_lora_layers, set_subjects, subjects
+
+__all__ = [
+    "DownSource",
+    "MetaLoraModel",
+    "down_fingerprint",
+    "down_state",
+    "fingerprint",
+    "reset_slots",
+    "set_down_loader",
+    "set_subjects",
+    "set_warmup",
+    "subject_state",
+    "subjects",
+    "write_subject",
+]
+
+
+class MetaLoraModel(BaseTuner):
+    """A model with Meta-LoRA adapters; made by `peft.get_peft_model(model, MetaLoraConfig(...))`.
+
+    Raises, before the model is changed: TargetModuleError (no module matched, or one that cannot be adapted),
+    ConfigError (ranks that cannot be), MissingDownError, FingerprintMismatchError, ShapeMismatchError and
+    RankMismatchError (a Down that is absent or does not fit).
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = MetaLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        if adapter_name in getattr(model, "peft_config", {}):
+            raise AdapterStateError(f"The model already has an adapter {adapter_name!r}. Choose another name.")
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    # ---- injection -----------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter: all or nothing."""
+        config = cast(MetaLoraConfig, self.peft_config[adapter_name])
+        try:
+            self._plan = plan_injection(self, model, config, adapter_name, state_dict)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            # diffusers sets this flag before it injects; a model left with it could not take another adapter.
+            if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
+                model._hf_peft_config_loaded = False
+            raise
+        self._index = next((layer.subject_index for _, layer in meta_lora_layers(model)), None) or SubjectIndex()
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        self._bind(model, config, adapter_name)
+        del self._plan
+
+    def _bind(self, model: nn.Module, config: MetaLoraConfig, adapter_name: str) -> None:
+        plan: Plan = self._plan
+        for path, layer in meta_lora_layers(model):
+            if adapter_name not in layer.metalora_mid:
+                continue
+            if plan.source is not None and plan.key not in layer.metalora_down:
+                layer.bind_down(plan.key, *plan.factors(path), plan.source.fingerprint)
+            if config.stage == "subject" and not layer.metalora_mid[adapter_name].is_meta and config.init_weights:
+                layer.start_slots(adapter_name, config.start)
+        for _, layer in meta_lora_layers(model):
+            layer.sync_down()
+        config.down_fingerprint = plan.fingerprint
+
+    def _create_and_replace(
+        self,
+        peft_config: MetaLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        ranks = self._plan.ranks[current_key]
+        if isinstance(target, MetaLoraLayer):
+            target.update_layer(adapter_name, peft_config, *ranks, self._plan.key)
+            return
+        layer = create_layer(self.model, target, self._index, peft_config)
+        layer._active_adapter = self.active_adapter
+        layer.update_layer(adapter_name, peft_config, *ranks, self._plan.key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _prepare_adapter_config(self, peft_config: MetaLoraConfig, model_config: dict[str, Any]) -> MetaLoraConfig:
+        if peft_config.target_modules is None:
+            found = self.target_module_mapping.get(model_config.get("model_type", ""))
+            if found is None:
+                raise TargetModuleError(
+                    "target_modules is not set and this model has no default. Please specify `target_modules`, "
+                    'for example ["to_q", "to_k", "to_v", "to_out.0"] or "all-linear".'
+                )
+            peft_config.target_modules = found if isinstance(found, str) else set(found)
+        return peft_config
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        flags = [
+            (layer, layer.metalora_mid[adapter_name].requires_grad)
+            for _, layer in meta_lora_layers(self)
+            if adapter_name in layer.metalora_mid
+        ]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, trains in flags:
+            # A cast makes new parameters, and new parameters require a gradient.
+            layer.metalora_mid[adapter_name].requires_grad_(trains)
+            layer.metalora_up[adapter_name].requires_grad_(trains)
+            layer.sync_down()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and a Down that only it used.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+            AdapterStateError: other adapters use its Down.
+        """
+        if adapter_name not in self.peft_config:
+            raise UnknownAdapterError(
+                f"Adapter {adapter_name} does not exist. The model has: {', '.join(self.peft_config) or 'none'}."
+            )
+        users = sorted({user for _, layer in meta_lora_layers(self) for user in layer.subjects_of(adapter_name)})
+        if users:
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} holds the Down that {', '.join(map(repr, users))} use(s). Delete them first."
+            )
+        super().delete_adapter(adapter_name)
+
+    # ---- state dict ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Down, its Mid start, Mid and Up of a meta adapter; Mid and Up alone of a subject."""
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return {key: value for key, value in state.items() if not _belongs_to_other_down(key, adapter_name)}
+
+    # ---- mixed batches by adapter name ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand PEFT's `adapter_names` argument of a model call to the layers."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise AdapterStateError("adapter_names works in evaluation mode only. Call model.eval() first.")
+        unknown = sorted(set(adapter_names) - {"__base__"} - set(self.peft_config))
+        if unknown:
+            raise UnknownAdapterError(
+                f"adapter_names has unknown adapter(s): {', '.join(unknown)}. The model has: "
+                f"{', '.join(self.peft_config)}; '__base__' stands for no adapter."
+            )
+        num_beams = kwargs.get("num_beams")
+        if isinstance(num_beams, int) and num_beams > 1:
+            adapter_names = [name for name in adapter_names for _ in range(num_beams)]
+        handles = [
+            module.register_forward_pre_hook(partial(_pass_adapter_names, list(adapter_names)), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (MetaLoraLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    kwargs["adapter_names"] = names
+    return args, kwargs
+
+
+def _belongs_to_other_down(key: str, adapter_name: str) -> bool:
+    head, _, last = key.rpartition(".")
+    return head.rpartition(".")[2] in (DOWN, MID_INIT) and last != adapter_name
+
+
+# ---- functions on any module with Meta-LoRA layers ---------------------------------------------------------------
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraLayer]]:
+    layers = [(path, layer) for path, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
+    if not layers:
+        known = sorted({name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid})
+        raise UnknownAdapterError(
+            f"The model has no Meta-LoRA adapter {adapter_name!r}. It has: {', '.join(known) or 'none'}."
+        )
+    return layers
+
+
+def set_warmup(model: nn.Module, enabled: bool, adapter_name: str = "default") -> None:
+    """Freeze (or release) the Down of a stage 'meta' adapter while fresh Mids and Ups settle (method: a bucket's start).
+
+    Raises:
+        UnknownAdapterError: no such adapter.
+        AdapterStateError: the adapter is a subject, whose Down is always frozen.
+    """
+    layers = _layers_of(model, adapter_name)
+    if any(layer.stage[adapter_name] != "meta" for _, layer in layers):
+        raise AdapterStateError(f"Adapter {adapter_name!r} is a subject: its Down never trains. Warm-up is for 'meta'.")
+    for _, layer in layers:
+        layer.warmup[adapter_name] = enabled
+        layer.sync_down()
+
+
+def reset_slots(
+    model: nn.Module, adapter_name: str = "default", start: str = "stored", slots: Sequence[int] | None = None
+) -> None:
+    """Start slots anew, in place: 'stored' (the Down's Mid, the same in each; Up = 0), 'mean' or 'fresh'.
+
+    Raises:
+        UnknownAdapterError: no such adapter.
+        AdapterStateError: an unknown start or slot.
+    """
+    if start not in STARTS:
+        raise AdapterStateError(f"start must be one of {', '.join(map(repr, STARTS))}, got {start!r}.")
+    layers = _layers_of(model, adapter_name)
+    for slot in slots or ():
+        _require_slot(layers, adapter_name, slot)
+    for _, layer in layers:
+        layer.start_slots(adapter_name, start, None if slots is None else list(slots))
+
+
+def subject_state(model: nn.Module, adapter_name: str, slot: int = 0) -> dict[str, Tensor]:
+    """Return one subject: `{module}.metalora_mid` (r, meta_r) and `{module}.metalora_up` (d_out, r) as (1, ...) views.
+
+    Raises:
+        UnknownAdapterError: no such adapter.
+        AdapterStateError: no such slot.
+    """
+    layers = _layers_of(model, adapter_name)
+    _require_slot(layers, adapter_name, slot)
+    state: dict[str, Tensor] = {}
+    for path, layer in layers:
+        state[f"{path}.{MID}"] = layer.metalora_mid[adapter_name].detach()[slot : slot + 1]
+        state[f"{path}.{UP}"] = layer.metalora_up[adapter_name].detach()[slot : slot + 1]
+    return state
+
+
+@torch.no_grad()
+def write_subject(model: nn.Module, adapter_name: str, state: dict[str, Tensor], slot: int = 0) -> None:
+    """Copy a subject (as from `subject_state`) into a slot, in place; a cached fold of the slot follows.
+
+    Raises:
+        UnknownAdapterError: no such adapter.
+        AdapterStateError: no such slot, or keys or shapes that differ; nothing is written then.
+    """
+    layers = _layers_of(model, adapter_name)
+    _require_slot(layers, adapter_name, slot)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for path, layer in layers:
+        for part in (MID, UP):
+            target, source = getattr(layer, part)[adapter_name][slot], state.get(f"{path}.{part}")
+            if source is None or source.shape[-2:] != target.shape or source.numel() != target.numel():
+                found = "nothing" if source is None else tuple(source.shape)
+                raise AdapterStateError(
+                    f"{path}.{part} must be {(1, *target.shape)}, found {found}. The subject belongs to another Down."
+                )
+            pairs.append((target, source.view(target.shape)))
+    foreign = sorted(set(state) - {f"{path}.{part}" for path, _ in layers for part in (MID, UP)})
+    if foreign:
+        raise AdapterStateError(f"The subject has {len(foreign)} key(s) the adapter lacks, for example {foreign[0]!r}.")
+    for target, source in pairs:
+        target.copy_(source)
+    for _, layer in layers:
+        if adapter_name in layer.metalora_folded:
+            layer.fold(adapter_name, slot)
+
+
+def _require_slot(layers: list[tuple[str, MetaLoraLayer]], adapter_name: str, slot: int) -> None:
+    slots = layers[0][1].metalora_mid[adapter_name].shape[0]
+    if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < slots:
+        raise AdapterStateError(f"Adapter {adapter_name!r} has {slots} slot(s), 0 to {slots - 1}; got {slot!r}.")

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check before an injection: which modules match, which ranks they get, which Down a subject is bound to.
+
+Nothing here changes the model, so a config that cannot work fails here and leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ..errors import (
+    AdapterStateError,
+    ConfigError,
+    FingerprintMismatchError,
+    MissingDownError,
+    RankMismatchError,
+    ShapeMismatchError,
+    TargetModuleError,
+)
+from .config import MetaLoraConfig
+from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint, load_down_source
+from .layers import check_supported, down_shape, sizes
+from .registration import PREFIX
+from .subjects import meta_lora_layers, module_path
+
+if TYPE_CHECKING:
+    from .model import MetaLoraModel
+
+
+class NoTargetModuleError(TargetModuleError, NoMatchingPeftModuleError):
+    """No module matched; also an instance of what PEFT raises for this."""
+
+
+@dataclass
+class Plan:
+    """What an injection will do. `ranks`: module key -> (r, meta_r, lora_alpha). `key`: of the Down in each layer."""
+
+    key: str
+    ranks: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    source: DownSource | None = None
+    fingerprint: str | None = None
+
+    def factors(self, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Down, its Mid start, mean Mid and mean Up of one module, from the source."""
+        assert self.source is not None  # asked only where a source was planned
+        tensors = self.source.tensors
+        down, mid_init = tensors[f"{path}.{DOWN}"], tensors[f"{path}.{MID_INIT}"]
+        return down, mid_init, tensors[f"{path}.{MID}"].mean(0), tensors[f"{path}.{UP}"].mean(0)
+
+
+def plan_injection(
+    tuner: MetaLoraModel,
+    model: nn.Module,
+    config: MetaLoraConfig,
+    adapter_name: str,
+    state_dict: dict[str, Tensor] | None,
+) -> Plan:
+    """Match, check and resolve everything an injection needs; see MetaLoraModel for what is raised."""
+    if "." in adapter_name:
+        raise AdapterStateError(f"An adapter name cannot hold a dot, got {adapter_name!r}. Use a dash or underscore.")
+    if adapter_name in {name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid}:
+        raise AdapterStateError(f"The model already has an adapter {adapter_name!r}. Choose another name.")
+    targets = _matched_modules(tuner, model, config, state_dict)
+    ranks = {}
+    for key, module in targets.items():
+        check_supported(key, module)
+        ranks[key] = _ranks(config, key, module)
+    plan = Plan(adapter_name, ranks)
+    if config.stage == "subject":
+        _resolve_down(model, config, plan, targets)
+    elif not config.inference_mode:
+        plan.fingerprint = None  # it will train, so that a stored hash would soon be wrong
+    else:
+        plan.fingerprint = config.down_fingerprint
+    return plan
+
+
+def _matched_modules(
+    tuner: MetaLoraModel, model: nn.Module, config: MetaLoraConfig, state_dict: dict[str, Tensor] | None
+) -> dict[str, nn.Module]:
+    trial = copy.copy(config)
+    trial = tuner._prepare_adapter_config(trial, BaseTuner.get_model_config(model))
+    if trial.target_modules == DUMMY_TARGET_MODULES:
+        return {}
+    trial = _maybe_include_all_linear_layers(trial, model)
+    named = None
+    if state_dict is not None:
+        named = {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+    inside: list[str] = []
+    matched: dict[str, nn.Module] = {}
+    for key, module in model.named_modules():
+        if not key or any(key.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(key + ".")
+        wanted = (
+            tuner._check_target_module_exists(trial, key) if named is None else key.removeprefix("_orig_mod.") in named
+        )
+        if wanted:
+            matched[key] = module
+    if not matched:
+        raise NoTargetModuleError(
+            f"Target modules {trial.target_modules} not found in the base model (exclude_modules="
+            f"{config.exclude_modules}, modules_to_save={config.modules_to_save}, layers_to_transform="
+            f"{config.layers_to_transform}). Compare them with [name for name, _ in model.named_modules()]."
+        )
+    return matched
+
+
+def _ranks(config: MetaLoraConfig, key: str, module: nn.Module) -> tuple[int, int, float]:
+    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+    meta_r = config.meta_rank_pattern.get(get_pattern_key(list(config.meta_rank_pattern), key), config.meta_r)
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), key), config.lora_alpha)
+    _, d_out = sizes(module)
+    d_in = math.prod(down_shape(module, 1))
+    if meta_r > d_in:
+        raise ConfigError(
+            f"meta_r={meta_r} is above the {d_in} inputs of {key!r}. Lower meta_r, give this module a smaller one in "
+            "meta_rank_pattern, or exclude it."
+        )
+    if r > min(meta_r, d_out):
+        raise ConfigError(
+            f"r={r} is above min(meta_r, d_out) = min({meta_r}, {d_out}) of {key!r}. Lower r, give this module a smaller "
+            "one in rank_pattern, or exclude it."
+        )
+    return r, meta_r, alpha
+
+
+def _resolve_down(model: nn.Module, config: MetaLoraConfig, plan: Plan, targets: dict[str, nn.Module]) -> None:
+    """Find the Down of a subject, on the model or through the loader, and check that it fits each target."""
+    wanted = config.down_fingerprint
+    on_model = {key for _, layer in meta_lora_layers(model) for key in layer.metalora_down}
+    marks = {key: down_fingerprint(model, key) for key in sorted(on_model)} if wanted or config.down else {}
+    named = config.down in on_model and not _is_fingerprint_key(str(config.down))
+    if wanted and wanted in marks.values():
+        plan.key = next(key for key, mark in marks.items() if mark == wanted)
+        plan.fingerprint = wanted
+    elif named:
+        plan.key, plan.fingerprint = str(config.down), marks[str(config.down)]
+    else:
+        plan.source = load_down_source(config)
+        plan.fingerprint = plan.source.fingerprint
+        same = [key for key, mark in marks.items() if mark == plan.fingerprint]
+        plan.key = same[0] if same else f"fp-{plan.fingerprint[:16]}"
+    if wanted and plan.fingerprint != wanted:
+        raise FingerprintMismatchError(
+            f"The subject was trained with the Down {wanted[:12]}..., but {config.down!r} is "
+            f"{str(plan.fingerprint)[:12]}.... Load the Down it names, or train the subject again."
+        )
+    layers = dict(meta_lora_layers(model))
+    lacking = [
+        key
+        for key in targets
+        if module_path(key) not in layers or plan.key not in layers[module_path(key)].metalora_down
+    ]
+    if lacking and plan.source is None:
+        if config.down is None or named:
+            raise MissingDownError(
+                f"The Down {plan.key!r} has no factor for {lacking[0]!r} ({len(lacking)} of {len(targets)} targets lack "
+                "one). A subject can adapt only modules that its Down was trained on."
+            )
+        plan.source = load_down_source(config)
+    for key, module in targets.items():
+        path = module_path(key)
+        if key in lacking:
+            shapes = _source_shapes(plan.source, path, len(lacking))
+        else:
+            layer = layers[path]
+            shapes = tuple(layer.metalora_down[plan.key].shape), tuple(layer.metalora_mid_init[plan.key].shape)
+        _check_fit(config, plan.ranks[key], key, module, *shapes)
+
+
+def _source_shapes(source: DownSource | None, path: str, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    tensors = source.tensors if source is not None else {}
+    missing = [part for part in (DOWN, MID_INIT, MID, UP) if f"{path}.{part}" not in tensors]
+    if missing:
+        raise MissingDownError(
+            f"The Down holds no {missing[0]} for {path!r}. A subject can adapt only modules that its Down was trained "
+            "on, and the Down must belong to this base model."
+        )
+    return tuple(tensors[f"{path}.{DOWN}"].shape), tuple(tensors[f"{path}.{MID_INIT}"].shape)
+
+
+def _check_fit(
+    config: MetaLoraConfig,
+    ranks: tuple[int, int, float],
+    key: str,
+    module: nn.Module,
+    down: tuple[int, ...],
+    mid_init: tuple[int, ...],
+) -> None:
+    r, meta_r, _ = ranks
+    if down[0] != meta_r:
+        raise RankMismatchError(
+            f"The Down has rank {down[0]} at {key!r}, the config says meta_r={meta_r}. Set meta_r={down[0]}."
+        )
+    if down != down_shape(module, meta_r):
+        raise ShapeMismatchError(
+            f"The Down's factor for {key!r} has shape {down}, this model needs {down_shape(module, meta_r)}. "
+            "It belongs to another base model."
+        )
+    if config.start != "fresh" and mid_init[0] != r:
+        raise RankMismatchError(
+            f"start={config.start!r} needs the rank of the Down's Mid, {mid_init[0]} at {key!r}, but r={r}. "
+            f"Set r={mid_init[0]}, or start='fresh' (which loses the gain)."
+        )
+
+
+def _is_fingerprint_key(key: str) -> bool:
+    return key.startswith("fp-")
+
+
+def down_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a Down on the model: `{module}.metalora_down`, `.metalora_mid_init`, and the mean subject as
+    `.metalora_mid` (1, r, meta_r) and `.metalora_up` (1, d_out, r).
+
+    Args:
+        name: a stage 'meta' adapter, a subject (its Down is meant) or the key of a Down.
+
+    Raises:
+        MissingDownError: the model has no such Down.
+    """
+    state: dict[str, Tensor] = {}
+    for path, layer in meta_lora_layers(model):
+        key = layer.down_key.get(name, name)
+        if key not in layer.metalora_down:
+            continue
+        mid, up = layer.mean_subject(key)
+        state[f"{path}.{DOWN}"] = layer.metalora_down[key].detach()
+        state[f"{path}.{MID_INIT}"] = layer.metalora_mid_init[key]
+        state[f"{path}.{MID}"], state[f"{path}.{UP}"] = mid.unsqueeze(0), up.unsqueeze(0)
+    if not state:
+        raise MissingDownError(f"The model holds no Down named {name!r}. Load one, or name an adapter that has one.")
+    return state
+
+
+def down_fingerprint(model: nn.Module, name: str) -> str:
+    """Return the fingerprint of a Down on the model: the one it was loaded with, else that of its tensors now."""
+    for _, layer in meta_lora_layers(model):
+        key = layer.down_key.get(name, name)
+        if key in layer.down_fingerprint:
+            return layer.down_fingerprint[key]
+        stored = getattr(getattr(model, "peft_config", {}).get(key), "down_fingerprint", None)
+        if key in layer.metalora_down and stored is not None:
+            return stored
+    return fingerprint(down_state(model, name))
