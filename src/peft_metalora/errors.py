@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that peft_metalora raises on purpose: catch `MetaLoraError` for all of it, or one branch.
+
+Each error also derives from the built-in that fits, so that code which knows nothing of this package catches it too.
+A message says what was expected, what was found and what to do.
+
+    MetaLoraError
+    +-- ConfigError (ValueError)              settings that cannot be, alone or together
+    +-- AdapterError
+    |   +-- NoTargetModulesError (ValueError)     no module of the model matches target_modules
+    |   +-- AdapterNotFoundError (KeyError)       no adapter of that name on the model
+    |   +-- AdapterStateError (RuntimeError)      not possible in the adapter's present state: merged, in use, ...
+    |   +-- SubjectIndexError (IndexError)        a subject index that fits neither the slots nor the batch
+    +-- CheckpointError
+    |   +-- ArtefactNotFoundError (FileNotFoundError)
+    |   +-- WriteFailedError (OSError)            disk full or refused; what was there before still is
+    |   +-- UnsafeFileError (ValueError)
+    |   |   +-- PickleRefusedError                a pickle, which could run code
+    |   |   +-- UnsafeNameError                   a name that leaves its folder or hides something
+    |   +-- CorruptFileError (ValueError)         truncated, or not what its name says
+    |   +-- ConfigFormatError (ValueError)        adapter_config.json lacks a field or has one of the wrong type
+    |   +-- FormatVersionError (ValueError)       written by a newer format than this package reads
+    |   +-- WrongKindError (TypeError)            a Down where a subject is needed, or something else altogether
+    |   +-- MissingDownError (FileNotFoundError)  a subject without its Down
+    |   +-- FingerprintMismatchError (ValueError) another Down than the one the subject was learned with
+    |   +-- BaseModelMismatchError (ValueError)   made for another base model
+    |   +-- MissingKeysError (KeyError)           tensors that should be there are not
+    |   +-- ForeignKeysError (KeyError)           tensors that should not be there are
+    |   +-- ShapeMismatchError (ValueError)
+    |   +-- RankMismatchError (ValueError)        r of a subject and of its Down's start differ
+    |   +-- TensorDtypeError (TypeError)
+    |   +-- NonFiniteError (ArithmeticError)      NaN or infinity in the weights
+    +-- TrainingError (RuntimeError)              a run that cannot go on
+    +-- DataError
+    |   +-- NoImagesError (FileNotFoundError)
+    |   +-- UnreadableImageError (OSError)
+    |   +-- TooFewImagesError (ValueError)
+    |   +-- MetadataError (ValueError)            metadata.jsonl that cannot be understood
+    |   +-- NoCaptionError (ValueError)           an image without a caption, and no template to make one
+    +-- MetricError
+        +-- EmbedderUnavailableError (ImportError)  an extra is not installed, or its weights are not there
+        +-- MetricInputError (ValueError)           vectors, images or groups of the wrong shape
+"""
+
+from __future__ import annotations
+
+
+class MetaLoraError(Exception):
+    """The root of every error raised by this package."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of its message; a sentence for people must stay one.
+        return str(self.args[0]) if len(self.args) == 1 else super().__str__()
+
+
+class ConfigError(MetaLoraError, ValueError):
+    """Settings that cannot be, alone or together."""
+
+
+class AdapterError(MetaLoraError):
+    """An adapter cannot be put on a model, found on it or used as asked."""
+
+
+class NoTargetModulesError(AdapterError, ValueError):
+    """No module of the model matches `target_modules`."""
+
+
+class AdapterNotFoundError(AdapterError, KeyError):
+    """No adapter of that name is on the model."""
+
+
+class AdapterStateError(AdapterError, RuntimeError):
+    """Not possible in the adapter's present state: merged, in use by others, not active."""
+
+
+class SubjectIndexError(AdapterError, IndexError):
+    """A subject index that fits neither the slots nor the batch."""
+
+
+class CheckpointError(MetaLoraError):
+    """A file or folder of weights that cannot be read, written or used with this model."""
+
+
+class ArtefactNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such file, folder or repository."""
+
+
+class WriteFailedError(CheckpointError, OSError):
+    """The disk is full or refuses; what was there before is as it was."""
+
+
+class UnsafeFileError(CheckpointError, ValueError):
+    """A file that could do harm by being opened."""
+
+
+class PickleRefusedError(UnsafeFileError):
+    """A pickle, which could run code when opened."""
+
+
+class UnsafeNameError(UnsafeFileError):
+    """A name that leaves its folder or hides something."""
+
+
+class CorruptFileError(CheckpointError, ValueError):
+    """A file that is truncated, or is not what its name says."""
+
+
+class ConfigFormatError(CheckpointError, ValueError):
+    """`adapter_config.json` lacks a field or has one of the wrong type."""
+
+
+class FormatVersionError(CheckpointError, ValueError):
+    """Written in a newer format than this package reads."""
+
+
+class WrongKindError(CheckpointError, TypeError):
+    """A Down where a subject is needed or the reverse, or something else altogether."""
+
+
+class MissingDownError(CheckpointError, FileNotFoundError):
+    """A subject without the Down that it belongs to."""
+
+
+class FingerprintMismatchError(CheckpointError, ValueError):
+    """Another Down than the one that the subject was learned with."""
+
+
+class BaseModelMismatchError(CheckpointError, ValueError):
+    """Made for another base model."""
+
+
+class MissingKeysError(CheckpointError, KeyError):
+    """Tensors that should be in a file are not."""
+
+
+class ForeignKeysError(CheckpointError, KeyError):
+    """Tensors that should not be in a file are."""
+
+
+class ShapeMismatchError(CheckpointError, ValueError):
+    """A tensor of another shape than the model needs."""
+
+
+class RankMismatchError(CheckpointError, ValueError):
+    """The rank r of a subject differs from that of its Down's start."""
+
+
+class TensorDtypeError(CheckpointError, TypeError):
+    """A tensor of a dtype that weights do not have."""
+
+
+class NonFiniteError(CheckpointError, ArithmeticError):
+    """NaN or infinity in the weights."""
+
+
+class TrainingError(MetaLoraError, RuntimeError):
+    """A training run that cannot go on."""
+
+
+class DataError(MetaLoraError):
+    """A folder of photos that cannot be used."""
+
+
+class NoImagesError(DataError, FileNotFoundError):
+    """No image where at least one is needed."""
+
+
+class UnreadableImageError(DataError, OSError):
+    """An image file that cannot be decoded."""
+
+
+class TooFewImagesError(DataError, ValueError):
+    """Fewer images of a subject than the work needs."""
+
+
+class MetadataError(DataError, ValueError):
+    """A `metadata.jsonl` that cannot be understood."""
+
+
+class NoCaptionError(DataError, ValueError):
+    """An image without a caption, and no template to make one from."""
+
+
+class MetricError(MetaLoraError):
+    """A metric that cannot be computed."""
+
+
+class EmbedderUnavailableError(MetricError, ImportError):
+    """An optional package is not installed, or its weights are not there."""
+
+
+class MetricInputError(MetricError, ValueError):
+    """Vectors, images or groups of the wrong shape."""
