@@ -42,7 +42,7 @@ _EYES = (
     *((0.20, 0.10, 0.05), (0.50, 0.30, 0.08), (0.30, 0.52, 0.14)),
     *((0.10, 0.55, 0.60), (0.18, 0.42, 0.90), (0.55, 0.62, 0.70)),
 )
-_LIPS = ((0.55, 0.24, 0.20), (0.76, 0.36, 0.34), (0.88, 0.12, 0.18), (0.80, 0.14, 0.52), (0.42, 0.10, 0.34))
+_LIPS = ((0.50, 0.22, 0.15), (0.76, 0.36, 0.34), (0.88, 0.12, 0.18), (0.80, 0.14, 0.52), (0.46, 0.14, 0.52))
 _GLASSES = (
     *((0.06, 0.06, 0.07), (0.72, 0.08, 0.10), (0.10, 0.22, 0.72)),
     *((0.05, 0.50, 0.30), (0.88, 0.66, 0.12), (0.95, 0.95, 0.95)),
@@ -200,7 +200,7 @@ def _place(person: dict[str, Tensor], view: dict[str, Tensor], size: int) -> _Pl
     turn = view["yaw"].sin().float()
     down = (v / chin).clamp(-0.5, 1)
     jut = u - 0.17 * turn * down  # the chin lies in front of the axis, so it moves with yaw
-    taper = (0.26 - 0.54 * person["jaw"]).float()
+    taper = (0.34 - 0.90 * person["jaw"]).float()
     below = down.clamp(0, 1)
     edge = _ellipse(jut / (1 - taper * below * below), v, width, torch.where(v > 0, chin, chin.new_tensor(0.56)))
 
@@ -269,7 +269,7 @@ def _hair_colour(person: dict[str, Tensor]) -> Tensor:
 def _hair_outline(at: _Place, person: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Distance to the mass of hair seen from the front, and y where it ends."""
     volume = (0.035 + 0.15 * person["hair_volume"]).float()
-    length = (-0.10 + 0.95 * person["hair_length"]).float()
+    length = (-0.10 + 0.80 * person["hair_length"]).float()
     back = at.u + 0.10 * at.turn  # the mass lies behind the axis
     cap = _ellipse(back, at.v + 0.02, at.width + volume, 0.57 + volume)
     side = back.abs() - (at.width + volume) * (1 - 0.10 * at.v)
@@ -285,14 +285,15 @@ def _body(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str, 
     shoulder = 0.60 + 0.30 * centre * centre - at.y
     image = _paint(image, shirt * 0.35, _cover(shoulder - 0.03, pixel))
     image = _paint(image, shirt, _cover(shoulder + 0.01, pixel))
+    neckline = (0.11 + 0.10 * view["collar"]).float()
+    cut = _ellipse(centre, at.y - 0.55, 0.30, neckline)
+    image = _paint(image, shirt * 0.45, _cover(cut - 0.035, pixel))
+    image = _paint(image, skin * 0.72, _cover(cut, pixel))
     image = _paint(image, hair * 0.45, _cover(mass - 0.02, pixel))
     image = _paint(image, hair * 0.72, _cover(mass + 0.015, pixel))
-    neckline = (0.13 + 0.10 * view["collar"]).float()
-    neck = torch.maximum((at.u * 0.6 + centre * 0.4).abs() - 0.24, -at.v)
-    neck = torch.maximum(neck, _ellipse(centre, at.y - 0.52, 0.28, neckline))
-    column = torch.maximum((at.u * 0.6 + centre * 0.4).abs() - 0.20, (at.y - 0.60).abs() - 0.22 + neckline * 0.2)
-    neck = torch.minimum(neck, torch.maximum(column, at.y - 0.58))
-    image = _paint(image, shirt * 0.45, _cover(neck - 0.035, pixel))
+    neck = torch.maximum((at.u * 0.6 + centre * 0.4).abs() - 0.20, at.y - 0.58)
+    neck = torch.maximum(neck, -at.v)
+    image = _paint(image, skin * 0.40, _cover(neck - 0.02, pixel) * _cover(at.y - 0.58, pixel))
     return _paint(image, skin * 0.72, _cover(neck, pixel))
 
 
@@ -313,7 +314,7 @@ def _head(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
 def _eyes(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str, Tensor]) -> Tensor:
     spacing = (0.185 + 0.075 * person["eye_spacing"]).float()
     size = (0.095 + 0.055 * person["eye_size"]).float()
-    height = (size.double() * 0.78 * view["eyes"]).float()
+    height = (size.double() * 0.70 * view["eyes"]).float()
     side = at.fx.sign()
     ax, ay = at.fx.abs() - spacing, at.fy + 0.07
     tilt = (0.45 * (person["eye_tilt"] - 0.5)).float()  # positive: outer corners up
@@ -335,7 +336,7 @@ def _eyes(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str, 
     sad = view["brow_sad"].float()
     by = at.fy + 0.07 + lift
     brow = _segment(at.fx.abs() - spacing, by, -reach, slant - sad, reach, 0.4 * sad - slant)
-    thick = (0.018 + 0.045 * person["brow_thickness"]).float()
+    thick = (0.014 + 0.056 * person["brow_thickness"]).float()
     return _paint(image, _hair_colour(person) * 0.5, _cover(brow - thick, pixel) * at.head)
 
 
@@ -366,7 +367,7 @@ def _mouth(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str,
     image = _paint(image, hair * 0.78, _cover(growth, pixel) * alpha)
 
     stache = _ramp(person["moustache"], 0.55, 0.7).float()
-    bush = (0.03 + 0.06 * _ramp(person["moustache"], 0.6, 1.0)).float()
+    bush = (0.04 + 0.06 * _ramp(person["moustache"], 0.6, 1.0)).float()
     droop = 0.12 * (at.fx / half) ** 2
     tash = (y + 0.115 + 0.2 * opening - droop - line * 0.5).abs() - bush * (1.15 - 0.75 * t)
     tash = torch.maximum(tash, at.fx.abs() - half * 1.05)
@@ -393,7 +394,7 @@ def _mouth(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str,
 
 def _nose(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
     skin = _skin(person)
-    half = (0.060 + 0.070 * person["nose_width"]).float()
+    half = (0.065 + 0.075 * person["nose_width"]).float()
     tip = (0.07 + 0.11 * person["nose_length"]).float() - 0.02
     top = -0.07
     along = ((at.fy - top) / (tip - top)).clamp(0, 1)
@@ -403,11 +404,11 @@ def _nose(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
     ridge = torch.maximum(x.abs() - (0.03 + 0.5 * half * along), (at.fy - tip).abs() - (tip - top))
     ridge = torch.maximum(ridge, at.fy - tip)
     nose = torch.minimum(ball, ridge)
-    dark = skin * 0.38
-    # The outline is drawn below and on the far side only: a closed one looks like a beak.
+    dark = skin * 0.32
+    # The outline is strong below and on the far side only: a closed one looks like a beak.
     below = _ramp(at.fy - tip, -0.03, 0.02)
     far = _ramp(x * at.turn, 0.002, 0.012)
-    rim = _cover(nose - 0.030, pixel) * torch.maximum(below, far)
+    rim = _cover(nose - 0.034, pixel) * torch.maximum(below, far).clamp(min=0.22)
     image = _paint(image, dark, rim * at.head)
     return _paint(image, torch.lerp(skin, skin.new_tensor((1.0, 0.62, 0.5))[:, None, None], 0.22), _cover(nose, pixel))
 
