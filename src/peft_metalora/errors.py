@@ -8,7 +8,8 @@ A message says what was expected, what was found and what to do.
     +-- ConfigError (ValueError)              settings that cannot be, alone or together
     +-- AdapterError
     |   +-- NoTargetModulesError (ValueError)     no module of the model matches target_modules
-    |   +-- AdapterNotFoundError (KeyError)       no adapter of that name on the model
+    |   +-- UnsupportedModuleError (ValueError)   a module of a kind that cannot be adapted, or not in this way
+    |   +-- AdapterNotFoundError (KeyError, ValueError)   no adapter of that name on the model
     |   +-- AdapterStateError (RuntimeError)      not possible in the adapter's present state: merged, in use, ...
     |   +-- SubjectIndexError (IndexError)        a subject index that fits neither the slots nor the batch
     +-- CheckpointError
@@ -29,7 +30,9 @@ A message says what was expected, what was found and what to do.
     |   +-- ShapeMismatchError (ValueError)
     |   +-- RankMismatchError (ValueError)        r of a subject and of its Down's start differ
     |   +-- TensorDtypeError (TypeError)
-    |   +-- NonFiniteError (ArithmeticError)      NaN or infinity in the weights
+    |   +-- NonFiniteError (ArithmeticError, ValueError)   NaN or infinity in the weights
+    +-- HubError (OSError)                        the Hub does not give what was asked for, or refuses a push
+    +-- PipelineError (TypeError)                 a pipeline without a denoiser to adapt
     +-- TrainingError (RuntimeError)              a run that cannot go on
     +-- DataError
     |   +-- NoImagesError (FileNotFoundError)
@@ -65,8 +68,12 @@ class NoTargetModulesError(AdapterError, ValueError):
     """No module of the model matches `target_modules`."""
 
 
-class AdapterNotFoundError(AdapterError, KeyError):
-    """No adapter of that name is on the model."""
+class UnsupportedModuleError(AdapterError, ValueError):
+    """A module of a kind that cannot be adapted, or not in the way that was asked."""
+
+
+class AdapterNotFoundError(AdapterError, KeyError, ValueError):
+    """No adapter of that name is on the model (a KeyError by nature, a ValueError where PEFT raises one)."""
 
 
 class AdapterStateError(AdapterError, RuntimeError):
@@ -149,8 +156,16 @@ class TensorDtypeError(CheckpointError, TypeError):
     """A tensor of a dtype that weights do not have."""
 
 
-class NonFiniteError(CheckpointError, ArithmeticError):
+class NonFiniteError(CheckpointError, ArithmeticError, ValueError):
     """NaN or infinity in the weights."""
+
+
+class HubError(MetaLoraError, OSError):
+    """The Hub does not give what was asked for, or refuses a push."""
+
+
+class PipelineError(MetaLoraError, TypeError):
+    """A pipeline without a denoiser to adapt."""
 
 
 class TrainingError(MetaLoraError, RuntimeError):
