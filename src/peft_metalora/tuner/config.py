@@ -7,7 +7,7 @@ A user of PEFT's LoRA has two new words to learn: `meta_r` (the rank of the shar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 
@@ -115,6 +115,17 @@ class MetaLoraConfig(PeftConfig):
         default=None,
         metadata={"help": "What the publisher says about it: domain, subjects, steps, recipe; plain JSON."},
     )
+
+    # Where from_pretrained found it (its arguments), so that a Down named by a relative path can be found; never saved.
+    origin: ClassVar[dict[str, Any] | None] = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> MetaLoraConfig:
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        vars(config)["origin"] = {"name": pretrained_model_name_or_path, "subfolder": subfolder, **kwargs}
+        return config
 
     def __post_init__(self) -> None:
         super().__post_init__()

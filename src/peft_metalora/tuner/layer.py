@@ -346,7 +346,7 @@ class MetaLoraLayer(BaseTunerLayer, nn.Module):
         merged = total.to(before.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise NonFiniteError(
-                f"Merging {', '.join(map(repr, names))} gives NaN or infinity. The adapter is broken, the base is kept."
+                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; the base weight is kept."
             )
         if self._weight_before_merge is None:
             self._weight_before_merge = before.clone()

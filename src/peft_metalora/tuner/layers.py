@@ -6,7 +6,7 @@ from __future__ import annotations
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..errors import TargetModuleError
+from ..errors import UnsupportedModuleError
 from .config import MetaLoraConfig
 from .layer import Linear, MetaLoraLayer, factor_sizes
 from .subjects import SubjectIndex
@@ -17,10 +17,10 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 
 def check_supported(key: str, module: nn.Module) -> None:
-    """Raise TargetModuleError, with what to do, if the module cannot be adapted."""
+    """Raise UnsupportedModuleError, with what to do, if the module cannot be adapted."""
     base = _base_of(module)
     if not isinstance(base, nn.Linear):
-        raise TargetModuleError(
+        raise UnsupportedModuleError(
             f"{key!r} is a {type(base).__name__}; Meta-LoRA adapts nn.Linear. Leave it out of target_modules."
         )
 

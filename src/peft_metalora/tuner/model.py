@@ -17,7 +17,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..errors import AdapterStateError, TargetModuleError, UnknownAdapterError
+from ..errors import AdapterNotFoundError, AdapterStateError, NoTargetModulesError
 from .config import STARTS, MetaLoraConfig
 from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint, set_down_loader
 from .layer import MetaLoraLayer
@@ -45,14 +45,14 @@ __all__ = [
 class MetaLoraModel(BaseTuner):
     """A model with Meta-LoRA adapters; made by `peft.get_peft_model(model, MetaLoraConfig(...))`.
 
-    Raises, before the model is changed: TargetModuleError (no module matched, or one that cannot be adapted),
+    Raises, before the model is changed: NoTargetModulesError, UnsupportedModuleError,
     ConfigError (ranks that cannot be), MissingDownError, FingerprintMismatchError, ShapeMismatchError and
     RankMismatchError (a Down that is absent or does not fit).
     """
 
     prefix: str = PREFIX
     tuner_layer_cls = MetaLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         if adapter_name in getattr(model, "peft_config", {}):
@@ -77,7 +77,7 @@ class MetaLoraModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             # diffusers sets this flag before it injects; a model left with it could not take another adapter.
             if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
-                model._hf_peft_config_loaded = False
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
         self._index = next((layer.subject_index for _, layer in meta_lora_layers(model)), None) or SubjectIndex()
         super().inject_adapter(
@@ -105,7 +105,7 @@ class MetaLoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: MetaLoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -124,11 +124,11 @@ class MetaLoraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _prepare_adapter_config(self, peft_config: MetaLoraConfig, model_config: dict[str, Any]) -> MetaLoraConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
             found = self.target_module_mapping.get(model_config.get("model_type", ""))
             if found is None:
-                raise TargetModuleError(
+                raise NoTargetModulesError(
                     "target_modules is not set and this model has no default. Please specify `target_modules`, "
                     'for example ["to_q", "to_k", "to_v", "to_out.0"] or "all-linear".'
                 )
@@ -152,11 +152,11 @@ class MetaLoraModel(BaseTuner):
         """Delete an adapter, and a Down that only it used.
 
         Raises:
-            UnknownAdapterError: there is no such adapter.
+            AdapterNotFoundError: there is no such adapter.
             AdapterStateError: other adapters use its Down.
         """
         if adapter_name not in self.peft_config:
-            raise UnknownAdapterError(
+            raise AdapterNotFoundError(
                 f"Adapter {adapter_name} does not exist. The model has: {', '.join(self.peft_config) or 'none'}."
             )
         users = sorted({user for _, layer in meta_lora_layers(self) for user in layer.subjects_of(adapter_name)})
@@ -189,7 +189,7 @@ class MetaLoraModel(BaseTuner):
             raise AdapterStateError("adapter_names works in evaluation mode only. Call model.eval() first.")
         unknown = sorted(set(adapter_names) - {"__base__"} - set(self.peft_config))
         if unknown:
-            raise UnknownAdapterError(
+            raise AdapterNotFoundError(
                 f"adapter_names has unknown adapter(s): {', '.join(unknown)}. The model has: "
                 f"{', '.join(self.peft_config)}; '__base__' stands for no adapter."
             )
@@ -225,7 +225,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraL
     layers = [(path, layer) for path, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
     if not layers:
         known = sorted({name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid})
-        raise UnknownAdapterError(
+        raise AdapterNotFoundError(
             f"The model has no Meta-LoRA adapter {adapter_name!r}. It has: {', '.join(known) or 'none'}."
         )
     return layers
@@ -235,7 +235,7 @@ def set_warmup(model: nn.Module, enabled: bool, adapter_name: str = "default") -
     """Freeze (or release) the Down of a stage 'meta' adapter while fresh Mids and Ups settle (method: a bucket's start).
 
     Raises:
-        UnknownAdapterError: no such adapter.
+        AdapterNotFoundError: no such adapter.
         AdapterStateError: the adapter is a subject, whose Down is always frozen.
     """
     layers = _layers_of(model, adapter_name)
@@ -252,7 +252,7 @@ def reset_slots(
     """Start slots anew, in place: 'stored' (the Down's Mid, the same in each; Up = 0), 'mean' or 'fresh'.
 
     Raises:
-        UnknownAdapterError: no such adapter.
+        AdapterNotFoundError: no such adapter.
         AdapterStateError: an unknown start or slot.
     """
     if start not in STARTS:
@@ -268,7 +268,7 @@ def subject_state(model: nn.Module, adapter_name: str, slot: int = 0) -> dict[st
     """Return one subject: `{module}.metalora_mid` (r, meta_r) and `{module}.metalora_up` (d_out, r) as (1, ...) views.
 
     Raises:
-        UnknownAdapterError: no such adapter.
+        AdapterNotFoundError: no such adapter.
         AdapterStateError: no such slot.
     """
     layers = _layers_of(model, adapter_name)
@@ -285,7 +285,7 @@ def write_subject(model: nn.Module, adapter_name: str, state: dict[str, Tensor],
     """Copy a subject (as from `subject_state`) into a slot, in place; a cached fold of the slot follows.
 
     Raises:
-        UnknownAdapterError: no such adapter.
+        AdapterNotFoundError: no such adapter.
         AdapterStateError: no such slot, or keys or shapes that differ; nothing is written then.
     """
     layers = _layers_of(model, adapter_name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -21,9 +21,9 @@ from ..errors import (
     ConfigError,
     FingerprintMismatchError,
     MissingDownError,
+    NoTargetModulesError,
     RankMismatchError,
     ShapeMismatchError,
-    TargetModuleError,
 )
 from .config import MetaLoraConfig
 from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint, load_down_source
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .model import MetaLoraModel
 
 
-class NoTargetModuleError(TargetModuleError, NoMatchingPeftModuleError):
+class NoTargetError(NoTargetModulesError, NoMatchingPeftModuleError):
     """No module matched; also an instance of what PEFT raises for this."""
 
 
@@ -50,8 +50,7 @@ class Plan:
 
     def factors(self, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Down, its Mid start, mean Mid and mean Up of one module, from the source."""
-        assert self.source is not None  # asked only where a source was planned
-        tensors = self.source.tensors
+        tensors = self.source.tensors if self.source is not None else {}
         down, mid_init = tensors[f"{path}.{DOWN}"], tensors[f"{path}.{MID_INIT}"]
         return down, mid_init, tensors[f"{path}.{MID}"].mean(0), tensors[f"{path}.{UP}"].mean(0)
 
@@ -90,7 +89,7 @@ def _matched_modules(
     trial = tuner._prepare_adapter_config(trial, BaseTuner.get_model_config(model))
     if trial.target_modules == DUMMY_TARGET_MODULES:
         return {}
-    trial = _maybe_include_all_linear_layers(trial, model)
+    trial = cast(MetaLoraConfig, _maybe_include_all_linear_layers(trial, model))
     named = None
     if state_dict is not None:
         named = {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
@@ -107,7 +106,7 @@ def _matched_modules(
         if wanted:
             matched[key] = module
     if not matched:
-        raise NoTargetModuleError(
+        raise NoTargetError(
             f"Target modules {trial.target_modules} not found in the base model (exclude_modules="
             f"{config.exclude_modules}, modules_to_save={config.modules_to_save}, layers_to_transform="
             f"{config.layers_to_transform}). Compare them with [name for name, _ in model.named_modules()]."
