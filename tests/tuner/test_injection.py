@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adding adapters: all or nothing, by every road PEFT and diffusers offer; Downs found, shared, refused, removed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.error import NoMatchingPeftModuleError
+from safetensors.torch import load_file
+from torch import nn
+from tuner_models import adapted, config, down_source, layer_of, mlp, randomise
+
+from peft_metalora.errors import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    ConfigError,
+    FingerprintMismatchError,
+    MissingDownError,
+    NoTargetModulesError,
+    RankMismatchError,
+    ShapeMismatchError,
+    UnsupportedModuleError,
+)
+from peft_metalora.tuner import (
+    DownSource,
+    down_fingerprint,
+    down_state,
+    fingerprint,
+    set_down_loader,
+    subject_state,
+    write_subject,
+)
+
+
+def picture(model):
+    """Everything about a model that a failed injection must not change."""
+    types = [(name, type(module)) for name, module in model.named_modules()]
+    flags = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    return types, flags, state, sorted(getattr(model, "peft_config", {}))
+
+
+def assert_unchanged(model, before):
+    types, flags, state, names = picture(model)
+    assert (types, flags, names) == (before[0], before[1], before[3])
+    assert all(torch.equal(state[key], value) for key, value in before[2].items())
+
+
+def broken_source(**changes):
+    source = down_source(randomise(adapted()))
+    tensors = {key: value for key, value in source.tensors.items()}
+    for key, change in changes.items():
+        key = key.replace("__", ".")
+        if change is None:
+            del tensors[key]
+        else:
+            tensors[key] = change(tensors[key])
+    return DownSource(source.config, tensors, source.fingerprint)
+
+
+FAILURES = {
+    "no module": ({"target_modules": ["nope"]}, NoTargetModulesError, r"Target modules \{'nope'\} not found"),
+    "all excluded": ({"exclude_modules": ["lin0", "lin1"]}, NoTargetModulesError, "exclude_modules=.*lin0"),
+    "no target set": ({"target_modules": None}, NoTargetModulesError, "Please specify `target_modules`"),
+    "meta_r above d_in": ({"meta_r": 13, "r": 1}, ConfigError, "meta_r=13 is above the 12 inputs of 'lin0'"),
+    "r above d_out": ({"r": 11, "meta_r": 12}, ConfigError, r"min\(12, 10\) of 'lin1'"),
+    "r above meta_r": ({"r": 5}, ConfigError, r"r=5 is above min\(meta_r, d_out\) = min\(4, 16\)"),
+    "one bad pattern": ({"rank_pattern": {"lin1": 9}}, ConfigError, "of 'lin1'"),
+    "subject without Down": ({"stage": "subject"}, MissingDownError, "needs a Down, and the config names none"),
+    "Down that nobody loads": (
+        {"stage": "subject", "down": "a/b"},
+        MissingDownError,
+        "'a/b' is no adapter of this model and no loader",
+    ),
+    "embedding": ({"target_modules": ["emb", "lin0"]}, UnsupportedModuleError, "'emb' is a Embedding"),
+    "dotted name": ({"name": "a.b"}, AdapterStateError, "cannot hold a dot"),
+}
+
+
+class WithEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin0, self.lin1, self.emb = nn.Linear(12, 16), nn.Linear(16, 10), nn.Embedding(5, 12)
+
+
+@pytest.mark.parametrize("case", FAILURES)
+@pytest.mark.parametrize("road", ["get_peft_model", "inject", "add_adapter"])
+def test_a_config_that_fails_leaves_no_trace(case, road):
+    settings, error, message = copy.deepcopy(FAILURES[case])
+    name = settings.pop("name", "new")
+    model = WithEmbedding()
+    if road == "add_adapter":
+        model = get_peft_model(model, config())
+    before = picture(model)
+    with pytest.raises(error, match=message):
+        if road == "inject":
+            inject_adapter_in_model(config(**settings), model, name)
+        elif road == "add_adapter":
+            model.add_adapter(name, config(**settings))
+        else:
+            get_peft_model(model, config(**settings), name)
+    assert_unchanged(model, before)
+
+
+SOURCES = {
+    "lacks a module": (broken_source, {"lin1__metalora_down": None}, MissingDownError, "no metalora_down for 'lin1'"),
+    "another base": (
+        broken_source,
+        {"lin0__metalora_down": lambda t: torch.zeros(4, 7)},
+        ShapeMismatchError,
+        r"has shape \(4, 7\), this model needs \(4, 12\)",
+    ),
+    "another meta_r": (
+        broken_source,
+        {"lin0__metalora_down": lambda t: torch.zeros(3, 12)},
+        RankMismatchError,
+        "rank 3 at 'lin0', the config says meta_r=4. Set meta_r=3",
+    ),
+    "another r": (
+        broken_source,
+        {"lin1__metalora_mid_init": lambda t: torch.zeros(1, 4)},
+        RankMismatchError,
+        "needs the rank of the Down's Mid, 1 at 'lin1', but r=2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_a_down_that_does_not_fit_leaves_no_trace(case):
+    make, changes, error, message = SOURCES[case]
+    source, model = make(**changes), mlp()
+    set_down_loader(lambda _: source)
+    before = picture(model)
+    with pytest.raises(error, match=message):
+        get_peft_model(model, config(stage="subject", down="a/b"))
+    assert_unchanged(model, before)
+
+
+def test_a_down_with_another_fingerprint_is_refused():
+    source, model = broken_source(), mlp()
+    set_down_loader(lambda _: source)
+    with pytest.raises(FingerprintMismatchError, match="trained with the Down 000000000000..."):
+        get_peft_model(model, config(stage="subject", down="a/b", down_fingerprint="0" * 64))
+
+
+def test_no_match_is_also_what_peft_raises():
+    with pytest.raises(NoMatchingPeftModuleError):
+        get_peft_model(mlp(), config(target_modules=["nope"]))
+
+
+def test_a_name_that_is_taken_is_refused_by_every_road():
+    model = inject_adapter_in_model(config(), mlp())
+    before = model.peft_config["default"]
+    with pytest.raises(AdapterStateError, match="already has an adapter 'default'"):
+        inject_adapter_in_model(config(r=1), model)
+    assert model.peft_config["default"] is before
+
+
+def tiny_flux():
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+
+
+def flux_inputs(batch=2):
+    torch.manual_seed(1)
+    return {
+        "hidden_states": torch.randn(batch, 6, 4),
+        "encoder_hidden_states": torch.randn(batch, 3, 8),
+        "pooled_projections": torch.randn(batch, 8),
+        "timestep": torch.rand(batch),
+        "img_ids": torch.zeros(6, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }
+
+
+def test_diffusers_add_adapter_scale_switch_and_recover_from_a_failure():
+    model, inputs = tiny_flux(), flux_inputs()
+    base = model(**inputs).sample
+    with pytest.raises(NoTargetModulesError):
+        model.add_adapter(config(target_modules=["nope"]))
+    model.add_adapter(config(target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    randomise(model)
+    full = model(**inputs).sample
+    assert not torch.allclose(full, base)
+    half = model(**inputs, joint_attention_kwargs={"scale": 0.5}).sample
+    model.set_adapters(["default"], [0.5])
+    torch.testing.assert_close(model(**inputs).sample, half)
+    model.set_adapters(["default"], [1.0])
+    assert torch.equal(model(**inputs).sample, full)
+    model.disable_adapters()
+    assert torch.equal(model(**inputs).sample, base)
+    model.enable_adapters()
+    model.delete_adapters("default")
+    model.unload_lora()
+    assert torch.equal(model(**inputs).sample, base)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("stage", ["meta", "subject"])
+def test_save_and_load_both_stages(tmp_path, stage, low_cpu_mem_usage):
+    base, x = mlp(), torch.randn(3, 12)
+    meta = randomise(adapted(base))
+    source = down_source(meta)
+    set_down_loader(lambda _: source)
+    model = meta if stage == "meta" else randomise(adapted(base, stage="subject", down="a/b"), 7)
+    model.save_pretrained(tmp_path)
+    keys = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
+    own = {"metalora_mid", "metalora_up"}
+    assert keys == own | ({"metalora_down", "metalora_mid_init"} if stage == "meta" else set())
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(loaded(x), model(x))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    trainable = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    names = {name.split(".")[-2] for name, parameter in trainable.named_parameters() if parameter.requires_grad}
+    assert names == own | ({"metalora_down"} if stage == "meta" else set())
+
+
+def test_a_loaded_subject_finds_its_down_on_the_model_by_fingerprint(tmp_path):
+    base, x = mlp(), torch.randn(3, 12)
+    meta = randomise(adapted(base))
+    source = down_source(meta)
+    set_down_loader(lambda _: source)
+    ann = randomise(adapted(base, stage="subject", down="a/b"), 7)
+    ann.save_pretrained(tmp_path)
+    set_down_loader(None)
+    meta.load_adapter(tmp_path, "ann", low_cpu_mem_usage=True)
+    assert layer_of(meta).down_key["ann"] == "default"
+    meta.set_adapter("ann")
+    assert torch.equal(meta(x), ann(x))
+    assert list(layer_of(meta).metalora_down) == ["default"]
+
+
+def test_injected_state_dict_round_trip():
+    model = randomise(inject_adapter_in_model(config(), mlp()))
+    state = get_peft_model_state_dict(model)
+    assert all(value.requires_grad is False or value.is_leaf for value in state.values())
+    other = inject_adapter_in_model(config(), mlp())
+    result = set_peft_model_state_dict(other, state)
+    assert not result.unexpected_keys
+    x = torch.randn(2, 12)
+    assert torch.equal(other(x), model(x))
+
+
+def test_subjects_of_one_down_share_its_tensors_and_the_last_takes_them_along():
+    source = broken_source()
+    set_down_loader(lambda _: source)
+    model = adapted(stage="subject", down="a/b")
+    for name in ("bob", "eve"):
+        model.add_adapter(name, config(stage="subject", down="a/b"))
+    layer = layer_of(model)
+    (key,) = layer.metalora_down
+    assert set(layer.down_key.values()) == {key}
+    for name in ("default", "bob"):
+        model.delete_adapter(name)
+        assert list(layer.metalora_down) == [key]
+    model.delete_adapter("eve")
+    assert not layer.metalora_down and not layer.metalora_mid_init and not layer.metalora_mean_mid
+
+
+def test_a_meta_adapter_in_use_is_not_deleted():
+    model = adapted()
+    model.add_adapter("ann", config(stage="subject", down="default"))
+    with pytest.raises(AdapterStateError, match="holds the Down that 'ann' use"):
+        model.delete_adapter("default")
+    assert sorted(model.peft_config) == ["ann", "default"]
+    model.delete_adapter("ann")
+    model.delete_adapter("default")
+    with pytest.raises(AdapterNotFoundError, match="Adapter bob does not exist"):
+        model.base_model.delete_adapter("bob")
+
+
+def test_down_and_subject_states_are_views_with_plain_keys():
+    model = randomise(adapted(num_slots=3))
+    down, ann = down_state(model, "default"), subject_state(model, "default", 1)
+    assert {key: tuple(value.shape) for key, value in down.items() if key.startswith("lin0")} == {
+        "lin0.metalora_down": (4, 12),
+        "lin0.metalora_mid_init": (2, 4),
+        "lin0.metalora_mid": (1, 2, 4),
+        "lin0.metalora_up": (1, 16, 2),
+    }
+    assert set(ann) == {f"{path}.metalora_{part}" for path in ("lin0", "lin1") for part in ("mid", "up")}
+    assert ann["lin0.metalora_mid"].data_ptr() == layer_of(model).metalora_mid["default"][1].data_ptr()
+    with pytest.raises(MissingDownError, match="no Down named 'nobody'"):
+        down_state(model, "nobody")
+
+
+def test_fingerprint_depends_on_names_shapes_dtypes_and_bytes_of_down_alone():
+    state = down_state(adapted(), "default")
+    mark = fingerprint(state)
+    assert mark == fingerprint(dict(reversed(state.items())))
+    assert mark == fingerprint({**state, "lin0.metalora_up": torch.zeros(1)})
+    assert mark != fingerprint({**state, "lin0.metalora_down": state["lin0.metalora_down"] + 1e-3})
+    assert mark != fingerprint({key: value.bfloat16() for key, value in state.items()})
+    assert mark != fingerprint({key.replace("lin0", "x"): value for key, value in state.items()})
+
+
+def test_a_trained_down_has_the_fingerprint_of_its_tensors_now():
+    model = adapted()
+    before = down_fingerprint(model, "default")
+    layer_of(model).metalora_down["default"].data += 1
+    assert down_fingerprint(model, "default") != before
+
+
+def test_write_subject_copies_in_place_or_not_at_all():
+    model = randomise(adapted(num_slots=2))
+    state = {key: torch.ones_like(value) for key, value in subject_state(model, "default", 0).items()}
+    mid = layer_of(model).metalora_mid["default"]
+    write_subject(model, "default", state, slot=1)
+    assert layer_of(model).metalora_mid["default"] is mid
+    assert (mid[1] == 1).all() and not (mid[0] == 1).any()
+    with pytest.raises(AdapterStateError, match=r"lin1.metalora_up must be \(1, 10, 2\), found nothing"):
+        write_subject(model, "default", {key: 2 * v for key, v in state.items() if key != "lin1.metalora_up"}, 1)
+    with pytest.raises(AdapterStateError, match="1 key"):
+        write_subject(model, "default", {**state, "lin9.metalora_up": torch.ones(1)}, 1)
+    assert (mid[1] == 1).all()
