@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training has to know of a family of base models, and the part that all rectified-flow models share.
+
+A family is one file beside this one: how it encodes text and images, which noise levels training draws, what the
+denoiser predicts, and which modules are adapted by default and why. Nothing here knows of adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from torch import Tensor, nn
+
+Text = dict[str, Tensor]
+
+
+class Base(ABC):
+    """A pipeline seen as something that can be trained.
+
+    Args:
+        pipeline: a stock diffusers pipeline of this family; it is not changed.
+        weighting_scheme: density of the noise levels, as diffusers' training scripts name it: 'logit_normal' (arXiv
+            2403.03206, section 3.1), 'mode' (the same) or 'none' (uniform).
+        max_sequence_length: tokens of a prompt; by default what the tokenizer allows, 512 at the most.
+
+    Class attributes:
+        pipeline_class: name of the diffusers pipeline.
+        target_modules: regular expression of the modules that are adapted by default.
+        denoiser_name: attribute of the pipeline that holds the denoiser.
+        encoder_names: attributes that hold what is not needed once latents and text embeddings are cached.
+    """
+
+    pipeline_class: ClassVar[str]
+    target_modules: ClassVar[str]
+    denoiser_name: ClassVar[str] = "transformer"
+    encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+    def __init__(
+        self, pipeline: Any, *, weighting_scheme: str = "logit_normal", max_sequence_length: int | None = None
+    ) -> None:
+        self.pipeline = pipeline
+        self.weighting_scheme = weighting_scheme
+        self.max_sequence_length = max_sequence_length or self._default_sequence_length()
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The model that is adapted."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the denoiser's weights."""
+        return next(self.denoiser.parameters()).dtype
+
+    def place(self, device: torch.device | str, *, encoders: bool) -> None:
+        """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way, on the CPU."""
+        self.denoiser.to(device)
+        for name in self.encoder_names:
+            part = getattr(self.pipeline, name, None)
+            if part is not None:
+                part.to(device if encoders else "cpu")
+
+    def _default_sequence_length(self) -> int:
+        return min(512, self.pipeline.tokenizer.model_max_length)
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        """Embeddings of n prompts: a dict of tensors with n rows each, on the CPU."""
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, batch_size: int = 16) -> Tensor:
+        """Latents of images, scaled as the denoiser knows them, on the CPU.
+
+        The mean of the VAE's posterior is taken: its spread is far below what a crop or a noise level changes.
+
+        Args:
+            pixels: (n, 3, h, w) in [-1, 1]; h and w divisible by `pixel_multiple`.
+
+        Returns:
+            (n, c, h / f, w / f), f the VAE's factor.
+        """
+        vae = self.pipeline.vae
+        device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
+        parts = [vae.encode(part.to(device, dtype)).latent_dist.mode() for part in pixels.split(batch_size)]
+        return self.scale_latents(torch.cat(parts).float()).cpu()
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """The VAE's latents -> the denoiser's."""
+        config = self.pipeline.vae.config
+        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Height and width of images must be divisible by this."""
+        return self.pipeline.vae_scale_factor
+
+    @abstractmethod
+    def sample_times(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a noise level for each of n latents: (n,)."""
+
+    @abstractmethod
+    def loss(self, latents: Tensor, text: Text, noise: Tensor, times: Tensor) -> Tensor:
+        """Training loss of each sample: (n,) float32.
+
+        Args:
+            latents: (n, c, h, w) clean latents. text: as `encode_text` returns, n rows. noise: as `latents`.
+            times: (n,) as `sample_times` returns.
+        """
+
+
+class FlowBase(Base):
+    """Rectified flow (arXiv 2403.03206, equations 1, 12 and 13): x_t = (1 - t) x_0 + t noise, v = noise - x_0."""
+
+    def sample_times(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw t in (0, 1), shifted as the pipeline's own scheduler shifts it for images of this size.
+
+        The scheduler's shift (a constant, or one that grows with the number of tokens) says at which noise levels
+        generation spends its steps; training draws them likewise.
+        """
+        device = generator.device if generator is not None else latents.device
+        t = compute_density_for_timestep_sampling(
+            self.weighting_scheme,
+            latents.shape[0],
+            logit_mean=0.0,
+            logit_std=1.0,
+            mode_scale=1.29,
+            device=device,
+            generator=generator,
+        ).to(latents.device)
+        shift = self.time_shift(latents)
+        return shift * t / (1 + (shift - 1) * t)
+
+    def time_shift(self, latents: Tensor) -> float:
+        """s in t' = s t / (1 + (s - 1) t)."""
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting", False):
+            return float(config.get("shift", 1.0))
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = base + (top - base) * (self.tokens(latents) - low) / (high - low)
+        return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+    def tokens(self, latents: Tensor) -> int:
+        """Image tokens of one latent."""
+        return latents.shape[-2] * latents.shape[-1] // 4
+
+    def loss(self, latents: Tensor, text: Text, noise: Tensor, times: Tensor) -> Tensor:
+        t = times.view(-1, 1, 1, 1)
+        velocity = self.predict((1 - t) * latents + t * noise, text, times)
+        return F.mse_loss(velocity.float(), noise - latents, reduction="none").flatten(1).mean(1)
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
+        """The denoiser's velocity for x_t: as `noisy`, (n, c, h, w)."""

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An optimiser for parameters whose first dimension is a subject's slot.
+
+Mid (slots, r, meta_r) and Up (slots, d_out, r) hold many subjects, and a batch holds some of them. An ordinary Adam
+would move the others too, by momentum and by weight decay. `SlotOptimizer` gives each slot an optimiser of its own, so
+that a slot is trained exactly as if it were a separate adapter: its own moments, its own step count, nothing at all
+when it is not in the batch. Parameters without slots (Down) have an ordinary optimiser beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigError, SubjectIndexError
+
+# These treat every number by itself, so that a slot's tensors can be one flat vector: one small update a slot instead
+# of one for each of its tensors, with the same result.
+_ELEMENTWISE = tuple(
+    getattr(torch.optim, name)
+    for name in ("Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
+)
+
+
+class SlotOptimizer(Optimizer):
+    """One torch optimiser for each slot, and one for the parameters that all slots share.
+
+    ```python
+    optimizer = SlotOptimizer(torch.optim.AdamW, [mid, up], shared=[down], lr=1e-3, shared_options={"lr": 1e-4})
+    optimizer.see([0, 3])  # the subjects of this batch
+    loss.backward()
+    optimizer.step()  # slots 0 and 3 and Down move; all others keep every bit
+    ```
+
+    Args:
+        optimizer_class: any `torch.optim.Optimizer`.
+        parameters: each (slots, ...), the same number of slots in all.
+        shared: parameters without slots; their group is `param_groups[1]`.
+        shared_options: options of `shared` that differ from `options`.
+        options: keyword arguments of `optimizer_class`.
+
+    Learning-rate schedulers work on `param_groups` as with any optimiser.
+
+    Raises:
+        ConfigError: parameters with different numbers of slots, or none.
+    """
+
+    def __init__(
+        self,
+        optimizer_class: type[Optimizer],
+        parameters: Iterable[nn.Parameter],
+        *,
+        shared: Iterable[nn.Parameter] = (),
+        shared_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        slotted, shared = list(parameters), list(shared)
+        counts = {parameter.shape[0] for parameter in slotted}
+        if len(counts) != 1:
+            raise ConfigError(
+                "expected parameters with one common number of slots (their first dimension), "
+                f"found {sorted(counts) or 'no parameter'}: pass the Mid and Up of one adapter"
+            )
+        self.num_slots = counts.pop()
+        self._class, self._options = optimizer_class, options
+        self._slotted = slotted
+        self._sizes = [parameter[0].numel() for parameter in slotted]
+        self._flat = optimizer_class in _ELEMENTWISE
+        self._rows = torch.cat([parameter.detach().flatten(1) for parameter in slotted], dim=1)
+        self._optimizers: dict[int, Optimizer] = {}
+        self._seen: set[int] = set()
+        groups: list[dict[str, Any]] = [{"params": slotted, "lr": options["lr"]}]
+        self._shared: Optimizer | None = None
+        if shared:
+            self._shared = optimizer_class(shared, **{**options, **(shared_options or {})})
+            groups.append({"params": shared, "lr": self._shared.param_groups[0]["lr"]})
+        super().__init__(groups, {"lr": options["lr"]})
+
+    def see(self, slots: Sequence[int] | torch.Tensor) -> None:
+        """Say which slots the batch holds; they, and only they, move in the next `step`.
+
+        Raises:
+            SubjectIndexError: a slot outside 0 .. num_slots - 1.
+        """
+        found = {int(slot) for slot in slots}
+        if found and not (0 <= min(found) and max(found) < self.num_slots):
+            raise SubjectIndexError(f"expected slots 0 to {self.num_slots - 1}, found {sorted(found)}. Raise num_slots.")
+        self._seen |= found
+
+    def reset(self, slots: Iterable[int] | None = None) -> None:
+        """Forget the state of `slots` (None: of all) and take their numbers anew from the parameters.
+
+        To be called whenever something else than this optimiser wrote into the slots.
+        """
+        for slot in range(self.num_slots) if slots is None else slots:
+            self._optimizers.pop(slot, None)
+            self._seen.discard(slot)
+            self._rows[slot] = torch.cat([parameter.detach()[slot].flatten() for parameter in self._slotted])
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Clip the gradient of each slot by its own norm, and of the shared parameters by theirs.
+
+        Returns:
+            (num_slots,) norms before clipping; zero for slots without a gradient.
+        """
+        grads = [parameter.grad for parameter in self._slotted if parameter.grad is not None]
+        norms = torch.zeros(self.num_slots, device=self._rows.device)
+        if grads:
+            norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
+            factor = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                grad.mul_(factor.view(-1, *[1] * (grad.ndim - 1)).to(grad.dtype))
+        if self._shared is not None:
+            nn.utils.clip_grad_norm_(self.param_groups[1]["params"], max_norm)
+        return norms
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move the seen slots and the shared parameters that have a gradient; then nothing is seen."""
+        if self._shared is not None:
+            self._shared.param_groups[0]["lr"] = self.param_groups[1]["lr"]
+            self._shared.step()
+        live = [parameter.grad is not None for parameter in self._slotted]
+        if self._seen and any(live):
+            slots = sorted(self._seen)
+            index = torch.tensor(slots, device=self._rows.device)
+            grads = torch.cat(
+                [
+                    parameter.grad[index].flatten(1)
+                    if parameter.grad is not None
+                    else torch.zeros(len(slots), size, dtype=self._rows.dtype, device=index.device)
+                    for parameter, size in zip(self._slotted, self._sizes, strict=True)
+                ],
+                dim=1,
+            ).to(self._rows.dtype)
+            for position, slot in enumerate(slots):
+                self._step_slot(slot, grads[position], live)
+            for parameter, row in zip(self._slotted, self._rows[index].split(self._sizes, dim=1), strict=True):
+                parameter[index] = row.view(len(slots), *parameter.shape[1:]).to(parameter.dtype)
+        self._seen.clear()
+
+    def _step_slot(self, slot: int, grad: torch.Tensor, live: list[bool]) -> None:
+        if slot not in self._optimizers:
+            self._optimizers[slot] = self._class(self._views(slot), **self._options)
+        optimizer = self._optimizers[slot]
+        group = optimizer.param_groups[0]
+        group["lr"] = self.param_groups[0]["lr"]
+        if self._flat:
+            group["params"][0].grad = grad
+        else:
+            for proxy, piece, alive in zip(group["params"], grad.split(self._sizes), live, strict=True):
+                proxy.grad = piece.view(proxy.shape) if alive else None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _views(self, slot: int) -> list[nn.Parameter]:
+        row = self._rows[slot]
+        if self._flat:
+            return [nn.Parameter(row)]
+        return [
+            nn.Parameter(piece.view(parameter.shape[1:]))
+            for parameter, piece in zip(self._slotted, row.split(self._sizes), strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Everything a resumed run needs beside the parameters themselves."""
+        return {
+            "lr": [group["lr"] for group in self.param_groups],
+            "slots": {slot: optimizer.state_dict() for slot, optimizer in self._optimizers.items()},
+            "shared": self._shared.state_dict() if self._shared is not None else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a `state_dict`; the parameters must have been restored before."""
+        self.reset()
+        for slot, state in state_dict["slots"].items():
+            self._optimizers[slot] = self._class(self._views(slot), **self._options)
+            self._optimizers[slot].load_state_dict(state)
+        if self._shared is not None:
+            self._shared.load_state_dict(state_dict["shared"])
+        for group, lr in zip(self.param_groups, state_dict["lr"], strict=True):
+            group["lr"] = lr
