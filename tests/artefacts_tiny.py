@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny model with a Down and a subject on it, written as the folders that tests read, break and compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_metalora import MetaLoraConfig, save_down, save_subject
+
+RANKS = {"r": 2, "meta_r": 4, "lora_alpha": 3}
+TARGETS = ["to_q", "to_out"]
+
+
+class Block(nn.Module):
+    """Two linear layers of different shapes and one that is never adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(8, 6)
+        self.to_out = nn.Linear(6, 8)
+        self.norm = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.to_out(torch.tanh(self.to_q(x))))
+
+
+class TinyModel(nn.Module):
+    """Two blocks; x (n, 8) -> (n, 8)."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def with_down(slots: int = 1, seed: int = 1, **changes) -> nn.Module:
+    """A model with a stage-`meta` adapter "faces" whose Up is not zero."""
+    model = TinyModel()
+    torch.manual_seed(seed)
+    config = MetaLoraConfig(**{**RANKS, "target_modules": TARGETS, "num_slots": slots, "init_weights": False, **changes})
+    return inject_adapter_in_model(config, model, "faces")
+
+
+def with_subject(model: nn.Module, name: str = "ann", slots: int = 1, seed: int = 2, down: str = "faces") -> nn.Module:
+    """The model with a subject on the Down "faces", as if trained: its Up is not zero."""
+    torch.manual_seed(seed)
+    settings = {**RANKS, "target_modules": TARGETS, "num_slots": slots, "init_weights": False}
+    return inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down=down), model, name)
+
+
+def write_pair(folder: Path) -> tuple[Path, Path]:
+    """Write a Down `folder/faces` and a subject `folder/ann` that names it by a relative path."""
+    model = with_subject(with_down())
+    save_down(folder / "faces", model, "faces", facts={"domain": "faces", "subjects": 2})
+    save_subject(folder / "ann", model, "ann", down=folder / "faces")
+    return folder / "faces", folder / "ann"
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change fields of adapter_config.json; None as a value removes nothing, it is written."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    """Let `edit` change the dictionary of tensors in adapter_model.safetensors."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
