@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from peft import PeftConfig
 from peft.mapping import (
@@ -61,7 +63,7 @@ def test_config_round_trip_through_a_file(tmp_path):
 
 
 def test_every_setting_is_documented_once():
-    own = [MetaLoraConfig.__dataclass_fields__[name] for name in MetaLoraConfig.__annotations__]
+    own = [field for field in dataclasses.fields(MetaLoraConfig) if field.name in MetaLoraConfig.__annotations__]
     assert [field.name for field in own if not field.metadata.get("help")] == []
 
 

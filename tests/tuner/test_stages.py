@@ -110,7 +110,7 @@ def test_mean_start_is_the_mean_subject():
 
 
 def test_fresh_start_is_another_mid_and_may_have_another_rank():
-    model, source = subject(start="fresh", r=3, init_weights=True)
+    model, _ = subject(start="fresh", r=3, init_weights=True)
     assert layer_of(model).metalora_mid["default"].shape == (1, 3, 4)
     assert not layer_of(model).metalora_up["default"].any()
 
