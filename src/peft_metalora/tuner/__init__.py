@@ -3,7 +3,8 @@
 
 from .config import MetaLoraConfig
 from .down import DownSource, fingerprint, set_down_loader
-from .layer import Linear, MetaLoraLayer
+from .layer import MetaLoraLayer
+from .linear import Linear
 from .model import MetaLoraModel, reset_slots, set_warmup, subject_state, write_subject
 from .plan import down_fingerprint, down_state
 from .registration import MetaLoraType, register

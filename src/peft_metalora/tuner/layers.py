@@ -8,7 +8,8 @@ from torch import nn
 
 from ..errors import UnsupportedModuleError
 from .config import MetaLoraConfig
-from .layer import Linear, MetaLoraLayer, factor_sizes
+from .layer import MetaLoraLayer, factor_sizes
+from .linear import Linear
 from .subjects import SubjectIndex
 
 

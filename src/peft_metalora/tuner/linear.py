@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meta-LoRA on nn.Linear, with the fewest kernels and saved activations we know of.
+
+Three roads give the same numbers within rounding:
+
+- *fused*, when the base is a plain nn.Linear in the dtype of x: the adapter's product is added inside the base's own
+  product (no pass over the output), and one autograd node stands for base and adapter, so that backward adds into the
+  base's input gradient and keeps, with Down frozen, only Down @ x (meta_r values a token) instead of x;
+- *pointwise*, under torch.compile without autograd and for a small rank: sums that the compiler melts into the
+  operations before and after the layer;
+- *general*, for everything else: quantised or wrapped bases, hooks, autocast, several active adapters, dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .layer import Chosen, MetaLoraLayer, cast, one_slot
+
+POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
+
+
+class Linear(MetaLoraLayer):
+    """Meta-LoRA on nn.Linear: x (..., d_in) -> (..., d_out)."""
+
+    def _shaped_like_weight(self, delta: Tensor) -> Tensor:
+        return delta.T if self.fan_in_fan_out else delta
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return base(x) plus the active adapters: x (..., d_in) -> (..., d_out)."""
+        name = None if args or kwargs or torch.compiler.is_compiling() else self._fusible(x)
+        return super().forward(x, *args, **kwargs) if name is None else self._forward_fused(x, name)
+
+    def _fusible(self, x: Tensor) -> str | None:
+        """Name of the one adapter that can be fused with the base, None if the general road must be taken."""
+        base, active = self.base_layer, self.active_adapters
+        if self._disable_adapters or self.merged_adapters or len(active) != 1 or type(base) is not nn.Linear:
+            return None
+        name, weight = active[0], base.weight
+        if (
+            name not in self.scaling
+            or type(weight) is not nn.Parameter
+            or weight.dtype != x.dtype
+            or x.dim() < 2
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or "forward" in base.__dict__
+            or torch.is_autocast_enabled(x.device.type)
+            or (self.training and not isinstance(self.metalora_dropout[name], nn.Identity))
+            or (
+                torch.is_grad_enabled()
+                and (weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+            )
+        ):
+            return None
+        return name
+
+    def _forward_fused(self, x: Tensor, name: str) -> Tensor:
+        base: Any = self.base_layer
+        chosen, dtype = self._chosen(x), x.dtype
+        rows = 1 if chosen is None else chosen[0].shape[0]
+        deep = x.reshape(rows, -1, self.d_in)
+        up = _gather(cast(self.metalora_up[name], dtype), chosen)
+        if torch.is_grad_enabled():
+            down, mid = (
+                cast(self._down(self.down_key[name]), dtype),
+                _gather(cast(self.metalora_mid[name], dtype), chosen),
+            )
+            y = FusedLinear.apply(deep, base.weight, base.bias, down, mid, up, self.scaling[name], chosen is None)
+        else:
+            z = self._project(deep, name, chosen)
+            y = _base_plus(deep, base.weight, base.bias, z, up, self.scaling[name], chosen is None)
+        return y.view(*x.shape[:-1], self.d_out)
+
+    def _project(self, deep: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+        """Mid @ Down @ x for x (rows, tokens, d_in), from the fold where there is one: (rows, tokens, r)."""
+        dtype = deep.dtype
+        if name in self.metalora_folded and not torch.is_grad_enabled():
+            return _times(deep, _gather(cast(self.metalora_folded[name], dtype), chosen))
+        h = F.linear(deep, cast(self._down(self.down_key[name]), dtype))
+        return _times(h, _gather(cast(self.metalora_mid[name], dtype), chosen))
+
+    def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+        dtype, scaling = result.dtype, self.scaling[name]
+        rows = 1 if chosen is None else chosen[0].shape[0]
+        deep = cast(self.metalora_dropout[name](x), dtype).reshape(rows, -1, self.d_in)
+        up = _gather(cast(self.metalora_up[name], dtype), chosen)
+        total = result.reshape(rows, -1, self.d_out)
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled() and self.r[name] <= POINTWISE_RANK:
+            return _pointwise(total, self._pointwise_project(deep, name, chosen), up, scaling).view(result.shape)
+        z = self._project(deep, name, chosen)
+        if self._may_overwrite():
+            _add_product_(total, z, up, scaling)
+            return total.view(result.shape)
+        if rows == 1:
+            return torch.addmm(total[0], z[0], up[0].t(), alpha=scaling).view(result.shape)
+        return torch.baddbmm(total, z, up.mT, alpha=scaling).view(result.shape)
+
+    def _pointwise_project(self, deep: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+        if name not in self.metalora_folded:
+            return self._project(deep, name, chosen)
+        folded = _gather(cast(self.metalora_folded[name], deep.dtype), chosen)
+        return torch.stack(
+            [(deep * folded[:, k : k + 1]).sum(-1, dtype=torch.float32) for k in range(folded.shape[1])], dim=-1
+        )
+
+    def __repr__(self) -> str:
+        return "metalora." + super().__repr__()
+
+
+class FusedLinear(torch.autograd.Function):
+    """y = x @ W^T + b + scaling * ((x @ down^T) @ mid^T) @ up^T as one node, for a frozen W and b.
+
+    Shapes: x (rows, tokens, d_in), down (meta_r, d_in), mid (rows, r, meta_r), up (rows, d_out, r); rows is 1 where all
+    samples share a subject. x is kept for backward only if Down trains.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        mid: Tensor,
+        up: Tensor,
+        scaling: float,
+        one_subject: bool,
+    ) -> Tensor:
+        h = F.linear(x, down)
+        z = _times(h, mid)
+        ctx.scaling = scaling
+        ctx.save_for_backward(weight, down, mid, up, h, z, x if ctx.needs_input_grad[3] else None)
+        return _base_plus(x, weight, bias, z, up, scaling, one_subject)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, down, mid, up, h, z, x = ctx.saved_tensors
+        need_x, _, _, need_down, need_mid, need_up, _, _ = ctx.needs_input_grad
+        dx = ddown = dmid = dup = None
+        dz = _times(dy, (up * ctx.scaling).mT)
+        if need_up:
+            dup = _transposed_times(dy, z).mul_(ctx.scaling)
+        if need_mid:
+            dmid = _transposed_times(dz, h)
+        if need_down:
+            ddown = _transposed_times(mid, _transposed_times(dz, x)).sum(0)
+        if need_x:
+            dx = torch.matmul(dy, weight)
+            _add_product_(dx, dz, torch.matmul(mid, down).mT, 1.0)
+        return dx, None, None, ddown, dmid, dup, None, None
+
+
+def _base_plus(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, up: Tensor, scaling: float, one_subject: bool
+) -> Tensor:
+    """x @ W^T + b + scaling * z @ up^T for x (rows, tokens, d_in).
+
+    With one subject, the small product goes first and the base's product accumulates onto it, which saves a pass over
+    the output. With several, the base goes first, so that a sample without subject is exactly the base.
+    """
+    if one_subject and bias is not None:
+        return torch.addmm(bias, z[0], up[0].t(), alpha=scaling).addmm_(x[0], weight.t()).unsqueeze(0)
+    y = F.linear(x, weight, bias)
+    _add_product_(y, z, up, scaling)
+    return y
+
+
+def _add_product_(total: Tensor, z: Tensor, up: Tensor, scaling: float) -> None:
+    """total += scaling * z @ up^T in place, for total (rows, tokens, n), z (rows, tokens, r), up (rows, n, r)."""
+    if total.shape[0] == 1:
+        total[0].addmm_(z[0], up[0].t(), alpha=scaling)
+    else:
+        total.baddbmm_(z, up.mT, alpha=scaling)
+
+
+def _pointwise(total: Tensor, z: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """total + scaling * z @ up^T as sums of outer products in float32."""
+    small = sum(z[..., k : k + 1].float() * up[:, None, :, k].float() for k in range(up.shape[-1]))
+    return (total.float() + scaling * small).to(total.dtype)
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x (rows, tokens, n) @ factor (rows, m, n)^T -> (rows, tokens, m)."""
+    return F.linear(x, factor[0]) if factor.shape[0] == 1 else torch.bmm(x, factor.mT)
+
+
+def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
+    """a (rows, tokens, m)^T @ b (rows, tokens, n) -> (rows, m, n)."""
+    return torch.bmm(a.mT, b)
+
+
+def _gather(stacked: Tensor, chosen: Chosen | None) -> Tensor:
+    """Each sample's slot of a stacked factor (slots, ...) -> (rows, ...), zero where there is no subject."""
+    if chosen is None:
+        return one_slot(stacked)
+    slot, present = chosen
+    return torch.where(present, stacked[slot], 0)

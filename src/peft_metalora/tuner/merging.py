@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of an adapted layer that scales, folds and merges: everything about weights, nothing about activations."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..errors import AdapterStateError, NonFiniteError
+
+if TYPE_CHECKING:
+    from .subjects import SubjectIndex
+
+
+class Mergeable(BaseTunerLayer, nn.Module):
+    """Scaling, folding and merging of the factors that `MetaLoraLayer` holds."""
+
+    subject_index: SubjectIndex
+    d_out: int
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    down_key: dict[str, str]
+    metalora_down: nn.ParameterDict
+    metalora_mid: nn.ParameterDict
+    metalora_up: nn.ParameterDict
+    metalora_folded: BufferDict
+    merged_adapters: list[str]
+    _weight_before_merge: Tensor | None
+
+    # ---- scale ---------------------------------------------------------------------------------------------------
+
+    def _full_scale(self, adapter_name: str) -> float:
+        r = self.r[adapter_name]
+        return self.lora_alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Weight the adapter: its output is multiplied by `scale` times its own scaling."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._full_scale(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        if scale != 1:
+            for name in self.active_adapters:
+                if name in self.scaling:
+                    self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; without a scale, return to the adapter's own scaling."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self._full_scale(name) if scale is None else self.scaling[name] / scale
+
+    # ---- fold and merge ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fold(self, adapter_name: str, slot: int | None = None) -> None:
+        """Cache A = Mid @ Down, (slots, r, d_in), for all slots or anew for one: inference then does not touch Down."""
+        if slot is None or adapter_name not in self.metalora_folded:
+            dtype = self.metalora_down[self.down_key[adapter_name]].dtype
+            self.metalora_folded[adapter_name] = self.folded_factor(adapter_name).to(dtype)
+        else:
+            self.metalora_folded[adapter_name][slot] = self.folded_factor(adapter_name, slot).to(
+                self.metalora_folded[adapter_name]
+            )
+
+    def unfold(self) -> None:
+        """Forget every cached fold."""
+        self.metalora_folded.clear()
+
+    def folded_factor(self, adapter_name: str, slot: int | None = None) -> Tensor:
+        """Return A = Mid @ Down, at least in float32: (slots, r, *down.shape[1:]), or without `slots` for one slot."""
+        mid, down = self.metalora_mid[adapter_name].detach(), self.metalora_down[self.down_key[adapter_name]].detach()
+        mid = mid if slot is None else mid[slot]
+        dtype = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
+        flat = mid.to(dtype) @ down.to(dtype).flatten(1)
+        return flat.view(*mid.shape[:-1], *down.shape[1:])
+
+    def merge_slot(self, adapter_name: str) -> int | None:
+        """The one slot that all samples use, None for no subject.
+
+        Raises:
+            AdapterStateError: the samples use different slots, which one weight cannot hold.
+        """
+        values = set(self.subject_index.values or (0,))
+        if len(values) > 1:
+            raise AdapterStateError(
+                f"Merging needs one subject for the whole batch, but {sorted(values)} are set. "
+                "Choose one, for example set_subjects(model, [0]), or None for slot 0."
+            )
+        slot = values.pop()
+        return None if slot < 0 else slot
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str, slot: int = 0) -> Tensor:
+        """Return what merging adds to the base weight: scaling * Up @ Mid @ Down, shaped like that weight.
+
+        Computed at least in float32 and returned in the dtype of Up.
+        """
+        folded, up = self.folded_factor(adapter, slot), self.metalora_up[adapter][slot].detach()
+        delta = (up.to(folded.dtype) * self.scaling[adapter]) @ folded.flatten(1)
+        return self._shaped_like_weight(delta.view(self.d_out, *folded.shape[1:])).to(up.dtype)
+
+    def _shaped_like_weight(self, delta: Tensor) -> Tensor:
+        return delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weight; the weight before is kept, so that `unmerge` is exact to the bit.
+
+        Args:
+            safe_merge: refuse a merge whose result holds NaN or infinity, and leave the weight as it was.
+            adapter_names: which adapters, the active ones by default.
+
+        Raises:
+            NonFiniteError: `safe_merge` found NaN or infinity.
+            AdapterStateError: the samples use different slots.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.metalora_mid]
+        if not names:
+            return
+        slots = {name: self.merge_slot(name) for name in names}
+        before = self.get_base_weight()
+        total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
+        for name, slot in slots.items():
+            if slot is not None:
+                total += self.get_delta_weight(name, slot).to(total)
+        merged = total.to(before.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise NonFiniteError(
+                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; the base weight is kept."
+            )
+        if self._weight_before_merge is None:
+            self._weight_before_merge = before.clone()
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore the base weight bit for bit to what it was before the first merge."""
+        if not self.merged or self._weight_before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        self.set_base_weight(self._weight_before_merge.to(self.get_base_weight().device))
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
