@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up .venv themselves; the rest is for working on the package.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint types fix docs bench clean
+
+demo: .venv/.installed
+	.venv/bin/metalora demo
+
+test: .venv/.installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/.installed
+	.venv/bin/mypy
+
+fix: .venv/.installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+docs: .venv/.installed-docs
+	.venv/bin/mkdocs build --strict --quiet
+
+bench: .venv/.installed
+	.venv/bin/python -m benchmarks
+
+clean:
+	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache
+
+# The constraints hold the exact versions that are tested, torch included.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt -e '.[face,test]'
+	touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	touch $@

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meta-LoRA (https://arxiv.org/abs/2503.22352) for PEFT and diffusers: a shared Down, tiny subjects.
+
+Importing the package makes the tuner known to PEFT (`PeftModel.from_pretrained` then reads its folders) and nothing
+else: diffusers, transformers' pipelines and face models are imported by the names that need them, when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import tuner
+from .errors import MetaLoraError
+from .tuner import MetaLoraConfig, MetaLoraModel
+
+if TYPE_CHECKING:
+    from .tuner.down import DownSource
+
+__version__ = "0.1.0"
+
+# Where each lazy name lives; `tests/test_architecture.py` keeps this, `__all__` and the modules in agreement.
+_LAZY = {
+    "DownSource": "tuner",
+    "checkpoint": "",
+    "data": "",
+    "demo": "",
+    "down_state": "tuner",
+    "enable_meta_lora": "pipelines",
+    "errors": "",
+    "fingerprint": "tuner",
+    "hub": "",
+    "load_down": "hub",
+    "load_subject": "hub",
+    "meta_train": "training",
+    "metrics": "",
+    "personalize": "training",
+    "pipelines": "",
+    "pull": "publish",
+    "push_down": "publish",
+    "push_subject": "publish",
+    "reset_slots": "tuner",
+    "save_down": "checkpoint",
+    "save_subject": "checkpoint",
+    "set_subjects": "tuner",
+    "set_warmup": "tuner",
+    "subject_state": "tuner",
+    "subjects": "tuner",
+    "training": "",
+}
+
+__all__ = sorted(["MetaLoraConfig", "MetaLoraError", "MetaLoraModel", "__version__", "tuner", *_LAZY])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _LAZY[name]:
+        return importlib.import_module(f".{name}", __name__)
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _load_down(config: MetaLoraConfig) -> DownSource:
+    """Bring the Down that a configuration names; the tuner itself knows nothing about files."""
+    from . import hub
+
+    return hub.resolve_down(config)
+
+
+tuner.set_down_loader(_load_down)
