@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both stages do to a denoiser around the loop: put an adapter on, make an optimiser for it, take it off again."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..errors import AdapterStateError, ConfigError
+from .bases import Base
+from .settings import TrainingConfig
+
+
+def choose_device(config: TrainingConfig) -> torch.device:
+    """The device that the settings name, or a GPU if there is one."""
+    if config.device is not None:
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """Precision of the frozen base."""
+    if config.mixed_precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+
+
+def autocast(config: TrainingConfig, device: torch.device) -> Any:
+    """Context for a forward pass."""
+    dtype = choose_dtype(config, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def targets(base: Base, config: TrainingConfig) -> list[str] | str:
+    """The modules to adapt, as PEFT takes them."""
+    if config.target_modules is None:
+        return base.target_modules
+    if any(sign in config.target_modules for sign in r"\^$*+?()[]{}|"):
+        return config.target_modules
+    return [name.strip() for name in config.target_modules.split(",")]
+
+
+def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -> list[nn.Parameter]:
+    """Put an adapter on the denoiser, whose own weights are frozen; its factors are float32.
+
+    Returns:
+        The parameters that train.
+
+    Raises:
+        AdapterStateError: the denoiser has adapters already.
+        NoTargetModulesError, ConfigError and what else the tuner raises; the denoiser is then as it was.
+    """
+    denoiser = base.denoiser
+    if getattr(denoiser, "peft_config", None):
+        raise AdapterStateError(
+            f"expected a denoiser without adapters, found {', '.join(denoiser.peft_config)}: unload them before training"
+        )
+    denoiser.requires_grad_(False)
+    before = set(denoiser.parameters())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            denoiser.add_adapter(adapter, adapter_name=name)
+    except BaseException:
+        eject(denoiser)
+        raise
+    own = [parameter for parameter in denoiser.parameters() if parameter not in before]
+    for parameter in own:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+    return [parameter for parameter in own if parameter.requires_grad]
+
+
+def eject(denoiser: nn.Module) -> None:
+    """Take every adapter off the denoiser: its modules are the ones it had before."""
+    for path, module in list(denoiser.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, name = path.rpartition(".")
+            setattr(denoiser.get_submodule(parent), name, module.get_base_layer())
+    denoiser.__dict__.pop("peft_config", None)
+    if hasattr(denoiser, "_hf_peft_config_loaded"):
+        denoiser._hf_peft_config_loaded = False
+    denoiser.eval()
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """An optimiser by name: of torch.optim, or `module:Class`.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    module, _, attribute = name.rpartition(":")
+    try:
+        found = getattr(importlib.import_module(module or "torch.optim"), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"optimizer must be a class of torch.optim or module:Class of an installed package, found {name!r}: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ConfigError(f"optimizer must be a torch.optim.Optimizer, found {name!r}")
+    return found
+
+
+def optimizer_options(config: TrainingConfig) -> dict[str, Any]:
+    """Keyword arguments of every optimiser of a run."""
+    return {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+
+
+def make_scheduler(optimizer: Optimizer, config: TrainingConfig, steps: int) -> LRScheduler:
+    """diffusers' learning-rate schedule of that name, warm-up included."""
+    name = config.lr_scheduler
+    if name == "constant" and config.lr_warmup_steps:
+        name = "constant_with_warmup"
+    return get_scheduler(name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps)

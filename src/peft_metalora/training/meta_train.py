@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1: learn a Down from many subjects (arXiv 2503.22352).
+
+Subjects come in buckets. A bucket fills the slots of one adapter: all start from the one Mid that belongs to the Down
+and Up = 0, train alone while Down is frozen (warm-up), then together with it, in batches that mix subjects. What is
+kept is Down, that first Mid, and the mean of all subjects' last Mid and Up: the mean subject, from which stage 2 may
+start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft.functional import delete_adapter, set_adapter
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import checkpoint
+from ..data import read_subjects
+from ..errors import ConfigError, TooFewImagesError
+from ..tuner import MetaLoraConfig, reset_slots, set_subjects, set_warmup
+from ..tuner.subjects import meta_lora_layers
+from .adapters import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    eject,
+    inject,
+    make_scheduler,
+    optimizer_class,
+    optimizer_options,
+    targets,
+)
+from .bases import Base, load_base
+from .examples import Examples, encode_subjects
+from .loop import Step, training_steps
+from .settings import MetaTrainConfig
+from .slots import SlotOptimizer
+
+_TRAINING = "stage_1"
+
+
+@dataclass(frozen=True)
+class DownResult:
+    """A finished stage 1.
+
+    Attributes:
+        denoiser: holds the Down as adapter `adapter_name`, one slot: the mean subject.
+        facts: what is written into the configuration: steps, subjects, ranks, rates.
+        losses: of every step.
+    """
+
+    denoiser: nn.Module
+    adapter_name: str
+    facts: dict[str, Any]
+    losses: list[float]
+
+    def save(self, folder: str, base_model: str | None = None) -> None:
+        """Write the Down; raises as `checkpoint.save_down`."""
+        checkpoint.save_down(folder, self.denoiser, self.adapter_name, facts=self.facts, base_model=base_model)
+
+
+class MetaTraining:
+    """One run of stage 1 on examples in memory; `steps()` trains, `finish()` publishes.
+
+    Args:
+        base: its denoiser gets an adapter; everything stays on the denoiser's device.
+        examples: any number of subjects, each with at least one example.
+        config: folders and views are not looked at.
+
+    Raises:
+        ConfigError: more buckets than steps, or a warm-up that leaves Down no step.
+        TooFewImagesError: a subject without an example.
+    """
+
+    def __init__(self, base: Base, examples: Examples, config: MetaTrainConfig) -> None:
+        self.base, self.config = base, config
+        self.examples = examples.to(base.device)
+        self._positions = [positions.tolist() for positions in examples.by_subject()]
+        empty = [subject for subject, positions in enumerate(self._positions) if not positions]
+        if empty:
+            raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
+        subjects = len(self._positions)
+        slots = min(config.bucket_size or subjects, subjects)
+        self.buckets = [range(start, min(start + slots, subjects)) for start in range(0, subjects, slots)]
+        # The first buckets get the odd steps, so that the sum is what was asked for.
+        share, rest = divmod(config.max_train_steps, len(self.buckets))
+        self.bucket_steps = [share + (number < rest) for number in range(len(self.buckets))]
+        if share <= config.warmup_steps:
+            raise ConfigError(
+                f"expected more steps in each bucket than the {config.warmup_steps} of its warm-up, found {share} "
+                f"({config.max_train_steps} steps, {len(self.buckets)} buckets): raise max_train_steps or bucket_size, "
+                "or lower warmup_steps"
+            )
+        self.adapter_config = MetaLoraConfig(
+            r=config.rank,
+            meta_r=config.meta_rank,
+            lora_alpha=config.lora_alpha or config.rank,
+            target_modules=targets(base, config),
+            num_slots=slots,
+            base_model_name_or_path=config.pretrained_model_name_or_path,
+        )
+        inject(base, self.adapter_config, _TRAINING, config)
+        self._layers = [layer for _, layer in meta_lora_layers(base.denoiser)]
+        slotted = [part for layer in self._layers for part in (layer.metalora_mid[_TRAINING], layer.metalora_up[_TRAINING])]
+        downs = [layer.metalora_down[_TRAINING] for layer in self._layers]
+        self.optimizer = SlotOptimizer(
+            optimizer_class(config.optimizer),
+            slotted,
+            shared=downs,
+            shared_options={"lr": config.down_learning_rate or config.learning_rate},
+            **optimizer_options(config),
+        )
+        self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
+        self._generator = torch.Generator(base.device).manual_seed(config.seed)
+        self._choices = torch.Generator().manual_seed(config.seed)
+        self._queue: list[int] = []
+        self._sums: list[Tensor] = [torch.zeros_like(part[0]) for part in slotted]
+        self._slotted, self._counted, self._bucket = slotted, 0, range(0)
+        self._open = False  # the bucket's subjects are not in the mean yet
+        self.losses: list[float] = []
+        self._start = time.perf_counter()
+
+    def steps(self) -> Iterator[Step]:
+        """Train, bucket after bucket; yields each step when it is finished."""
+        denoiser, config = self.base.denoiser, self.config
+        done = 0
+        for self._bucket, count in zip(self.buckets, self.bucket_steps, strict=True):
+            self._open = True
+            reset_slots(denoiser, _TRAINING)
+            self.optimizer.reset()
+            self._queue.clear()
+            clip = partial(self.optimizer.clip_grad_norm_, config.max_grad_norm) if config.max_grad_norm else None
+            run = training_steps(
+                self._loss,
+                self.optimizer,
+                steps=done + count,
+                scheduler=self.scheduler,
+                accumulation=config.gradient_accumulation_steps,
+                clip=clip,
+                done=done,
+            )
+            set_warmup(denoiser, config.warmup_steps > 0, _TRAINING)
+            for step in run:
+                self.losses.append(step.loss)
+                if step.number - done == config.warmup_steps:
+                    set_warmup(denoiser, False, _TRAINING)
+                yield step
+            done += count
+            self._add_to_mean()
+
+    def finish(self) -> DownResult:
+        """Put the published Down on the denoiser, as adapter 'default', in place of the one that was trained."""
+        if self._open:
+            self._add_to_mean()
+        denoiser, config = self.base.denoiser, self.config
+        state = [
+            (layer.metalora_down[_TRAINING].detach(), layer.metalora_mid_init[_TRAINING]) for layer in self._layers
+        ]
+        means = [total / max(self._counted, 1) for total in self._sums]
+        self.adapter_config.num_slots = 1
+        denoiser.add_adapter(self.adapter_config, adapter_name="default")
+        with torch.no_grad():
+            for number, (layer, (down, mid_init)) in enumerate(zip(self._layers, state, strict=True)):
+                layer.metalora_down["default"].data = down.clone()
+                layer.metalora_mid_init["default"] = mid_init.clone()
+                layer.metalora_mid["default"].data = means[2 * number][None]
+                layer.metalora_up["default"].data = means[2 * number + 1][None]
+        delete_adapter(denoiser, _TRAINING, prefix="metalora_")
+        denoiser.peft_config.pop(_TRAINING, None)
+        set_adapter(denoiser, "default", inference_mode=True)
+        set_subjects(denoiser, None)
+        denoiser.eval()
+        settings = asdict(config)
+        kept = "rank", "meta_rank", "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "seed"
+        facts = {
+            "stage": "meta",
+            "steps": len(self.losses),
+            "subjects": self._counted,
+            "images": len(self.examples.latents),
+            "buckets": len(self.buckets),
+            "down_learning_rate": config.down_learning_rate or config.learning_rate,
+            "resolution": config.resolution,
+            "seconds": round(time.perf_counter() - self._start, 1),
+            **{name: settings[name] for name in kept},
+        }
+        return DownResult(denoiser, "default", facts, self.losses)
+
+    def _loss(self) -> Tensor:
+        slots = self._next_subjects()
+        index, rows = [], []
+        for slot in slots:
+            positions = self._positions[self._bucket[slot]]
+            picks = torch.randint(len(positions), (self.config.images_per_subject,), generator=self._choices)
+            index += [positions[pick] for pick in picks.tolist()]
+            rows += [slot] * len(picks)
+        latents, text = self.examples.pick(torch.tensor(index, device=self.base.device))
+        noise = torch.randn(latents.shape, generator=self._generator, device=latents.device)
+        times = self.base.sample_times(latents, self._generator)
+        set_subjects(self.base.denoiser, rows)
+        self.optimizer.see(slots)
+        with autocast(self.config, self.base.device):
+            return self.base.loss(latents, text, noise, times).mean()
+
+    def _next_subjects(self) -> list[int]:
+        """Slots of the next batch: each subject of the bucket once, in random order, before any comes again."""
+        wanted = min(self.config.subjects_per_batch, len(self._bucket))
+        chosen: list[int] = []
+        while len(chosen) < wanted:
+            fresh = [slot for slot in self._queue if slot not in chosen][: wanted - len(chosen)]
+            chosen += fresh
+            self._queue = [slot for slot in self._queue if slot not in fresh]
+            if len(chosen) < wanted:
+                self._queue += torch.randperm(len(self._bucket), generator=self._choices).tolist()
+        return chosen
+
+    @torch.no_grad()
+    def _add_to_mean(self) -> None:
+        count = len(self._bucket)
+        for total, part in zip(self._sums, self._slotted, strict=True):
+            total += part[:count].sum(0)
+        self._counted += count
+        self._open = False
+
+
+def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
+    """Stage 1 on examples in memory; writes nothing. The denoiser must be where training is to happen.
+
+    Raises:
+        As `MetaTraining`; TrainingError when the loss is not finite.
+    """
+    run = MetaTraining(base, examples, config)
+    try:
+        _run(run, progress)
+    except BaseException:
+        eject(base.denoiser)
+        raise
+    return run.finish()
+
+
+def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
+    """Stage 1 from a folder of subjects: trains a Down and writes it to `output_dir`.
+
+    Ctrl-C writes the Down as it is by then (nothing before the first step) and raises KeyboardInterrupt.
+
+    Returns:
+        The result that was written.
+
+    Raises:
+        NoImagesError, NoCaptionError, UnreadableImageError, MetadataError: the data cannot be used.
+        BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot.
+        TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
+    """
+    device = choose_device(config)
+    subjects = read_subjects(config.train_data_dir)
+    base = load_base(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        dtype=choose_dtype(config, device),
+        local_files_only=config.local_files_only,
+        weighting_scheme=config.weighting_scheme,
+        max_sequence_length=config.max_sequence_length,
+    )
+    base.place(device, encoders=True)
+    examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress)
+    base.place(device, encoders=False)
+    run = MetaTraining(base, examples, config)
+    try:
+        _run(run, progress)
+    except KeyboardInterrupt:
+        if run.losses:
+            run.finish().save(config.output_dir, config.pretrained_model_name_or_path)
+        raise
+    result = run.finish()
+    result.save(config.output_dir, config.pretrained_model_name_or_path)
+    return result
+
+
+def _run(run: MetaTraining, progress: bool) -> None:
+    with tqdm(total=run.config.max_train_steps, desc="meta-training", unit="step", disable=not progress) as bar:
+        for step in run.steps():
+            bar.update()
+            bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2: learn a subject from one image or a few, on a frozen Down (arXiv 2503.22352), or a plain LoRA to compare.
+
+The image is cut and mirrored into a number of views, which are encoded once; a step then costs the denoiser alone.
+Many subjects can be learned in one run: each has a slot, its own random stream, its own optimiser state and its own
+gradient clipping, so that it becomes what it would have become alone (up to the order of floating-point sums).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import checkpoint, hub
+from ..base_model import check_fits
+from ..data import Subject, read_photos
+from ..errors import ConfigError, TooFewImagesError
+from ..files import staged_folder
+from ..tuner import DownSource, MetaLoraConfig, set_subjects
+from ..tuner.subjects import meta_lora_layers
+from .adapters import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    eject,
+    inject,
+    make_scheduler,
+    optimizer_class,
+    optimizer_options,
+    targets,
+)
+from .bases import Base, load_base
+from .examples import Examples, encode_subjects
+from .loop import Step, training_steps
+from .settings import PersonalizeConfig
+from .slots import SlotOptimizer
+
+_ADAPTER = "default"
+
+
+class Personalization:
+    """One run of stage 2 on examples in memory: `steps()` trains, `save()` writes, `remove()` undoes the adapter.
+
+    Between two steps the pipeline of `base` generates with the adapter as it is by then (choose a subject with
+    `set_subjects`; the random streams of the run are its own).
+
+    Args:
+        base: its denoiser gets the adapter 'default'; everything stays on the denoiser's device.
+        examples: views of one subject, or of several with method 'meta-lora'; subject s is trained in slot s.
+        config: folders and `views_per_image` are not looked at.
+        down: needed with method 'meta-lora'.
+
+    Raises:
+        ConfigError: no Down, or several subjects with method 'lora'.
+        BaseModelMismatchError: the Down belongs to another base model; the denoiser is as it was.
+    """
+
+    def __init__(
+        self, base: Base, examples: Examples, config: PersonalizeConfig, down: DownSource | None = None
+    ) -> None:
+        self.base, self.config, self.down = base, config, down
+        self.examples = examples.to(base.device)
+        self.num_subjects = examples.num_subjects
+        self._positions = examples.by_subject()
+        empty = [subject for subject, positions in enumerate(self._positions) if not len(positions)]
+        if empty:
+            raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
+        parameters = self._inject()
+        self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
+        cls, options = optimizer_class(config.optimizer), optimizer_options(config)
+        self.optimizer = SlotOptimizer(cls, parameters, **options) if self._slots else cls(parameters, **options)
+        self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
+        # Every subject has the stream that it would have alone.
+        self._generators = [torch.Generator().manual_seed(config.seed) for _ in range(self.num_subjects)]
+        self.steps_done = 0
+        self._start = time.perf_counter()
+
+    @property
+    def _slots(self) -> bool:
+        return self.config.method == "meta-lora"
+
+    def _inject(self) -> list[nn.Parameter]:
+        config = self.config
+        if not self._slots:
+            if self.num_subjects > 1:
+                raise ConfigError(f"method 'lora' learns one subject a run, found {self.num_subjects}: run it for each")
+            rank = config.rank or 1
+            lora = LoraConfig(r=rank, lora_alpha=config.lora_alpha or rank, target_modules=self._targets())
+            return inject(self.base, lora, _ADAPTER, config)
+        if self.down is None:
+            raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
+        check_fits(self.base.denoiser, self.down, name=config.down or "this Down")
+        of_down = self.down.config
+        if config.rank is not None and config.rank != of_down.r and config.start != "fresh":
+            raise ConfigError(
+                f"rank must be the Down's, {of_down.r}, for start={config.start!r}, found {config.rank}: leave rank out, or "
+                "use start='fresh' (the control)"
+            )
+        adapter = MetaLoraConfig(
+            stage="subject",
+            r=config.rank or of_down.r,
+            meta_r=of_down.meta_r,
+            lora_alpha=of_down.lora_alpha * ((config.rank or of_down.r) / of_down.r),
+            use_rslora=of_down.use_rslora,
+            rank_pattern=of_down.rank_pattern,
+            alpha_pattern=of_down.alpha_pattern,
+            meta_rank_pattern=of_down.meta_rank_pattern,
+            target_modules=of_down.target_modules,
+            num_slots=self.num_subjects,
+            start=config.start,
+            down=config.down,
+            down_revision=config.down_revision,
+            down_fingerprint=self.down.fingerprint,
+            base_model_name_or_path=config.pretrained_model_name_or_path,
+        )
+        with hub.given(self.down):
+            return inject(self.base, adapter, _ADAPTER, config)
+
+    def _targets(self) -> list[str] | str:
+        if self.down is not None and self.config.target_modules is None:
+            return self.down.config.target_modules or self.base.target_modules
+        return targets(self.base, self.config)
+
+    def steps(self) -> Iterator[Step]:
+        """Train; yields each step when it is finished. With several subjects `loss` is their mean."""
+        config = self.config
+        clip = None
+        if config.max_grad_norm:
+            clip = (
+                partial(self.optimizer.clip_grad_norm_, config.max_grad_norm)
+                if isinstance(self.optimizer, SlotOptimizer)
+                else partial(nn.utils.clip_grad_norm_, self.optimizer.param_groups[0]["params"], config.max_grad_norm)
+            )
+        for step in training_steps(
+            self._loss,
+            self.optimizer,
+            steps=config.max_train_steps,
+            scheduler=self.scheduler,
+            accumulation=config.gradient_accumulation_steps,
+            clip=clip,
+            done=self.steps_done,
+        ):
+            self.steps_done = step.number
+            yield Step(step.number, step.loss / self.num_subjects, step.lr, step.seconds)
+
+    def _loss(self) -> Tensor:
+        """Sum over subjects of the mean over each one's samples, so that no subject feels the others' number."""
+        base, size = self.base, self.config.train_batch_size
+        index, noise, times = [], [], []
+        like = self.examples.latents[:1]
+        for positions, generator in zip(self._positions, self._generators, strict=True):
+            index.append(positions[torch.randint(len(positions), (size,), generator=generator)])
+            noise.append(torch.randn(size, *like.shape[1:], generator=generator))
+            times.append(base.sample_times(like.expand(size, -1, -1, -1), generator))
+        latents, text = self.examples.pick(torch.cat(index).to(base.device))
+        if isinstance(self.optimizer, SlotOptimizer):
+            slots = range(self.num_subjects)
+            set_subjects(base.denoiser, None if len(slots) == 1 else [slot for slot in slots for _ in range(size)])
+            self.optimizer.see(slots)
+        with autocast(self.config, base.device):
+            losses = base.loss(latents, text, torch.cat(noise).to(base.device), torch.cat(times).to(base.device))
+        return losses.view(self.num_subjects, size).mean(1).sum()
+
+    def facts(self) -> dict[str, Any]:
+        """What is written beside a subject: how it was learned."""
+        kept = "method", "start", "learning_rate", "train_batch_size", "resolution", "instance_prompt", "seed"
+        return {
+            "stage": "subject",
+            "steps": self.steps_done,
+            "trainable_parameters": self.trainable_parameters,
+            "seconds": round(time.perf_counter() - self._start, 1),
+            **{name: getattr(self.config, name) for name in kept},
+        }
+
+    def save(self, folder: str | Path, slot: int = 0) -> Path:
+        """Write the subject of a slot, or the plain LoRA in diffusers' format, all at once.
+
+        Raises:
+            NonFiniteError, WriteFailedError: nothing is written.
+        """
+        base, config = self.base, self.config
+        if self._slots:
+            return checkpoint.save_subject(
+                folder,
+                base.denoiser,
+                _ADAPTER,
+                slot=slot,
+                down=config.down,
+                down_revision=config.down_revision,
+                facts=self.facts(),
+                base_model=config.pretrained_model_name_or_path,
+            )
+        weights = get_peft_model_state_dict(base.denoiser, adapter_name=_ADAPTER)
+        adapter = base.denoiser.peft_config[_ADAPTER].to_dict()
+        with staged_folder(folder) as stage:
+            base.pipeline.save_lora_weights(
+                stage,
+                **{f"{base.denoiser_name}_lora_layers": weights},
+                **{f"{base.denoiser_name}_lora_adapter_metadata": _plain(adapter)},
+            )
+        return Path(folder)
+
+    def remove(self) -> None:
+        """Take the adapter off; the denoiser is the one it was before."""
+        eject(self.base.denoiser)
+
+
+def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
+    """Stage 2 from an image or a folder of images of one subject: trains and writes `output_dir`.
+
+    Ctrl-C writes the subject as it is by then (nothing before the first step) and raises KeyboardInterrupt.
+
+    Returns:
+        The folder that was written: a subject, or a plain LoRA that diffusers loads.
+
+    Raises:
+        NoImagesError, NoCaptionError, UnreadableImageError, MetadataError: the data cannot be used.
+        CheckpointError: the Down cannot be read, or belongs to another base model.
+        BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot be used.
+        TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
+    """
+    subject = Subject("subject", read_photos(config.instance_data_dir))
+    device = choose_device(config)
+    down = None
+    if config.method == "meta-lora":
+        if config.down is None:
+            raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
+        down = hub.load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
+    base = load_base(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        dtype=choose_dtype(config, device),
+        local_files_only=config.local_files_only,
+        weighting_scheme=config.weighting_scheme,
+        max_sequence_length=config.max_sequence_length,
+    )
+    base.place(device, encoders=True)
+    examples = encode_subjects(base, [subject], config, config.views_per_image, progress=progress)
+    base.place(device, encoders=False)
+    run = Personalization(base, examples, config, down)
+    output = Path(config.output_dir)
+    with tqdm(total=config.max_train_steps, desc=config.method, unit="step", disable=not progress) as bar:
+        try:
+            for step in run.steps():
+                bar.update()
+                bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+                every = config.checkpointing_steps
+                if every and step.number % every == 0 and step.number < config.max_train_steps:
+                    run.save(output / f"checkpoint-{step.number}")
+        except KeyboardInterrupt:
+            if run.steps_done:
+                run.save(output)
+            raise
+    return run.save(output)
+
+
+def personalize_many(
+    base: Base,
+    examples: Examples,
+    config: PersonalizeConfig,
+    down: DownSource,
+    *,
+    progress: bool = True,
+) -> Personalization:
+    """Learn all subjects of `examples` at once, each in its slot, on a base that is loaded already; writes nothing.
+
+    Returns:
+        The finished run: `set_subjects` shows a subject, `save(folder, slot)` writes one, `remove()` takes all off.
+
+    Raises:
+        As `Personalization`; TrainingError when the loss is not finite. The denoiser is then as it was.
+    """
+    run = Personalization(base, examples, config, down)
+    try:
+        for _ in tqdm(run.steps(), total=config.max_train_steps, unit="step", disable=not progress):
+            pass
+    except BaseException:
+        run.remove()
+        raise
+    base.denoiser.eval()
+    return run
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A PEFT configuration as JSON can hold it."""
+    return {
+        name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for name, value in config.items()
+    }

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be set in either stage: one dataclass a job, each field documented once, in its `help`.
+
+Flags, YAML keys and the docs page are made from these fields; names are those of diffusers' training scripts where it
+has one. Plain Python only, so that `metalora --help` loads no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+
+def _setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"help": help, "choices": choices} if choices else {"help": help}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """What both stages share.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    pretrained_model_name_or_path: str = _setting("Base model: a diffusers folder or a repository id.")
+    output_dir: str = _setting("Folder to write; it appears, or changes, all at once.")
+    revision: str | None = _setting("Revision of the base model's repository.", None)
+    local_files_only: bool = _setting("Never ask the network for the base model or the Down.", False)
+    target_modules: str | None = _setting(
+        "Modules to adapt: names separated by commas, or one regular expression. Default: the family's own choice.", None
+    )
+    instance_prompt: str | None = _setting("Caption of images that have none of their own.", None)
+    resolution: int = _setting("Height and width of the training crops, in pixels.", 512)
+    random_flip: bool = _setting("Mirror half of the views; 'left' and 'right' in captions are swapped with them.", True)
+    weighting_scheme: str = _setting(
+        "Density of the noise levels.", "logit_normal", choices=("logit_normal", "mode", "none")
+    )
+    max_sequence_length: int | None = _setting("Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None)
+    learning_rate: float = _setting("Learning rate of Mid and Up (of a plain LoRA: of both its factors).", 1e-3)
+    lr_scheduler: str = _setting(
+        "Shape of the learning rate over the run, after lr_warmup_steps.",
+        "constant",
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    )
+    lr_warmup_steps: int = _setting("Steps over which the learning rate rises from 0.", 0)
+    optimizer: str = _setting("Optimiser: a class of torch.optim, or module:Class of any installed package.", "AdamW")
+    weight_decay: float = _setting("Weight decay of the optimiser.", 0.0)
+    max_grad_norm: float = _setting("Gradients are clipped to this norm, each subject's by its own; 0: not clipped.", 1.0)
+    gradient_accumulation_steps: int = _setting("Batches whose gradients are summed before a step.", 1)
+    gradient_checkpointing: bool = _setting("Recompute activations in the backward pass: less memory, more time.", False)
+    mixed_precision: str = _setting(
+        "Precision of the frozen base and of the arithmetic; 'auto' is bf16 on a GPU and none on a CPU.",
+        "auto",
+        choices=("auto", "no", "bf16", "fp16"),
+    )
+    device: str | None = _setting("Device to train on. Default: a GPU when there is one.", None)
+    seed: int = _setting("Seed of everything random.", 0)
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            choices = one.metadata.get("choices")
+            if choices and getattr(self, one.name) not in choices:
+                raise ConfigError(
+                    f"{one.name} must be one of {', '.join(map(repr, choices))}, found {getattr(self, one.name)!r}"
+                )
+        for name in self._at_least_one():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, found {value!r}")
+        for name in self._positive():
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0, found {value!r}")
+        for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be 0 or more, found {getattr(self, name)!r}")
+        if Path(self.output_dir).is_file():
+            raise ConfigError(f"output_dir must be a folder, found a file: {self.output_dir}")
+
+    def _at_least_one(self) -> tuple[str, ...]:
+        return "resolution", "max_sequence_length", "gradient_accumulation_steps"
+
+    def _positive(self) -> tuple[str, ...]:
+        return ("learning_rate",)
+
+
+@dataclass(kw_only=True)
+class MetaTrainConfig(TrainingConfig):
+    """Stage 1: a Down from many subjects.
+
+    The rates, sizes and lengths of the paper (arXiv 2503.22352) are not known; these defaults are ours.
+    """
+
+    train_data_dir: str = _setting(
+        "Folder of subject folders: DIR/<subject>/*.png with metadata.jsonl or a .txt beside each image.", ""
+    )
+    rank: int = _setting("Rank r of a subject (columns of Up, rows of Mid).", 4)
+    meta_rank: int = _setting("Rank of the shared Down (its rows).", 64)
+    lora_alpha: float | None = _setting("Scale: the output is multiplied by lora_alpha / rank. Default: rank.", None)
+    down_learning_rate: float | None = _setting("Learning rate of Down. Default: learning_rate.", None)
+    max_train_steps: int = _setting("Steps of the whole run, divided equally among the buckets.", 3000)
+    bucket_size: int | None = _setting(
+        "Subjects that are trained together; the next bucket starts with fresh Mid and Up. Default: all at once.", None
+    )
+    warmup_steps: int = _setting("Steps at the start of a bucket in which Down is frozen.", 50)
+    subjects_per_batch: int = _setting("Subjects in a batch; each is seen equally often.", 16)
+    images_per_subject: int = _setting("Images of each of these subjects in a batch.", 1)
+    views_per_image: int = _setting("Crops (and mirror images) of each photo that are encoded before training.", 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank > self.meta_rank:
+            raise ConfigError(f"rank must not be above meta_rank, found {self.rank} and {self.meta_rank}: lower rank")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps must be 0 or more, found {self.warmup_steps}")
+
+    def _at_least_one(self) -> tuple[str, ...]:
+        own = "rank", "meta_rank", "max_train_steps", "bucket_size", "subjects_per_batch", "images_per_subject"
+        return *super()._at_least_one(), *own, "views_per_image"
+
+    def _positive(self) -> tuple[str, ...]:
+        return *super()._positive(), "lora_alpha", "down_learning_rate"
+
+
+@dataclass(kw_only=True)
+class PersonalizeConfig(TrainingConfig):
+    """Stage 2: one subject from one image or a few, by Meta-LoRA or, as the baseline, by a plain LoRA."""
+
+    instance_data_dir: str = _setting("An image, or a folder of images of one subject.", "")
+    method: str = _setting(
+        "'meta-lora': Mid and Up on a frozen Down. 'lora': a plain LoRA by PEFT on the same modules.",
+        "meta-lora",
+        choices=("meta-lora", "lora"),
+    )
+    down: str | None = _setting("The Down (method 'meta-lora'): a folder or a repository id.", None)
+    down_revision: str | None = _setting("Revision of the Down's repository.", None)
+    start: str = _setting(
+        "Where a subject starts: 'stored' (the Down's own Mid, Up = 0), 'mean' (stage 1's mean subject) or 'fresh' (a "
+        "new Mid, Up = 0; the control).",
+        "stored",
+        choices=("stored", "mean", "fresh"),
+    )
+    rank: int | None = _setting("Rank. Default: the Down's; for a plain LoRA 1.", None)
+    lora_alpha: float | None = _setting("Scale of a plain LoRA, lora_alpha / rank. Default: rank.", None)
+    max_train_steps: int = _setting("Steps.", 375)
+    train_batch_size: int = _setting("Views in a batch.", 4)
+    views_per_image: int = _setting("Crops (and mirror images) of each image that are encoded before training.", 32)
+    checkpointing_steps: int | None = _setting("Also write output_dir/checkpoint-<step> every so many steps.", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "meta-lora" and self.lora_alpha is not None:
+            raise ConfigError("lora_alpha belongs to method 'lora': with 'meta-lora' the Down's own scale is used")
+
+    def _at_least_one(self) -> tuple[str, ...]:
+        own = "rank", "max_train_steps", "train_batch_size", "views_per_image", "checkpointing_steps"
+        return *super()._at_least_one(), *own
+
+    def _positive(self) -> tuple[str, ...]:
+        return *super()._positive(), "lora_alpha"
