@@ -28,8 +28,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peft_metalora.demo.render import IDENTITY_FACTORS, render
-from peft_metalora.demo.scene import (
+from ..errors import ConfigError
+from ..files import staged_folder
+from .render import IDENTITY_FACTORS, render
+from .scene import (
     COLOURS,
     EXPRESSIONS,
     LABELS,
@@ -94,17 +96,17 @@ def subject_identity(split: str, index: int) -> Tensor:
     """Return the identity of one subject of a split, (len(IDENTITY_FACTORS),).
 
     Raises:
-        ValueError: if there is no such split or no such subject in it.
+        ConfigError: if there is no such split or no such subject in it.
     """
     return sample_identities(1, torch.Generator().manual_seed(_subject_seed(split, index)))[0]
 
 
 def _subject_seed(split: str, index: int) -> int:
     if split not in SPLITS:
-        raise ValueError(f"expected a split of {', '.join(SPLITS)}, found {split!r}")
+        raise ConfigError(f"expected a split of {', '.join(SPLITS)}, found {split!r}")
     size = SPLITS[split] or _SEED_STRIDE
     if not 0 <= index < size:
-        raise ValueError(f"expected a subject from 0 to {size - 1} in split {split!r}, found {index}")
+        raise ConfigError(f"expected a subject from 0 to {size - 1} in split {split!r}, found {index}")
     return (list(SPLITS).index(split) + 1) * _SEED_STRIDE + index
 
 
@@ -128,22 +130,27 @@ def write_dataset(
 
     Returns:
         The directory.
+
+    Raises:
+        ConfigError: if there is no such split or subject, or no image is asked for.
+        WriteFailedError: if a folder cannot be written; subjects written before it stay.
     """
+    if images_per_subject < 1:
+        raise ConfigError(f"expected at least one image per subject, found {images_per_subject}")
     directory = Path(directory)
     indices = range(subjects) if isinstance(subjects, int) else list(subjects)
-    identities = [subject_identity(split, index) for index in indices]
-    for index, identity in zip(tqdm(indices, desc=f"Drawing {split} subjects", unit="subject"), identities):
+    identities = {index: subject_identity(split, index) for index in indices}  # all are checked before any is drawn
+    for index, identity in tqdm(identities.items(), desc=f"Drawing {split} subjects", unit="subject"):
         scene = _subject_scenes(split, index, images_per_subject, seed)
         images = render(identity.expand(images_per_subject, -1), scene, size)
         pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        folder = directory / f"{split}-{index:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for number, (image, text) in enumerate(zip(pixels, captions(scene))):
-            name = f"{number}.png"
-            Image.fromarray(image).save(folder / name)
-            lines.append(json.dumps({"file_name": name, "text": text, "reference": number == 0}))
-        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with staged_folder(directory / f"{split}-{index:04d}") as folder:
+            lines = []
+            for number, (image, text) in enumerate(zip(pixels, captions(scene), strict=True)):
+                name = f"{number}.png"
+                Image.fromarray(image).save(folder / name)
+                lines.append(json.dumps({"file_name": name, "text": text, "reference": number == 0}) + "\n")
+            (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return directory
 
 
@@ -153,4 +160,4 @@ def _subject_scenes(split: str, index: int, count: int, seed: int) -> Scene:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
     scenes = [scene_from_labels(yaw="forward", expression="neutral", generator=generator)]
     scenes += [sample_scenes(1, generator) for _ in range(count - 1)]
-    return Scene.cat(scenes)[:count]
+    return Scene.cat(scenes)

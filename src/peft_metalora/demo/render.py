@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_metalora.demo.scene import Scene
+from ..errors import ConfigError
+from .scene import Scene
+from .shapes import blend, cover, ellipse, paint, ramp, row, segment
 
 IDENTITY_FACTORS: tuple[str, ...] = (
     *("skin_lightness", "skin_hue", "face_width", "face_height", "jaw", "ears"),
@@ -61,6 +63,11 @@ _EXPRESSION = {
     "brow_sad": (0.0, 0.0, 0.0, 0.10, 0.0),  # by how much the inner ends of the brows rise
 }
 
+_VIEW = (
+    *("yaw", "pitch", "roll", "scale", "shift_x", "shift_y", "light_x", "light_y", "strength", "collar"),
+    *("background_tone", "shirt_tone", "pattern_angle", "pattern_phase", "pattern_size"),
+)
+
 
 def render(identity: Tensor, scene: Scene, size: int = 64) -> Tensor:
     """Draw one image for each row of ``identity`` and each entry of ``scene``.
@@ -74,10 +81,10 @@ def render(identity: Tensor, scene: Scene, size: int = 64) -> Tensor:
         (n, 3, size, size) float32 RGB in [0, 1]. An image depends on its own row only.
 
     Raises:
-        ValueError: if the shapes do not fit each other.
+        ConfigError: if the shapes do not fit each other.
     """
     if identity.ndim != 2 or identity.shape != (len(scene), len(IDENTITY_FACTORS)):
-        raise ValueError(
+        raise ConfigError(
             f"expected identities of shape ({len(scene)}, {len(IDENTITY_FACTORS)}), one row for each entry of the "
             f"scene, found {tuple(identity.shape)}; expand one identity to (n, -1) to draw it in n scenes"
         )
@@ -100,70 +107,23 @@ def _draw(identity: Tensor, scene: Scene, size: int) -> Tensor:
     image = _hair(image, at, person)
     strength = (0.10 + 0.14 * view["strength"]).float() * (0.35 + 0.65 * at.head)
     shade = 1 + strength * (view["light_x"].float() * at.ball_x + view["light_y"].float() * at.ball_y)
-    gain = _row(_LIGHT_GAIN, scene.light)
+    gain = row(_LIGHT_GAIN, scene.light)
     return (image * (shade.unsqueeze(1) * gain)).clamp(0, 1)
 
 
-# Values of one image: (n, 1, 1) float32. Computed in float64, so that rounding does not depend on the batch.
+# One value per image is computed in float64 first, so that rounding does not depend on the batch.
 def _person(identity: Tensor) -> dict[str, Tensor]:
-    return dict(zip(IDENTITY_FACTORS, identity.double()[:, :, None, None].unbind(1)))
+    return dict(zip(IDENTITY_FACTORS, identity.double()[:, :, None, None].unbind(1), strict=True))
 
 
 def _view(scene: Scene) -> dict[str, Tensor]:
-    names = ("yaw", "pitch", "roll", "scale", "shift_x", "shift_y", "light_x", "light_y", "strength", "collar")
-    names += ("background_tone", "shirt_tone", "pattern_angle", "pattern_phase", "pattern_size")
-    view = {name: getattr(scene, name).double()[:, None, None] for name in names}
+    view = {name: getattr(scene, name).double()[:, None, None] for name in _VIEW}
     for name, values in _EXPRESSION.items():
         view[name] = scene.yaw.new_tensor(values, dtype=torch.float64)[scene.expression][:, None, None]
-    view["background"] = _row(_NAMED, scene.background) * (1 + 0.10 * view["background_tone"].unsqueeze(1)).float()
-    view["shirt"] = _row(_NAMED, scene.shirt) * (1 + 0.10 * view["shirt_tone"].unsqueeze(1)).float()
+    view["background"] = row(_NAMED, scene.background) * (1 + 0.10 * view["background_tone"].unsqueeze(1)).float()
+    view["shirt"] = row(_NAMED, scene.shirt) * (1 + 0.10 * view["shirt_tone"].unsqueeze(1)).float()
     view["pattern"] = scene.pattern[:, None, None]
     return view
-
-
-def _row(table: tuple[tuple[float, ...], ...], index: Tensor) -> Tensor:
-    """Pick colours by index, (n, 3, 1, 1)."""
-    return torch.tensor(table, device=index.device)[index][:, :, None, None]
-
-
-def _blend(table: tuple[tuple[float, ...], ...], position: Tensor) -> Tensor:
-    """Interpolate a palette at position (n, 1, 1) in [0, 1] with flat tops around its entries, (n, 3, 1, 1)."""
-    entries = torch.arange(len(table), device=position.device)
-    near = (1.5 - 2 * (position * (len(table) - 1) - entries).abs()).clamp(0, 1)  # (n, 1, entries)
-    return (near @ position.new_tensor(table)).transpose(1, 2).unsqueeze(-1).float()
-
-
-def _ramp(value: Tensor, low: float, high: float) -> Tensor:
-    """Smoothstep from 0 at `low` to 1 at `high`."""
-    t = ((value - low) * (1 / (high - low))).clamp(0, 1)
-    return t * t * (3 - 2 * t)
-
-
-def _cover(distance: Tensor, pixel: Tensor) -> Tensor:
-    """Coverage of a pixel by a shape at a signed distance, soft over 1.5 pixels."""
-    t = (0.5 - distance / (1.5 * pixel)).clamp(0, 1)
-    return t * t * (3 - 2 * t)
-
-
-def _paint(image: Tensor, colour: Tensor, coverage: Tensor) -> Tensor:
-    return torch.lerp(image, colour, coverage.unsqueeze(1))
-
-
-def _ellipse(x: Tensor, y: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
-    """Distance to an ellipse of half axes a and b, exact to first order at its border."""
-    x, y = x / a, y / b
-    k0 = (x * x + y * y + 1e-8).sqrt()
-    x, y = x / a, y / b
-    return k0 * (k0 - 1) / (x * x + y * y + 1e-8).sqrt()
-
-
-def _segment(x: Tensor, y: Tensor, ax: Tensor, ay: Tensor, bx: Tensor, by: Tensor) -> Tensor:
-    """Distance to the segment from (ax, ay) to (bx, by)."""
-    dx, dy = bx - ax, by - ay
-    x, y = x - ax, y - ay
-    t = ((x * dx + y * dy) / (dx * dx + dy * dy)).clamp(0, 1)
-    x, y = x - t * dx, y - t * dy
-    return (x * x + y * y + 1e-8).sqrt()
 
 
 @dataclass(frozen=True)
@@ -202,7 +162,7 @@ def _place(person: dict[str, Tensor], view: dict[str, Tensor], size: int) -> _Pl
     jut = u - 0.17 * turn * down  # the chin lies in front of the axis, so it moves with yaw
     taper = (0.34 - 0.90 * person["jaw"]).float()
     below = down.clamp(0, 1)
-    edge = _ellipse(jut / (1 - taper * below * below), v, width, torch.where(v > 0, chin, chin.new_tensor(0.56)))
+    edge = ellipse(jut / (1 - taper * below * below), v, width, torch.where(v > 0, chin, chin.new_tensor(0.56)))
 
     px, py = jut / (1.18 * width), v / 0.8
     pz = (1 - px * px - 0.6 * py * py).clamp(min=0.14).sqrt()
@@ -219,7 +179,7 @@ def _place(person: dict[str, Tensor], view: dict[str, Tensor], size: int) -> _Pl
         fx=1.18 * width * (px * cy - pz * sy),
         fy=0.8 * (py * cp - (px * sy + pz * cy) * sp),
         edge=edge,
-        head=_cover(edge, pixel),
+        head=cover(edge, pixel),
         pixel=pixel,
         fpixel=pixel * (cy + px / pz * sy).clamp(0.8, 2.2),
         turn=turn,
@@ -243,11 +203,11 @@ def _background(at: _Place, view: dict[str, Tensor]) -> Tensor:
         t = (t - t.round()).abs()  # 0 ... 0.5
         return ((t - 0.25) * 2 / (1.5 * pixel) + 0.5).clamp(0, 1)
 
-    stripe, row = wave(across, 0.0), wave(along, phase)
-    check = stripe + row - 2 * stripe * row
+    column, band = wave(across, 0.0), wave(along, phase)
+    check = column + band - 2 * column * band
     slope = ((along * 0.5).clamp(-0.6, 0.6) * 1.25 + 0.5).clamp(0, 1)
     pattern = view["pattern"]
-    dark = torch.where(pattern == 1, row, torch.where(pattern == 2, check, torch.where(pattern == 3, slope, 0.0)))
+    dark = torch.where(pattern == 1, band, torch.where(pattern == 2, check, torch.where(pattern == 3, slope, 0.0)))
     light = torch.where(pattern == 0, 1.0, 1.08)
     return view["background"] * (light - 0.46 * dark).unsqueeze(1)
 
@@ -260,7 +220,7 @@ def _skin(person: dict[str, Tensor]) -> Tensor:
 
 
 def _hair_colour(person: dict[str, Tensor]) -> Tensor:
-    colour = _blend(_HAIR, person["hair_hue"])
+    colour = blend(_HAIR, person["hair_hue"])
     grey = colour.mean(1, keepdim=True)
     colour = grey + (colour - grey) * (0.55 + 0.65 * person["hair_saturation"]).float().unsqueeze(1)
     return (colour * (0.75 + 0.5 * person["hair_lightness"]).float().unsqueeze(1)).clamp(0.03, 1)
@@ -271,7 +231,7 @@ def _hair_outline(at: _Place, person: dict[str, Tensor]) -> tuple[Tensor, Tensor
     volume = (0.035 + 0.15 * person["hair_volume"]).float()
     length = (-0.10 + 0.80 * person["hair_length"]).float()
     back = at.u + 0.10 * at.turn  # the mass lies behind the axis
-    cap = _ellipse(back, at.v + 0.02, at.width + volume, 0.57 + volume)
+    cap = ellipse(back, at.v + 0.02, at.width + volume, 0.57 + volume)
     side = back.abs() - (at.width + volume) * (1 - 0.10 * at.v)
     fall = torch.maximum(torch.maximum(side, at.v - length), -at.v)
     return torch.minimum(torch.maximum(cap, at.v - length.clamp(min=0.1)), fall), length
@@ -283,18 +243,18 @@ def _body(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str, 
     mass, _ = _hair_outline(at, person)
     centre = at.x - 0.7 * view["shift_x"].float()
     shoulder = 0.60 + 0.30 * centre * centre - at.y
-    image = _paint(image, shirt * 0.35, _cover(shoulder - 0.03, pixel))
-    image = _paint(image, shirt, _cover(shoulder + 0.01, pixel))
+    image = paint(image, shirt * 0.35, cover(shoulder - 0.03, pixel))
+    image = paint(image, shirt, cover(shoulder + 0.01, pixel))
     neckline = (0.11 + 0.10 * view["collar"]).float()
-    cut = _ellipse(centre, at.y - 0.55, 0.30, neckline)
-    image = _paint(image, shirt * 0.45, _cover(cut - 0.035, pixel))
-    image = _paint(image, skin * 0.72, _cover(cut, pixel))
-    image = _paint(image, hair * 0.45, _cover(mass - 0.02, pixel))
-    image = _paint(image, hair * 0.72, _cover(mass + 0.015, pixel))
+    cut = ellipse(centre, at.y - 0.55, 0.30, neckline)
+    image = paint(image, shirt * 0.45, cover(cut - 0.035, pixel))
+    image = paint(image, skin * 0.72, cover(cut, pixel))
+    image = paint(image, hair * 0.45, cover(mass - 0.02, pixel))
+    image = paint(image, hair * 0.72, cover(mass + 0.015, pixel))
     neck = torch.maximum((at.u * 0.6 + centre * 0.4).abs() - 0.20, at.y - 0.58)
     neck = torch.maximum(neck, -at.v)
-    image = _paint(image, skin * 0.40, _cover(neck - 0.02, pixel) * _cover(at.y - 0.58, pixel))
-    return _paint(image, skin * 0.72, _cover(neck, pixel))
+    image = paint(image, skin * 0.40, cover(neck - 0.02, pixel) * cover(at.y - 0.58, pixel))
+    return paint(image, skin * 0.72, cover(neck, pixel))
 
 
 def _head(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
@@ -303,12 +263,12 @@ def _head(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
     size = (0.075 + 0.085 * person["ears"]).float()
     # Both ears at once: the near one comes forward over the cheek, the far one hides behind the head.
     side = at.u.sign()
-    ear = _ellipse(at.u.abs() - at.width * 0.98 - side * 0.09 * at.turn, at.v - 0.02, size, size * 1.35)
-    image = _paint(image, skin * 0.42, _cover(ear - 0.025, pixel))
-    image = _paint(image, skin * 0.92, _cover(ear + 0.005, pixel))
-    image = _paint(image, skin * 0.62, _cover(ear + size * 0.55, pixel))
-    image = _paint(image, skin * 0.42, _cover(at.edge - 0.022, pixel))
-    return _paint(image, skin, _cover(at.edge + 0.01, pixel))
+    ear = ellipse(at.u.abs() - at.width * 0.98 - side * 0.09 * at.turn, at.v - 0.02, size, size * 1.35)
+    image = paint(image, skin * 0.42, cover(ear - 0.025, pixel))
+    image = paint(image, skin * 0.92, cover(ear + 0.005, pixel))
+    image = paint(image, skin * 0.62, cover(ear + size * 0.55, pixel))
+    image = paint(image, skin * 0.42, cover(at.edge - 0.022, pixel))
+    return paint(image, skin, cover(at.edge + 0.01, pixel))
 
 
 def _eyes(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str, Tensor]) -> Tensor:
@@ -319,25 +279,25 @@ def _eyes(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str, 
     ax, ay = at.fx.abs() - spacing, at.fy + 0.07
     tilt = (0.45 * (person["eye_tilt"] - 0.5)).float()  # positive: outer corners up
     ay = ay + tilt * ax
-    lid = _ellipse(ax, ay, size, height)
+    lid = ellipse(ax, ay, size, height)
     pixel = at.fpixel
-    image = _paint(image, image.new_tensor(0.06), _cover(lid - 0.028, pixel) * at.head)
-    white = _cover(lid, pixel) * at.head
-    image = _paint(image, image.new_tensor(0.97), white)
+    image = paint(image, image.new_tensor(0.06), cover(lid - 0.028, pixel) * at.head)
+    white = cover(lid, pixel) * at.head
+    image = paint(image, image.new_tensor(0.97), white)
     gaze = side * at.turn * 0.06
     iris = torch.sqrt((ax - gaze) ** 2 + ay * ay + 1e-8)
     radius = 0.045 + 0.2 * size
-    image = _paint(image, _blend(_EYES, person["eye_colour"]), _cover(iris - radius, pixel) * white)
-    image = _paint(image, image.new_tensor(0.02), _cover(iris - 0.45 * radius, pixel) * white)
+    image = paint(image, blend(_EYES, person["eye_colour"]), cover(iris - radius, pixel) * white)
+    image = paint(image, image.new_tensor(0.02), cover(iris - 0.45 * radius, pixel) * white)
 
     lift = (0.17 + 0.4 * size.double() + view["brow_lift"]).float()
     reach = size * 1.15
     slant = reach * (0.45 * (person["brow_tilt"] - 0.5)).float()  # positive: outer ends up, a stern look
     sad = view["brow_sad"].float()
     by = at.fy + 0.07 + lift
-    brow = _segment(at.fx.abs() - spacing, by, -reach, slant - sad, reach, 0.4 * sad - slant)
+    brow = segment(at.fx.abs() - spacing, by, -reach, slant - sad, reach, 0.4 * sad - slant)
     thick = (0.014 + 0.056 * person["brow_thickness"]).float()
-    return _paint(image, _hair_colour(person) * 0.5, _cover(brow - thick, pixel) * at.head)
+    return paint(image, _hair_colour(person) * 0.5, cover(brow - thick, pixel) * at.head)
 
 
 def _mouth_shape(at: _Place, person: dict[str, Tensor], view: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -358,16 +318,16 @@ def _mouth(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str,
     opening = view["opening"].float()
 
     beard = person["beard"]
-    full = _ramp(beard, 0.5, 0.95).float()
+    full = ramp(beard, 0.5, 0.95).float()
     cheek = at.fx / at.width
     border = middle + 0.02 - 0.12 * full - (0.35 + 0.2 * full) * cheek * cheek
-    bare = _ellipse(at.fx, y - 0.3 * opening, half * 1.05, 0.10 + 0.45 * opening)
+    bare = ellipse(at.fx, y - 0.3 * opening, half * 1.05, 0.10 + 0.45 * opening)
     growth = torch.maximum(torch.maximum(border - at.fy, -bare), at.edge - 0.005)
-    alpha = (0.90 * _ramp(beard, 0.50, 0.75)).float()
-    image = _paint(image, hair * 0.78, _cover(growth, pixel) * alpha)
+    alpha = (0.90 * ramp(beard, 0.50, 0.75)).float()
+    image = paint(image, hair * 0.78, cover(growth, pixel) * alpha)
 
-    stache = _ramp(person["moustache"], 0.55, 0.7).float()
-    bush = (0.04 + 0.06 * _ramp(person["moustache"], 0.6, 1.0)).float()
+    stache = ramp(person["moustache"], 0.55, 0.7).float()
+    bush = (0.04 + 0.06 * ramp(person["moustache"], 0.6, 1.0)).float()
     droop = 0.12 * (at.fx / half) ** 2
     tash = (y + 0.115 + 0.2 * opening - droop - line * 0.5).abs() - bush * (1.15 - 0.75 * t)
     tash = torch.maximum(tash, at.fx.abs() - half * 1.05)
@@ -377,19 +337,19 @@ def _mouth(image: Tensor, at: _Place, person: dict[str, Tensor], view: dict[str,
     slope = (1 + (2 * line / half) ** 2).sqrt()
     gap = torch.maximum(torch.maximum(top - y, y - bottom) / slope, (t - 1) * half)
     lip = (0.020 + 0.045 * person["lip_thickness"]).float()
-    lips = _blend(_LIPS, person["lip_colour"])
+    lips = blend(_LIPS, person["lip_colour"])
     tone = 0.45 + 0.55 * person["skin_lightness"].float().unsqueeze(1)
     lips = lips * tone
     swell = lip * (0.35 + 0.65 * arch)
-    image = _paint(image, lips * 0.45, _cover(gap - swell - 0.022, pixel) * at.head)
-    image = _paint(image, lips, _cover(gap - swell, pixel) * at.head)
-    inside = _cover(gap - 0.013, pixel) * at.head
-    image = _paint(image, image.new_tensor((0.16, 0.02, 0.03))[:, None, None], inside)
-    tongue = _cover(0.62 * opening - (y - line), pixel) * inside * _ramp(opening, 0.12, 0.2)
-    image = _paint(image, image.new_tensor((0.85, 0.30, 0.32))[:, None, None], tongue)
-    teeth = _cover(torch.maximum(y - top - view["teeth"].float(), gap + 0.008), pixel)
-    image = _paint(image, image.new_tensor(0.98), teeth * at.head * _ramp(view["teeth"], 0.0, 0.05).float())
-    return _paint(image, hair * 0.62, _cover(tash, pixel) * stache * at.head)
+    image = paint(image, lips * 0.45, cover(gap - swell - 0.022, pixel) * at.head)
+    image = paint(image, lips, cover(gap - swell, pixel) * at.head)
+    inside = cover(gap - 0.013, pixel) * at.head
+    image = paint(image, image.new_tensor((0.16, 0.02, 0.03))[:, None, None], inside)
+    tongue = cover(0.62 * opening - (y - line), pixel) * inside * ramp(opening, 0.12, 0.2)
+    image = paint(image, image.new_tensor((0.85, 0.30, 0.32))[:, None, None], tongue)
+    teeth = cover(torch.maximum(y - top - view["teeth"].float(), gap + 0.008), pixel)
+    image = paint(image, image.new_tensor(0.98), teeth * at.head * ramp(view["teeth"], 0.0, 0.05).float())
+    return paint(image, hair * 0.62, cover(tash, pixel) * stache * at.head)
 
 
 def _nose(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
@@ -400,17 +360,17 @@ def _nose(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
     along = ((at.fy - top) / (tip - top)).clamp(0, 1)
     x = at.fx - 0.42 * at.turn * half.clamp(min=0.09) * 3 * along  # the tip stands out, so it leads the turn
     pixel = at.fpixel
-    ball = _ellipse(x, at.fy - tip, half * 1.25, 0.055 + 0.25 * half)
+    ball = ellipse(x, at.fy - tip, half * 1.25, 0.055 + 0.25 * half)
     ridge = torch.maximum(x.abs() - (0.03 + 0.5 * half * along), (at.fy - tip).abs() - (tip - top))
     ridge = torch.maximum(ridge, at.fy - tip)
     nose = torch.minimum(ball, ridge)
     dark = skin * 0.32
     # The outline is strong below and on the far side only: a closed one looks like a beak.
-    below = _ramp(at.fy - tip, -0.03, 0.02)
-    far = _ramp(x * at.turn, 0.002, 0.012)
-    rim = _cover(nose - 0.034, pixel) * torch.maximum(below, far).clamp(min=0.22)
-    image = _paint(image, dark, rim * at.head)
-    return _paint(image, torch.lerp(skin, skin.new_tensor((1.0, 0.62, 0.5))[:, None, None], 0.22), _cover(nose, pixel))
+    below = ramp(at.fy - tip, -0.03, 0.02)
+    far = ramp(x * at.turn, 0.002, 0.012)
+    rim = cover(nose - 0.034, pixel) * torch.maximum(below, far).clamp(min=0.22)
+    image = paint(image, dark, rim * at.head)
+    return paint(image, torch.lerp(skin, skin.new_tensor((1.0, 0.62, 0.5))[:, None, None], 0.22), cover(nose, pixel))
 
 
 def _hair(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
@@ -419,14 +379,14 @@ def _hair(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
     fringe = person["fringe"].float()
     side = (at.fx / at.width).abs()
     line = -0.46 + 0.24 * fringe + (0.25 - 0.5 * fringe).clamp(min=0) * (side * side)
-    drop = ((length + 0.12).clamp(0.0, 0.3) + 3 * _ramp(length, 0.1, 0.3)) / 0.28
+    drop = ((length + 0.12).clamp(0.0, 0.3) + 3 * ramp(length, 0.1, 0.3)) / 0.28
     steep = (1 + (drop / at.width * (side > 0.8)) ** 2).sqrt()  # makes a distance of a height
     front = (at.fy - line - drop * (side - 0.80).clamp(0, 0.8)) / steep
     front = torch.maximum(front, mass)
-    image = _paint(image, hair * 0.42, _cover(front - 0.022, at.pixel) * _cover(mass, at.pixel))
-    image = _paint(image, hair, _cover(torch.maximum(front, mass + 0.02), at.pixel))
-    shine = _ellipse(at.u + 0.10 * at.turn, at.v + 0.52, 0.28, 0.035)
-    return _paint(image, hair * 0.6 + 0.4, _cover(shine, at.pixel) * _cover(front + 0.03, at.pixel) * 0.6)
+    image = paint(image, hair * 0.42, cover(front - 0.022, at.pixel) * cover(mass, at.pixel))
+    image = paint(image, hair, cover(torch.maximum(front, mass + 0.02), at.pixel))
+    shine = ellipse(at.u + 0.10 * at.turn, at.v + 0.52, 0.28, 0.035)
+    return paint(image, hair * 0.6 + 0.4, cover(shine, at.pixel) * cover(front + 0.03, at.pixel) * 0.6)
 
 
 def _accessories(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor:
@@ -434,7 +394,7 @@ def _accessories(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor
     mole_x = ((person["mole_x"] - 0.5) * 1.3).float() * at.width
     mole_y = (-0.25 + 0.75 * person["mole_y"]).float()
     mole = torch.sqrt((at.fx - mole_x) ** 2 + (at.fy - mole_y) ** 2 + 1e-8) - 0.038
-    image = _paint(image, _skin(person) * 0.22, _cover(mole, pixel) * at.head)
+    image = paint(image, _skin(person) * 0.22, cover(mole, pixel) * at.head)
 
     spacing = (0.185 + 0.075 * person["eye_spacing"]).float()
     radius = spacing - 0.035
@@ -446,7 +406,7 @@ def _accessories(image: Tensor, at: _Place, person: dict[str, Tensor]) -> Tensor
     bridge = torch.maximum((ay + 0.03).abs() - 0.01, at.fx.abs() - spacing + radius)
     temple = torch.maximum((ay + 0.03).abs() - 0.01, torch.maximum(-ax + radius, at.edge))
     frame = torch.minimum(torch.minimum(lens.abs(), bridge), temple) - 0.022
-    worn = _ramp(person["glasses"], 0.54, 0.62).float()
-    image = _paint(image, image.new_tensor(0.9), _cover(lens, pixel) * worn * 0.12)
-    worn = worn * _cover(at.edge - 0.03, at.pixel)
-    return _paint(image, _blend(_GLASSES, person["glasses_colour"]), _cover(frame, pixel) * worn)
+    worn = ramp(person["glasses"], 0.54, 0.62).float()
+    image = paint(image, image.new_tensor(0.9), cover(lens, pixel) * worn * 0.12)
+    worn = worn * cover(at.edge - 0.03, at.pixel)
+    return paint(image, blend(_GLASSES, person["glasses_colour"]), cover(frame, pixel) * worn)

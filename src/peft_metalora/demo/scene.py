@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 YAWS = ("left", "forward", "right")
 EXPRESSIONS = ("neutral", "smiling", "laughing", "sad", "surprised")
 COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "grey")
@@ -155,7 +157,7 @@ def scene_from_labels(
     number of random draws does not depend on the labels, so equal generators give scenes that differ in them only.
 
     Raises:
-        ValueError: if a label or its value is not one of ``LABELS``.
+        ConfigError: if a label or its value is not one of ``LABELS``.
     """
     scene = sample_scenes(n, generator, device)
     for name, value in labels.items():
@@ -163,7 +165,7 @@ def scene_from_labels(
             continue
         if name not in LABELS or value not in LABELS[name]:
             allowed = LABELS.get(name, tuple(LABELS))
-            raise ValueError(f"expected one of {', '.join(allowed)}, found {name}={value!r}; use a name from LABELS")
+            raise ConfigError(f"expected one of {', '.join(allowed)}, found {name}={value!r}; use a name from LABELS")
         if name == "yaw":
             scene = replace(scene, yaw=_turn(scene.yaw, value))
         else:
@@ -220,7 +222,7 @@ def captions(scene: Scene, generator: torch.Generator | None = None, drop: float
     texts = []
     for row, kept in enumerate(keep):
         label = {name: LABELS[name][index[row]] for name, index in indices.items()}
-        clauses = [clause for clause, keeps in zip(_clauses(label), kept) if keeps]
+        clauses = [clause for clause, keeps in zip(_clauses(label), kept, strict=True) if keeps]
         texts.append(", ".join([_SUBJECT, *clauses]))
     return texts
 
@@ -232,11 +234,11 @@ def parse_caption(text: str) -> dict[str, str]:
     {'yaw': 'left', 'background': 'orange', 'pattern': 'striped'}
 
     Raises:
-        ValueError: if a clause does not belong to the grammar of :func:`captions`.
+        ConfigError: if a clause does not belong to the grammar of :func:`captions`.
     """
     first, *clauses = text.split(", ")
     if first != _SUBJECT:
-        raise ValueError(f"expected a caption that starts with {_SUBJECT!r}, found {text!r}")
+        raise ConfigError(f"expected a caption that starts with {_SUBJECT!r}, found {text!r}")
     found: dict[str, str] = {}
     for clause in clauses:
         match clause.split():
@@ -253,5 +255,5 @@ def parse_caption(text: str) -> dict[str, str]:
             case ["in", light, "light"] if light in LIGHTS:
                 found["light"] = light
             case _:
-                raise ValueError(f"expected a clause that captions() writes, found {clause!r} in {text!r}")
+                raise ConfigError(f"expected a clause that captions() writes, found {clause!r} in {text!r}")
     return found

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of the face renderer in images a second; prints one JSON object with the machine it ran on.
+
+Run as `python benchmarks/render.py [--device cuda] [--compile] [--batch 256] [--size 64]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from peft_metalora.demo.faces import render, sample_identities, sample_scenes
+
+
+def images_per_second(batch: int, size: int, device: str, compiled: bool, repeats: int) -> float:
+    """Median over the repeats, after one unmeasured run."""
+    generator = torch.Generator().manual_seed(0)
+    identity = sample_identities(batch, generator, device)
+    scene = sample_scenes(batch, generator, device)
+    draw = torch.compile(render) if compiled else render
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        draw(identity, scene, size).sum().item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return batch / statistics.median(seconds[1:])
+
+
+def machine(device: str) -> str:
+    """Name the processor that draws."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    speed = images_per_second(args.batch, args.size, args.device, args.compile, args.repeats)
+    facts = {"machine": machine(args.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(json.dumps({"images_per_second": round(speed, 1), **vars(args), **facts}))
+
+
+if __name__ == "__main__":
+    main()
