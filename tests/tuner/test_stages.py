@@ -79,7 +79,7 @@ def test_warmup_of_a_subject_is_refused():
     model, _ = subject()
     with pytest.raises(AdapterStateError, match="its Down never trains"):
         set_warmup(model, True)
-    with pytest.raises(AdapterNotFoundError, match="no Meta-LoRA adapter 'bob'. It has: default"):
+    with pytest.raises(AdapterNotFoundError, match=r"no Meta-LoRA adapter 'bob'\. It has: default"):
         set_warmup(model, True, "bob")
 
 

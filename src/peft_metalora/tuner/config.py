@@ -61,9 +61,7 @@ class MetaLoraConfig(PeftConfig):
     )
     fan_in_fan_out: bool = field(
         default=False,
-        metadata={
-            "help": "The targets store their weight as (d_in, d_out), as transformers' Conv1D does. Set by itself for those."
-        },
+        metadata={"help": "The targets store their weight as (d_in, d_out), as Conv1D does; set by itself for that."},
     )
     bias: str = field(
         default="none", metadata={"help": "Which biases of the base train along: 'none', 'all' or 'metalora_only'."}
@@ -96,8 +94,8 @@ class MetaLoraConfig(PeftConfig):
     start: str = field(
         default="stored",
         metadata={
-            "help": "Where a subject starts: 'stored' (the Mid that belongs to the Down, Up = 0), 'mean' (mean Mid and Up of "
-            "stage 1) or 'fresh' (a new Mid, Up = 0; a control, it loses the gain)."
+            "help": "Where a subject starts: 'stored' (the Mid that belongs to the Down, Up = 0), 'mean' (mean Mid and "
+            "Up of stage 1) or 'fresh' (a new Mid, Up = 0; a control, it loses the gain)."
         },
     )
     down: str | None = field(

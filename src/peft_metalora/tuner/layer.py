@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapted layer: `y = base(x) + scaling * Up @ Mid @ Down @ x`, one Down for all subjects, slots of Mid and Up.
 
-`MetaLoraLayer` holds what is the same for every base layer: factors, stages, slots. The subclasses give the forward pass. Factors and shapes (method: arXiv 2503.22352):
+`MetaLoraLayer` holds what is the same for every base layer: factors, stages, slots. The subclasses give the forward
+pass. Factors and shapes (method: arXiv 2503.22352):
 
     metalora_down      {down key: (meta_r, d_in)}          U(-1/sqrt(d_in), 1/sqrt(d_in)); trains in stage 'meta' only
     metalora_mid_init  {down key: (r, meta_r)}             the Mid every subject of that Down starts from
@@ -37,6 +38,7 @@ class MetaLoraLayer(Mergeable):
         MID_INIT,
         "metalora_dropout",
         "metalora_folded",
+        "fold_scale",
         "r",
         "meta_r",
         "lora_alpha",
@@ -66,6 +68,7 @@ class MetaLoraLayer(Mergeable):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.fold_scale: dict[str, float] = {}
         self.stage: dict[str, str] = {}
         self.warmup: dict[str, bool] = {}
         self.down_key: dict[str, str] = {}

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .down import UP
 from .layer import Chosen, MetaLoraLayer, cast, one_slot
 
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
@@ -32,18 +33,28 @@ class Linear(MetaLoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) plus the active adapters: x (..., d_in) -> (..., d_out)."""
-        name = None if args or kwargs or torch.compiler.is_compiling() else self._fusible(x)
-        return super().forward(x, *args, **kwargs) if name is None else self._forward_fused(x, name)
+        if args or kwargs or torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)
+        name = self._fusible(x)
+        if name is None:
+            return super().forward(x)
+        one_subject = self.subject_index.slot is None
+        if one_subject and not torch.is_grad_enabled() and self.fold_scale.get(name) == self.scaling[name]:
+            return self._forward_folded(x, name)
+        return self._forward_fused(x, name)
+
+    # Below, nn.Module's dicts are read directly: at batch 1 a model is bound by Python, and its __getattr__ is slow.
 
     def _fusible(self, x: Tensor) -> str | None:
         """Name of the one adapter that can be fused with the base, None if the general road must be taken."""
-        base, active = self.base_layer, self.active_adapters
-        if self._disable_adapters or self.merged_adapters or len(active) != 1 or type(base) is not nn.Linear:
+        active, modules = self._active_adapter, self._modules
+        name = active if type(active) is str else active[0] if len(active) == 1 else None
+        base: Any = modules["base_layer"]
+        if name not in self.scaling or type(base) is not nn.Linear or self._disable_adapters or self.merged_adapters:
             return None
-        name, weight = active[0], base.weight
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
         if (
-            name not in self.scaling
-            or type(weight) is not nn.Parameter
+            type(weight) is not nn.Parameter
             or weight.dtype != x.dtype
             or x.dim() < 2
             or base._forward_hooks
@@ -51,14 +62,24 @@ class Linear(MetaLoraLayer):
             or base._backward_hooks
             or "forward" in base.__dict__
             or torch.is_autocast_enabled(x.device.type)
-            or (self.training and not isinstance(self.metalora_dropout[name], nn.Identity))
-            or (
-                torch.is_grad_enabled()
-                and (weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-            )
         ):
             return None
+        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+            return None
+        if self.training and type(self.metalora_dropout[name]) is not nn.Identity:
+            return None
         return name
+
+    def _forward_folded(self, x: Tensor, name: str) -> Tensor:
+        """Inference with one subject for all: two small products and the base's, as few Python steps as can be."""
+        modules: Any = self._modules
+        base = modules["base_layer"]._parameters
+        folded, up, weight = modules["metalora_folded"]._buffers[name], modules[UP]._parameters[name], base["weight"]
+        if folded.dtype != x.dtype or up.dtype != x.dtype or base["bias"] is None or folded.shape[0] != up.shape[2]:
+            return self._forward_fused(x, name)
+        y = F.linear(F.linear(x, folded), up.squeeze(0), base["bias"])
+        y.view(-1, self.d_out).addmm_(x.reshape(-1, self.d_in), weight.t())
+        return y
 
     def _forward_fused(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.base_layer
@@ -67,33 +88,36 @@ class Linear(MetaLoraLayer):
         deep = x.reshape(rows, -1, self.d_in)
         up = _gather(cast(self.metalora_up[name], dtype), chosen)
         if torch.is_grad_enabled():
-            down, mid = (
-                cast(self._down(self.down_key[name]), dtype),
-                _gather(cast(self.metalora_mid[name], dtype), chosen),
-            )
+            down = cast(self._down(self.down_key[name]), dtype)
+            mid = _gather(cast(self.metalora_mid[name], dtype), chosen)
             y = FusedLinear.apply(deep, base.weight, base.bias, down, mid, up, self.scaling[name], chosen is None)
         else:
-            z = self._project(deep, name, chosen)
-            y = _base_plus(deep, base.weight, base.bias, z, up, self.scaling[name], chosen is None)
+            z, scaling = self._project(deep, name, chosen)
+            y = _base_plus(deep, base.weight, base.bias, z, up, scaling, chosen is None)
         return y.view(*x.shape[:-1], self.d_out)
 
-    def _project(self, deep: Tensor, name: str, chosen: Chosen | None) -> Tensor:
-        """Mid @ Down @ x for x (rows, tokens, d_in), from the fold where there is one: (rows, tokens, r)."""
+    def _project(self, deep: Tensor, name: str, chosen: Chosen | None) -> tuple[Tensor, float]:
+        """Mid @ Down @ x for x (rows, tokens, d_in) -> (rows, tokens, r), and the scale that is still to be applied."""
         dtype = deep.dtype
         if name in self.metalora_folded and not torch.is_grad_enabled():
-            return _times(deep, _gather(cast(self.metalora_folded[name], dtype), chosen))
+            return _times(deep, self._folded(name, dtype, chosen)), self.scaling[name] / self.fold_scale[name]
         h = F.linear(deep, cast(self._down(self.down_key[name]), dtype))
-        return _times(h, _gather(cast(self.metalora_mid[name], dtype), chosen))
+        return _times(h, _gather(cast(self.metalora_mid[name], dtype), chosen)), self.scaling[name]
+
+    def _folded(self, name: str, dtype: torch.dtype, chosen: Chosen | None) -> Tensor:
+        """The fold of each sample's slot, (rows, r, d_in)."""
+        return _gather(cast(self.metalora_folded[name].view(-1, self.r[name], self.d_in), dtype), chosen)
 
     def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
-        dtype, scaling = result.dtype, self.scaling[name]
+        dtype = result.dtype
         rows = 1 if chosen is None else chosen[0].shape[0]
         deep = cast(self.metalora_dropout[name](x), dtype).reshape(rows, -1, self.d_in)
         up = _gather(cast(self.metalora_up[name], dtype), chosen)
         total = result.reshape(rows, -1, self.d_out)
         if torch.compiler.is_compiling() and not torch.is_grad_enabled() and self.r[name] <= POINTWISE_RANK:
-            return _pointwise(total, self._pointwise_project(deep, name, chosen), up, scaling).view(result.shape)
-        z = self._project(deep, name, chosen)
+            z, scaling = self._pointwise_project(deep, name, chosen)
+            return _pointwise(total, z, up, scaling).view(result.shape)
+        z, scaling = self._project(deep, name, chosen)
         if self._may_overwrite():
             _add_product_(total, z, up, scaling)
             return total.view(result.shape)
@@ -101,13 +125,12 @@ class Linear(MetaLoraLayer):
             return torch.addmm(total[0], z[0], up[0].t(), alpha=scaling).view(result.shape)
         return torch.baddbmm(total, z, up.mT, alpha=scaling).view(result.shape)
 
-    def _pointwise_project(self, deep: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+    def _pointwise_project(self, deep: Tensor, name: str, chosen: Chosen | None) -> tuple[Tensor, float]:
         if name not in self.metalora_folded:
             return self._project(deep, name, chosen)
-        folded = _gather(cast(self.metalora_folded[name], deep.dtype), chosen)
-        return torch.stack(
-            [(deep * folded[:, k : k + 1]).sum(-1, dtype=torch.float32) for k in range(folded.shape[1])], dim=-1
-        )
+        folded = self._folded(name, deep.dtype, chosen)
+        sums = [(deep * folded[:, k : k + 1]).sum(-1, dtype=torch.float32) for k in range(folded.shape[1])]
+        return torch.stack(sums, dim=-1), self.scaling[name] / self.fold_scale[name]
 
     def __repr__(self) -> str:
         return "metalora." + super().__repr__()
@@ -140,7 +163,7 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, down, mid, up, h, z, x = ctx.saved_tensors
         need_x, _, _, need_down, need_mid, need_up, _, _ = ctx.needs_input_grad
         dx = ddown = dmid = dup = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     use_rslora: dict[str, bool]
+    fold_scale: dict[str, float]
     down_key: dict[str, str]
     metalora_down: nn.ParameterDict
     metalora_mid: nn.ParameterDict
@@ -34,6 +36,18 @@ class Mergeable(BaseTunerLayer, nn.Module):
     metalora_folded: BufferDict
     merged_adapters: list[str]
     _weight_before_merge: Tensor | None
+
+    # BaseTunerLayer's, for the type checker.
+    active_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
+    _active_adapter: str | list[str]
+    _disable_adapters: bool
+    get_base_layer: Callable[[], nn.Module]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device | None, torch.dtype | None]]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     # ---- scale ---------------------------------------------------------------------------------------------------
 
@@ -63,18 +77,20 @@ class Mergeable(BaseTunerLayer, nn.Module):
 
     @torch.no_grad()
     def fold(self, adapter_name: str, slot: int | None = None) -> None:
-        """Cache A = Mid @ Down, (slots, r, d_in), for all slots or anew for one: inference then does not touch Down."""
+        """Cache scaling * Mid @ Down, (slots * r, d_in), for all slots or anew for one: inference then spares Down."""
+        down, scale = self.metalora_down[self.down_key[adapter_name]], self.scaling[adapter_name]
         if slot is None or adapter_name not in self.metalora_folded:
-            dtype = self.metalora_down[self.down_key[adapter_name]].dtype
-            self.metalora_folded[adapter_name] = self.folded_factor(adapter_name).to(dtype)
+            folded = self.folded_factor(adapter_name).flatten(0, 1).mul_(scale)
+            self.metalora_folded[adapter_name], self.fold_scale[adapter_name] = folded.to(down.dtype), scale
         else:
-            self.metalora_folded[adapter_name][slot] = self.folded_factor(adapter_name, slot).to(
-                self.metalora_folded[adapter_name]
-            )
+            rows = slice(slot * self.r[adapter_name], (slot + 1) * self.r[adapter_name])
+            folded = self.folded_factor(adapter_name, slot).mul_(self.fold_scale[adapter_name])
+            self.metalora_folded[adapter_name][rows].copy_(folded)
 
     def unfold(self) -> None:
         """Forget every cached fold."""
         self.metalora_folded.clear()
+        self.fold_scale.clear()
 
     def folded_factor(self, adapter_name: str, slot: int | None = None) -> Tensor:
         """Return A = Mid @ Down, at least in float32: (slots, r, *down.shape[1:]), or without `slots` for one slot."""
@@ -135,7 +151,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
         merged = total.to(before.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise NonFiniteError(
-                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; the base weight is kept."
+                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; the base is kept."
             )
         if self._weight_before_merge is None:
             self._weight_before_merge = before.clone()
@@ -145,7 +161,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
     def unmerge(self) -> None:
         """Restore the base weight bit for bit to what it was before the first merge."""
         if not self.merged or self._weight_before_merge is None:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.set_base_weight(self._weight_before_merge.to(self.get_base_weight().device))
         self._weight_before_merge = None

@@ -232,7 +232,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraL
 
 
 def set_warmup(model: nn.Module, enabled: bool, adapter_name: str = "default") -> None:
-    """Freeze (or release) the Down of a stage 'meta' adapter while fresh Mids and Ups settle (method: a bucket's start).
+    """Freeze (or release) the Down of a stage 'meta' adapter while fresh Mids and Ups settle.
 
     Raises:
         AdapterNotFoundError: no such adapter.

@@ -127,8 +127,8 @@ def _ranks(config: MetaLoraConfig, key: str, module: nn.Module) -> tuple[int, in
         )
     if r > min(meta_r, d_out):
         raise ConfigError(
-            f"r={r} is above min(meta_r, d_out) = min({meta_r}, {d_out}) of {key!r}. Lower r, give this module a smaller "
-            "one in rank_pattern, or exclude it."
+            f"r={r} is above min(meta_r, d_out) = min({meta_r}, {d_out}) of {key!r}. Lower r, give this module a "
+            "smaller one in rank_pattern, or exclude it."
         )
     return r, meta_r, alpha
 
@@ -163,8 +163,8 @@ def _resolve_down(model: nn.Module, config: MetaLoraConfig, plan: Plan, targets:
     if lacking and plan.source is None:
         if config.down is None or named:
             raise MissingDownError(
-                f"The Down {plan.key!r} has no factor for {lacking[0]!r} ({len(lacking)} of {len(targets)} targets lack "
-                "one). A subject can adapt only modules that its Down was trained on."
+                f"The Down {plan.key!r} has no factor for {lacking[0]!r} ({len(lacking)} of {len(targets)} targets "
+                "lack one). A subject can adapt only modules that its Down was trained on."
             )
         plan.source = load_down_source(config)
     for key, module in targets.items():
@@ -218,8 +218,8 @@ def _is_fingerprint_key(key: str) -> bool:
 
 
 def down_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return the tensors of a Down on the model: `{module}.metalora_down`, `.metalora_mid_init`, and the mean subject as
-    `.metalora_mid` (1, r, meta_r) and `.metalora_up` (1, d_out, r).
+    """Return the tensors of a Down on the model: `{module}.metalora_down`, `.metalora_mid_init`, and the mean
+    subject as `.metalora_mid` (1, r, meta_r) and `.metalora_up` (1, d_out, r).
 
     Args:
         name: a stage 'meta' adapter, a subject (its Down is meant) or the key of a Down.

@@ -27,7 +27,7 @@ class MetaLoraType(str, Enum):
 
 def register(config_cls: type, model_cls: type) -> None:
     """Enter the tuner into PEFT's mappings; calling it again changes nothing."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[MetaLoraType.META_LORA] = config_cls  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[MetaLoraType.META_LORA] = model_cls  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[MetaLoraType.META_LORA] = PREFIX  # type: ignore[index]
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[MetaLoraType.META_LORA] = model_cls  # type: ignore[index]
+    PEFT_TYPE_TO_CONFIG_MAPPING[MetaLoraType.META_LORA] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[MetaLoraType.META_LORA] = model_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[MetaLoraType.META_LORA] = PREFIX
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[MetaLoraType.META_LORA] = model_cls
