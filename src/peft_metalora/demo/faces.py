@@ -76,9 +76,7 @@ SPLITS: dict[str, int | None] = {"base": None, "meta": 1024, "tune": 32, "held-o
 _SEED_STRIDE = 1 << 24  # seed of a subject = number of its split * stride + index; torch uses 32 bits on the CPU
 
 
-def sample_identities(
-    n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-) -> Tensor:
+def sample_identities(n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
     """Draw n identities uniformly, (n, len(IDENTITY_FACTORS)) float32 in [0, 1], on ``device``."""
     source = generator.device if generator is not None else torch.device(device)
     return torch.rand(n, len(IDENTITY_FACTORS), generator=generator, device=source).to(device)

@@ -215,12 +215,10 @@ def captions(scene: Scene, generator: torch.Generator | None = None, drop: float
     clauses is fixed.
     """
     indices = {name: index.tolist() for name, index in labels(scene).items()}
-    if drop > 0:
-        keep = (torch.rand(len(scene), 5, generator=generator) >= drop).tolist()
-    else:
-        keep = [[True] * 5] * len(scene)
+    shape = (len(scene), 5)
+    keep = torch.rand(shape, generator=generator) >= drop if drop > 0 else torch.ones(shape, dtype=torch.bool)
     texts = []
-    for row, kept in enumerate(keep):
+    for row, kept in enumerate(keep.tolist()):
         label = {name: LABELS[name][index[row]] for name, index in indices.items()}
         clauses = [clause for clause, keeps in zip(_clauses(label), kept, strict=True) if keeps]
         texts.append(", ".join([_SUBJECT, *clauses]))
