@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is it the person, and does it do what the prompt says? Embedders turn images into vectors, scores compare them."""
+
+from .embedders import ClipEmbedder, DinoEmbedder, Embedder, Embeddings, InsightFaceEmbedder
+from .scores import Interval, Similarity, bootstrap, clip_i, clip_t, dino, face_sim, pose_copy, r_facesim
+
+__all__ = [
+    "ClipEmbedder",
+    "DinoEmbedder",
+    "Embedder",
+    "Embeddings",
+    "InsightFaceEmbedder",
+    "Interval",
+    "Similarity",
+    "bootstrap",
+    "clip_i",
+    "clip_t",
+    "dino",
+    "face_sim",
+    "pose_copy",
+    "r_facesim",
+]

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formulas of the metrics, on vectors alone: which network made them is of no concern here.
+
+Every function gives one score for each generated image, so that an average, an interval over subjects or a list of the
+worst images can be made from them. A face that was not found is a miss: it scores 0 and stays in the average, and
+`Similarity.miss_rate` says how often it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import MetricInputError
+from .embedders import Embeddings
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Scores of n generated images.
+
+    Attributes:
+        per_image: (n,) float32 cosines; 0 where nothing was found.
+        found: (n,) bool.
+    """
+
+    per_image: Tensor
+    found: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The average over all images, misses included."""
+        return float(self.per_image.mean())
+
+    @property
+    def miss_rate(self) -> float:
+        """Share of the images in which nothing was found."""
+        return 1 - float(self.found.float().mean())
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def r_facesim(generated: Embeddings, others: Embeddings) -> Similarity:
+    """R-FaceSim: mean cosine to the OTHER photos of the same person, the reference left out.
+
+    A copied pose, gaze or light raises the similarity to the reference but not to other photos of the person, which
+    is why Meta-LoRA introduced this metric (https://arxiv.org/abs/2503.22352).
+
+    Args:
+        generated: n face embeddings of one person's generated images.
+        others: m face embeddings of the person's other photos; those without a face are not used.
+
+    Raises:
+        MetricInputError: no other photo has a face, or the vectors differ in length.
+    """
+    return _mean_cosine(generated, others, "other photos of the person")
+
+
+def face_sim(generated: Embeddings, reference: Embeddings) -> Similarity:
+    """FaceSim: cosine of ArcFace embeddings to the reference (https://arxiv.org/abs/1801.07698).
+
+    Args:
+        generated: n face embeddings of one person's generated images.
+        reference: the face embedding of the photo that was learned from (the mean cosine if there are several).
+
+    Raises:
+        MetricInputError: no face in the reference, or the vectors differ in length.
+    """
+    return _mean_cosine(generated, reference, "reference")
+
+
+def pose_copy(generated: Embeddings, reference: Embeddings, others: Embeddings) -> Tensor:
+    """How much nearer each image is to the reference than to other photos: FaceSim - R-FaceSim, (n,) float32.
+
+    Our summary of the gap that Meta-LoRA's paper points at (https://arxiv.org/abs/2503.22352): about 0 for an image
+    that shows the person, well above 0 for one that repeats the reference. Misses are 0.
+
+    Raises:
+        MetricInputError: as `face_sim` and `r_facesim`.
+    """
+    return face_sim(generated, reference).per_image - r_facesim(generated, others).per_image
+
+
+def clip_t(images: Embeddings, prompts: Tensor) -> Similarity:
+    """CLIP-T: cosine of each image and its own prompt, unscaled (CLIPScore, https://arxiv.org/abs/2104.08718).
+
+    Args:
+        images: n CLIP image embeddings.
+        prompts: (n, d) CLIP text embeddings, in the order of the images.
+
+    Raises:
+        MetricInputError: not one prompt for each image.
+    """
+    if prompts.shape != images.vectors.shape:
+        raise MetricInputError(
+            f"expected one prompt embedding for each image, {tuple(images.vectors.shape)}, found "
+            f"{tuple(prompts.shape)}: embed the prompts with the same model, one for each image"
+        )
+    return _with_misses((_unit(images.vectors) * _unit(prompts)).sum(1), images.found)
+
+
+def clip_i(generated: Embeddings, reference: Embeddings) -> Similarity:
+    """CLIP-I: mean cosine of CLIP image embeddings to the reference (DreamBooth, https://arxiv.org/abs/2208.12242).
+
+    Raises:
+        MetricInputError: no reference, or the vectors differ in length.
+    """
+    return _mean_cosine(generated, reference, "reference")
+
+
+def dino(generated: Embeddings, reference: Embeddings) -> Similarity:
+    """DINO: mean cosine of DINO's class tokens to the reference (DreamBooth, https://arxiv.org/abs/2208.12242).
+
+    Raises:
+        MetricInputError: no reference, or the vectors differ in length.
+    """
+    return _mean_cosine(generated, reference, "reference")
+
+
+def bootstrap(
+    values: Tensor,
+    subjects: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean with a percentile bootstrap interval over subjects (Efron and Tibshirani, 1993, chapter 13).
+
+    Images of one person are not independent, so people are resampled and not images: a subject counts once, with the
+    mean of its values, however many images it has.
+
+    Args:
+        values: (n,) scores.
+        subjects: n labels, the subject of each score; None makes every score a subject of its own.
+        level: of the interval, in (0, 1).
+        resamples: number of bootstrap samples.
+        seed: of the resampling; equal seeds give equal intervals.
+
+    Raises:
+        MetricInputError: no scores, or not one label for each.
+    """
+    scores = values.detach().double().cpu().flatten()
+    labels: Sequence[Hashable] = range(len(scores)) if subjects is None else subjects
+    if len(scores) == 0 or len(labels) != len(scores):
+        raise MetricInputError(
+            f"expected one subject for each of at least 1 score, found {len(scores)} scores and {len(labels)} subjects"
+        )
+    number: dict[Hashable, int] = {}
+    owner = torch.tensor([number.setdefault(label, len(number)) for label in labels])
+    means = torch.zeros(len(number), dtype=torch.float64).index_add_(0, owner, scores) / owner.bincount()
+    picks = torch.randint(len(means), (resamples, len(means)), generator=torch.Generator().manual_seed(seed))
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = means[picks].mean(1).quantile(tails).tolist()
+    return Interval(float(means.mean()), low, high)
+
+
+def _mean_cosine(images: Embeddings, targets: Embeddings, what: str) -> Similarity:
+    """For each image the mean cosine to the targets that were found."""
+    if images.vectors.ndim != 2 or images.vectors.shape[1:] != targets.vectors.shape[1:]:
+        raise MetricInputError(
+            f"expected embeddings of one length, found {tuple(images.vectors.shape)} and "
+            f"{tuple(targets.vectors.shape)}: use one embedder for both"
+        )
+    kept = targets.vectors[targets.found]
+    if len(kept) == 0:
+        raise MetricInputError(
+            f"expected a face in at least one of the {what}, found none in {len(targets.found)}: choose other photos"
+        )
+    return _with_misses((_unit(images.vectors) @ _unit(kept).T).mean(1), images.found)
+
+
+def _with_misses(cosines: Tensor, found: Tensor) -> Similarity:
+    return Similarity(torch.where(found, cosines, torch.zeros_like(cosines)), found)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors.float(), dim=-1)
