@@ -5,7 +5,7 @@ from .config import MetaLoraConfig
 from .down import DownSource, fingerprint, set_down_loader
 from .layer import MetaLoraLayer
 from .linear import Linear
-from .model import MetaLoraModel, reset_slots, set_warmup, subject_state, write_subject
+from .model import MetaLoraModel, fold, reset_slots, set_warmup, subject_state, unfold, write_subject
 from .plan import down_fingerprint, down_state
 from .registration import MetaLoraType, register
 from .subjects import set_subjects, subjects
@@ -20,6 +20,7 @@ __all__ = [
     "down_fingerprint",
     "down_state",
     "fingerprint",
+    "fold",
     "register",
     "reset_slots",
     "set_down_loader",
@@ -27,6 +28,7 @@ __all__ = [
     "set_warmup",
     "subject_state",
     "subjects",
+    "unfold",
     "write_subject",
 ]
 

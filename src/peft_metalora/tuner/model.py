@@ -32,12 +32,14 @@ __all__ = [
     "down_fingerprint",
     "down_state",
     "fingerprint",
+    "fold",
     "reset_slots",
     "set_down_loader",
     "set_subjects",
     "set_warmup",
     "subject_state",
     "subjects",
+    "unfold",
     "write_subject",
 ]
 
@@ -308,6 +310,26 @@ def write_subject(model: nn.Module, adapter_name: str, state: dict[str, Tensor],
     for _, layer in layers:
         if adapter_name in layer.metalora_folded:
             layer.fold(adapter_name, slot)
+
+
+def fold(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
+    """Cache Mid @ Down of every slot, so that inference costs what a rank-r LoRA costs and never touches Down.
+
+    `write_subject` keeps a fold up to date; after any other change of the factors, fold again. Training ignores folds.
+
+    Args:
+        adapter_names: which adapters; all of them by default.
+    """
+    for _, layer in meta_lora_layers(model):
+        for name in layer.metalora_mid if adapter_names is None else adapter_names:
+            if name in layer.metalora_mid:
+                layer.fold(name)
+
+
+def unfold(model: nn.Module) -> None:
+    """Forget every fold."""
+    for _, layer in meta_lora_layers(model):
+        layer.unfold()
 
 
 def _require_slot(layers: list[tuple[str, MetaLoraLayer]], adapter_name: str, slot: int) -> None:
