@@ -4,7 +4,7 @@
 Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on all attention layers (266 linears).
 
     python benchmarks/layer.py                 one GPU with 80 GB, about 4 minutes; writes benchmarks/results/layer.json
-    python benchmarks/layer.py --small         a toy transformer on a CPU, to check this script (seconds with --no-compile)
+    python benchmarks/layer.py --small         a toy transformer on a CPU, to check the script (--no-compile: seconds)
 
 Each variant is timed between two timings of the same bare base, and its ratio is taken against their mean, so that a
 drifting clock cancels. Figures are medians. On a CPU, "memory" is the bytes that autograd saves for backward."""
