@@ -22,6 +22,8 @@ __version__ = "0.1.0"
 # Where each lazy name lives; `tests/test_architecture.py` keeps this, `__all__` and the modules in agreement.
 _LAZY = {
     "DownSource": "tuner",
+    "MetaTrainConfig": "training.settings",
+    "PersonalizeConfig": "training.settings",
     "checkpoint": "",
     "data": "",
     "demo": "",
@@ -32,9 +34,9 @@ _LAZY = {
     "hub": "",
     "load_down": "hub",
     "load_subject": "hub",
-    "meta_train": "training",
+    "meta_train": "training.meta_train",
     "metrics": "",
-    "personalize": "training",
+    "personalize": "training.personalize",
     "pipelines": "",
     "pull": "publish",
     "push_down": "publish",
@@ -49,7 +51,41 @@ _LAZY = {
     "training": "",
 }
 
-__all__ = sorted(["MetaLoraConfig", "MetaLoraError", "MetaLoraModel", "__version__", "tuner", *_LAZY])
+__all__ = [
+    "DownSource",
+    "MetaLoraConfig",
+    "MetaLoraError",
+    "MetaLoraModel",
+    "MetaTrainConfig",
+    "PersonalizeConfig",
+    "__version__",
+    "checkpoint",
+    "data",
+    "demo",
+    "down_state",
+    "enable_meta_lora",
+    "errors",
+    "fingerprint",
+    "hub",
+    "load_down",
+    "load_subject",
+    "meta_train",
+    "metrics",
+    "personalize",
+    "pipelines",
+    "pull",
+    "push_down",
+    "push_subject",
+    "reset_slots",
+    "save_down",
+    "save_subject",
+    "set_subjects",
+    "set_warmup",
+    "subject_state",
+    "subjects",
+    "training",
+    "tuner",
+]
 
 
 def __getattr__(name: str) -> Any:

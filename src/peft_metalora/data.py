@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Photos of people on disk: folders, captions, decoding and the random crops of training.
 
-The layout is `DIR/<subject>/*.{png,jpg,jpeg,webp}`. A caption comes from `metadata.jsonl` (in the subject's folder or in
-`DIR`; a line has `file_name` and optionally `text`, `subject`, `reference`), else from a `.txt` of the same name, else
-from a template. No model is known here, and nothing is written.
+The layout is `DIR/<subject>/*.{png,jpg,jpeg,webp}`. A caption comes from `metadata.jsonl` (in the subject's folder or
+in `DIR`; a line has `file_name` and optionally `text`, `subject`, `reference`), else from a `.txt` of the same name,
+else from a template. No model is known here, and nothing is written.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ METADATA_FILE = "metadata.jsonl"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 TRIGGER_MARK = "{trigger}"
 
+_FIELDS: dict[str, type] = {"file_name": str, "text": str, "subject": str, "reference": bool}
 _SIDES = {"left": "right", "right": "left"}
 _SIDE = re.compile(r"\b(left|right)(?=\b|wards?\b|most\b)", re.IGNORECASE)
 
@@ -101,7 +102,7 @@ def read_subjects(
     entries = _read_metadata(root)
     people: dict[str, dict[Path, _Entry | None]] = {}
     for folder in sorted((path for path in root.iterdir() if path.is_dir() and _visible(path)), key=_natural):
-        people[folder.name] = {path: None for path in _images_in(folder)}
+        people[folder.name] = dict.fromkeys(_images_in(folder))
         people[folder.name].update(_read_metadata(folder))
     for path, entry in entries.items():
         inside = path.relative_to(root).parts
@@ -121,9 +122,7 @@ def read_subjects(
     subjects = [Subject(name, _photos(people[name], template, trigger)) for name in sorted(people, key=_natural)]
     for subject in subjects:
         if not subject.photos:
-            raise NoImagesError(
-                f"expected images in {root / subject.name}, found none: add photos or remove the folder"
-            )
+            raise NoImagesError(f"expected images in {root / subject.name}, found none: add some or remove the folder")
         if len(subject.photos) < min_photos:
             raise TooFewImagesError(
                 f"expected at least {min_photos} images of {subject.name!r}, found {len(subject.photos)}: "
@@ -149,7 +148,7 @@ def read_photos(
     """
     given = Path(path)
     if given.is_dir():
-        found: dict[Path, _Entry | None] = {image: None for image in _images_in(given)}
+        found: dict[Path, _Entry | None] = dict.fromkeys(_images_in(given))
         found.update(_read_metadata(given))
         if not found:
             raise NoImagesError(f"expected images (.png, .jpg, .webp) in {given}, found none: check the folder")
@@ -283,14 +282,9 @@ def _read_line(folder: Path, where: str, line: str) -> tuple[Path, _Entry]:
         raise MetadataError(f"{where}: expected a JSON object, found {line[:60]!r} ({error}): correct it") from error
     if not isinstance(row, dict):
         raise MetadataError(f"{where}: expected a JSON object, found {line[:60]!r}: correct it")
-    for key, kind, needed in (
-        ("file_name", str, True),
-        ("text", str, False),
-        ("subject", str, False),
-        ("reference", bool, False),
-    ):
+    for key, kind in _FIELDS.items():
         value = row.get(key)
-        if not isinstance(value, kind) and (needed or value is not None):
+        if not isinstance(value, kind) and (key == "file_name" or value is not None):
             raise MetadataError(f'{where}: expected "{key}" to be a {kind.__name__}, found {value!r}: correct it')
     name = PurePosixPath(row["file_name"].replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or not name.parts:
@@ -302,9 +296,7 @@ def _read_line(folder: Path, where: str, line: str) -> tuple[Path, _Entry]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return [
-        path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and _visible(path)
-    ]
+    return [path for path in folder.iterdir() if _visible(path) and path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _visible(path: Path) -> bool:

@@ -283,7 +283,7 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ValueError) as error:
         raise EmbedderUnavailableError(
-            f"expected the weights of {name!r}, found none ({error}): give a repository that can be fetched, or a folder"
+            f"expected the weights of {name!r}, found none ({error}): give a repository or a folder that can be read"
         ) from error
 
 

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every test: no network, one thread, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+
+# Before any import of huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Each test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
