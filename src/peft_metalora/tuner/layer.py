@@ -21,6 +21,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ..errors import AdapterStateError
+from .bases import factor_shape
 from .config import MetaLoraConfig
 from .down import DOWN, MID, MID_INIT, UP
 from .merging import Mergeable
@@ -49,12 +50,12 @@ class MetaLoraLayer(Mergeable):
         "down_key",
     )
 
-    def __init__(self, base_layer: nn.Module, subject_index: SubjectIndex, fan_in_fan_out: bool = False) -> None:
+    def __init__(self, base_layer: nn.Module, subject_index: SubjectIndex, quantization_backend: Any = None) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
-        self.fan_in_fan_out = fan_in_fan_out
+        self.quantization_backend = quantization_backend
         self.subject_index = subject_index
-        self.d_in, self.d_out = factor_sizes(self.get_base_layer())
+        self.down_row, self.d_out = factor_shape(self.get_base_layer())
         self.metalora_down = nn.ParameterDict()
         self.metalora_mid_init = BufferDict(persistent=True)
         self.metalora_mid = nn.ParameterDict()
@@ -75,13 +76,11 @@ class MetaLoraLayer(Mergeable):
         self.down_fingerprint: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._weight_before_merge: Tensor | None = None
+        self.metalora_kept = BufferDict()
+        self.merge_backup = "device"
+        self._kept_quantised: Any = None
 
     # ---- factors -------------------------------------------------------------------------------------------------
-
-    def down_shape(self, meta_r: int) -> tuple[int, ...]:
-        """Shape of a Down of this layer: (meta_r, d_in)."""
-        return (meta_r, self.d_in)
 
     def update_layer(
         self, adapter_name: str, config: MetaLoraConfig, r: int, meta_r: int, lora_alpha: float, down_key: str
@@ -97,7 +96,7 @@ class MetaLoraLayer(Mergeable):
         self.metalora_mid[adapter_name] = nn.Parameter(torch.empty(config.num_slots, r, meta_r))
         self.metalora_up[adapter_name] = nn.Parameter(torch.zeros(config.num_slots, self.d_out, r))
         if config.stage == "meta":
-            self.metalora_down[adapter_name] = nn.Parameter(torch.empty(self.down_shape(meta_r)))
+            self.metalora_down[adapter_name] = nn.Parameter(torch.empty(meta_r, *self.down_row))
             self.metalora_mid_init[adapter_name] = torch.empty(r, meta_r)
             self.init_down(adapter_name)
             self.start_slots(adapter_name, "stored")
@@ -283,21 +282,21 @@ class MetaLoraLayer(Mergeable):
             result = result.index_copy(0, rows, self._add(result[rows], x[rows], name, part))
         return result
 
+    def _batch(self, x: Tensor) -> int:
+        """Number of samples in x."""
+        return x.shape[0] if x.dim() > 1 else 1
+
     def _chosen(self, x: Tensor) -> Chosen | None:
-        return self.subject_index.select(x.shape[0] if x.dim() > 1 else 1, x.device)
+        return self.subject_index.select(self._batch(x), x.device)
 
     def _may_overwrite(self) -> bool:
         # With autograd an in-place sum on a view copies the gradient; a hook may have kept the base's output.
-        return not torch.is_grad_enabled() and not self.base_layer._forward_hooks
+        hooked = self.base_layer._forward_hooks or self.quantization_backend is not None
+        return not torch.is_grad_enabled() and not hooked
 
     def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         """Return result + the adapter's contribution for x; `chosen` gives each sample's slot, None is slot 0."""
         raise NotImplementedError
-
-
-def factor_sizes(base_layer: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a base layer that can be adapted."""
-    return base_layer.in_features, base_layer.out_features  # type: ignore[return-value]
 
 
 def _own_copy(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
@@ -310,6 +309,12 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def one_slot(stacked: Tensor) -> Tensor:
-    """The first slot, (1, ...); the factor itself where there is only one, which costs nothing."""
-    return stacked if stacked.shape[0] == 1 else stacked[:1]
+def gather(stacked: Tensor, chosen: Chosen | None) -> Tensor:
+    """Each sample's slot of a stacked factor (slots, ...) -> (rows, ...), zero where there is no subject.
+
+    Without an index (1, ...): the first slot, or the factor itself where there is only one, which costs nothing.
+    """
+    if chosen is None:
+        return stacked if stacked.shape[0] == 1 else stacked[:1]
+    slot, present = chosen
+    return torch.where(present, stacked[slot], 0)

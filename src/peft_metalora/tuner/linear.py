@@ -18,18 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from .down import UP
-from .layer import Chosen, MetaLoraLayer, cast, one_slot
+from .layer import Chosen, MetaLoraLayer, cast, gather
 
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
 
 
 class Linear(MetaLoraLayer):
-    """Meta-LoRA on nn.Linear: x (..., d_in) -> (..., d_out)."""
+    """Meta-LoRA on nn.Linear, its quantised kin and transformers' Conv1D: x (..., d_in) -> (..., d_out)."""
+
+    @property
+    def d_in(self) -> int:
+        """Input features."""
+        return self.down_row[0]
 
     def _shaped_like_weight(self, delta: Tensor) -> Tensor:
-        return delta.T if self.fan_in_fan_out else delta
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) plus the active adapters: x (..., d_in) -> (..., d_out)."""
@@ -86,10 +92,10 @@ class Linear(MetaLoraLayer):
         chosen, dtype = self._chosen(x), x.dtype
         rows = 1 if chosen is None else chosen[0].shape[0]
         deep = x.reshape(rows, -1, self.d_in)
-        up = _gather(cast(self.metalora_up[name], dtype), chosen)
+        up = gather(cast(self.metalora_up[name], dtype), chosen)
         if torch.is_grad_enabled():
             down = cast(self._down(self.down_key[name]), dtype)
-            mid = _gather(cast(self.metalora_mid[name], dtype), chosen)
+            mid = gather(cast(self.metalora_mid[name], dtype), chosen)
             y = FusedLinear.apply(deep, base.weight, base.bias, down, mid, up, self.scaling[name], chosen is None)
         else:
             z, scaling = self._project(deep, name, chosen)
@@ -102,17 +108,17 @@ class Linear(MetaLoraLayer):
         if name in self.metalora_folded and not torch.is_grad_enabled():
             return _times(deep, self._folded(name, dtype, chosen)), self.scaling[name] / self.fold_scale[name]
         h = F.linear(deep, cast(self._down(self.down_key[name]), dtype))
-        return _times(h, _gather(cast(self.metalora_mid[name], dtype), chosen)), self.scaling[name]
+        return _times(h, gather(cast(self.metalora_mid[name], dtype), chosen)), self.scaling[name]
 
     def _folded(self, name: str, dtype: torch.dtype, chosen: Chosen | None) -> Tensor:
         """The fold of each sample's slot, (rows, r, d_in)."""
-        return _gather(cast(self.metalora_folded[name].view(-1, self.r[name], self.d_in), dtype), chosen)
+        return gather(cast(self.metalora_folded[name].view(-1, self.r[name], self.d_in), dtype), chosen)
 
     def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         dtype = result.dtype
         rows = 1 if chosen is None else chosen[0].shape[0]
         deep = cast(self.metalora_dropout[name](x), dtype).reshape(rows, -1, self.d_in)
-        up = _gather(cast(self.metalora_up[name], dtype), chosen)
+        up = gather(cast(self.metalora_up[name], dtype), chosen)
         total = result.reshape(rows, -1, self.d_out)
         if torch.compiler.is_compiling() and not torch.is_grad_enabled() and self.r[name] <= POINTWISE_RANK:
             z, scaling = self._pointwise_project(deep, name, chosen)
@@ -217,11 +223,3 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
 def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
     """a (rows, tokens, m)^T @ b (rows, tokens, n) -> (rows, m, n)."""
     return torch.bmm(a.mT, b)
-
-
-def _gather(stacked: Tensor, chosen: Chosen | None) -> Tensor:
-    """Each sample's slot of a stacked factor (slots, ...) -> (rows, ...), zero where there is no subject."""
-    if chosen is None:
-        return one_slot(stacked)
-    slot, present = chosen
-    return torch.where(present, stacked[slot], 0)

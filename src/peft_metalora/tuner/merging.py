@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..errors import AdapterStateError, NonFiniteError
+from ..errors import AdapterStateError, NonFiniteError, UnsupportedModuleError
 
 if TYPE_CHECKING:
     from .subjects import SubjectIndex
@@ -35,7 +35,10 @@ class Mergeable(BaseTunerLayer, nn.Module):
     metalora_up: nn.ParameterDict
     metalora_folded: BufferDict
     merged_adapters: list[str]
-    _weight_before_merge: Tensor | None
+    metalora_kept: BufferDict
+    merge_backup: str
+    _kept_quantised: Any
+    quantization_backend: Any
 
     # BaseTunerLayer's, for the type checker.
     active_adapters: list[str]
@@ -43,11 +46,11 @@ class Mergeable(BaseTunerLayer, nn.Module):
     disable_adapters: bool
     _active_adapter: str | list[str]
     _disable_adapters: bool
-    get_base_layer: Callable[[], nn.Module]
-    get_base_weight: Callable[[], Tensor]
-    set_base_weight: Callable[[Tensor], None]
-    _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device | None, torch.dtype | None]]
-    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+    get_base_layer: Any
+    get_base_weight: Any
+    set_base_weight: Any
+    _get_base_layer_device_and_dtype: Any
+    _move_adapter_to_device_of_base_layer: Any
 
     # ---- scale ---------------------------------------------------------------------------------------------------
 
@@ -138,34 +141,79 @@ class Mergeable(BaseTunerLayer, nn.Module):
         Raises:
             NonFiniteError: `safe_merge` found NaN or infinity.
             AdapterStateError: the samples use different slots.
+            UnsupportedModuleError: the quantised weight cannot be read or written.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.metalora_mid]
         if not names:
             return
+        merged = self.merged_weight(names)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise NonFiniteError(
+                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; the base is kept."
+            )
+        if not self.merged:
+            self._keep_weight()
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def merged_weight(self, names: list[str]) -> Tensor:
+        """The base weight with these adapters added, summed at least in float32; the base is not touched."""
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise UnsupportedModuleError(
+                f"A weight quantised by {self.quantization_backend.backend_name} cannot be merged into here: the model "
+                "does not say how it was quantised. Serve the adapter unmerged or folded (docs/quantisation.md)."
+            )
         slots = {name: self.merge_slot(name) for name in names}
         before = self.get_base_weight()
         total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
         for name, slot in slots.items():
             if slot is not None:
                 total += self.get_delta_weight(name, slot).to(total)
-        merged = total.to(before.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise NonFiniteError(
-                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; the base is kept."
-            )
-        if self._weight_before_merge is None:
-            self._weight_before_merge = before.clone()
-        self.set_base_weight(merged)
-        self.merged_adapters.extend(names)
+        return total.to(before.dtype)
+
+    def _keep_weight(self) -> None:
+        """Keep what `unmerge` needs. `set_base_weight` replaces the storage, so that keeping the old one is no copy."""
+        base: Any = self.get_base_layer()
+        if self.merge_backup == "none":
+            return
+        if self.quantization_backend is not None:
+            # PEFT's handlers change the old weight's attributes while they make the new one.
+            self._kept_quantised = base.weight, dict(base.weight.__dict__), copy.copy(getattr(base, "state", None))
+        else:
+            weight = base.weight.data
+            self.metalora_kept["weight"] = weight.to("cpu", copy=True) if self.merge_backup == "host" else weight
 
     def unmerge(self) -> None:
-        """Restore the base weight bit for bit to what it was before the first merge."""
-        if not self.merged or self._weight_before_merge is None:
+        """Restore the base weight bit for bit to what it was before the first merge.
+
+        Raises:
+            AdapterStateError: `set_merge_backup(model, "none")` was chosen before the merge.
+        """
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.set_base_weight(self._weight_before_merge.to(self.get_base_weight().device))
-        self._weight_before_merge = None
+        base: Any = self.get_base_layer()
+        if self._kept_quantised is not None:
+            weight, attributes, state = self._kept_quantised
+            weight.__dict__.update(attributes)
+            base.weight = weight
+            if state is not None:
+                base.state = state
+        elif "weight" in self.metalora_kept:
+            base.weight.data = self.metalora_kept["weight"].to(base.weight)
+        else:
+            raise AdapterStateError(
+                "The weight before the merge was not kept (merge backup 'none'), so it cannot be restored. "
+                "Load the base model again."
+            )
+        self.forget_kept_weight()
         self.merged_adapters.clear()
+
+    def forget_kept_weight(self) -> None:
+        """Free what `unmerge` would need."""
+        self.metalora_kept.clear()
+        self._kept_quantised = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -119,7 +119,7 @@ class MetaLoraModel(BaseTuner):
         if isinstance(target, MetaLoraLayer):
             target.update_layer(adapter_name, peft_config, *ranks, self._plan.key)
             return
-        layer = create_layer(self.model, target, self._index, peft_config)
+        layer = create_layer(self.model, target, self._index)
         layer._active_adapter = self.active_adapter
         layer.update_layer(adapter_name, peft_config, *ranks, self._plan.key)
         if adapter_name not in self.active_adapters:

@@ -25,9 +25,9 @@ from ..errors import (
     RankMismatchError,
     ShapeMismatchError,
 )
+from .bases import base_of, check_supported, factor_shape
 from .config import MetaLoraConfig
 from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint, load_down_source
-from .layers import check_supported, down_shape, sizes
 from .registration import PREFIX
 from .subjects import meta_lora_layers, module_path
 
@@ -70,7 +70,7 @@ def plan_injection(
     targets = _matched_modules(tuner, model, config, state_dict)
     ranks = {}
     for key, module in targets.items():
-        check_supported(key, module)
+        check_supported(model, key, module)
         ranks[key] = _ranks(config, key, module)
     plan = Plan(adapter_name, ranks)
     if config.stage == "subject":
@@ -118,8 +118,8 @@ def _ranks(config: MetaLoraConfig, key: str, module: nn.Module) -> tuple[int, in
     r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
     meta_r = config.meta_rank_pattern.get(get_pattern_key(list(config.meta_rank_pattern), key), config.meta_r)
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), key), config.lora_alpha)
-    _, d_out = sizes(module)
-    d_in = math.prod(down_shape(module, 1))
+    row, d_out = factor_shape(base_of(module))
+    d_in = math.prod(row)
     if meta_r > d_in:
         raise ConfigError(
             f"meta_r={meta_r} is above the {d_in} inputs of {key!r}. Lower meta_r, give this module a smaller one in "
@@ -201,9 +201,10 @@ def _check_fit(
         raise RankMismatchError(
             f"The Down has rank {down[0]} at {key!r}, the config says meta_r={meta_r}. Set meta_r={down[0]}."
         )
-    if down != down_shape(module, meta_r):
+    needed = (meta_r, *factor_shape(base_of(module))[0])
+    if down != needed:
         raise ShapeMismatchError(
-            f"The Down's factor for {key!r} has shape {down}, this model needs {down_shape(module, meta_r)}. "
+            f"The Down's factor for {key!r} has shape {down}, this model needs {needed}. "
             "It belongs to another base model."
         )
     if config.start != "fresh" and mid_init[0] != r:

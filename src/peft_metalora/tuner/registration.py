@@ -8,6 +8,7 @@ our own whose member equals the string "META_LORA" serves, without patching PEFT
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -27,7 +28,11 @@ class MetaLoraType(str, Enum):
 
 def register(config_cls: type, model_cls: type) -> None:
     """Enter the tuner into PEFT's mappings; calling it again changes nothing."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[MetaLoraType.META_LORA] = config_cls
-    PEFT_TYPE_TO_TUNER_MAPPING[MetaLoraType.META_LORA] = model_cls
-    PEFT_TYPE_TO_PREFIX_MAPPING[MetaLoraType.META_LORA] = PREFIX
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[MetaLoraType.META_LORA] = model_cls
+    entries: list[tuple[Any, object]] = [
+        (PEFT_TYPE_TO_CONFIG_MAPPING, config_cls),
+        (PEFT_TYPE_TO_TUNER_MAPPING, model_cls),
+        (PEFT_TYPE_TO_MIXED_MODEL_MAPPING, model_cls),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
+    ]
+    for mapping, entry in entries:
+        mapping[MetaLoraType.META_LORA] = entry

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be adapted: the kinds of base layer, the shape of their Down, and a clear refusal of everything else."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedModuleError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TESTED_BACKENDS = ("bnb 8bit", "bnb 4bit", "torchao")
+
+
+def base_of(module: nn.Module) -> Any:
+    """The innermost base layer of a module that may be wrapped by tuners."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def factor_shape(base: Any) -> tuple[tuple[int, ...], int]:
+    """Return the shape of one row of a base layer's Down, (d_in,) or (channels, *kernel), and its d_out."""
+    if isinstance(base, CONVOLUTIONS):
+        return (base.in_channels, *base.kernel_size), base.out_channels
+    if isinstance(base, Conv1D):
+        return (base.weight.shape[0],), base.weight.shape[1]
+    return (base.in_features,), base.out_features
+
+
+def check_supported(model: nn.Module, key: str, module: nn.Module) -> None:
+    """Raise UnsupportedModuleError, with what to do, if the module cannot be adapted."""
+    base = base_of(module)
+    if isinstance(base, nn.Embedding):
+        _refuse(key, "an Embedding: there is no input for a shared Down to look at", "train it with modules_to_save")
+    if isinstance(base, CONVOLUTIONS):
+        if base.groups != 1:
+            _refuse(
+                key, f"a convolution with groups={base.groups}, which a Down over all channels would mix", "exclude it"
+            )
+    elif not isinstance(base, (nn.Linear, Conv1D)):
+        kinds = "nn.Linear, Conv1d, Conv2d, Conv3d and transformers' Conv1D"
+        _refuse(key, f"a {type(base).__module__}.{type(base).__name__}; Meta-LoRA adapts {kinds}", "exclude it")
+    backend = quantization_backend(model, base)
+    if backend is not None and backend.backend_name not in TESTED_BACKENDS:
+        _refuse(
+            key,
+            f"quantised by {backend.backend_name!r}; tested are {', '.join(TESTED_BACKENDS)} (docs/quantisation.md)",
+            "quantise the model with one of these",
+        )
+
+
+def _refuse(key: str, what: str, remedy: str) -> NoReturn:
+    raise UnsupportedModuleError(f"{key!r} is {what}. What to do: {remedy}, or leave it out of target_modules.")
+
+
+def quantization_backend(model: nn.Module, base: nn.Module) -> Any:
+    """PEFT's handler of a quantised weight, None for an ordinary one.
+
+    torchao can merge only if the model remembers how it was quantised (`hf_quantizer`); without, it can still be
+    trained and served.
+    """
+    arguments = get_quantization_kwargs(model)
+    try:
+        return resolve_quantization_backend(base, **arguments)
+    except ValueError:
+        return ForwardOnlyQuantizationBackend("torchao")

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meta-LoRA on convolutions: Down carries the base's kernel, stride, padding and dilation; Mid and Up are 1 x 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layer import Chosen, MetaLoraLayer, cast, gather
+
+
+class Conv(MetaLoraLayer):
+    """Meta-LoRA on nn.Conv1d, Conv2d and Conv3d with groups=1: x (batch, d_in, *size) -> (batch, d_out, *size)."""
+
+    def _batch(self, x: Tensor) -> int:
+        return x.shape[0] if x.dim() == len(self.down_row) + 1 else 1
+
+    def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+        base: Any = self.get_base_layer()
+        dtype, scaling = result.dtype, self.scaling[name]
+        x = cast(self.metalora_dropout[name](x), dtype)
+        batch = self._batch(x)
+        up = gather(cast(self.metalora_up[name], dtype), chosen).expand(batch, -1, -1)
+        if chosen is None and name in self.metalora_folded and not torch.is_grad_enabled():
+            factor = self.metalora_folded[name][: self.r[name]]
+            z = base._conv_forward(x, cast(factor, dtype), None).reshape(batch, self.r[name], -1)
+            scaling /= self.fold_scale[name]
+        else:
+            h = base._conv_forward(x, cast(self._down(self.down_key[name]), dtype), None)
+            mid = gather(cast(self.metalora_mid[name], dtype), chosen).expand(batch, -1, -1)
+            z = torch.bmm(mid, h.reshape(batch, h.shape[-len(self.down_row)], -1))
+        flat = result.reshape(batch, self.d_out, -1)
+        return torch.baddbmm(flat, up, z, alpha=scaling).view(result.shape)
+
+    def __repr__(self) -> str:
+        return "metalora." + super().__repr__()
