@@ -10,15 +10,17 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-WORDS = """a an the photo of person someone facing left right smiling sad laughing neutral in on and with at
- red green blue yellow white black grey pink shirt coat wall plain checkered striped warm cold light sks zwx man woman
- face portrait drawing forest beach city , .""".split()
+WORDS = (
+    "a an the photo of person someone facing left right smiling sad laughing neutral in on and with at red green blue "
+    "yellow white black grey pink shirt coat wall plain checkered striped warm cold light sks zwx man woman face "
+    "portrait drawing forest beach city , ."
+)
 MAX_LENGTH = 16
 
 
 def word_tokenizer(max_length: int = MAX_LENGTH) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over `WORDS`; `</s>` closes a text, as CLIP's pooled output needs."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", *WORDS, "</s>"])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", *sorted(set(WORDS.split())), "</s>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(

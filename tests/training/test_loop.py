@@ -10,7 +10,6 @@ from torch import nn
 from peft_metalora.errors import MetaLoraError
 from peft_metalora.training.loop import training_steps
 
-
 TARGET = torch.tensor([1.0, -2.0, 0.5])
 DATA = torch.randn(64, 5, 3, generator=torch.Generator().manual_seed(0))
 

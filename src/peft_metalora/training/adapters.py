@@ -20,23 +20,21 @@ from .bases import Base
 from .settings import TrainingConfig
 
 
-def choose_device(config: TrainingConfig) -> torch.device:
-    """The device that the settings name, or a GPU if there is one."""
-    if config.device is not None:
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one, or the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def choose_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     """Precision of the frozen base."""
-    if config.mixed_precision == "auto":
+    if mixed_precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
 
 
-def autocast(config: TrainingConfig, device: torch.device) -> Any:
+def autocast(mixed_precision: str, device: torch.device) -> Any:
     """Context for a forward pass."""
-    dtype = choose_dtype(config, device)
+    dtype = choose_dtype(mixed_precision, device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
@@ -62,7 +60,7 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
     denoiser = base.denoiser
     if getattr(denoiser, "peft_config", None):
         raise AdapterStateError(
-            f"expected a denoiser without adapters, found {', '.join(denoiser.peft_config)}: unload them before training"
+            f"expected a denoiser without adapters, found {', '.join(denoiser.peft_config)}: unload them first"
         )
     denoiser.requires_grad_(False)
     before = set(denoiser.parameters())
@@ -83,7 +81,7 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
     return [parameter for parameter in own if parameter.requires_grad]
 
 
-def eject(denoiser: nn.Module) -> None:
+def eject(denoiser: Any) -> None:
     """Take every adapter off the denoiser: its modules are the ones it had before."""
     for path, module in list(denoiser.named_modules()):
         if isinstance(module, BaseTunerLayer):

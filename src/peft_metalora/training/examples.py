@@ -101,7 +101,7 @@ def _views(
     caption = photo.caption or config.instance_prompt
     if caption is None:
         raise NoCaptionError(
-            f"expected a caption for {photo.path}, found none: give instance_prompt, a metadata.jsonl or a .txt beside it"
+            f"expected a caption for {photo.path}, found none: give instance_prompt, a metadata.jsonl or a .txt file"
         )
     image = load_image(photo.path)
     for _ in range(views):

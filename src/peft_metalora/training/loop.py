@@ -68,8 +68,8 @@ def training_steps(
             total += loss.item()
         if not math.isfinite(total):
             raise TrainingError(
-                f"expected a finite loss, found {total} in step {number}: lower the learning rate, or train in float32. "
-                "The weights are those of the step before."
+                f"expected a finite loss, found {total} in step {number}: lower the learning rate, or train in "
+                "float32. The weights are those of the step before."
             )
         if clip is not None:
             clip()

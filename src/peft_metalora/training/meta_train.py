@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from peft.functional import delete_adapter, set_adapter
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import checkpoint
+from .. import checkpoint, injection
 from ..data import read_subjects
 from ..errors import ConfigError, TooFewImagesError
 from ..tuner import MetaLoraConfig, reset_slots, set_subjects, set_warmup
@@ -42,7 +41,7 @@ from .loop import Step, training_steps
 from .settings import MetaTrainConfig
 from .slots import SlotOptimizer
 
-_TRAINING = "stage_1"
+_TRAINING, PUBLISHED = "stage_1", "default"
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ class MetaTraining:
                 f"({config.max_train_steps} steps, {len(self.buckets)} buckets): raise max_train_steps or bucket_size, "
                 "or lower warmup_steps"
             )
+        cls, options = optimizer_class(config.optimizer), optimizer_options(config)
         self.adapter_config = MetaLoraConfig(
             r=config.rank,
             meta_r=config.meta_rank,
@@ -107,14 +107,16 @@ class MetaTraining:
         )
         inject(base, self.adapter_config, _TRAINING, config)
         self._layers = [layer for _, layer in meta_lora_layers(base.denoiser)]
-        slotted = [part for layer in self._layers for part in (layer.metalora_mid[_TRAINING], layer.metalora_up[_TRAINING])]
+        slotted = [
+            part for layer in self._layers for part in (layer.metalora_mid[_TRAINING], layer.metalora_up[_TRAINING])
+        ]
         downs = [layer.metalora_down[_TRAINING] for layer in self._layers]
         self.optimizer = SlotOptimizer(
-            optimizer_class(config.optimizer),
+            cls,
             slotted,
             shared=downs,
             shared_options={"lr": config.down_learning_rate or config.learning_rate},
-            **optimizer_options(config),
+            **options,
         )
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
         self._generator = torch.Generator(base.device).manual_seed(config.seed)
@@ -130,8 +132,8 @@ class MetaTraining:
         """Train, bucket after bucket; yields each step when it is finished."""
         denoiser, config = self.base.denoiser, self.config
         done = 0
-        for self._bucket, count in zip(self.buckets, self.bucket_steps, strict=True):
-            self._open = True
+        for bucket, count in zip(self.buckets, self.bucket_steps, strict=True):
+            self._bucket, self._open = bucket, True
             reset_slots(denoiser, _TRAINING)
             self.optimizer.reset()
             self._queue.clear()
@@ -159,22 +161,19 @@ class MetaTraining:
         if self._open:
             self._add_to_mean()
         denoiser, config = self.base.denoiser, self.config
-        state = [
-            (layer.metalora_down[_TRAINING].detach(), layer.metalora_mid_init[_TRAINING]) for layer in self._layers
-        ]
-        means = [total / max(self._counted, 1) for total in self._sums]
-        self.adapter_config.num_slots = 1
-        denoiser.add_adapter(self.adapter_config, adapter_name="default")
-        with torch.no_grad():
-            for number, (layer, (down, mid_init)) in enumerate(zip(self._layers, state, strict=True)):
-                layer.metalora_down["default"].data = down.clone()
-                layer.metalora_mid_init["default"] = mid_init.clone()
-                layer.metalora_mid["default"].data = means[2 * number][None]
-                layer.metalora_up["default"].data = means[2 * number + 1][None]
-        delete_adapter(denoiser, _TRAINING, prefix="metalora_")
-        denoiser.peft_config.pop(_TRAINING, None)
-        set_adapter(denoiser, "default", inference_mode=True)
+        means = iter(total / max(self._counted, 1) for total in self._sums)
+        tensors = {}
+        for path, layer in meta_lora_layers(denoiser):
+            tensors[f"{path}.metalora_down"] = layer.metalora_down[_TRAINING].detach()
+            tensors[f"{path}.metalora_mid_init"] = layer.metalora_mid_init[_TRAINING]
+            tensors[f"{path}.metalora_mid"], tensors[f"{path}.metalora_up"] = next(means)[None], next(means)[None]
         set_subjects(denoiser, None)
+        injection.inject(denoiser, replace(self.adapter_config, num_slots=1), PUBLISHED)
+        for layer in self._layers:
+            layer.metalora_down[PUBLISHED].data = layer.metalora_down[PUBLISHED].data.float()
+        injection.copy_factors(denoiser, tensors, PUBLISHED)
+        injection.remove_adapter(denoiser, _TRAINING)
+        injection.activate(denoiser, [PUBLISHED])
         denoiser.eval()
         settings = asdict(config)
         kept = "rank", "meta_rank", "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "seed"
@@ -189,7 +188,7 @@ class MetaTraining:
             "seconds": round(time.perf_counter() - self._start, 1),
             **{name: settings[name] for name in kept},
         }
-        return DownResult(denoiser, "default", facts, self.losses)
+        return DownResult(denoiser, PUBLISHED, facts, self.losses)
 
     def _loss(self) -> Tensor:
         slots = self._next_subjects()
@@ -204,7 +203,7 @@ class MetaTraining:
         times = self.base.sample_times(latents, self._generator)
         set_subjects(self.base.denoiser, rows)
         self.optimizer.see(slots)
-        with autocast(self.config, self.base.device):
+        with autocast(self.config.mixed_precision, self.base.device):
             return self.base.loss(latents, text, noise, times).mean()
 
     def _next_subjects(self) -> list[int]:
@@ -256,12 +255,14 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
-    device = choose_device(config)
+    if config.train_data_dir is None:
+        raise ConfigError("expected train_data_dir, found none: give a folder that holds a folder for each subject")
+    device = choose_device(config.device)
     subjects = read_subjects(config.train_data_dir)
     base = load_base(
         config.pretrained_model_name_or_path,
         revision=config.revision,
-        dtype=choose_dtype(config, device),
+        dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
         weighting_scheme=config.weighting_scheme,
         max_sequence_length=config.max_sequence_length,

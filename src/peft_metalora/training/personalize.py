@@ -25,7 +25,6 @@ from ..data import Subject, read_photos
 from ..errors import ConfigError, TooFewImagesError
 from ..files import staged_folder
 from ..tuner import DownSource, MetaLoraConfig, set_subjects
-from ..tuner.subjects import meta_lora_layers
 from .adapters import (
     autocast,
     choose_device,
@@ -73,9 +72,9 @@ class Personalization:
         empty = [subject for subject, positions in enumerate(self._positions) if not len(positions)]
         if empty:
             raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
+        cls, options = optimizer_class(config.optimizer), optimizer_options(config)
         parameters = self._inject()
         self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
-        cls, options = optimizer_class(config.optimizer), optimizer_options(config)
         self.optimizer = SlotOptimizer(cls, parameters, **options) if self._slots else cls(parameters, **options)
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
         # Every subject has the stream that it would have alone.
@@ -93,7 +92,8 @@ class Personalization:
             if self.num_subjects > 1:
                 raise ConfigError(f"method 'lora' learns one subject a run, found {self.num_subjects}: run it for each")
             rank = config.rank or 1
-            lora = LoraConfig(r=rank, lora_alpha=config.lora_alpha or rank, target_modules=self._targets())
+            alpha: Any = config.lora_alpha or rank  # PEFT says int and takes any number
+            lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=self._targets())
             return inject(self.base, lora, _ADAPTER, config)
         if self.down is None:
             raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
@@ -101,8 +101,8 @@ class Personalization:
         of_down = self.down.config
         if config.rank is not None and config.rank != of_down.r and config.start != "fresh":
             raise ConfigError(
-                f"rank must be the Down's, {of_down.r}, for start={config.start!r}, found {config.rank}: leave rank out, or "
-                "use start='fresh' (the control)"
+                f"rank must be the Down's, {of_down.r}, for start={config.start!r}, found {config.rank}: leave rank "
+                "out, or use start='fresh' (the control)"
             )
         adapter = MetaLoraConfig(
             stage="subject",
@@ -116,13 +116,15 @@ class Personalization:
             target_modules=of_down.target_modules,
             num_slots=self.num_subjects,
             start=config.start,
-            down=config.down,
+            down=config.down or "in memory",
             down_revision=config.down_revision,
             down_fingerprint=self.down.fingerprint,
             base_model_name_or_path=config.pretrained_model_name_or_path,
         )
         with hub.given(self.down):
-            return inject(self.base, adapter, _ADAPTER, config)
+            parameters = inject(self.base, adapter, _ADAPTER, config)
+        self.base.denoiser.peft_config[_ADAPTER].down = config.down
+        return parameters
 
     def _targets(self) -> list[str] | str:
         if self.down is not None and self.config.target_modules is None:
@@ -165,7 +167,7 @@ class Personalization:
             slots = range(self.num_subjects)
             set_subjects(base.denoiser, None if len(slots) == 1 else [slot for slot in slots for _ in range(size)])
             self.optimizer.see(slots)
-        with autocast(self.config, base.device):
+        with autocast(self.config.mixed_precision, base.device):
             losses = base.loss(latents, text, torch.cat(noise).to(base.device), torch.cat(times).to(base.device))
         return losses.view(self.num_subjects, size).mean(1).sum()
 
@@ -227,17 +229,19 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot be used.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
+    if config.instance_data_dir is None:
+        raise ConfigError("expected instance_data_dir, found none: give an image, or a folder of images of one subject")
+    if config.method == "meta-lora" and config.down is None:
+        raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
     subject = Subject("subject", read_photos(config.instance_data_dir))
-    device = choose_device(config)
+    device = choose_device(config.device)
     down = None
-    if config.method == "meta-lora":
-        if config.down is None:
-            raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
+    if config.method == "meta-lora" and config.down is not None:
         down = hub.load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
     base = load_base(
         config.pretrained_model_name_or_path,
         revision=config.revision,
-        dtype=choose_dtype(config, device),
+        dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
         weighting_scheme=config.weighting_scheme,
         max_sequence_length=config.max_sequence_length,

@@ -14,7 +14,8 @@ from typing import Any
 from ..errors import ConfigError
 
 
-def _setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
+def setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
+    """A field of a settings dataclass: its one description, its default, the values it may have."""
     metadata = {"help": help, "choices": choices} if choices else {"help": help}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
@@ -27,39 +28,44 @@ class TrainingConfig:
         ConfigError: a value that cannot be.
     """
 
-    pretrained_model_name_or_path: str = _setting("Base model: a diffusers folder or a repository id.")
-    output_dir: str = _setting("Folder to write; it appears, or changes, all at once.")
-    revision: str | None = _setting("Revision of the base model's repository.", None)
-    local_files_only: bool = _setting("Never ask the network for the base model or the Down.", False)
-    target_modules: str | None = _setting(
-        "Modules to adapt: names separated by commas, or one regular expression. Default: the family's own choice.", None
+    pretrained_model_name_or_path: str = setting("Base model: a diffusers folder or a repository id.")
+    output_dir: str = setting("Folder to write; it appears, or changes, all at once.")
+    revision: str | None = setting("Revision of the base model's repository.", None)
+    local_files_only: bool = setting("Never ask the network for the base model or the Down.", False)
+    target_modules: str | None = setting(
+        "Modules to adapt: names separated by commas, or one regular expression. Default: the family's own choice.",
+        None,
     )
-    instance_prompt: str | None = _setting("Caption of images that have none of their own.", None)
-    resolution: int = _setting("Height and width of the training crops, in pixels.", 512)
-    random_flip: bool = _setting("Mirror half of the views; 'left' and 'right' in captions are swapped with them.", True)
-    weighting_scheme: str = _setting(
+    instance_prompt: str | None = setting("Caption of images that have none of their own.", None)
+    resolution: int = setting("Height and width of the training crops, in pixels.", 512)
+    random_flip: bool = setting("Mirror half of the views; 'left' and 'right' in captions are swapped with them.", True)
+    weighting_scheme: str = setting(
         "Density of the noise levels.", "logit_normal", choices=("logit_normal", "mode", "none")
     )
-    max_sequence_length: int | None = _setting("Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None)
-    learning_rate: float = _setting("Learning rate of Mid and Up (of a plain LoRA: of both its factors).", 1e-3)
-    lr_scheduler: str = _setting(
+    max_sequence_length: int | None = setting(
+        "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
+    )
+    learning_rate: float = setting("Learning rate of Mid and Up (of a plain LoRA: of both its factors).", 1e-3)
+    lr_scheduler: str = setting(
         "Shape of the learning rate over the run, after lr_warmup_steps.",
         "constant",
         choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
     )
-    lr_warmup_steps: int = _setting("Steps over which the learning rate rises from 0.", 0)
-    optimizer: str = _setting("Optimiser: a class of torch.optim, or module:Class of any installed package.", "AdamW")
-    weight_decay: float = _setting("Weight decay of the optimiser.", 0.0)
-    max_grad_norm: float = _setting("Gradients are clipped to this norm, each subject's by its own; 0: not clipped.", 1.0)
-    gradient_accumulation_steps: int = _setting("Batches whose gradients are summed before a step.", 1)
-    gradient_checkpointing: bool = _setting("Recompute activations in the backward pass: less memory, more time.", False)
-    mixed_precision: str = _setting(
+    lr_warmup_steps: int = setting("Steps over which the learning rate rises from 0.", 0)
+    optimizer: str = setting("Optimiser: a class of torch.optim, or module:Class of any installed package.", "AdamW")
+    weight_decay: float = setting("Weight decay of the optimiser.", 0.0)
+    max_grad_norm: float = setting(
+        "Gradients are clipped to this norm, each subject's by its own; 0: not clipped.", 1.0
+    )
+    gradient_accumulation_steps: int = setting("Batches whose gradients are summed before a step.", 1)
+    gradient_checkpointing: bool = setting("Recompute activations in the backward pass: less memory, more time.", False)
+    mixed_precision: str = setting(
         "Precision of the frozen base and of the arithmetic; 'auto' is bf16 on a GPU and none on a CPU.",
         "auto",
         choices=("auto", "no", "bf16", "fp16"),
     )
-    device: str | None = _setting("Device to train on. Default: a GPU when there is one.", None)
-    seed: int = _setting("Seed of everything random.", 0)
+    device: str | None = setting("Device to train on. Default: a GPU when there is one.", None)
+    seed: int = setting("Seed of everything random.", 0)
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -96,21 +102,21 @@ class MetaTrainConfig(TrainingConfig):
     The rates, sizes and lengths of the paper (arXiv 2503.22352) are not known; these defaults are ours.
     """
 
-    train_data_dir: str = _setting(
-        "Folder of subject folders: DIR/<subject>/*.png with metadata.jsonl or a .txt beside each image.", ""
+    train_data_dir: str | None = setting(
+        "Folder of subject folders: DIR/<subject>/*.png with metadata.jsonl or a .txt beside each image.", None
     )
-    rank: int = _setting("Rank r of a subject (columns of Up, rows of Mid).", 4)
-    meta_rank: int = _setting("Rank of the shared Down (its rows).", 64)
-    lora_alpha: float | None = _setting("Scale: the output is multiplied by lora_alpha / rank. Default: rank.", None)
-    down_learning_rate: float | None = _setting("Learning rate of Down. Default: learning_rate.", None)
-    max_train_steps: int = _setting("Steps of the whole run, divided equally among the buckets.", 3000)
-    bucket_size: int | None = _setting(
+    rank: int = setting("Rank r of a subject (columns of Up, rows of Mid).", 4)
+    meta_rank: int = setting("Rank of the shared Down (its rows).", 64)
+    lora_alpha: float | None = setting("Scale: the output is multiplied by lora_alpha / rank. Default: rank.", None)
+    down_learning_rate: float | None = setting("Learning rate of Down. Default: learning_rate.", None)
+    max_train_steps: int = setting("Steps of the whole run, divided equally among the buckets.", 3000)
+    bucket_size: int | None = setting(
         "Subjects that are trained together; the next bucket starts with fresh Mid and Up. Default: all at once.", None
     )
-    warmup_steps: int = _setting("Steps at the start of a bucket in which Down is frozen.", 50)
-    subjects_per_batch: int = _setting("Subjects in a batch; each is seen equally often.", 16)
-    images_per_subject: int = _setting("Images of each of these subjects in a batch.", 1)
-    views_per_image: int = _setting("Crops (and mirror images) of each photo that are encoded before training.", 1)
+    warmup_steps: int = setting("Steps at the start of a bucket in which Down is frozen.", 50)
+    subjects_per_batch: int = setting("Subjects in a batch; each is seen equally often.", 16)
+    images_per_subject: int = setting("Images of each of these subjects in a batch.", 1)
+    views_per_image: int = setting("Crops (and mirror images) of each photo that are encoded before training.", 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,26 +137,26 @@ class MetaTrainConfig(TrainingConfig):
 class PersonalizeConfig(TrainingConfig):
     """Stage 2: one subject from one image or a few, by Meta-LoRA or, as the baseline, by a plain LoRA."""
 
-    instance_data_dir: str = _setting("An image, or a folder of images of one subject.", "")
-    method: str = _setting(
+    instance_data_dir: str | None = setting("An image, or a folder of images of one subject.", None)
+    method: str = setting(
         "'meta-lora': Mid and Up on a frozen Down. 'lora': a plain LoRA by PEFT on the same modules.",
         "meta-lora",
         choices=("meta-lora", "lora"),
     )
-    down: str | None = _setting("The Down (method 'meta-lora'): a folder or a repository id.", None)
-    down_revision: str | None = _setting("Revision of the Down's repository.", None)
-    start: str = _setting(
+    down: str | None = setting("The Down (method 'meta-lora'): a folder or a repository id.", None)
+    down_revision: str | None = setting("Revision of the Down's repository.", None)
+    start: str = setting(
         "Where a subject starts: 'stored' (the Down's own Mid, Up = 0), 'mean' (stage 1's mean subject) or 'fresh' (a "
         "new Mid, Up = 0; the control).",
         "stored",
         choices=("stored", "mean", "fresh"),
     )
-    rank: int | None = _setting("Rank. Default: the Down's; for a plain LoRA 1.", None)
-    lora_alpha: float | None = _setting("Scale of a plain LoRA, lora_alpha / rank. Default: rank.", None)
-    max_train_steps: int = _setting("Steps.", 375)
-    train_batch_size: int = _setting("Views in a batch.", 4)
-    views_per_image: int = _setting("Crops (and mirror images) of each image that are encoded before training.", 32)
-    checkpointing_steps: int | None = _setting("Also write output_dir/checkpoint-<step> every so many steps.", None)
+    rank: int | None = setting("Rank. Default: the Down's; for a plain LoRA 1.", None)
+    lora_alpha: float | None = setting("Scale of a plain LoRA, lora_alpha / rank. Default: rank.", None)
+    max_train_steps: int = setting("Steps.", 375)
+    train_batch_size: int = setting("Views in a batch.", 4)
+    views_per_image: int = setting("Crops (and mirror images) of each image that are encoded before training.", 32)
+    checkpointing_steps: int | None = setting("Also write output_dir/checkpoint-<step> every so many steps.", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,8 +21,7 @@ from ..errors import ConfigError, SubjectIndexError
 # These treat every number by itself, so that a slot's tensors can be one flat vector: one small update a slot instead
 # of one for each of its tensors, with the same result.
 _ELEMENTWISE = tuple(
-    getattr(torch.optim, name)
-    for name in ("Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
+    getattr(torch.optim, name) for name in ("Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 )
 
 
@@ -87,8 +86,10 @@ class SlotOptimizer(Optimizer):
             SubjectIndexError: a slot outside 0 .. num_slots - 1.
         """
         found = {int(slot) for slot in slots}
-        if found and not (0 <= min(found) and max(found) < self.num_slots):
-            raise SubjectIndexError(f"expected slots 0 to {self.num_slots - 1}, found {sorted(found)}. Raise num_slots.")
+        if not found <= set(range(self.num_slots)):
+            raise SubjectIndexError(
+                f"expected slots 0 to {self.num_slots - 1}, found {sorted(found)}. Raise num_slots."
+            )
         self._seen |= found
 
     def reset(self, slots: Iterable[int] | None = None) -> None:
@@ -167,7 +168,7 @@ class SlotOptimizer(Optimizer):
             for parameter, piece in zip(self._slotted, row.split(self._sizes), strict=True)
         ]
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the parameters themselves."""
         return {
             "lr": [group["lr"] for group in self.param_groups],

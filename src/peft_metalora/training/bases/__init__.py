@@ -32,8 +32,8 @@ def base_for(pipeline: Any, **options: Any) -> Base:
             file, name = FAMILIES[cls.__name__]
             return getattr(importlib.import_module(f".{file}", __name__), name)(pipeline, **options)
     raise BaseModelMismatchError(
-        f"expected a pipeline of one of {', '.join(sorted(FAMILIES))}, found {type(pipeline).__name__}: train on one of "
-        "those, or add its family to peft_metalora/training/bases"
+        f"expected a pipeline of one of {', '.join(sorted(FAMILIES))}, found {type(pipeline).__name__}: train on one "
+        "of those, or add its family to peft_metalora/training/bases"
     )
 
 
@@ -58,8 +58,8 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise BaseModelMismatchError(
-            f"expected a diffusers pipeline at {str(name_or_path)!r}, found none that loads ({error}): give a folder or "
-            "a repository id"
+            f"expected a diffusers pipeline at {str(name_or_path)!r}, found none that loads ({error}): give a folder "
+            "or a repository id"
         ) from error
     base = base_for(pipeline, **options)
     for part in pipeline.components.values():

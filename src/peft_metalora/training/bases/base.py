@@ -7,6 +7,7 @@ denoiser predicts, and which modules are adapted by default and why. Nothing her
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from torch import Tensor, nn
+from torch import Tensor
 
 Text = dict[str, Tensor]
 
@@ -49,8 +50,8 @@ class Base(ABC):
         self.max_sequence_length = max_sequence_length or self._default_sequence_length()
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The model that is adapted."""
+    def denoiser(self) -> Any:
+        """The model that is adapted, an nn.Module of diffusers."""
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
@@ -70,6 +71,11 @@ class Base(ABC):
             part = getattr(self.pipeline, name, None)
             if part is not None:
                 part.to(device if encoders else "cpu")
+
+    @property
+    def takes_sequence_length(self) -> bool:
+        """Whether the pipeline's call has `max_sequence_length`."""
+        return "max_sequence_length" in inspect.signature(type(self.pipeline).__call__).parameters
 
     def _default_sequence_length(self) -> int:
         return min(512, self.pipeline.tokenizer.model_max_length)

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `metalora` command: one subcommand a job, its flags made from the job's dataclass.
+
+Every flag may also stand in a YAML file (`--config file.yaml`, same names); a flag on the command line wins. Errors of
+this package are printed as one sentence, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import NoneType
+from typing import Any
+
+from .errors import ConfigError, MetaLoraError
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """The whole method on the embedded base: one held-out person, learned from one image in two ways."""
+
+    output_dir: str = field(default=".", metadata={"help": "Folder for demo.png and demo.json."})
+
+
+@dataclass(kw_only=True)
+class DemoDataConfig:
+    """Draw the demo's faces as an ordinary data set."""
+
+    output_dir: str = field(metadata={"help": "Folder to write: <subject>/<n>.png and metadata.jsonl."})
+    split: str = field(
+        default="meta",
+        metadata={
+            "help": "Which people: those of meta-training, or held-out ones that no network of the demo has seen.",
+            "choices": ("meta", "held-out"),
+        },
+    )
+    subjects: int = field(default=16, metadata={"help": "Number of people."})
+    images_per_subject: int = field(default=8, metadata={"help": "Images of each person."})
+    size: int = field(default=64, metadata={"help": "Height and width in pixels."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
+
+
+def _demo(config: DemoConfig) -> str:
+    from .demo.run import run_demo
+
+    run_demo(config.output_dir)
+    return f"wrote {config.output_dir}/demo.png and {config.output_dir}/demo.json"
+
+
+def _demo_data(config: DemoDataConfig) -> str:
+    from .demo.faces import write_dataset
+
+    write_dataset(
+        config.output_dir,
+        config.split,
+        config.subjects,
+        config.images_per_subject,
+        size=config.size,
+        seed=config.seed,
+    )
+    return f"wrote {config.subjects} people to {config.output_dir}"
+
+
+def _meta_train(config: Any) -> str:
+    from .training.meta_train import meta_train
+
+    result = meta_train(config)
+    return f"wrote the Down of {result.facts['subjects']} subjects to {config.output_dir}"
+
+
+def _personalize(config: Any) -> str:
+    from .training.personalize import personalize
+
+    return f"wrote {personalize(config)}"
+
+
+def _generate(config: Any) -> str:
+    from .generate import generate
+
+    return f"wrote {len(generate(config))} image(s) to {config.output_dir}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what it does in a line, its settings as `module:class`, and the function that runs it."""
+
+    help: str
+    settings: str
+    run: typing.Callable[[Any], str]
+
+    def config_class(self) -> type:
+        """The dataclass of its settings."""
+        module, _, name = self.settings.partition(":")
+        return getattr(importlib.import_module(module, __package__), name)
+
+
+COMMANDS = {
+    "demo": Command("run the whole method on the embedded base, in minutes", ".cli:DemoConfig", _demo),
+    "demo-data": Command("write the demo's faces as image folders", ".cli:DemoDataConfig", _demo_data),
+    "meta-train": Command("stage 1: train a Down on many subjects", ".training.settings:MetaTrainConfig", _meta_train),
+    "personalize": Command(
+        "stage 2: learn a subject from one image", ".training.settings:PersonalizeConfig", _personalize
+    ),
+    "generate": Command("draw subjects from prompts", ".generate:GenerateConfig", _generate),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 2 for an error of this package or its usage, 130 after Ctrl-C.
+    """
+    parser = build_parser()
+    try:
+        given = vars(parser.parse_args(arguments))
+        command = COMMANDS[given.pop("command")]
+        config = make_config(command.config_class(), given.pop("config", None), given)
+        print(command.run(config))
+    except MetaLoraError as error:
+        print(f"metalora: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("metalora: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="metalora", description="Meta-LoRA: a shared Down for a domain, a tiny adapter for each subject."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        cls = command.config_class()
+        description = (cls.__doc__ or "").partition("\n")[0]
+        sub = commands.add_parser(
+            name, help=command.help, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+        )
+        sub.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it.")
+        hints = typing.get_type_hints(cls)
+        for one in fields(cls):
+            _add_flag(sub, one, hints[one.name])
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, one: Field[Any], hint: Any) -> None:
+    kind, is_list = _kind(hint)
+    default = one.default_factory() if one.default_factory is not MISSING else one.default
+    if default is MISSING:
+        suffix = " Required."
+    else:
+        suffix = "" if default is None or default == [] or default == "" else f" Default: {default}."
+    # argparse formats help with %.
+    help_text = (one.metadata["help"] + suffix).replace("%", "%%")
+    if kind is bool:
+        parser.add_argument(f"--{one.name}", action=argparse.BooleanOptionalAction, help=help_text)
+        return
+    parser.add_argument(
+        f"--{one.name}",
+        type=kind,
+        nargs="+" if is_list else None,
+        choices=one.metadata.get("choices"),
+        metavar=None if one.metadata.get("choices") else kind.__name__.upper(),
+        help=help_text,
+    )
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """`int | None` -> (int, False); `list[str]` -> (str, True)."""
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    options = [option for option in typing.get_args(hint) if option is not NoneType]
+    return (options[0] if options else hint), False
+
+
+def make_config(cls: type, file: str | None, given: dict[str, Any]) -> Any:
+    """The settings of a job from a YAML file and, over it, flags.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, a required setting that is missing, or what `cls` says.
+    """
+    values = {**(_read_yaml(cls, file) if file is not None else {}), **given}
+    missing = [
+        f"--{one.name}"
+        for one in fields(cls)
+        if one.default is MISSING and one.default_factory is MISSING and one.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"expected {', '.join(missing)}, found nothing: give it as a flag or in the file of --config")
+    return cls(**values)
+
+
+def _read_yaml(cls: type, file: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(file, encoding="utf-8") as stream:
+            values = yaml.safe_load(stream)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"expected a YAML file at {file}, found: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    known = [one.name for one in fields(cls)]
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+            raise ConfigError(f"{file}: expected a setting of this command, found {name!r}; {hint}")
+        values[name] = _converted(file, name, value, hints[name])
+    return values
+
+
+def _converted(file: str, name: str, value: Any, hint: Any) -> Any:
+    kind, is_list = _kind(hint)
+    if value is None and NoneType in typing.get_args(hint):
+        return None
+    if is_list:
+        return [_converted(file, name, item, kind) for item in (value if isinstance(value, list) else [value])]
+    # YAML reads 1e-3 as a string and 1 as an int where a float is meant; nothing else is guessed.
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{file}: expected {name} to be of type {kind.__name__}, found {value!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

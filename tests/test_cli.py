@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as tables: arguments to settings, errors to one sentence, and both stages from end to end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from PIL import Image
+
+from peft_metalora import cli, hub
+from peft_metalora.cli import COMMANDS, build_parser, main, make_config
+from peft_metalora.generate import GenerateConfig, generate
+from pipelines_tiny import save_tiny_flux
+from training_tiny import write_people
+
+REQUIRED = ["--pretrained_model_name_or_path", "base", "--output_dir", "out"]
+
+
+def parse(command, *arguments):
+    given = vars(build_parser().parse_args([command, *arguments]))
+    assert given.pop("command") == command
+    return make_config(COMMANDS[command].config_class(), given.pop("config", None), given)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        ("meta-train", ["--meta_rank", "32"], {"meta_rank": 32, "rank": 4, "bucket_size": None}),
+        ("meta-train", ["--down_learning_rate", "1e-4"], {"down_learning_rate": 1e-4}),
+        ("meta-train", ["--no-random_flip"], {"random_flip": False}),
+        ("personalize", [], {"method": "meta-lora", "max_train_steps": 375, "rank": None, "random_flip": True}),
+        ("personalize", ["--method", "lora", "--rank", "1"], {"method": "lora", "rank": 1}),
+        ("personalize", ["--mixed_precision", "bf16", "--seed", "7"], {"mixed_precision": "bf16", "seed": 7}),
+        ("generate", ["--prompt", "a", "b c", "--subject", "x"], {"prompt": ["a", "b c"], "subject": ["x"]}),
+    ],
+)
+def test_flags_become_settings(command, arguments, expected):
+    config = parse(command, *REQUIRED, *arguments)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_file_and_flags_are_one_definition(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "pretrained_model_name_or_path: base\noutput_dir: out\nlearning_rate: 1e-4\nrank: 2\nrandom_flip: false\n"
+    )
+    config = parse("personalize", "--config", str(file), "--rank", "3")
+    assert (config.learning_rate, config.rank, config.random_flip) == (1e-4, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "found 'lerning_rate'; did you mean 'learning_rate'?"),
+        ("learning_rate: fast", "expected learning_rate to be of type float, found 'fast'"),
+        ("rank: true", "expected rank to be of type int, found True"),
+        ("- rank", "expected settings as 'name: value' lines, found list"),
+        ("a: [", "expected a YAML file"),
+        ("rank: 0", "rank must be a whole number of at least 1, found 0"),
+        ("method: dora", "method must be one of 'meta-lora', 'lora', found 'dora'"),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path, capsys, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main(["personalize", *REQUIRED, "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("metalora: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["personalize", "--output_dir", "out"], "expected --pretrained_model_name_or_path, found nothing"),
+        (["personalize", *REQUIRED], "expected instance_data_dir, found none"),
+        (["personalize", *REQUIRED, "--instance_data_dir", "x"], "needs a Down"),
+        (["meta-train", *REQUIRED], "expected train_data_dir, found none"),
+        (["personalize", *REQUIRED, "--down", "d", "--instance_data_dir", "/none"], "/none"),
+        (["meta-train", *REQUIRED, "--train_data_dir", "/none"], "/none"),
+        (["meta-train", *REQUIRED, "--rank", "8", "--meta_rank", "4"], "rank must not be above meta_rank"),
+        (["personalize", *REQUIRED, "--config", "/none.yaml"], "expected a YAML file at /none.yaml"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_code_2(capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_unknown_flags_and_values_are_refused(capsys):
+    for arguments in (["personalize", "--max_train_step", "3"], ["personalize", "--start", "warm"], ["fly"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "invalid choice: 'warm'" in capsys.readouterr().err
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command("", ".cli:DemoConfig", interrupted))
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "metalora: interrupted\n"
+
+
+def test_every_setting_has_help():
+    for command in COMMANDS.values():
+        for one in fields(command.config_class()):
+            assert one.metadata["help"].endswith((".", ")")), one.name
+
+
+def test_help_loads_no_diffusers():
+    code = (
+        "import sys; from peft_metalora.cli import build_parser; build_parser().format_help();"
+        "sys.exit('diffusers.pipelines' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_both_stages_and_images_from_the_command_line(tmp_path, capsys):
+    base, people = save_tiny_flux(tmp_path / "base"), write_people(tmp_path / "people")
+    common = ["--pretrained_model_name_or_path", str(base), "--learning_rate", "0.01"]
+    size = ["--resolution", "16"]
+    down, ann, images = (str(tmp_path / name) for name in ("down", "ann", "images"))
+    stage_1 = ["--train_data_dir", str(people), "--rank", "2", "--meta_rank", "4", "--max_train_steps", "3"]
+    assert main(["meta-train", *common, *size, *stage_1, "--warmup_steps", "1", "--output_dir", down]) == 0
+    photo = str(people / "person-0" / "0.png")
+    stage_2 = ["--instance_data_dir", photo, "--down", down, "--max_train_steps", "2", "--views_per_image", "2"]
+    assert main(["personalize", *common, *size, *stage_2, "--output_dir", ann]) == 0
+    assert hub.load_subject(ann).config.facts["steps"] == 2
+    prompts = ["--prompt", "a photo", "a red shirt", "--num_inference_steps", "1", "--num_images_per_prompt", "2"]
+    assert main(["generate", *common[:2], *size, "--subject", ann, down, *prompts, "--output_dir", images]) == 0
+    names = [f"{who}-{prompt:02d}-{count:02d}.png" for who in ("ann", "down") for prompt in (0, 1) for count in (0, 1)]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == names
+    assert Image.open(tmp_path / "images" / names[0]).size == (16, 16)
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote 8 image(s) to {images}"
+
+
+def test_images_do_not_depend_on_their_number(tmp_path):
+    base = save_tiny_flux(tmp_path / "base")
+    settings = {"pretrained_model_name_or_path": str(base), "prompt": ["a photo"], "resolution": 16}
+    settings["num_inference_steps"] = 1
+    two = GenerateConfig(**settings, output_dir=str(tmp_path / "two"), num_images_per_prompt=2)
+    one = GenerateConfig(**settings, output_dir=str(tmp_path / "one"), seed=1)
+    second, alone = generate(two, progress=False)[1], generate(one, progress=False)[0]
+    assert alone.name == "base-00-00.png"
+    assert second.read_bytes() == alone.read_bytes()

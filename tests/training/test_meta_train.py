@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1: what moves when, what is published, and that nothing is left half done."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+
+import pytest
+import torch
+
+from peft_metalora import hub
+from peft_metalora.errors import (
+    ConfigError,
+    NoCaptionError,
+    NoTargetModulesError,
+    TrainingError,
+    UnreadableImageError,
+    WriteFailedError,
+)
+from peft_metalora.training import meta_train as stage_1
+from peft_metalora.training.meta_train import MetaTraining, meta_train, meta_train_on
+from peft_metalora.tuner import down_state
+from peft_metalora.tuner.subjects import meta_lora_layers
+from pipelines_tiny import save_tiny_flux
+from training_tiny import meta_config, tiny_base, tiny_examples, write_people
+
+
+@pytest.fixture
+def base():
+    return tiny_base()
+
+
+def factors(base, part):
+    return [getattr(layer, part)["stage_1"].detach().clone() for _, layer in meta_lora_layers(base.denoiser)]
+
+
+def same(before, after):
+    return [torch.equal(one, other) for one, other in zip(before, after, strict=True)]
+
+
+def test_warm_up_leaves_down_as_it_was_and_then_it_moves(base):
+    run = MetaTraining(base, tiny_examples(base), meta_config(max_train_steps=5, warmup_steps=3))
+    start, ups = factors(base, "metalora_down"), factors(base, "metalora_up")
+    weights = {name: tensor.clone() for name, tensor in base.denoiser.named_buffers()}
+    for step in run.steps():
+        moved = same(start, factors(base, "metalora_down"))
+        assert all(moved) if step.number <= 3 else not any(moved)
+    assert not any(same(ups, factors(base, "metalora_up")))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in base.denoiser.named_buffers())
+
+
+def test_a_bucket_starts_from_the_one_mid_and_forgets_the_last(base):
+    run = MetaTraining(base, tiny_examples(base, subjects=5), meta_config(bucket_size=2, max_train_steps=9))
+    assert [list(bucket) for bucket in run.buckets] == [[0, 1], [2, 3], [4]]
+    assert run.bucket_steps == [3, 3, 3]
+    first = factors(base, "metalora_mid_init")
+    mids, states = [], []
+    for step in run.steps():
+        if step.number % 3 == 0:
+            mids.append(factors(base, "metalora_mid"))
+            states.append(sorted(run.optimizer.state_dict()["slots"]))
+            expected = [part[: len(run.buckets[step.number // 3 - 1])].sum(0) for part in run._slotted]
+    assert states == [[0, 1], [0, 1], [0]]
+    assert all(torch.equal(mid[1], init) for mid, init in zip(mids[2], first, strict=True))  # slot 1 is not used
+    assert all(same(first, factors(base, "metalora_mid_init")))
+    assert len(expected) == len(run._sums)
+
+
+def test_published_mean_is_the_mean_of_all_subjects_last_states(base):
+    run = MetaTraining(base, tiny_examples(base, subjects=4), meta_config(bucket_size=2, max_train_steps=6))
+    seen = []
+    for step in run.steps():
+        if step.number % 3 == 0:
+            seen.append((factors(base, "metalora_mid"), factors(base, "metalora_up")))
+    result = run.finish()
+    state = down_state(base.denoiser, "default")
+    paths = [path for path, _ in meta_lora_layers(base.denoiser)]
+    for number, path in enumerate(paths):
+        mid = torch.cat([mids[number] for mids, _ in seen]).mean(0, keepdim=True)
+        up = torch.cat([ups[number] for _, ups in seen]).mean(0, keepdim=True)
+        assert torch.allclose(state[f"{path}.metalora_mid"], mid, atol=1e-6)
+        assert torch.allclose(state[f"{path}.metalora_up"], up, atol=1e-6)
+    assert result.facts["subjects"] == 4
+    assert set(base.denoiser.peft_config) == {"default"}
+
+
+def test_each_subject_is_seen_equally_often(base):
+    examples = tiny_examples(base, subjects=5)
+    run = MetaTraining(base, examples, meta_config(subjects_per_batch=3))
+    run._bucket = run.buckets[0]
+    seen = Counter()
+    for _ in range(10):
+        slots = run._next_subjects()
+        assert len(set(slots)) == 3
+        seen.update(slots)
+    assert set(seen.values()) == {6}
+
+
+def test_more_training_of_the_same_run_lowers_the_loss(base):
+    config = meta_config(max_train_steps=60, warmup_steps=5, learning_rate=0.02, subjects_per_batch=3)
+    losses = meta_train_on(base, tiny_examples(base), config, progress=False).losses
+    assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
+
+
+def test_writes_a_down_that_loads(tmp_path, base):
+    people, model = write_people(tmp_path / "people"), save_tiny_flux(tmp_path / "base")
+    config = meta_config(
+        pretrained_model_name_or_path=str(model), train_data_dir=str(people), output_dir=str(tmp_path / "down")
+    )
+    meta_train(config, progress=False)
+    down = hub.load_down(tmp_path / "down")
+    assert (down.config.r, down.config.meta_r, down.config.num_slots) == (2, 4, 1)
+    assert down.config.facts["subjects"] == 3
+    assert down.config.base_model_name_or_path == str(model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "down", "people"]
+
+
+def test_equal_seeds_give_equal_downs(base):
+    results = []
+    for seed in (0, 0, 1):
+        base = tiny_base()
+        meta_train_on(base, tiny_examples(base), meta_config(seed=seed), progress=False)
+        results.append(down_state(base.denoiser, "default"))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert not all(torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_interrupt_leaves_a_usable_down_or_nothing(tmp_path, monkeypatch, steps):
+    def interrupted(self, original=MetaTraining.steps):
+        for step in original(self):
+            if step.number > steps:
+                break
+            yield step
+        self.losses[steps:] = []
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetaTraining, "steps", interrupted)
+    people, model = write_people(tmp_path / "people"), save_tiny_flux(tmp_path / "base")
+    config = meta_config(
+        pretrained_model_name_or_path=str(model), train_data_dir=str(people), output_dir=str(tmp_path / "down")
+    )
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(config, progress=False)
+    if steps:
+        assert hub.load_down(tmp_path / "down").config.facts["steps"] == steps
+    else:
+        assert not (tmp_path / "down").exists()
+
+
+def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch, base):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    result = meta_train_on(base, tiny_examples(base), meta_config(), progress=False)
+    result.save(str(tmp_path / "down"))
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "down").iterdir()}
+    monkeypatch.setattr("peft_metalora.files.save_file", full)
+    with pytest.raises(WriteFailedError, match="No space left"):
+        result.save(str(tmp_path / "down"))
+    assert kept == {path.name: path.read_bytes() for path in (tmp_path / "down").iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["down"]
+
+
+def test_bad_input_leaves_the_denoiser_alone(base):
+    names = [name for name, _ in base.denoiser.named_modules()]
+    cases = [
+        (meta_config(target_modules="no_such_layer"), NoTargetModulesError, "no_such_layer"),
+        (meta_config(meta_rank=1000, rank=2), ConfigError, "meta_r=1000"),
+        (meta_config(bucket_size=1, max_train_steps=3), ConfigError, "raise max_train_steps"),
+        (meta_config(optimizer="NoSuch"), ConfigError, "optimizer must be a class of torch.optim"),
+        (meta_config(learning_rate=1e30, max_train_steps=40, warmup_steps=0), TrainingError, "finite loss"),
+    ]
+    for config, error, message in cases:
+        with pytest.raises(error, match=message):
+            meta_train_on(base, tiny_examples(base), config, progress=False)
+        assert [name for name, _ in base.denoiser.named_modules()] == names
+
+
+def test_data_that_cannot_be_used(tmp_path):
+    people, model = write_people(tmp_path / "people"), save_tiny_flux(tmp_path / "base")
+    config = meta_config(
+        pretrained_model_name_or_path=str(model), train_data_dir=str(people), output_dir=str(tmp_path / "down")
+    )
+    (people / "person-1" / "metadata.jsonl").unlink()
+    with pytest.raises(NoCaptionError, match="give instance_prompt"):
+        meta_train(config, progress=False)
+    config.instance_prompt = "a photo"
+    (people / "person-1" / "0.png").write_bytes(b"no image")
+    with pytest.raises(UnreadableImageError, match=r"0\.png"):
+        meta_train(config, progress=False)
+    assert not (tmp_path / "down").exists()
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        stage_1.meta_train(meta_config(**{**vars(config), "resolution": 20}), progress=False)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2: Down never moves, slots equal one by one, the baseline is an ordinary LoRA, nothing is left half done."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_metalora import enable_meta_lora, hub
+from peft_metalora.errors import (
+    ConfigError,
+    MetaLoraError,
+    NoImagesError,
+    RankMismatchError,
+    WriteFailedError,
+)
+from peft_metalora.training.examples import Examples
+from peft_metalora.training.meta_train import meta_train_on
+from peft_metalora.training.personalize import Personalization, personalize, personalize_many
+from peft_metalora.tuner import set_subjects, subject_state
+from peft_metalora.tuner.subjects import meta_lora_layers
+from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
+from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny base, its Down and three people."""
+    folder = tmp_path_factory.mktemp("stage-2")
+    save_tiny_flux(folder / "base")
+    write_people(folder / "people")
+    base = tiny_base()
+    meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(folder / "down"))
+    return folder
+
+
+@pytest.fixture
+def base():
+    return tiny_base()
+
+
+@pytest.fixture
+def down(place):
+    return hub.load_down(place / "down")
+
+
+def file_config(place, output, **changes):
+    settings = {
+        "pretrained_model_name_or_path": str(place / "base"),
+        "instance_data_dir": str(place / "people" / "person-0" / "0.png"),
+        "down": str(place / "down"),
+        "output_dir": str(output),
+    }
+    return personal_config(**{**settings, **changes})
+
+
+def only(examples, subject):
+    chosen = examples.subject == subject
+    zero = torch.zeros(int(chosen.sum()), dtype=torch.int64)
+    return Examples(examples.latents[chosen], examples.text, examples.caption[chosen], zero)
+
+
+def test_down_and_base_never_move_and_have_no_gradient(base, down):
+    before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
+    run = Personalization(base, tiny_examples(base, subjects=1), personal_config(), down)
+    layers = list(meta_lora_layers(base.denoiser))
+    for _ in run.steps():
+        for path, layer in layers:
+            (key,) = layer.metalora_down
+            assert torch.equal(layer.metalora_down[key], down.tensors[f"{path}.metalora_down"])
+            assert layer.metalora_down[key].grad is None and not layer.metalora_down[key].requires_grad
+            assert layer.base_layer.weight.grad is None
+            assert layer.metalora_up["default"].abs().sum() > 0
+    run.remove()
+    after = base.denoiser.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("start", ["stored", "mean"])
+def test_many_at_once_equal_one_by_one(base, down, start):
+    examples = tiny_examples(base, subjects=3, each=4)
+    config = personal_config(start=start, max_train_steps=6)
+    run = personalize_many(base, examples, config, down, progress=False)
+    together = [subject_state(base.denoiser, "default", slot) for slot in range(3)]
+    together = [{name: tensor.clone() for name, tensor in state.items()} for state in together]
+    run.remove()
+    for subject in range(3):
+        alone = personalize_many(base, only(examples, subject), config, down, progress=False)
+        for name, tensor in subject_state(base.denoiser, "default").items():
+            assert torch.allclose(tensor, together[subject][name], atol=2e-5), name
+        alone.remove()
+
+
+def test_starts(base, down):
+    for start in ("stored", "mean", "fresh"):
+        run = Personalization(base, tiny_examples(base, 1), personal_config(start=start), down)
+        for path, layer in meta_lora_layers(base.denoiser):
+            mid, up = layer.metalora_mid["default"][0], layer.metalora_up["default"][0]
+            stored = torch.equal(mid, down.tensors[f"{path}.metalora_mid_init"])
+            mean = torch.equal(mid, down.tensors[f"{path}.metalora_mid"][0])
+            assert (stored, mean) == (start == "stored", start == "mean")
+            assert (up.abs().sum() == 0) == (start != "mean")
+        run.remove()
+
+
+def test_writes_a_subject_that_a_stock_pipeline_shows(place, tmp_path):
+    folder = personalize(file_config(place, tmp_path / "ann"), progress=False)
+    names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert hub.load_subject(folder).config.facts["steps"] == 3
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "max_sequence_length": 16, "output_type": "pt", "height": 16, "width": 16}
+        return pipe("a photo of a person", generator=generator, **options).images
+
+    before = draw()
+    pipe.load_meta_lora(folder)
+    assert not torch.equal(draw(), before)
+    pipe.unload_meta_lora()
+    assert torch.equal(draw(), before)
+
+
+def test_plain_lora_is_a_file_that_diffusers_loads(place, tmp_path):
+    config = file_config(place, tmp_path / "lora", method="lora", down=None, rank=2)
+    personalize(config, progress=False)
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert {tensor.shape[0] for name, tensor in weights.items() if "lora_A" in name} == {2}
+    pipe = tiny_flux_pipeline()
+    pipe.load_lora_weights(tmp_path / "lora")
+    loaded = dict(pipe.transformer.named_parameters())
+    assert sum("lora_B" in name for name in loaded) == sum("lora_B" in name for name in weights) == 17
+    assert all(tensor.abs().sum() > 0 for name, tensor in loaded.items() if "lora_B" in name)
+
+
+def test_checkpoints_on_the_way_are_subjects(place, tmp_path):
+    personalize(file_config(place, tmp_path / "ann", checkpointing_steps=1), progress=False)
+    for step in (1, 2):
+        assert hub.load_subject(tmp_path / "ann" / f"checkpoint-{step}").config.facts["steps"] == step
+    assert hub.load_subject(tmp_path / "ann").config.facts["steps"] == 3
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_interrupt_leaves_a_usable_subject_or_nothing(place, tmp_path, monkeypatch, steps):
+    def interrupted(self, original=Personalization._loss):
+        if self.steps_done == steps:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(Personalization, "_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        personalize(file_config(place, tmp_path / "ann"), progress=False)
+    if steps:
+        assert hub.load_subject(tmp_path / "ann").config.facts["steps"] == steps
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["meta-lora", "lora"])
+def test_full_disk_leaves_nothing(place, tmp_path, monkeypatch, method):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("peft_metalora.files.os.replace", full)
+    with pytest.raises(WriteFailedError, match="No space left"):
+        personalize(file_config(place, tmp_path / "ann", method=method), progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_adapter_can_be_looked_at_between_steps_without_changing_the_run(base, down):
+    states = []
+    for look in (False, True):
+        run = Personalization(base, tiny_examples(base, 2), personal_config(), down)
+        for _ in run.steps():
+            if look:
+                set_subjects(base.denoiser, [1])
+                torch.manual_seed(5)
+                base.pipeline(
+                    "a red shirt", height=16, width=16, num_inference_steps=1, max_sequence_length=16, output_type="pt"
+                )
+        states.append({name: tensor.clone() for name, tensor in subject_state(base.denoiser, "default", 1).items()})
+        run.remove()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_bad_input_is_one_clear_sentence_and_changes_nothing(place, tmp_path, base, down):
+    names = [name for name, _ in base.denoiser.named_modules()]
+    cases = [
+        (file_config(place, tmp_path / "x", instance_data_dir=str(tmp_path / "none")), NoImagesError, "check the path"),
+        (file_config(place, tmp_path / "x", down=None), ConfigError, "needs a Down"),
+        (file_config(place, tmp_path / "x", rank=3), (ConfigError, RankMismatchError), "rank must be the Down's, 2"),
+        (file_config(place, tmp_path / "x", down=str(place / "base")), MetaLoraError, "base"),
+    ]
+    for config, error, message in cases:
+        with pytest.raises(error, match=message):
+            personalize(config, progress=False)
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="one subject a run, found 2"):
+        Personalization(base, tiny_examples(base, 2), personal_config(method="lora"))
+    foreign = {name.replace("transformer_blocks.0", "transformer_blocks.7"): t for name, t in down.tensors.items()}
+    with pytest.raises(MetaLoraError):
+        Personalization(base, tiny_examples(base, 1), personal_config(), replace(down, tensors=foreign))
+    assert [name for name, _ in base.denoiser.named_modules()] == names
+
+
+def test_a_down_of_another_base_is_refused(place, base, down):
+    wide = {name: tensor.repeat(1, 2) if "down" in name else tensor for name, tensor in down.tensors.items()}
+    with pytest.raises(MetaLoraError, match="base model"):
+        Personalization(
+            base, tiny_examples(base, 1), personal_config(), type(down)(down.config, wide, down.fingerprint)
+        )

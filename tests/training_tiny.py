@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of both stages share: a tiny base on disk, people of noise, examples in memory, short settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from peft_metalora.training.bases import Base, base_for
+from peft_metalora.training.examples import Examples, encode_captions
+from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
+from pipelines_tiny import tiny_flux_pipeline
+
+CAPTIONS = ["a photo of a person , facing left", "a red shirt"]
+
+
+def tiny_base() -> Base:
+    return base_for(tiny_flux_pipeline())
+
+
+def tiny_examples(base: Base, subjects: int = 3, each: int = 2, seed: int = 0) -> Examples:
+    count = subjects * each
+    latents = torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+    owners = torch.arange(subjects).repeat_interleave(each)
+    return Examples(latents, encode_captions(base, CAPTIONS), torch.arange(count) % len(CAPTIONS), owners)
+
+
+def write_people(folder: Path, subjects: int = 3, each: int = 2) -> Path:
+    """Noise images in the layout of real data."""
+    generator = torch.Generator().manual_seed(0)
+    for subject in range(subjects):
+        place = folder / f"person-{subject}"
+        place.mkdir(parents=True)
+        lines = []
+        for number in range(each):
+            pixels = torch.randint(0, 256, (24, 20, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(place / f"{number}.png")
+            lines.append(json.dumps({"file_name": f"{number}.png", "text": CAPTIONS[number % 2]}))
+        (place / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def meta_config(**changes: Any) -> MetaTrainConfig:
+    settings = {
+        "pretrained_model_name_or_path": "tiny",
+        "output_dir": "unused",
+        "resolution": 16,
+        "rank": 2,
+        "meta_rank": 4,
+        "max_train_steps": 4,
+        "warmup_steps": 1,
+        "subjects_per_batch": 2,
+        "learning_rate": 0.01,
+    }
+    return MetaTrainConfig(**{**settings, **changes})
+
+
+def personal_config(**changes: Any) -> PersonalizeConfig:
+    settings = {
+        "pretrained_model_name_or_path": "tiny",
+        "output_dir": "unused",
+        "resolution": 16,
+        "max_train_steps": 3,
+        "train_batch_size": 2,
+        "views_per_image": 2,
+        "learning_rate": 0.01,
+    }
+    return PersonalizeConfig(**{**settings, **changes})
