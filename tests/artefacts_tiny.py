@@ -48,7 +48,9 @@ def with_down(slots: int = 1, seed: int = 1, **changes) -> nn.Module:
     """A model with a stage-`meta` adapter "faces" whose Up is not zero."""
     model = TinyModel()
     torch.manual_seed(seed)
-    config = MetaLoraConfig(**{**RANKS, "target_modules": TARGETS, "num_slots": slots, "init_weights": False, **changes})
+    config = MetaLoraConfig(
+        **{**RANKS, "target_modules": TARGETS, "num_slots": slots, "init_weights": False, **changes}
+    )
     return inject_adapter_in_model(config, model, "faces")
 
 

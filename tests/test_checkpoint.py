@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, edit_tensors, with_down, with_subject, write_pair
 
+from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, edit_tensors, with_down, with_subject, write_pair
 from peft_metalora import MetaLoraConfig, checkpoint, errors, fingerprint, save_down, save_subject
 from peft_metalora.base_model import check_fits
 from peft_metalora.files import MAX_CONFIG_BYTES, read_tensors, write_bytes, write_tensors
@@ -61,7 +61,9 @@ def test_a_published_down_holds_the_mean_of_the_slots(tmp_path):
 def test_a_subject_comes_back_with_its_down(pair):
     _, folder = pair
     source = checkpoint.load_subject(folder)
-    assert set(source.tensors) == {f"blocks.{i}.{t}.metalora_{p}" for i in (0, 1) for t in TARGETS for p in ("mid", "up")}
+    assert set(source.tensors) == {
+        f"blocks.{i}.{t}.metalora_{p}" for i in (0, 1) for t in TARGETS for p in ("mid", "up")
+    }
     assert source.config.down == "../faces"
     assert source.config.down_fingerprint == source.down.fingerprint
 
@@ -141,7 +143,10 @@ def _as_pickle(folder):
 
 def _overlap(table):
     names = [name for name in table if name != "__metadata__"]
-    table[names[0]]["data_offsets"], table[names[0]]["shape"] = table[names[1]]["data_offsets"], table[names[1]]["shape"]
+    table[names[0]]["data_offsets"], table[names[0]]["shape"] = (
+        table[names[1]]["data_offsets"],
+        table[names[1]]["shape"],
+    )
 
 
 def _swap_shape(tensors):
@@ -160,14 +165,26 @@ def _nan(tensor):
     return tensor
 
 
+def _config_text(text):
+    return lambda folder: (folder / "adapter_config.json").write_text(text)
+
+
 REFUSALS = {
     "no folder": (shutil.rmtree, errors.ArtefactNotFoundError, "adapter_config.json"),
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), errors.ArtefactNotFoundError, "nothing"),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), errors.ArtefactNotFoundError, "nothing"),
-    "configuration is a list": (lambda f: (f / "adapter_config.json").write_text("[]"), errors.CorruptFileError, "object"),
-    "configuration is cut off": (lambda f: (f / "adapter_config.json").write_text("{"), errors.CorruptFileError, "JSON"),
+    "configuration is a list": (
+        lambda f: (f / "adapter_config.json").write_text("[]"),
+        errors.CorruptFileError,
+        "object",
+    ),
+    "configuration is cut off": (
+        lambda f: (f / "adapter_config.json").write_text("{"),
+        errors.CorruptFileError,
+        "JSON",
+    ),
     "configuration is deep": (
-        lambda f: (f / "adapter_config.json").write_text("[" * 90_000),
+        _config_text("[" * 90_000),
         errors.CorruptFileError,
         "JSON",
     ),
@@ -177,7 +194,7 @@ REFUSALS = {
         "at most",
     ),
     "configuration has NaN": (
-        lambda f: (f / "adapter_config.json").write_text('{"r": NaN}'),
+        _config_text('{"r": NaN}'),
         errors.CorruptFileError,
         "not a number",
     ),
@@ -248,16 +265,16 @@ def test_what_is_wrong_is_refused_by_name(pair, case, kind):
 
 def test_a_down_is_no_subject_and_a_subject_no_down(pair):
     down, subject = pair
-    with pytest.raises(errors.WrongKindError, match="expected a subject.*load_down"):
+    with pytest.raises(errors.WrongKindError, match=r"expected a subject.*load_down"):
         checkpoint.load_subject(down)
-    with pytest.raises(errors.WrongKindError, match="expected a Down.*load_subject"):
+    with pytest.raises(errors.WrongKindError, match=r"expected a Down.*load_subject"):
         checkpoint.load_down(subject)
 
 
 def test_another_down_is_refused(pair, tmp_path):
     _, subject = pair
     save_down(tmp_path / "faces", with_down(seed=9), "faces")
-    with pytest.raises(errors.FingerprintMismatchError, match="expected the Down .* found"):
+    with pytest.raises(errors.FingerprintMismatchError, match=r"expected the Down .* found"):
         checkpoint.load_subject(subject)
 
 
@@ -277,7 +294,7 @@ def test_a_down_outside_the_folder_is_refused(pair, name):
 @pytest.mark.parametrize("name", [None, "", "faces", "nowhere"])
 def test_a_subject_whose_down_is_not_here_says_so(pair, name):
     edit_config(pair[1], down=name)
-    with pytest.raises(errors.MissingDownError, match="Load its Down first|load its Down first"):
+    with pytest.raises(errors.MissingDownError, match=r"Load its Down first|load its Down first"):
         checkpoint.load_subject(pair[1])
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -68,8 +69,14 @@ def layer_shape(layer: nn.Module) -> tuple[int, ...]:
     return ()
 
 
+def bare_model(model: Any) -> Any:
+    """The model itself, out of a PeftModel and torch.compile's wrapper."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def base_model_name(model: nn.Module) -> str | None:
     """The repository id or path that a diffusers or transformers model was loaded from."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = bare_model(model)
     name = getattr(getattr(inner, "config", None), "_name_or_path", None) or getattr(inner, "name_or_path", None)
     return name if isinstance(name, str) and name else None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base_model import PREFIX, REPO_ID, base_model_name
+from .base_model import PREFIX, REPO_ID, bare_model, base_model_name
 from .config_file import CONFIG_FILE, FORMAT_VERSION, config_json, read_config
 from .errors import (
     AdapterNotFoundError,
@@ -31,12 +31,10 @@ from .errors import (
     UnsafeNameError,
     WrongKindError,
 )
-from .export import component_name, fold_subject, save_diffusers
+from .export import FOLD_FILE, component_name, fold_subject, save_diffusers
 from .factors import DOWN_PARTS, SUBJECT_PARTS, WEIGHTS_FILE, check_subject_on_down, read_factors
 from .files import save_tensors, staged_folder
 from .tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
-
-FOLD_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class SubjectSource:
     """A subject that has been read and checked, with the Down it stands on.
 
     Attributes:
-        config: its configuration, with `target_modules` spelt out.
+        config: its configuration, with `target_modules` an expression that names each module.
         tensors: `{module}.metalora_mid` (1, r, meta_r) and `{module}.metalora_up` (1, d_out, r), on the CPU.
         down: the Down whose fingerprint the subject names.
     """
@@ -184,9 +182,11 @@ def _require_stage(config: MetaLoraConfig, stage: str, path: Path) -> None:
 
 def _canonical(config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> MetaLoraConfig:
     """The configuration with its modules spelt out: a file's own patterns are never matched against a model."""
+    modules = sorted({name.rpartition(".")[0] for name in tensors})
     return dataclasses.replace(
         config,
-        target_modules=sorted({name.rpartition(".")[0] for name in tensors}),
+        # An expression matches whole paths; in a list, "proj_out" would match every path that ends in it.
+        target_modules="|".join(re.escape(module) for module in modules),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -305,22 +305,21 @@ def _file_config(
     base_revision: str | None,
     **changes: Any,
 ) -> MetaLoraConfig:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return dataclasses.replace(
-        config,
-        num_slots=1,
-        inference_mode=True,
-        init_weights=True,
-        format_version=FORMAT_VERSION,
-        facts=dict(facts) if facts is not None else config.facts,
-        base_model_name_or_path=base_model or config.base_model_name_or_path or base_model_name(model),
-        revision=base_revision or config.revision,
-        auto_mapping={
+    inner = bare_model(model)
+    fields: dict[str, Any] = {
+        "num_slots": 1,
+        "inference_mode": True,
+        "init_weights": True,
+        "format_version": FORMAT_VERSION,
+        "facts": dict(facts) if facts is not None else config.facts,
+        "base_model_name_or_path": base_model or config.base_model_name_or_path or base_model_name(model),
+        "revision": base_revision or config.revision,
+        "auto_mapping": {
             "base_model_class": type(inner).__name__,
             "parent_library": type(inner).__module__.partition(".")[0],
         },
-        **changes,
-    )
+    }
+    return dataclasses.replace(config, **fields, **changes)
 
 
 def _reference_to_write(reference: str | None, folder: Path) -> str | None:

@@ -31,6 +31,7 @@ A message says what was expected, what was found and what to do.
     |   +-- RankMismatchError (ValueError)        r of a subject and of its Down's start differ
     |   +-- TensorDtypeError (TypeError)
     |   +-- NonFiniteError (ArithmeticError, ValueError)   NaN or infinity in the weights
+    +-- ExportError (ValueError)                  a format that another tool's file cannot express
     +-- HubError (OSError)                        the Hub does not give what was asked for, or refuses a push
     +-- PipelineError (TypeError)                 a pipeline without a denoiser to adapt
     +-- TrainingError (RuntimeError)              a run that cannot go on
@@ -158,6 +159,10 @@ class TensorDtypeError(CheckpointError, TypeError):
 
 class NonFiniteError(CheckpointError, ArithmeticError, ValueError):
     """NaN or infinity in the weights."""
+
+
+class ExportError(MetaLoraError, ValueError):
+    """An adapter that a format of another tool has no names for, or a format that is not known."""
 
 
 class HubError(MetaLoraError, OSError):

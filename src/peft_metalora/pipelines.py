@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,16 +17,27 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
-from peft import inject_adapter_in_model
-from peft.functional import delete_adapter, set_adapter
 from torch import nn
 
 from . import checkpoint, hub
 from .base_model import check_fits
 from .config_file import read_config
-from .errors import AdapterNotFoundError, AdapterStateError, PipelineError
-from .tuner import DownSource, MetaLoraConfig, MetaLoraLayer, down_fingerprint, down_state
-from .tuner.subjects import meta_lora_layers
+from .errors import AdapterStateError, PipelineError
+from .injection import (
+    activate,
+    active_adapters,
+    configs_of,
+    copy_factors,
+    down_on_model,
+    inject,
+    meta_layers,
+    remember,
+    remove_adapter,
+    require_adapter,
+    restore,
+    settle,
+)
+from .tuner import DownSource, MetaLoraConfig
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -46,12 +56,13 @@ def enable_meta_lora(pipe: Pipeline) -> Pipeline:
     """
     if not isinstance(pipe, MetaLoraLoaderMixin):
         _denoiser(pipe)
-        pipe.__class__ = _enabled(type(pipe))
+        kind: Any = type(pipe)
+        pipe.__class__ = _enabled(kind)
     return pipe
 
 
 @functools.cache
-def _enabled(cls: type) -> type:
+def _enabled(cls: Any) -> type:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (MetaLoraLoaderMixin, cls), names)
 
@@ -99,7 +110,12 @@ class MetaLoraLoaderMixin:
         )
         model = _denoiser(self)
         name = adapter_name or _free_name(model, at)
-        if name in getattr(model, "peft_config", {}):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict, name):
+            raise AdapterStateError(
+                f"expected an adapter name of letters, digits, '_' and '-', found {name!r}, which torch cannot hold or "
+                "keeps for itself. Choose another one."
+            )
+        if name in configs_of(model):
             raise AdapterStateError(
                 f"expected a new adapter name, found {name!r}, which this pipeline has already. "
                 "Choose another one, or delete_adapters it first."
@@ -112,7 +128,7 @@ class MetaLoraLoaderMixin:
         else:
 
             def find(config: MetaLoraConfig, place: Any) -> DownSource:
-                return _on_model(model, config.down_fingerprint) or hub.find_down(config, at, place)
+                return down_on_model(model, config.down_fingerprint) or hub.find_down(config, at, place)
 
             subject = checkpoint.load_subject(folder, find_down=find)
             check_fits(model, subject.down, name=str(path_or_repo))
@@ -127,20 +143,17 @@ class MetaLoraLoaderMixin:
         self, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor], name: str, fingerprint: str, active: bool
     ) -> None:
         model = _denoiser(self)
-        before = _active_adapters(model)
-        _remember(model)
+        before = active_adapters(model)
+        remember(model)
         with _offload_paused(self):
             try:
-                _inject(model, config, name)
-                _copy_factors(model, tensors, name)
-                _activate(model, [name] if active else before)
-                model.peft_config[name].down_fingerprint = fingerprint  # type: ignore[union-attr]
+                inject(model, config, name)
+                copy_factors(model, tensors, name)
+                activate(model, [name] if active else before)
+                configs_of(model)[name].down_fingerprint = fingerprint
             except BaseException:
-                _remove_adapter(model, name)
-                if not _meta_layers(model):
-                    _restore(model)
-                else:
-                    _activate(model, before)
+                remove_adapter(model, name)
+                settle(model, before)
                 raise
 
     def unload_meta_lora(self) -> None:
@@ -150,7 +163,7 @@ class MetaLoraLoaderMixin:
         """
         model = _denoiser(self)
         with _offload_paused(self):
-            _restore(model)
+            restore(model)
 
     def save_meta_lora(self, folder: str | os.PathLike[str], adapter_name: str, **options: Any) -> None:
         """Write an adapter as a Down or a subject; the options are those of `save_down` and `save_subject`.
@@ -159,7 +172,7 @@ class MetaLoraLoaderMixin:
             AdapterNotFoundError: there is no such adapter.
         """
         model = _denoiser(self)
-        is_down = _require(model, adapter_name).stage == "meta"
+        is_down = require_adapter(model, adapter_name).stage == "meta"
         save = checkpoint.save_down if is_down else checkpoint.save_subject
         save(folder, model, adapter_name, **options)
 
@@ -177,25 +190,25 @@ class MetaLoraLoaderMixin:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         model = _denoiser(self)
-        known = getattr(model, "peft_config", {})
-        ours = [name for name in names if isinstance(known.get(name), MetaLoraConfig)]
         if len(weights) != len(names):
             raise AdapterStateError(
                 f"expected {len(names)} weights for {names}, found {len(weights)}. Give one for each."
             )
-        if len(ours) < len(names) and hasattr(super(), "set_adapters"):
+        everywhere = {name for listed in self.get_list_adapters().values() for name in listed}
+        ordinary = everywhere - {n for n, config in configs_of(model).items() if isinstance(config, MetaLoraConfig)}
+        for name in set(names) - ordinary:
+            require_adapter(model, name)
+        if ordinary & set(names):
             super().set_adapters(names, weights)  # type: ignore[misc]
             return
-        for name in names:
-            _require(model, name)
-        _activate(model, names)
+        activate(model, names)
         for name, weight in zip(names, weights, strict=True):
-            for layer in _meta_layers(model):
+            for layer in meta_layers(model):
                 layer.set_scale(name, 1.0 if weight is None else float(weight))
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that take part in the next image."""
-        return _active_adapters(_denoiser(self))
+        return active_adapters(_denoiser(self))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of all loaded adapters, by the component that holds them, as diffusers lists them."""
@@ -203,7 +216,7 @@ class MetaLoraLoaderMixin:
         if hasattr(super(), "get_list_adapters"):
             listed = dict(super().get_list_adapters())  # type: ignore[misc]
         component, model = _named_denoiser(self)
-        names = list(getattr(model, "peft_config", {}))
+        names = list(configs_of(model))
         return {**listed, component: names} if names else listed
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -215,12 +228,12 @@ class MetaLoraLoaderMixin:
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         model = _denoiser(self)
-        known = getattr(model, "peft_config", {})
+        known = configs_of(model)
         others = [name for name in names if name in known and not isinstance(known[name], MetaLoraConfig)]
         ours = [name for name in names if name not in others]
         for name in ours:
-            _require(model, name)
-            users = {user for layer in _meta_layers(model) for user in layer.subjects_of(name)} - set(ours)
+            require_adapter(model, name)
+            users = {user for layer in meta_layers(model) for user in layer.subjects_of(name)} - set(ours)
             if users:
                 raise AdapterStateError(
                     f"expected no subject on the Down {name!r}, found {', '.join(sorted(users))}. Delete them first."
@@ -228,23 +241,20 @@ class MetaLoraLoaderMixin:
         if others and hasattr(super(), "delete_adapters"):
             super().delete_adapters(others)  # type: ignore[misc]
         with _offload_paused(self):
+            active = [name for name in active_adapters(model) if name not in ours]
             for name in sorted(ours, key=lambda name: known[name].stage == "meta"):
-                _remove_adapter(model, name)
-            if not any(isinstance(config, MetaLoraConfig) for config in getattr(model, "peft_config", {}).values()):
-                _restore(model)
+                remove_adapter(model, name)
+            settle(model, active)
 
     def disable_meta_lora(self) -> None:
         """Make every image the base model's until `enable_meta_lora`, ordinary LoRAs aside."""
-        for layer in _meta_layers(_denoiser(self)):
+        for layer in meta_layers(_denoiser(self)):
             layer.enable_adapters(False)
 
     def enable_meta_lora(self) -> None:
         """Undo `disable_meta_lora`."""
-        for layer in _meta_layers(_denoiser(self)):
+        for layer in meta_layers(_denoiser(self)):
             layer.enable_adapters(True)
-
-
-# The denoiser and its adapters
 
 
 def _named_denoiser(pipe: Any) -> tuple[str, nn.Module]:
@@ -262,107 +272,11 @@ def _denoiser(pipe: Any) -> nn.Module:
     return _named_denoiser(pipe)[1]
 
 
-def _meta_layers(model: nn.Module) -> list[MetaLoraLayer]:
-    return [module for module in model.modules() if isinstance(module, MetaLoraLayer)]
-
-
-def _require(model: nn.Module, name: str) -> MetaLoraConfig:
-    configs = getattr(model, "peft_config", {})
-    if not isinstance(configs.get(name), MetaLoraConfig):
-        raise AdapterNotFoundError(
-            f"expected a loaded Down or subject, found no {name!r} among {sorted(configs) or 'no adapters'}. "
-            "Load it with load_meta_lora."
-        )
-    return configs[name]
-
-
 def _free_name(model: nn.Module, at: hub.Location) -> str:
     wanted = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(os.path.normpath(at.subfolder or at.name))).strip("-")
-    taken = getattr(model, "peft_config", {})
-    names = (f"{wanted or 'adapter'}{f'-{count}' if count else ''}" for count in range(len(taken) + 1))
-    return next(name for name in names if name not in taken)
-
-
-def _on_model(model: nn.Module, fingerprint: str | None) -> DownSource | None:
-    """The Down of this fingerprint if the model has it already, in the model's own precision."""
-    for key in sorted({key for layer in _meta_layers(model) for key in layer.metalora_down}):
-        if down_fingerprint(model, key) == fingerprint:
-            owner = next(name for layer in _meta_layers(model) for name, used in layer.down_key.items() if used == key)
-            return DownSource(model.peft_config[owner], down_state(model, key), str(fingerprint))
-    return None
-
-
-def _inject(model: nn.Module, config: MetaLoraConfig, name: str) -> None:
-    if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = True
-    with warnings.catch_warnings():
-        # PEFT warns of a second adapter on a model, which is what a pipeline's user asks for.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, model, name)
-    for layer in _meta_layers(model):
-        layer.set_requires_grad(name, False)
-
-
-@torch.no_grad()
-def _copy_factors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    for path, layer in meta_lora_layers(model):
-        if name not in layer.metalora_mid:
-            continue
-        layer.metalora_mid[name].copy_(tensors[f"{path}.metalora_mid"])
-        layer.metalora_up[name].copy_(tensors[f"{path}.metalora_up"])
-        if layer.stage[name] == "meta":
-            layer.metalora_down[name].copy_(tensors[f"{path}.metalora_down"])
-            layer.metalora_mid_init[name].copy_(tensors[f"{path}.metalora_mid_init"])
-
-
-def _active_adapters(model: nn.Module) -> list[str]:
-    names: dict[str, None] = {}
-    for module in model.modules():
-        if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
-            names.update(dict.fromkeys(module.active_adapters))
-    known = getattr(model, "peft_config", {})
-    return [name for name in names if name in known]
-
-
-def _activate(model: nn.Module, names: list[str]) -> None:
-    set_adapter(model, names, inference_mode=True)
-
-
-def _remove_adapter(model: nn.Module, name: str) -> None:
-    if name in getattr(model, "peft_config", {}):
-        delete_adapter(model, name, prefix="metalora_")
-        model.peft_config.pop(name, None)  # type: ignore[union-attr]
-
-
-_BEFORE = "_meta_lora_before"
-
-
-def _remember(model: nn.Module) -> None:
-    """Keep what injection changes beside the modules: the base's trainability and diffusers' flag."""
-    if not _meta_layers(model) and _BEFORE not in vars(model):
-        flags = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-        vars(model)[_BEFORE] = (flags, getattr(model, "_hf_peft_config_loaded", None), hasattr(model, "peft_config"))
-
-
-def _restore(model: nn.Module) -> None:
-    """Put the base layers back where they were, and forget that there were adapters of ours."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, MetaLoraLayer):
-            if module.merged:
-                module.unmerge()
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
-    configs = getattr(model, "peft_config", {})
-    for name in [name for name, config in configs.items() if isinstance(config, MetaLoraConfig)]:
-        del configs[name]
-    flags, loaded, had_config = vars(model).pop(_BEFORE, ({}, None, True))
-    for parameter in model.parameters():
-        if id(parameter) in flags:
-            parameter.requires_grad_(flags[id(parameter)])
-    if not configs and hasattr(model, "peft_config") and not had_config:
-        del model.peft_config
-        if loaded is not None:
-            model._hf_peft_config_loaded = loaded
+    taken = configs_of(model)
+    names = (f"{wanted or 'adapter'}{f'-{count}' if count else ''}" for count in range(len(taken) + 2))
+    return next(name for name in names if name not in taken and not hasattr(nn.ParameterDict, name))
 
 
 @contextmanager

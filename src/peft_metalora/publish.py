@@ -19,9 +19,10 @@ from huggingface_hub import errors as hub_errors
 
 from .base_model import REPO_ID
 from .cards import Picture, model_card
-from .checkpoint import FOLD_FILE, load_down, load_subject
+from .checkpoint import load_down, load_subject
 from .config_file import CONFIG_FILE, config_json, read_config
 from .errors import ArtefactNotFoundError, HubError, MissingDownError
+from .export import FOLD_FILE
 from .factors import WEIGHTS_FILE
 from .files import staged_folder
 from .hub import Location, fetch, find_down, locate

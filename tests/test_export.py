@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A subject in the files of other tools: the same image through ours and through stock diffusers and PEFT."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+from peft import inject_adapter_in_model
+from safetensors.torch import load_file
+
+from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
+from peft_metalora import MetaLoraConfig, errors, load_subject, save_down, save_subject
+from peft_metalora.export import export_subject, fold_subject, in_original_layers
+from peft_metalora.foreign_names import original_names
+from peft_metalora.pipelines import enable_meta_lora
+
+# Largest difference of a pixel in [0, 1] between our image and another tool's, in float32.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
+    """For each family: a subject's folder, the image it shows, and the base's image."""
+    made = {}
+
+    def make(family, targets=None):
+        key = (family, tuple(targets or ()))
+        if key in made:
+            return made[key]
+        folder = tmp_path_factory.mktemp(family)
+        pipe = tiny_pipeline(family)
+        base = picture(pipe, family)
+        settings = {"r": 2, "meta_r": 3, "lora_alpha": 5, "use_rslora": True, "init_weights": False}
+        settings["target_modules"] = targets or TARGETS[family]
+        model = denoiser(pipe)
+        torch.manual_seed(1)
+        inject_adapter_in_model(MetaLoraConfig(**settings), model, "down")
+        save_down(folder / "down", model, "down")
+        inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="down"), model, "ann")
+        save_subject(folder / "ann", model, "ann", down=folder / "down")
+        ours = enable_meta_lora(tiny_pipeline(family))
+        ours.load_meta_lora(folder / "ann")
+        made[key] = folder / "ann", picture(ours, family), base
+        return made[key]
+
+    return make
+
+
+def assert_same(one, other, base):
+    assert np.abs(one - other).max() < TOLERANCE
+    assert np.abs(one - base).max() > 20 * TOLERANCE, "the adapter must be visible, or the comparison says nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_diffusers_shows_the_same_image_from_the_subjects_own_folder(subjects, family):
+    folder, wanted, base = subjects(family)
+    pipe = tiny_pipeline(family)
+    pipe.load_lora_weights(folder)
+    assert_same(picture(pipe, family), wanted, base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_peft_lora_folder_shows_the_same_image(subjects, family, tmp_path):
+    folder, wanted, base = subjects(family)
+    export_subject(load_subject(folder), tmp_path / "lora", "peft")
+    pipe = tiny_pipeline(family)
+    merged = peft.PeftModel.from_pretrained(denoiser(pipe), tmp_path / "lora").merge_and_unload()
+    setattr(pipe, "unet" if hasattr(pipe, "unet") else "transformer", merged)
+    assert_same(picture(pipe, family), wanted, base)
+
+
+# FLUX.1's single blocks and SD3 are checked below: diffusers converts those of the real width alone, and no SD3.
+FLUX_DOUBLE = ["attn.to_out.0", "attn.add_q_proj", "attn.add_v_proj", "norm1.linear", "ff.net.2"]
+KOHYA = {"sd15": None, "sdxl": None, "flux": FLUX_DOUBLE, "flux2": None}
+
+
+@pytest.mark.parametrize("family", KOHYA)
+def test_stock_diffusers_shows_the_same_image_from_a_kohya_file(subjects, family, tmp_path):
+    folder, wanted, base = subjects(family, KOHYA[family])
+    path = export_subject(load_subject(folder), tmp_path / "ann.safetensors", "kohya")
+    pipe = tiny_pipeline(family)
+    pipe.load_lora_weights(path)
+    assert_same(picture(pipe, family), wanted, base)
+
+
+def test_stock_diffusers_shows_the_same_image_from_a_comfyui_file(subjects, tmp_path):
+    folder, wanted, base = subjects("flux2")
+    path = export_subject(load_subject(folder), tmp_path, "comfyui")
+    pipe = tiny_pipeline("flux2")
+    pipe.load_lora_weights(path)
+    assert_same(picture(pipe, "flux2"), wanted, base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joined_layers_add_what_their_parts_add(subjects, family):
+    source = load_subject(subjects(family)[0])
+    pairs = fold_subject(source.config, source.down.tensors, source.tensors)
+    whole = in_original_layers(source.config, pairs)
+    names = original_names(source.config.auto_mapping["base_model_class"], pairs)
+    covered = {name: torch.zeros_like(pair.b @ pair.a.flatten(1)) for name, pair in whole.items()}
+    for module, pair in pairs.items():
+        name, delta = names[module], pair.b.flatten(1) @ pair.a.flatten(1)
+        unit = delta.shape[0] // (name.parts[name.part] if name.parts else 1)
+        top = unit * sum(name.parts[: name.part]) if name.parts else 0
+        covered[name.name][top : top + delta.shape[0]] += delta
+    for name, pair in whole.items():
+        torch.testing.assert_close(pair.b @ pair.a.flatten(1), covered[name], rtol=1e-5, atol=1e-6)
+
+
+def test_original_names_of_the_real_models():
+    """Pairs read from the published checkpoints' own key lists."""
+    flux = original_names(
+        "FluxTransformer2DModel",
+        ["transformer_blocks.18.attn.add_k_proj", "single_transformer_blocks.37.proj_mlp", "proj_out"],
+    )
+    assert [(name.name, name.part, name.parts) for name in flux.values()] == [
+        ("double_blocks.18.txt_attn.qkv", 1, (1, 1, 1)),
+        ("single_blocks.37.linear1", 3, (1, 1, 1, 4)),
+        ("final_layer.linear", 0, None),
+    ]
+    sdxl = [
+        "down_blocks.1.attentions.1.transformer_blocks.1.attn2.to_k",
+        "mid_block.attentions.0.transformer_blocks.9.ff.net.2",
+        "up_blocks.0.attentions.2.proj_in",
+        "up_blocks.1.resnets.0.conv1",
+        "down_blocks.1.downsamplers.0.conv",
+        "mid_block.resnets.1.time_emb_proj",
+    ]
+    assert [name.name for name in original_names("UNet2DConditionModel", sdxl).values()] == [
+        "input_blocks.5.1.transformer_blocks.1.attn2.to_k",
+        "middle_block.1.transformer_blocks.9.ff.net.2",
+        "output_blocks.2.1.proj_in",
+        "output_blocks.3.0.in_layers.2",
+        "input_blocks.6.0.op",
+        "middle_block.2.emb_layers.1",
+    ]
+    sd3 = original_names("SD3Transformer2DModel", ["transformer_blocks.3.ff_context.net.0.proj"])
+    assert next(iter(sd3.values())).name == "joint_blocks.3.context_block.mlp.fc1"
+
+
+def test_the_scale_is_folded_in_and_alpha_is_the_rank(subjects, tmp_path):
+    source = load_subject(subjects("sd15")[0])
+    kohya = load_file(export_subject(source, tmp_path / "k.safetensors", "kohya"))
+    assert {float(value) for name, value in kohya.items() if name.endswith(".alpha")} == {2.0}
+    config = json.loads((export_subject(source, tmp_path / "p", "peft") / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2, 2, False)
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    pair = fold_subject(source.config, source.down.tensors, source.tensors)[module]
+    mid, up = source.tensors[f"{module}.metalora_mid"][0], source.tensors[f"{module}.metalora_up"][0]
+    down = source.down.tensors[f"{module}.metalora_down"].double()
+    dense = 5 / 2**0.5 * up.double() @ mid.double() @ down
+    torch.testing.assert_close(pair.b.double() @ pair.a.double(), dense, rtol=1e-5, atol=1e-7)
+
+
+def test_ranks_that_differ_stay_exact_in_a_peft_folder(tmp_path):
+    from artefacts_tiny import RANKS, TinyModel
+
+    settings = {**RANKS, "target_modules": ["to_q", "to_out"], "init_weights": False, "rank_pattern": {"to_q": 1}}
+    model = inject_adapter_in_model(MetaLoraConfig(**settings, alpha_pattern={"to_out": 7}), TinyModel(), "faces")
+    save_down(tmp_path / "faces", model, "faces")
+    inject_adapter_in_model(
+        MetaLoraConfig(**settings, alpha_pattern={"to_out": 7}, stage="subject", down="faces"), model, "ann"
+    )
+    save_subject(tmp_path / "ann", model, "ann", down=tmp_path / "faces")
+    for block in model.blocks:
+        block.to_q.set_adapter("ann")
+        block.to_out.set_adapter("ann")
+    x = torch.randn(5, 8)
+    lora = export_subject(load_subject(tmp_path / "ann"), tmp_path / "lora", "peft")
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(TinyModel(), lora)(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_format_cannot_say_is_refused(tmp_path):
+    from artefacts_tiny import write_pair
+
+    source = load_subject(write_pair(tmp_path)[1])
+    with pytest.raises(errors.ExportError, match="diffusers, kohya, comfyui, peft"):
+        export_subject(source, tmp_path / "x", "onnx")
+    with pytest.raises(errors.ExportError, match=r"blocks\.0\.to_out.*Export to diffusers"):
+        export_subject(source, tmp_path / "x", "comfyui")
+    assert not (tmp_path / "x").exists()
