@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the package: public names, weight of the import, direction of imports, licence lines."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import peft_metalora
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "peft_metalora"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Rooms from the ground up: a module imports from its own layer and those below. A new room is entered here.
+LAYERS = (
+    {"errors"},
+    {"files", "tuner", "data", "metrics"},
+    {"base_model", "checkpoint", "config_file", "export", "factors", "foreign_names"},
+    {"cards", "hub", "injection", "pipelines", "publish", "training"},
+    {"demo", "evaluation", "generate"},
+    {"app", "cli"},
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+HEAVY = {"accelerate", "diffusers", "huggingface_hub", "insightface", "matplotlib", "transformers"}
+NETWORK = {"ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "ssl", "urllib"}
+# What each room does without, beyond the layers.
+FORBIDDEN = {
+    "errors": {*HEAVY, "peft", "torch"},
+    "files": {*HEAVY, *NETWORK, "peft"},
+    "tuner": HEAVY | NETWORK | {"peft_metalora.data", "peft_metalora.files", "peft_metalora.metrics"},
+    "data": HEAVY | NETWORK | {"peft", "peft_metalora.metrics", "peft_metalora.tuner"},
+    "metrics": {"accelerate", "diffusers", "peft", "peft_metalora.data", "peft_metalora.tuner"},
+    **{room: NETWORK | {"accelerate", "diffusers", "insightface"} for room in LAYERS[2]},
+}
+# PEFT itself needs transformers; GPT-2's Conv1D, which PEFT adapts too, lives in this small module.
+EXCEPTIONS = {("tuner", "transformers.pytorch_utils")}
+NOT_THE_PACKAGE = {"benchmarks", "conftest", "examples", "pytest", "tests"}
+
+
+def room_of(path: Path) -> str:
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of the modules that a file imports, anywhere in it."""
+    package = ("peft_metalora", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*start, *filter(None, [node.module])))
+            # `from peft_metalora import tuner` imports a room, not a name of the top.
+            yield from (f"{module}.{name.name}" for name in node.names) if module == "peft_metalora" else [module]
+
+
+def within(name: str, parents: set[str]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+class TestImports:
+    @pytest.mark.parametrize(
+        "path", [path for path in MODULES if path.parent != PACKAGE or path.stem != "__init__"], ids=label
+    )
+    def test_they_go_downward(self, path: Path) -> None:
+        room = room_of(path)
+        assert room in LEVEL, f"{room} is in no layer: enter it in LAYERS"
+        for name in imports(path):
+            if name.startswith("peft_metalora."):
+                other = name.split(".")[1]
+                assert LEVEL.get(other, 0) <= LEVEL[room], f"{label(path)} imports {other}, which stands above it"
+            assert not within(name, FORBIDDEN.get(room, set())) or (room, name) in EXCEPTIONS
+
+    @pytest.mark.parametrize("path", MODULES, ids=label)
+    def test_no_module_needs_tests_or_examples(self, path: Path) -> None:
+        assert not [name for name in imports(path) if name.split(".")[0] in NOT_THE_PACKAGE]
+
+    def test_one_file_touches_pefts_registry(self) -> None:
+        touching = {path.name for path in MODULES if any(within(name, {"peft.mapping"}) for name in imports(path))}
+        assert touching == {"registration.py"}
+
+    def test_the_probe_sees_relative_and_absolute_imports(self) -> None:
+        assert "peft_metalora.errors" in set(imports(PACKAGE / "data.py"))
+        assert "peft_metalora.errors" in set(imports(PACKAGE / "metrics" / "scores.py"))
+        assert "peft_metalora.tuner" in set(imports(PACKAGE / "__init__.py"))
+        assert "transformers" in set(imports(PACKAGE / "metrics" / "embedders.py"))
+
+
+def loaded_after(code: str) -> set[str]:
+    """Which heavy modules are in memory after some code has run in a fresh interpreter."""
+    heavy = ("diffusers", "transformers.pipelines", "insightface", "matplotlib", "onnxruntime", "cv2")
+    probe = f"{code}\nimport sys\nprint(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+class TestWeight:
+    def test_importing_the_package_is_light(self) -> None:
+        assert loaded_after("import peft_metalora, peft_metalora.data, peft_metalora.metrics") == set()
+
+    def test_the_probe_can_fail(self) -> None:
+        assert "diffusers" in loaded_after("import peft_metalora\npeft_metalora.pipelines")
+
+
+def public(module: ModuleType) -> set[str]:
+    """Names defined by the package that stand in a module's namespace, submodules aside."""
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        and getattr(value, "__module__", "").startswith("peft_metalora")
+    }
+
+
+class TestPublicNames:
+    def test_every_name_is_there(self) -> None:
+        for name in peft_metalora.__all__:
+            assert getattr(peft_metalora, name) is not None
+        assert set(dir(peft_metalora)) >= set(peft_metalora.__all__)
+
+    def test_nothing_else_is(self) -> None:
+        for name in peft_metalora.__all__:
+            getattr(peft_metalora, name)
+        assert public(peft_metalora) <= set(peft_metalora.__all__)
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            peft_metalora.nothing  # noqa: B018
+
+    @pytest.mark.parametrize("name", ["", ".tuner", ".metrics"])
+    def test_all_is_sorted_and_true(self, name: str) -> None:
+        module = importlib.import_module(f"peft_metalora{name}")
+        assert module.__all__ == sorted(set(module.__all__))
+        assert public(module) <= set(module.__all__)
+        assert all(hasattr(module, entry) for entry in module.__all__)
+
+
+class TestFiles:
+    SOURCES = sorted(
+        path for folder in ("src", "tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    )
+
+    @pytest.mark.parametrize("path", SOURCES, ids=label)
+    def test_licence_and_paragraph(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+        assert ast.get_docstring(ast.parse(text)), "a module begins with what it is"
