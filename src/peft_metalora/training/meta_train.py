@@ -40,6 +40,7 @@ from .examples import Examples, encode_subjects
 from .loop import Step, training_steps
 from .settings import MetaTrainConfig
 from .slots import SlotOptimizer
+from .state import checkpoint_folder, read_state, write_state
 
 _TRAINING, PUBLISHED = "stage_1", "default"
 
@@ -123,37 +124,38 @@ class MetaTraining:
         self._choices = torch.Generator().manual_seed(config.seed)
         self._queue: list[int] = []
         self._sums: list[Tensor] = [torch.zeros_like(part[0]) for part in slotted]
-        self._slotted, self._counted, self._bucket = slotted, 0, range(0)
-        self._open = False  # the bucket's subjects are not in the mean yet
+        self._slotted, self._counted = slotted, 0
+        # The bucket in training, and whether its subjects are still to be added to the mean.
+        self._number, self._bucket, self._open = 0, range(0), False
         self.losses: list[float] = []
         self._start = time.perf_counter()
 
     def steps(self) -> Iterator[Step]:
         """Train, bucket after bucket; yields each step when it is finished."""
         denoiser, config = self.base.denoiser, self.config
-        done = 0
-        for bucket, count in zip(self.buckets, self.bucket_steps, strict=True):
-            self._bucket, self._open = bucket, True
-            reset_slots(denoiser, _TRAINING)
-            self.optimizer.reset()
-            self._queue.clear()
+        for number in range(self._number, len(self.buckets)):
+            first = sum(self.bucket_steps[:number])
+            if not self._open:  # else the run goes on in the middle of this bucket
+                self._number, self._bucket, self._open = number, self.buckets[number], True
+                reset_slots(denoiser, _TRAINING)
+                self.optimizer.reset()
+                self._queue.clear()
             clip = partial(self.optimizer.clip_grad_norm_, config.max_grad_norm) if config.max_grad_norm else None
             run = training_steps(
                 self._loss,
                 self.optimizer,
-                steps=done + count,
+                steps=first + self.bucket_steps[number],
                 scheduler=self.scheduler,
                 accumulation=config.gradient_accumulation_steps,
                 clip=clip,
-                done=done,
+                done=len(self.losses),
             )
-            set_warmup(denoiser, config.warmup_steps > 0, _TRAINING)
+            set_warmup(denoiser, len(self.losses) - first < config.warmup_steps, _TRAINING)
             for step in run:
                 self.losses.append(step.loss)
-                if step.number - done == config.warmup_steps:
+                if step.number - first == config.warmup_steps:
                     set_warmup(denoiser, False, _TRAINING)
                 yield step
-            done += count
             self._add_to_mean()
 
     def finish(self) -> DownResult:
@@ -189,6 +191,38 @@ class MetaTraining:
             **{name: settings[name] for name in kept},
         }
         return DownResult(denoiser, PUBLISHED, facts, self.losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the base, the examples and the settings."""
+        return {
+            "factors": self._factors(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generators": [self._generator.get_state(), self._choices.get_state()],
+            "bucket": self._number,
+            "queue": self._queue,
+            "sums": self._sums,
+            "counted": self._counted,
+            "losses": self.losses,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a `state_dict` that was made between two steps."""
+        with torch.no_grad():
+            for factor, value in zip(self._factors(), state["factors"], strict=True):
+                factor.copy_(value)
+            for total, value in zip(self._sums, state["sums"], strict=True):
+                total.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        for generator, value in zip((self._generator, self._choices), state["generators"], strict=True):
+            generator.set_state(value)
+        self._number, self._bucket, self._open = state["bucket"], self.buckets[state["bucket"]], True
+        self._queue, self._counted, self.losses = state["queue"], state["counted"], state["losses"]
+
+    def _factors(self) -> list[Tensor]:
+        parts = "metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up"
+        return [getattr(layer, part)[_TRAINING].detach() for layer in self._layers for part in parts]
 
     def _loss(self) -> Tensor:
         slots = self._next_subjects()
@@ -245,7 +279,8 @@ def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, pr
 def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     """Stage 1 from a folder of subjects: trains a Down and writes it to `output_dir`.
 
-    Ctrl-C writes the Down as it is by then (nothing before the first step) and raises KeyboardInterrupt.
+    Ctrl-C writes the Down as it is by then (nothing before the first step) and raises KeyboardInterrupt. With
+    `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint` as if nothing had happened.
 
     Returns:
         The result that was written.
@@ -271,8 +306,11 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress)
     base.place(device, encoders=False)
     run = MetaTraining(base, examples, config)
+    state = read_state(config)
+    if state is not None:
+        run.load_state_dict(state)
     try:
-        _run(run, progress)
+        _run(run, progress, config.checkpointing_steps)
     except KeyboardInterrupt:
         if run.losses:
             run.finish().save(config.output_dir, config.pretrained_model_name_or_path)
@@ -282,8 +320,11 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     return result
 
 
-def _run(run: MetaTraining, progress: bool) -> None:
-    with tqdm(total=run.config.max_train_steps, desc="meta-training", unit="step", disable=not progress) as bar:
+def _run(run: MetaTraining, progress: bool, checkpointing_steps: int | None = None) -> None:
+    total, done = run.config.max_train_steps, len(run.losses)
+    with tqdm(total=total, initial=done, desc="meta-training", unit="step", disable=not progress) as bar:
         for step in run.steps():
             bar.update()
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+            if checkpointing_steps and step.number % checkpointing_steps == 0 and step.number < total:
+                write_state(checkpoint_folder(run.config.output_dir, step.number), run.state_dict(), run.config)

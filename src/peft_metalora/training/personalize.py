@@ -41,6 +41,7 @@ from .examples import Examples, encode_subjects
 from .loop import Step, training_steps
 from .settings import PersonalizeConfig
 from .slots import SlotOptimizer
+from .state import checkpoint_folder, read_state, write_state
 
 _ADAPTER = "default"
 
@@ -73,7 +74,7 @@ class Personalization:
         if empty:
             raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
         cls, options = optimizer_class(config.optimizer), optimizer_options(config)
-        parameters = self._inject()
+        self._parameters = parameters = self._inject()
         self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
         self.optimizer = SlotOptimizer(cls, parameters, **options) if self._slots else cls(parameters, **options)
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
@@ -171,6 +172,27 @@ class Personalization:
             losses = base.loss(latents, text, torch.cat(noise).to(base.device), torch.cat(times).to(base.device))
         return losses.view(self.num_subjects, size).mean(1).sum()
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the base, the Down, the examples and the settings."""
+        return {
+            "parameters": [parameter.detach() for parameter in self._parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generators": [generator.get_state() for generator in self._generators],
+            "steps": self.steps_done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a `state_dict` that was made between two steps."""
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        for generator, value in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(value)
+        self.steps_done = state["steps"]
+
     def facts(self) -> dict[str, Any]:
         """What is written beside a subject: how it was learned."""
         kept = "method", "start", "learning_rate", "train_batch_size", "resolution", "instance_prompt", "seed"
@@ -218,7 +240,8 @@ class Personalization:
 def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     """Stage 2 from an image or a folder of images of one subject: trains and writes `output_dir`.
 
-    Ctrl-C writes the subject as it is by then (nothing before the first step) and raises KeyboardInterrupt.
+    Ctrl-C writes the subject as it is by then (nothing before the first step) and raises KeyboardInterrupt. With
+    `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint` as if nothing had happened.
 
     Returns:
         The folder that was written: a subject, or a plain LoRA that diffusers loads.
@@ -250,15 +273,18 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     examples = encode_subjects(base, [subject], config, config.views_per_image, progress=progress)
     base.place(device, encoders=False)
     run = Personalization(base, examples, config, down)
-    output = Path(config.output_dir)
-    with tqdm(total=config.max_train_steps, desc=config.method, unit="step", disable=not progress) as bar:
+    state = read_state(config)
+    if state is not None:
+        run.load_state_dict(state)
+    output, total, every = Path(config.output_dir), config.max_train_steps, config.checkpointing_steps
+    with tqdm(total=total, initial=run.steps_done, desc=config.method, unit="step", disable=not progress) as bar:
         try:
             for step in run.steps():
                 bar.update()
                 bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
-                every = config.checkpointing_steps
-                if every and step.number % every == 0 and step.number < config.max_train_steps:
-                    run.save(output / f"checkpoint-{step.number}")
+                if every and step.number % every == 0 and step.number < total:
+                    folder = run.save(checkpoint_folder(config.output_dir, step.number))
+                    write_state(folder, run.state_dict(), config)
         except KeyboardInterrupt:
             if run.steps_done:
                 run.save(output)

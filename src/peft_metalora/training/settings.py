@@ -66,6 +66,15 @@ class TrainingConfig:
     )
     device: str | None = setting("Device to train on. Default: a GPU when there is one.", None)
     seed: int = setting("Seed of everything random.", 0)
+    checkpointing_steps: int | None = setting(
+        "Write output_dir/checkpoint-<step> every so many steps: what the run needs to go on, in stage 2 with the "
+        "subject as it is by then.",
+        None,
+    )
+    resume_from_checkpoint: str | None = setting(
+        "Go on from a checkpoint folder, or from the 'latest' one in output_dir (from the start if there is none).",
+        None,
+    )
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -89,7 +98,7 @@ class TrainingConfig:
             raise ConfigError(f"output_dir must be a folder, found a file: {self.output_dir}")
 
     def _at_least_one(self) -> tuple[str, ...]:
-        return "resolution", "max_sequence_length", "gradient_accumulation_steps"
+        return "resolution", "max_sequence_length", "gradient_accumulation_steps", "checkpointing_steps"
 
     def _positive(self) -> tuple[str, ...]:
         return ("learning_rate",)
@@ -156,7 +165,6 @@ class PersonalizeConfig(TrainingConfig):
     max_train_steps: int = setting("Steps.", 375)
     train_batch_size: int = setting("Views in a batch.", 4)
     views_per_image: int = setting("Crops (and mirror images) of each image that are encoded before training.", 32)
-    checkpointing_steps: int | None = setting("Also write output_dir/checkpoint-<step> every so many steps.", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,7 +172,7 @@ class PersonalizeConfig(TrainingConfig):
             raise ConfigError("lora_alpha belongs to method 'lora': with 'meta-lora' the Down's own scale is used")
 
     def _at_least_one(self) -> tuple[str, ...]:
-        own = "rank", "max_train_steps", "train_batch_size", "views_per_image", "checkpointing_steps"
+        own = "rank", "max_train_steps", "train_batch_size", "views_per_image"
         return *super()._at_least_one(), *own
 
     def _positive(self) -> tuple[str, ...]:
