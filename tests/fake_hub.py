@@ -121,7 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo_id = f"{owner}/{request['name']}"
         exists = repo_id in self.hub.repos
         private = request.get("visibility") == "private" or bool(request.get("private"))
-        self.hub.repos.setdefault(repo_id, Repo(private))
+        if not exists:
+            self.hub.repos[repo_id] = Repo(private)
+            self.hub.repos[repo_id].commit({})
         self._json(409 if exists else 200, {"url": f"{self.hub.endpoint}/{repo_id}", "id": repo_id})
 
     def _commit(self, path: str, body: bytes) -> None:

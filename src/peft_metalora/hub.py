@@ -150,6 +150,19 @@ def fetch(at: Location) -> Path:
     return path.parent
 
 
+def fetch_beside(at: Location, name: str) -> Path | None:
+    """A further file of an artefact, None where there is none; raises HubError as `fetch` does."""
+    local = Path(at.name, at.subfolder or "", name)
+    if os.path.isdir(at.name):
+        return local if local.is_file() else None
+    try:
+        return _download(at, name)
+    except HubError as error:
+        if isinstance(error.__cause__, hub_errors.EntryNotFoundError):
+            return None
+        raise
+
+
 def _download(at: Location, name: str) -> Path:
     revision = at.options.get("revision")
     where = f"{at.name}{f'/{at.subfolder}' if at.subfolder else ''}{f' at {revision}' if revision else ''}"
@@ -173,7 +186,7 @@ def _download(at: Location, name: str) -> Path:
         ) from error
     except hub_errors.EntryNotFoundError as error:
         raise HubError(f"{where}: expected the file {name}, found none. Check the name, or give subfolder=.") from error
-    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
+    except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
         raise HubError(
             f"{where}: expected {name} from the Hub, found: {error}. Check the network and try again."
         ) from error

@@ -25,7 +25,7 @@ from .errors import ArtefactNotFoundError, HubError, MissingDownError
 from .export import FOLD_FILE
 from .factors import WEIGHTS_FILE
 from .files import staged_folder
-from .hub import Location, fetch, find_down, locate
+from .hub import Location, fetch, fetch_beside, find_down, locate
 from .tuner import MetaLoraConfig
 
 
@@ -146,9 +146,11 @@ def pull(
         load_subject(found, find_down=lambda config, place: find_down(config, at, place))
     if folder is None:
         return found
+    beside = {name: fetch_beside(at, name) for name in (FOLD_FILE, "README.md")}
     with staged_folder(folder) as stage:
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            shutil.copyfile(found / name, stage / name)
+        for name, path in {WEIGHTS_FILE: found / WEIGHTS_FILE, CONFIG_FILE: found / CONFIG_FILE, **beside}.items():
+            if path is not None:
+                shutil.copyfile(path, stage / name)
     return Path(folder)
 
 

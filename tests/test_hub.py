@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pushing, pulling and loading by repository, with the real client on a Hub that lives in this process."""
+
+import json
+import multiprocessing
+import shutil
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+
+from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, with_down, write_pair
+from fake_hub import TOKEN, FakeHub
+from families_tiny import denoiser, tiny_pipeline
+from peft_metalora import MetaLoraConfig, errors, hub, save_down
+from peft_metalora.checkpoint import load_down as load_local_down
+from peft_metalora.publish import pull, push_down, push_subject
+
+
+def point_at(hub_endpoint, cache, monkeypatch):
+    """Make the client talk to a fake Hub and keep what it fetches in a folder of the test."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub_endpoint)
+    template = hub_endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub_endpoint)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    with FakeHub() as fake:
+        point_at(fake.endpoint, tmp_path / "cache", monkeypatch)
+        monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_environment", lambda: TOKEN)
+        yield fake
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return write_pair(tmp_path / "mine")
+
+
+@pytest.fixture
+def published(server, pair):
+    """A Down and a subject on it, pushed; returns the server and the Down's commit."""
+    commit = push_down(pair[0], "ann/faces")
+    push_subject(pair[1], "ann/me", down="ann/faces")
+    return server, commit
+
+
+def card(server, repo_id):
+    text = server.repos[repo_id].files()["README.md"].decode()
+    _, head, body = text.split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+# Pushing
+
+
+def test_what_arrives_is_what_was_saved(published, pair):
+    server, commit = published
+    down, subject = server.repos["ann/faces"].files(), server.repos["ann/me"].files()
+    assert set(down) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert set(subject) == {*down, "pytorch_lora_weights.safetensors"}
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert down[name] == (pair[0] / name).read_bytes()
+    assert subject["adapter_model.safetensors"] == (pair[1] / "adapter_model.safetensors").read_bytes()
+    config = json.loads(subject["adapter_config.json"])
+    assert (config["down"], config["down_revision"]) == ("ann/faces", commit)
+
+
+def test_a_person_is_private_and_a_down_public_unless_said_otherwise(published, pair):
+    server, _ = published
+    assert server.repos["ann/me"].private and not server.repos["ann/faces"].private
+    push_down(pair[0], "ann/hidden", private=True)
+    push_subject(pair[1], "ann/shown", down="ann/faces", private=False)
+    assert server.repos["ann/hidden"].private and not server.repos["ann/shown"].private
+
+
+def test_a_person_never_lands_in_a_repository_that_is_public_already(published, pair):
+    server, _ = published
+    server.add("ann/old", {"README.md": b"# old"})
+    with pytest.raises(errors.HubError, match=r"expected a private repository.*--public"):
+        push_subject(pair[1], "ann/old", down="ann/faces")
+    assert set(server.repos["ann/old"].files()) == {"README.md"}
+
+
+def test_a_subject_without_a_published_down_is_not_pushed(server, pair):
+    with pytest.raises(errors.MissingDownError, match="push_down"):
+        push_subject(pair[1], "ann/me")
+    save_down(pair[0].parent / "other", with_down(seed=9), "faces")
+    push_down(pair[0].parent / "other", "ann/other")
+    with pytest.raises(errors.FingerprintMismatchError):
+        push_subject(pair[1], "ann/me", down="ann/other")
+    assert "ann/me" not in server.repos
+
+
+def test_a_broken_folder_is_not_pushed(server, pair):
+    (pair[0] / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(errors.CorruptFileError):
+        push_down(pair[0], "ann/faces")
+    assert server.repos == {}
+
+
+def test_a_path_of_this_machine_is_not_published(server, pair):
+    edit_config(pair[0], base_model_name_or_path="/home/ann/secret/base")
+    push_down(pair[0], "ann/faces")
+    assert not any(b"secret" in content for content in server.repos["ann/faces"].files().values())
+
+
+def test_a_wrong_token_and_a_wrong_name_say_what_to_do(server, pair):
+    with pytest.raises(errors.HubError, match="Log in"):
+        push_down(pair[0], "ann/faces", token="hf_wrong")
+    with pytest.raises(errors.HubError, match="Give owner and name"):
+        push_down(pair[0], "../faces")
+
+
+# Cards
+
+
+def test_the_card_of_a_down(server, tmp_path):
+    facts = {
+        "domain": "faces of women",
+        "subjects": 1050,
+        "steps": 1500,
+        "recipe": {"learning rate": 1e-3},
+        "evaluation": {"R-FaceSim": 0.81, "CLIP-T": 0.25},
+        "evaluation_data": "64 held-out people",
+    }
+    save_down(tmp_path / "d", with_down(), "faces", facts=facts, base_model="black-forest-labs/FLUX.1-dev")
+    push_down(tmp_path / "d", "ann/faces")
+    head, body = card(server, "ann/faces")
+    assert head["base_model"] == "black-forest-labs/FLUX.1-dev"
+    assert (head["base_model_relation"], head["library_name"]) == ("adapter", "peft")
+    assert (head["license"], head["license_name"]) == ("other", "flux-1-dev-non-commercial-license")
+    assert {"meta-lora", "meta-lora-down"} <= set(head["tags"])
+    results = {m["name"]: m["value"] for m in head["model-index"][0]["results"][0]["metrics"]}
+    assert results == {"R-FaceSim": 0.81, "CLIP-T": 0.25}
+    for words in (
+        "faces of women",
+        "| subjects | 1050 |",
+        "| learning rate | 0.001 |",
+        "64 held-out people",
+        "licence",
+    ):
+        assert words in body
+
+
+def test_the_card_of_a_subject(published, pair, tmp_path):
+    server, _ = published
+    (tmp_path / "a.png").write_bytes(b"png")
+    edit_config(pair[1], base_model_name_or_path="a/base", facts={"trigger": "sks person"})
+    push_subject(pair[1], "ann/me", down="ann/faces", gallery={str(tmp_path / "a.png"): "sks person on a beach"})
+    head, body = card(server, "ann/me")
+    assert head["instance_prompt"] == "sks person"
+    assert head["widget"] == [{"text": "sks person on a beach", "output": {"url": "images/0.png"}}]
+    assert server.repos["ann/me"].files()["images/0.png"] == b"png"
+    assert "consent" in body and 'pipe.load_lora_weights("ann/me")' in body and "<Gallery />" in body
+
+
+def test_the_code_in_a_card_runs(server, monkeypatch, tmp_path):
+    model = denoiser(tiny_pipeline("sd15"))
+    inject_adapter_in_model(MetaLoraConfig(**RANKS, target_modules=["to_q"], init_weights=False), model, "d")
+    push_down(save_down(tmp_path / "d", model, "d", base_model="a/base"), "ann/unet")
+    code = card(server, "ann/unet")[1].split("```python\n")[1].split("```")[0]
+    loaded = tiny_pipeline("sd15")
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: loaded)
+    exec(code, {})
+    assert loaded.get_list_adapters() == {"unet": ["unet"]}
+
+
+# Loading
+
+
+def test_a_subject_brings_its_down_from_the_hub(published):
+    server, _ = published
+    source = hub.load_subject("ann/me")
+    assert source.down.fingerprint == source.config.down_fingerprint
+    assert server.downloads("adapter_model.safetensors") == 1 + 1, "the push fetched the Down already"
+
+
+def test_offline_it_comes_from_the_cache(published, monkeypatch):
+    server, _ = published
+    pull("ann/me")
+    before = len(server.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.load_subject("ann/me").down.fingerprint
+    assert hub.load_down("ann/faces", local_files_only=True).fingerprint
+    assert len(server.requests) == before
+    with pytest.raises(errors.HubError, match="metalora pull"):
+        hub.load_down("ann/never-seen")
+
+
+def test_the_hub_down_but_cached_still_loads(published):
+    server, _ = published
+    pull("ann/me")
+    server.__exit__()
+    server._server = FakeHub()._server
+    server.__enter__()
+    assert hub.load_subject("ann/me").down.fingerprint
+
+
+def test_a_revision_is_kept_to(published, pair, tmp_path):
+    _, commit = published
+    save_down(tmp_path / "new", with_down(seed=9), "faces")
+    push_down(tmp_path / "new", "ann/faces")
+    old, new = hub.load_down("ann/faces", revision=commit), hub.load_down("ann/faces")
+    assert old.fingerprint == load_local_down(pair[0]).fingerprint != new.fingerprint
+    assert hub.load_subject("ann/me").down.fingerprint == old.fingerprint, "its config names the Down's commit"
+
+
+def test_subfolders_of_one_repository_belong_together(server, pair):
+    files = {f"{f.parent.name}/{f.name}": f.read_bytes() for folder in pair for f in folder.iterdir()}
+    server.add("ann/all", files)
+    source = hub.load_subject("ann/all", subfolder="ann")
+    assert source.config.down == "../faces" and source.down.fingerprint
+    server.add(
+        "ann/trick",
+        {**files, "ann/adapter_config.json": files["ann/adapter_config.json"].replace(b"../", b"../../../")},
+    )
+    with pytest.raises(errors.UnsafeNameError, match="inside the repository"):
+        hub.load_subject("ann/trick", subfolder="ann")
+    with pytest.raises(errors.UnsafeNameError, match="subfolder"):
+        hub.load_subject("ann/all", subfolder="../ann")
+
+
+def test_tokens_open_private_repositories(published, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_environment", lambda: None)
+    monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_file", lambda: None)
+    with pytest.raises(errors.HubError, match="hf auth login"):
+        hub.load_subject("ann/me", cache_dir=tmp_path / "empty")
+    with pytest.raises(errors.HubError, match="expected adapter_config.json"):
+        hub.load_subject("ann/me", force_download=True)
+    assert hub.load_subject("ann/me", token=TOKEN).down.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "words"),
+    [
+        ("ann/nothing", {}, errors.HubError, "expected a repository"),
+        ("ann/faces", {"revision": "v9"}, errors.HubError, "expected this revision"),
+        ("ann/faces", {"subfolder": "deep"}, errors.HubError, "expected the file"),
+        ("no such folder", {}, errors.ArtefactNotFoundError, "neither"),
+    ],
+)
+def test_what_the_hub_does_not_have(published, name, options, error, words):
+    with pytest.raises(error, match=words):
+        hub.load_down(name, **options)
+
+
+def test_pull_writes_a_folder_that_loads(published, tmp_path):
+    folder = pull("ann/me", tmp_path / "pulled")
+    assert hub.load_subject(folder).down.fingerprint
+    assert (folder / "pytorch_lora_weights.safetensors").exists() and (folder / "README.md").exists()
+
+
+def test_peft_brings_the_down_of_a_repository(published):
+    x = torch.randn(2, 8)
+    model = PeftModel.from_pretrained(TinyModel(), "ann/me")
+    assert not torch.equal(model(x), TinyModel()(x))
+    model.load_adapter("ann/me", "again")
+    assert len(model.base_model.model.blocks[0].to_q.metalora_down) == 1
+
+
+def test_peft_pushes_what_loads(server, tmp_path):
+    model = get_peft_model(TinyModel(), MetaLoraConfig(**RANKS, target_modules=TARGETS, init_weights=False))
+    model.push_to_hub("ann/from-peft")
+    assert hub.load_down("ann/from-peft").fingerprint
+
+
+def _load(endpoint, cache, queue):
+    patch = pytest.MonkeyPatch()
+    point_at(endpoint, cache, patch)
+    queue.put(hub.load_down("ann/faces").fingerprint)
+
+
+def test_two_processes_fetch_the_same_down(published, pair, tmp_path):
+    server, _ = published
+    shutil.rmtree(tmp_path / "cache")
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_load, args=(server.endpoint, tmp_path / "cache", queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = {queue.get() for _ in processes}
+    for process in processes:
+        process.join()
+    assert found == {load_local_down(pair[0]).fingerprint}
