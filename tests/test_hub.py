@@ -235,7 +235,7 @@ def test_tokens_open_private_repositories(published, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_file", lambda: None)
     with pytest.raises(errors.HubError, match="hf auth login"):
         hub.load_subject("ann/me", cache_dir=tmp_path / "empty")
-    with pytest.raises(errors.HubError, match="expected adapter_config.json"):
+    with pytest.raises(errors.HubError, match=r"expected adapter_config.json"):
         hub.load_subject("ann/me", force_download=True)
     assert hub.load_subject("ann/me", token=TOKEN).down.fingerprint
 

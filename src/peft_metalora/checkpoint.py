@@ -228,7 +228,7 @@ def save_down(
         for name in [name for name in tensors if name.endswith(part)]:
             tensors[name] = tensors[name].mean(dim=0, keepdim=True)
     config = _file_config(config, model, facts, base_model, base_revision, down_fingerprint=fingerprint(tensors))
-    return _save(Path(folder), config, tensors)
+    return write_artefact(Path(folder), config, tensors)
 
 
 def save_subject(
@@ -263,7 +263,7 @@ def save_subject(
     config = _adapter_config(model, adapter_name, "subject")
     tensors = subject_state(model, adapter_name, slot)
     factors = down_state(model, adapter_name)
-    reference = _reference_to_write(str(down) if down is not None else config.down, target)
+    reference = reference_to_write(str(down) if down is not None else config.down, target)
     config = _file_config(
         config,
         model,
@@ -275,7 +275,7 @@ def save_subject(
         down_fingerprint=down_fingerprint(model, adapter_name),
     )
     pairs = fold_subject(config, factors, tensors) if fold else {}
-    return _save(
+    return write_artefact(
         target, config, tensors, lambda stage: save_diffusers(stage / FOLD_FILE, pairs, component_name(config))
     )
 
@@ -322,7 +322,7 @@ def _file_config(
     return dataclasses.replace(config, **fields, **changes)
 
 
-def _reference_to_write(reference: str | None, folder: Path) -> str | None:
+def reference_to_write(reference: str | None, folder: Path) -> str | None:
     """A path beside the subject is written as a relative one, so that both can move together."""
     if reference is None or not os.path.isdir(reference):
         return reference
@@ -335,12 +335,17 @@ def _reference_to_write(reference: str | None, folder: Path) -> str | None:
     )
 
 
-def _save(
+def write_artefact(
     folder: Path,
     config: MetaLoraConfig,
     tensors: Mapping[str, torch.Tensor],
     beside: Callable[[Path], None] = lambda stage: None,
 ) -> Path:
+    """Write the two files of an artefact, all or nothing; `beside` adds more files to the new folder.
+
+    Raises:
+        NonFiniteError, WriteFailedError
+    """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ordinary LoRAs brought onto a Down: exact where they can be, the nearest elsewhere, the error said."""
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from artefacts_tiny import TARGETS, TinyModel, write_pair
+from peft_metalora import errors, load_down, load_subject
+from peft_metalora.export import export_subject, fold_subject
+from peft_metalora.projection import nearest, project, read_lora
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return write_pair(tmp_path)
+
+
+def deltas(pairs):
+    return {module: b.flatten(1).double() @ a.flatten(1).double() for module, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize("format", ["peft", "diffusers"])
+def test_a_subjects_own_fold_comes_back(pair, tmp_path, format):
+    subject = load_subject(pair[1])
+    lora = export_subject(subject, tmp_path / "lora", format)
+    done = project(lora, subject.down, tmp_path / "again", down_reference=str(pair[0]))
+    assert max(done.relative_error.values()) < 1e-5 and done.total_error < 1e-5 and done.dropped == []
+    again = load_subject(done.folder)
+    one = deltas(fold_subject(subject.config, subject.down.tensors, subject.tensors))
+    other = deltas(fold_subject(again.config, again.down.tensors, again.tensors))
+    for module in one:
+        torch.testing.assert_close(other[module], one[module], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_it_is_the_nearest_and_the_error_is_right(rank):
+    torch.manual_seed(0)
+    a, b, down = torch.randn(5, 8), torch.randn(6, 5), torch.randn(4, 8)
+    mid, up, residual, norm = nearest(a, b, down, rank, 1.5)
+    target, reached = b.double() @ a.double(), 1.5 * up @ mid @ down.double()
+    assert float(torch.linalg.norm(target - reached)) == pytest.approx(residual, rel=1e-9)
+    assert float(torch.linalg.norm(target)) == pytest.approx(norm, rel=1e-6)
+    # The reference: project onto Down's rows with the pseudo-inverse, then truncate a full SVD.
+    inside = target @ torch.linalg.pinv(down.double()) @ down.double()
+    u, s, v = torch.linalg.svd(inside)
+    torch.testing.assert_close(reached, u[:, :rank] * s[:rank] @ v[:rank])
+
+
+def test_a_down_with_dependent_rows_serves_as_well():
+    torch.manual_seed(0)
+    down = torch.randn(4, 8)
+    down[3] = down[0] + down[1]
+    mid, up, residual, _ = nearest(torch.randn(2, 4) @ down, torch.randn(6, 2), down, 2, 1.0)
+    assert residual < 1e-5 and torch.isfinite(mid).all() and torch.isfinite(up).all()
+
+
+def test_an_ordinary_lora_keeps_its_alpha(tmp_path):
+    torch.manual_seed(0)
+    settings = {"r": 2, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": False}
+    model = peft.get_peft_model(TinyModel(), peft.LoraConfig(**settings, alpha_pattern={"to_out": 1}))
+    model.save_pretrained(tmp_path / "lora")
+    found = deltas(read_lora(tmp_path / "lora"))
+    layers = dict(model.base_model.model.named_modules())
+    for module, delta in found.items():
+        torch.testing.assert_close(delta, layers[module].get_delta_weight("default").double(), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_the_down_lacks_are_named(pair, tmp_path):
+    names = ["transformer.blocks.0.to_q", "transformer.blocks.9.to_z"]
+    tensors = {f"{name}.lora_A.weight": torch.randn(1, 8) for name in names}
+    tensors |= {f"{name}.lora_B.weight": torch.randn(6, 1) for name in names}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    done = project(tmp_path / "lora.safetensors", load_down(pair[0]), tmp_path / "new", down_reference=str(pair[0]))
+    assert done.dropped == ["blocks.9.to_z"] and set(done.relative_error) == {"blocks.0.to_q"}
+    assert 0 < done.relative_error["blocks.0.to_q"] <= 1 and done.total_error > 0.5
+    untouched = load_subject(tmp_path / "new").tensors["blocks.1.to_q.metalora_up"]
+    assert not untouched.any()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "words"),
+    [
+        ({"blocks.0.to_q.lora_magnitude_vector": torch.ones(6)}, errors.ForeignKeysError, "DoRA"),
+        ({"a.lora_A.weight": torch.ones(1, 8)}, errors.RankMismatchError, "two factors"),
+        (
+            {"a.lora_A.weight": torch.ones(1, 8), "a.lora_B.weight": torch.ones(6, 1)},
+            errors.WrongKindError,
+            "same base model",
+        ),
+        (
+            {"blocks.0.to_q.lora_A.weight": torch.ones(1, 9), "blocks.0.to_q.lora_B.weight": torch.ones(6, 1)},
+            errors.WrongKindError,
+            "base model",
+        ),
+        (
+            {"a.lora_A.weight": torch.full((1, 8), float("nan")), "a.lora_B.weight": torch.ones(6, 1)},
+            errors.NonFiniteError,
+            "finite",
+        ),
+    ],
+)
+def test_what_cannot_be_projected_is_refused(pair, tmp_path, tensors, error, words):
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(error, match=words):
+        project(tmp_path / "lora.safetensors", load_down(pair[0]), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(errors.ArtefactNotFoundError):
+        project(tmp_path / "nothing", load_down(pair[0]), tmp_path / "new")
