@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Downs and subjects on stock pipeline objects: loading, choosing, deleting, and undoing to the last bit."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig
+
+from artefacts_tiny import edit_config, edit_tensors
+from peft_metalora import MetaLoraConfig, errors, save_down, save_subject
+from peft_metalora.pipelines import MetaLoraLoaderMixin, enable_meta_lora
+from peft_metalora.tuner import MetaLoraLayer
+from pipelines_tiny import tiny_flux_pipeline
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+RANKS = {"r": 2, "meta_r": 4, "lora_alpha": 4, "target_modules": TARGETS, "init_weights": False}
+
+
+def image(pipe, prompt="a photo of a person", seed=0, **options):
+    """One 16 x 16 image in two steps."""
+    generator = torch.Generator().manual_seed(seed)
+    settings = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", **options}
+    return pipe(prompt=prompt, generator=generator, **settings).images
+
+
+def same(one, other):
+    """Equal but for the rounding of matrix products, which may differ with the alignment of memory."""
+    return np.abs(one - other).max() < 1e-5
+
+
+def state_of(model):
+    """What unload must bring back: modules by identity, weights, flags, attributes."""
+    modules = {name: id(module) for name, module in model.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # A flag of diffusers' own class, and the hooks that it makes on the first image.
+    attributes = set(vars(model)) - {"_hf_peft_config_loaded", "_diffusers_hook"}
+    return modules, weights, flags, sorted(attributes)
+
+
+def assert_same_state(one, other):
+    assert (one[0], one[2], one[3]) == (other[0], other[2], other[3])
+    assert one[1].keys() == other[1].keys() and all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory):
+    """A Down `faces`, the subjects `ann` and `bob` on it, and their images."""
+    folder = tmp_path_factory.mktemp("artefacts")
+    pipe = tiny_flux_pipeline()
+    model = pipe.transformer
+    images = {"base": image(pipe)}
+    torch.manual_seed(1)
+    model.add_adapter(MetaLoraConfig(**RANKS), "faces")
+    save_down(folder / "faces", model, "faces")
+    for name in ("ann", "bob"):
+        model.add_adapter(MetaLoraConfig(**RANKS, stage="subject", down="faces"), name)
+        save_subject(folder / name, model, name, down=folder / "faces")
+        model.set_adapter(name)
+        images[name] = image(pipe)
+    return folder, images
+
+
+@pytest.fixture
+def pipe():
+    return enable_meta_lora(tiny_flux_pipeline())
+
+
+def test_enabling_changes_this_object_alone():
+    pipe, other = tiny_flux_pipeline(), tiny_flux_pipeline()
+    assert enable_meta_lora(pipe) is pipe is enable_meta_lora(pipe)
+    assert isinstance(pipe, FluxPipeline) and type(pipe).__name__ == "FluxPipeline"
+    assert not isinstance(other, MetaLoraLoaderMixin)
+    assert type(enable_meta_lora(other)) is type(pipe)
+
+
+def test_a_pipeline_without_a_denoiser_is_refused():
+    with pytest.raises(errors.PipelineError, match="transformer or unet"):
+        enable_meta_lora(object())
+
+
+def test_a_subject_brings_its_down_once_and_shows(artefacts, pipe):
+    folder, images = artefacts
+    assert pipe.load_meta_lora(folder / "ann") == "ann"
+    assert same(image(pipe), images["ann"])
+    pipe.load_meta_lora(folder / "bob")
+    assert same(image(pipe), images["bob"])
+    layers = [module for module in pipe.transformer.modules() if isinstance(module, MetaLoraLayer)]
+    assert layers and all(len(layer.metalora_down) == 1 for layer in layers)
+    pipe.set_adapters("ann")
+    assert same(image(pipe), images["ann"])
+    assert pipe.get_active_adapters() == ["ann"]
+    assert pipe.get_list_adapters() == {"transformer": ["ann", "bob"]}
+
+
+def test_a_down_changes_no_image_until_it_is_chosen(artefacts, pipe):
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "faces", "women")
+    assert same(image(pipe), images["base"])
+    assert (pipe.get_active_adapters(), pipe.get_list_adapters()) == ([], {"transformer": ["women"]})
+    pipe.set_adapters("women")
+    assert not same(image(pipe), images["base"])
+    pipe.load_meta_lora(folder / "ann")
+    assert same(image(pipe), images["ann"])
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    assert list(layer.metalora_down) == ["women"]
+
+
+def test_weights_scale_and_names_are_checked(artefacts, pipe):
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    pipe.set_adapters("ann", 0.0)
+    assert same(image(pipe), images["base"])
+    pipe.set_adapters(["ann"], [1.0])
+    assert same(image(pipe), images["ann"])
+    with pytest.raises(errors.AdapterStateError, match="expected 1 weights"):
+        pipe.set_adapters(["ann"], [1.0, 2.0])
+    with pytest.raises(errors.AdapterNotFoundError, match="load_meta_lora"):
+        pipe.set_adapters(["ann", "eve"])
+    assert pipe.get_active_adapters() == ["ann"]
+
+
+def test_disable_and_enable(artefacts, pipe):
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    pipe.disable_meta_lora()
+    assert same(image(pipe), images["base"])
+    pipe.enable_meta_lora()
+    assert same(image(pipe), images["ann"])
+
+
+def test_unload_restores_everything(artefacts, pipe):
+    folder, images = artefacts
+    pipe.transformer.proj_out.weight.requires_grad_(True)
+    before = state_of(pipe.transformer)
+    pipe.load_meta_lora(folder / "faces")
+    pipe.load_meta_lora(folder / "ann")
+    pipe.unload_meta_lora()
+    assert_same_state(state_of(pipe.transformer), before)
+    assert same(image(pipe), images["base"])
+    pipe.load_meta_lora(folder / "ann")
+    assert same(image(pipe), images["ann"])
+
+
+def test_unload_restores_a_merged_model(artefacts, pipe):
+    folder, _ = artefacts
+    before = state_of(pipe.transformer)
+    pipe.load_meta_lora(folder / "ann")
+    for layer in [module for module in pipe.transformer.modules() if isinstance(module, MetaLoraLayer)]:
+        layer.merge()
+    pipe.unload_meta_lora()
+    assert_same_state(state_of(pipe.transformer), before)
+
+
+def test_deleting_the_last_adapter_restores_everything(artefacts, pipe):
+    folder, images = artefacts
+    before = state_of(pipe.transformer)
+    pipe.load_meta_lora(folder / "faces")
+    pipe.load_meta_lora(folder / "ann")
+    pipe.load_meta_lora(folder / "bob")
+    with pytest.raises(errors.AdapterStateError, match="ann, bob"):
+        pipe.delete_adapters("faces")
+    pipe.delete_adapters("bob")
+    assert pipe.get_active_adapters() == [], "deleting one person never shows another"
+    assert same(image(pipe), images["base"])
+    pipe.set_adapters("ann")
+    assert same(image(pipe), images["ann"])
+    pipe.delete_adapters(["faces", "ann"])
+    assert_same_state(state_of(pipe.transformer), before)
+
+
+def test_a_subject_and_an_ordinary_lora_live_side_by_side(artefacts, pipe):
+    folder, images = artefacts
+    pipe.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"], init_lora_weights=False), "style")
+    styled = image(pipe)
+    pipe.load_meta_lora(folder / "ann")
+    assert same(image(pipe), images["ann"])
+    pipe.set_adapters(["ann", "style"], [1.0, 1.0])
+    both = image(pipe)
+    assert not same(both, images["ann"]) and not same(both, styled)
+    pipe.unload_meta_lora()
+    pipe.set_adapters("style")
+    assert same(image(pipe), styled)
+
+
+def _foreign_base(folder):
+    edit_tensors(
+        folder / "faces",
+        lambda t: [t.update({name.replace("attn.to_q", "attn.to_x"): t.pop(name)}) for name in list(t)],
+    )
+    edit_config(folder / "faces", down_fingerprint=None)
+
+
+BROKEN = {
+    "truncated": (
+        lambda f: (f / "ann" / "adapter_model.safetensors").write_bytes(b"12345678"),
+        errors.CorruptFileError,
+        "ann",
+    ),
+    "foreign file": (lambda f: edit_config(f / "ann", peft_type="LORA"), errors.WrongKindError, "ann"),
+    "wrong rank": (lambda f: edit_config(f / "ann", r=1), errors.RankMismatchError, "ann"),
+    "another base": (_foreign_base, errors.BaseModelMismatchError, "faces"),
+    "a base of another name": (
+        lambda f: edit_config(f / "faces", base_model_name_or_path="a/other"),
+        errors.BaseModelMismatchError,
+        "faces",
+    ),
+    "no Down": (lambda f: edit_config(f / "ann", down="elsewhere"), errors.MissingDownError, "ann"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_refused_load_leaves_the_pipeline_as_it_was(artefacts, tmp_path, pipe, case, loaded):
+    import shutil
+
+    folder, images = artefacts
+    shutil.copytree(folder, tmp_path / "copy")
+    spoil, error, name = BROKEN[case]
+    spoil(tmp_path / "copy")
+    pipe.transformer.register_to_config(_name_or_path="a/base")
+    if loaded:
+        pipe.load_meta_lora(folder / "bob")
+    before, adapters = state_of(pipe.transformer), pipe.get_list_adapters()
+    if loaded and case == "no Down":
+        assert pipe.load_meta_lora(tmp_path / "copy" / name) == "ann", "its Down is on the model already"
+        return
+    with pytest.raises(error):
+        pipe.load_meta_lora(tmp_path / "copy" / name)
+    assert_same_state(state_of(pipe.transformer), before)
+    assert pipe.get_list_adapters() == adapters
+    assert same(image(pipe), images["bob" if loaded else "base"])
+
+
+def test_a_failure_while_injecting_is_undone(artefacts, pipe, monkeypatch):
+    folder, images = artefacts
+    before = state_of(pipe.transformer)
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("peft_metalora.pipelines.copy_factors", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        pipe.load_meta_lora(folder / "ann")
+    assert_same_state(state_of(pipe.transformer), before)
+    assert same(image(pipe), images["base"])
+
+
+def test_a_taken_name_is_refused_and_a_free_one_found(artefacts, pipe):
+    folder, _ = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    with pytest.raises(errors.AdapterStateError, match="'ann'"):
+        pipe.load_meta_lora(folder / "bob", "ann")
+    assert pipe.load_meta_lora(folder / "ann") == "ann-1"
+
+
+@pytest.mark.parametrize("name", ["a.b", "pop", "../x"])
+def test_a_name_that_modules_cannot_hold_is_refused(artefacts, pipe, name):
+    with pytest.raises(errors.AdapterStateError, match="Choose another one"):
+        pipe.load_meta_lora(artefacts[0] / "ann", name)
+
+
+def test_saved_from_a_pipeline_it_loads_again(artefacts, pipe, tmp_path):
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    pipe.save_meta_lora(tmp_path / "copy", "ann", down=folder / "faces")
+    pipe.unload_meta_lora()
+    pipe.load_meta_lora(tmp_path / "copy")
+    assert same(image(pipe), images["ann"])
+
+
+def test_half_precision_shows_the_subject_and_keeps_the_fingerprint(artefacts, pipe, tmp_path):
+    folder, _ = artefacts
+    pipe.to(torch.bfloat16)
+    base = image(pipe)
+    pipe.load_meta_lora(folder / "ann")
+    pipe.load_meta_lora(folder / "bob")
+    assert not same(image(pipe), base)
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    assert len(layer.metalora_down) == 1
+    pipe.save_meta_lora(tmp_path / "copy", "ann", down=folder / "faces")
+    pipe.unload_meta_lora()
+    assert pipe.load_meta_lora(tmp_path / "copy") == "copy-1", "torch keeps the plain name for itself"
+    assert same(image(pipe), image(pipe))
+
+
+def test_from_pipe_and_saving_still_work(artefacts, pipe, tmp_path):
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    shared = FluxPipeline.from_pipe(pipe)
+    shared.set_progress_bar_config(disable=True)
+    assert same(image(shared), images["ann"])
+    pipe.unload_meta_lora()
+    pipe.save_pretrained(tmp_path / "saved")
+    again = FluxPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert same(image(again), images["base"])
