@@ -77,7 +77,11 @@ FAILURES = {
         MissingDownError,
         "'a/b' is no adapter of this model and no loader",
     ),
-    "embedding": ({"target_modules": ["emb", "lin0"]}, UnsupportedModuleError, "'emb' is an Embedding: .* train it with modules_to_save"),
+    "embedding": (
+        {"target_modules": ["emb", "lin0"]},
+        UnsupportedModuleError,
+        "'emb' is an Embedding: .* train it with modules_to_save",
+    ),
     "dotted name": ({"name": "a.b"}, AdapterStateError, "cannot hold a dot"),
 }
 

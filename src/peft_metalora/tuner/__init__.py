@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PEFT tuner: configuration, layers, model and their registration with PEFT. torch and peft only."""
 
+from .combine import add_weighted_subject
 from .config import MetaLoraConfig
+from .convert import register_lora_conversion, to_lora
 from .down import DownSource, fingerprint, set_down_loader
 from .layer import MetaLoraLayer
 from .linear import Linear
-from .model import MetaLoraModel, fold, reset_slots, set_warmup, subject_state, unfold, write_subject
+from .model import MetaLoraModel, fold, reset_slots, set_merge_backup, set_warmup, subject_state, unfold, write_subject
 from .plan import down_fingerprint, down_state
 from .registration import MetaLoraType, register
 from .subjects import set_subjects, subjects
@@ -17,6 +19,7 @@ __all__ = [
     "MetaLoraLayer",
     "MetaLoraModel",
     "MetaLoraType",
+    "add_weighted_subject",
     "down_fingerprint",
     "down_state",
     "fingerprint",
@@ -24,12 +27,15 @@ __all__ = [
     "register",
     "reset_slots",
     "set_down_loader",
+    "set_merge_backup",
     "set_subjects",
     "set_warmup",
     "subject_state",
     "subjects",
+    "to_lora",
     "unfold",
     "write_subject",
 ]
 
 register(MetaLoraConfig, MetaLoraModel)
+register_lora_conversion()

@@ -18,6 +18,8 @@ from ..errors import AdapterStateError, NonFiniteError, UnsupportedModuleError
 if TYPE_CHECKING:
     from .subjects import SubjectIndex
 
+MERGE_BACKUPS = ("device", "host", "none")
+
 
 class Mergeable(BaseTunerLayer, nn.Module):
     """Scaling, folding and merging of the factors that `MetaLoraLayer` holds."""

@@ -18,10 +18,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError, NoTargetModulesError
+from .combine import add_weighted_subject
 from .config import STARTS, MetaLoraConfig
 from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint, set_down_loader
 from .layer import MetaLoraLayer
 from .layers import create_layer
+from .merging import MERGE_BACKUPS
 from .plan import Plan, down_fingerprint, down_state, plan_injection
 from .registration import PREFIX
 from .subjects import SubjectIndex, meta_lora_layers, set_subjects, subjects
@@ -29,12 +31,14 @@ from .subjects import SubjectIndex, meta_lora_layers, set_subjects, subjects
 __all__ = [
     "DownSource",
     "MetaLoraModel",
+    "add_weighted_subject",
     "down_fingerprint",
     "down_state",
     "fingerprint",
     "fold",
     "reset_slots",
     "set_down_loader",
+    "set_merge_backup",
     "set_subjects",
     "set_warmup",
     "subject_state",
@@ -167,6 +171,42 @@ class MetaLoraModel(BaseTuner):
                 f"Adapter {adapter_name!r} holds the Down that {', '.join(map(repr, users))} use(s). Delete them first."
             )
         super().delete_adapter(adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+        slots: Sequence[int] | None = None,
+    ) -> None:
+        """Add the weighted sum of subjects of one Down as a new adapter; see `add_weighted_subject`."""
+        add_weighted_subject(self.model, adapters, weights, adapter_name, combination_type, svd_rank, slots)
+
+    # ---- merging -------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge every layer, or none: if one layer refuses, those merged before it are restored."""
+        before = [layer for _, layer in meta_lora_layers(self.model) if not layer.merged]
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except Exception:
+            for layer in before:
+                if layer.merged and layer.merge_backup != "none":
+                    layer.unmerge()
+            raise
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        # The layers are thrown away, so that nothing could ever be unmerged: no weight needs keeping.
+        backups = [(layer, layer.merge_backup) for _, layer in meta_lora_layers(self.model)]
+        if merge:
+            set_merge_backup(self.model, "none")
+        try:
+            return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        finally:
+            for layer, backup in backups:
+                layer.merge_backup = backup
 
     # ---- state dict ----------------------------------------------------------------------------------------------
 
@@ -324,6 +364,25 @@ def fold(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
         for name in layer.metalora_mid if adapter_names is None else adapter_names:
             if name in layer.metalora_mid:
                 layer.fold(name)
+
+
+def set_merge_backup(model: nn.Module, where: str) -> None:
+    """Say where `merge` keeps the weight from before, from which `unmerge` restores it bit for bit.
+
+    Args:
+        where: 'device' (default; one more copy of the merged weights where they are, nothing to compute), 'host' (in
+            main memory; a transfer each way) or 'none' (no memory; `unmerge` raises).
+
+    Raises:
+        AdapterStateError: another word, or an adapter is merged already.
+    """
+    if where not in MERGE_BACKUPS:
+        raise AdapterStateError(f"The merge backup must be one of {MERGE_BACKUPS}, got {where!r}.")
+    layers = [layer for _, layer in meta_lora_layers(model)]
+    if any(layer.merged for layer in layers) and where != "none":
+        raise AdapterStateError("An adapter is merged. Unmerge it before choosing where its weight is kept.")
+    for layer in layers:
+        layer.merge_backup = where
 
 
 def unfold(model: nn.Module) -> None:

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merge equals forward, unmerge restores the bits, fold equals forward, sums of subjects are sums of functions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from tuner_models import adapted, config, layer_of, mlp, randomise
+
+from peft_metalora.errors import AdapterNotFoundError, AdapterStateError, NonFiniteError, SubjectIndexError
+from peft_metalora.tuner import (
+    add_weighted_subject,
+    fold,
+    set_merge_backup,
+    set_subjects,
+    subject_state,
+    subjects,
+    unfold,
+    write_subject,
+)
+
+BASES = {
+    "linear": (lambda: nn.Linear(12, 16), (4, 5, 12)),
+    "no bias": (lambda: nn.Linear(12, 16, bias=False), (4, 12)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2), (4, 4, 9, 9)),
+    "reflecting conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (4, 4, 9, 9)),
+    "one conv2d image": (lambda: nn.Conv2d(4, 6, 3), (4, 9, 9)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding="same"), (4, 4, 8)),
+    "conv3d": (lambda: nn.Conv3d(3, 6, (1, 2, 2)), (4, 3, 3, 4, 4)),
+    "transformers Conv1D": (lambda: Conv1D(16, 12), (4, 3, 12)),
+}
+
+
+def wrapped(kind, dtype=torch.float32, seed=0, **settings):
+    torch.manual_seed(seed)
+    make, shape = BASES[kind]
+    base, x = nn.Sequential(make()).eval().to(dtype), torch.randn(*shape).to(dtype)
+    return base, x, randomise(adapted(base, target_modules=["0"], **settings), seed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(BASES)),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    slots=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_merge_and_fold_equal_the_forward_pass_and_undo_exactly(kind, dtype, slots, seed):
+    _, x, model = wrapped(kind, dtype, seed, num_slots=slots, lora_alpha=3)
+    slot = seed % slots
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
+    weight = layer_of(model, "0").get_base_layer().weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        set_subjects(model, None if slot == 0 else [slot])
+        expected = model(x)
+        fold(model)
+        torch.testing.assert_close(model(x), expected, atol=tolerance, rtol=tolerance)
+        unfold(model)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, atol=tolerance, rtol=tolerance)
+        model.unmerge_adapter()
+    assert torch.equal(layer_of(model, "0").get_base_layer().weight, before)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_mixed_batches_equal_one_by_one(kind):
+    base, x, model = wrapped(kind, num_slots=3)
+    if kind == "one conv2d image":
+        x = torch.randn(4, *x.shape)
+    with torch.no_grad():
+        alone = []
+        for slot in (0, 1, 2):
+            set_subjects(model, [slot])
+            alone.append(model(x))
+        set_subjects(model, [2, -1, 0, 1])
+        for folded in (False, True):
+            together = model(x)
+            for row, expected in enumerate([alone[2], base(x), alone[0], alone[1]]):
+                torch.testing.assert_close(together[row], expected[row], atol=1e-5, rtol=1e-4)
+            assert torch.equal(together[1], model.base_model.model[0].base_layer(x)[1])
+            if not folded:
+                fold(model)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_bits_return_after_many_merges(where):
+    _, _, model = wrapped("linear", torch.bfloat16)
+    set_merge_backup(model, where)
+    before = model.base_model.model[0].base_layer.weight.clone()
+    for _ in range(200):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert torch.equal(model.base_model.model[0].base_layer.weight, before)
+
+
+def test_the_kept_weight_costs_what_the_docs_say():
+    _, _, model = wrapped("linear")
+    layer = layer_of(model, "0")
+    old = layer.base_layer.weight.data_ptr()
+    model.merge_adapter()
+    assert layer.metalora_kept["weight"].data_ptr() == old
+    model.unmerge_adapter()
+    assert len(layer.metalora_kept) == 0
+    set_merge_backup(model, "none")
+    model.merge_adapter()
+    assert len(layer.metalora_kept) == 0
+    with pytest.raises(AdapterStateError, match="was not kept"):
+        model.unmerge_adapter()
+    with pytest.raises(AdapterStateError, match="Unmerge it before"):
+        set_merge_backup(model, "host")
+    with pytest.raises(AdapterStateError, match="must be one of"):
+        set_merge_backup(model, "disk")
+
+
+def test_merge_and_unload_leaves_a_plain_model_and_keeps_no_copy():
+    base, x = mlp(), torch.randn(3, 12)
+    model = randomise(adapted(base))
+    expected = model(x)
+    merged = model.merge_and_unload()
+    assert type(merged.lin0) is nn.Linear
+    torch.testing.assert_close(merged(x), expected)
+
+
+def test_unload_gives_the_base_back():
+    base, x = mlp(), torch.randn(3, 12)
+    model = randomise(adapted(base))
+    plain = model.unload()
+    assert torch.equal(plain(x), base(x))
+    assert [name for name, _ in plain.named_modules()] == [name for name, _ in base.named_modules()]
+
+
+def test_safe_merge_of_a_broken_adapter_merges_nothing():
+    base, x = mlp(), torch.randn(3, 12)
+    model = randomise(adapted(base))
+    layer_of(model, "lin1").metalora_up["default"].data[0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+    assert not layer_of(model, "lin0").merged
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+
+
+def test_disable_while_merged_is_the_base():
+    base, x = mlp(), torch.randn(3, 12)
+    model = randomise(adapted(base))
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+
+
+def test_merging_needs_one_subject_and_holds_the_index():
+    model, x = randomise(adapted(num_slots=3)), torch.randn(2, 12)
+    set_subjects(model, [0, 2])
+    with pytest.raises(AdapterStateError, match=r"one subject for the whole batch, but \[0, 2\]"):
+        model.merge_adapter()
+    set_subjects(model, [2, 2])
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(SubjectIndexError, match="Unmerge it"):
+        set_subjects(model, [0, 0])
+
+
+def test_several_adapters_merge_together_and_by_name():
+    base, x = mlp(), torch.randn(3, 12)
+    model = randomise(adapted(base))
+    model.add_adapter("other", config())
+    randomise(model, 4)
+    model.base_model.set_adapter(["default", "other"])
+    both = model(x)
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), both)
+    model.unmerge_adapter()
+    assert torch.equal(layer_of(model).base_layer.weight, base.lin0.weight)
+
+
+def test_scale_of_a_folded_or_merged_subject():
+    base, x = mlp(), torch.randn(3, 12)
+    model = randomise(adapted(base, target_modules=["lin1"]))
+    full = model(x) - base(x)
+    fold(model)
+    with torch.no_grad():
+        for layer in (layer_of(model, "lin1"),):
+            layer.set_scale("default", 0.5)
+            torch.testing.assert_close(model(x) - base(x), full / 2)
+            layer.scale_layer(4)
+            torch.testing.assert_close(model(x) - base(x), full * 2)
+            layer.unscale_layer(2)
+            torch.testing.assert_close(model(x) - base(x), full)
+            layer.unscale_layer()
+            torch.testing.assert_close(model(x) - base(x), full)
+    layer_of(model, "lin1").set_scale("default", 0.25)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x) - base(x), full / 4)
+
+
+def test_a_fold_follows_a_written_subject_and_training_ignores_it():
+    model, x = randomise(adapted(num_slots=2)), torch.randn(3, 12)
+    fold(model)
+    state = {key: value * 3 for key, value in subject_state(model, "default", 0).items()}
+    write_subject(model, "default", state, slot=1)
+    with subjects(model, [1]):
+        with torch.no_grad():
+            folded = model(x)
+        live = model(x)
+    torch.testing.assert_close(folded, live)
+    live.sum().backward()
+    assert layer_of(model).metalora_mid["default"].grad[1].any()
+
+
+def weighted(combination_type, **options):
+    base, x = mlp(), torch.randn(5, 12)
+    model = adapted(base, target_modules=["lin1"])
+    for name in ("ann", "bob"):
+        model.add_adapter(name, config(stage="subject", down="default", target_modules=["lin1"], lora_alpha=3))
+    randomise(model)
+    parts = {}
+    for name in ("ann", "bob"):
+        model.set_adapter(name)
+        parts[name] = model(x) - base(x)
+    model.add_weighted_adapter(["ann", "bob"], [0.7, -1.5], "both", combination_type, **options)
+    model.set_adapter("both")
+    return model, x, model(x) - base(x), 0.7 * parts["ann"] - 1.5 * parts["bob"]
+
+
+@pytest.mark.parametrize("combination", [("cat", {}), ("svd", {"svd_rank": 4}), ("svd", {"svd_rank": 99})])
+def test_weighted_sum_is_exact_where_the_rank_allows(combination):
+    model, _, got, expected = weighted(combination[0], **combination[1])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    layer = layer_of(model, "lin1")
+    assert layer.down_key["both"] == "default"
+    assert layer.metalora_mid["both"].shape == (1, 4, 4)
+
+
+def test_weighted_sum_of_lower_rank_is_the_best_there_is():
+    model, _, _, _ = weighted("svd", svd_rank=2)
+    layer = layer_of(model, "lin1")
+    total = 0.7 * layer.get_delta_weight("ann") - 1.5 * layer.get_delta_weight("bob")
+    left, values, right = torch.linalg.svd(total)
+    best = left[:, :2] * values[:2] @ right[:2]
+    torch.testing.assert_close(layer.get_delta_weight("both"), best, atol=1e-5, rtol=1e-4)
+
+
+def test_linear_combination_of_one_is_itself():
+    model = randomise(adapted(num_slots=2))
+    add_weighted_subject(model, ["default"], [-2.0], "twice", "linear", slots=[1])
+    layer = layer_of(model)
+    torch.testing.assert_close(layer.get_delta_weight("twice"), -2 * layer.get_delta_weight("default", 1))
+
+
+def test_a_weighted_sum_saves_and_loads(tmp_path):
+    from peft import PeftModel
+    from tuner_models import down_source
+
+    from peft_metalora.tuner import set_down_loader
+
+    model, x, _, _ = weighted("cat")
+    expected, source = model(x), down_source(model)
+    set_down_loader(lambda _: source)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    loaded = PeftModel.from_pretrained(copy.deepcopy(mlp()), tmp_path / "both")
+    torch.testing.assert_close(loaded(x), expected)
+
+
+def test_sums_that_cannot_be_are_refused():
+    model = adapted()
+    model.add_adapter("other", config(r=1))
+    model.add_adapter("ann", config(stage="subject", down="default", start="fresh", r=1))
+    for adapters, weights, kind, message in (
+        (["default", "other"], [1, 1], "cat", "2 different Downs"),
+        (["default"], [1, 1], "cat", "one weight"),
+        (["default"], [1], "ties", "must be one of"),
+        (["default", "ann"], [1, 1], "linear", "needs equal ranks"),
+    ):
+        with pytest.raises(AdapterStateError, match=message):
+            model.add_weighted_adapter(adapters, weights, "new", kind)
+    with pytest.raises(AdapterStateError, match="'ann' is taken"):
+        model.add_weighted_adapter(["default"], [1], "ann")
+    with pytest.raises(AdapterNotFoundError, match="Adapter bob does not exist"):
+        model.add_weighted_adapter(["bob"], [1], "new")
+    assert sorted(model.peft_config) == ["ann", "default", "other"]
