@@ -24,10 +24,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors"},
     {"files", "tuner", "data", "metrics"},
-    {"base_model", "checkpoint", "config_file", "export", "factors", "foreign_names"},
+    {"base_model", "checkpoint", "config_file", "export", "factors", "foreign_names", "projection"},
     {"cards", "hub", "injection", "pipelines", "publish", "training"},
     {"demo", "evaluation", "generate"},
-    {"app", "cli"},
+    {"app", "artefact_commands", "cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"accelerate", "diffusers", "huggingface_hub", "insightface", "matplotlib", "transformers"}

@@ -85,6 +85,17 @@ def _generate(config: Any) -> str:
     return f"wrote {len(generate(config))} image(s) to {config.output_dir}"
 
 
+def _artefact(name: str) -> typing.Callable[[Any], str]:
+    """A command on files and repositories, imported when it runs."""
+
+    def run(config: Any) -> str:
+        from . import artefact_commands
+
+        return getattr(artefact_commands, f"run_{name}")(config)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand: what it does in a line, its settings as `module:class`, and the function that runs it."""
@@ -107,6 +118,10 @@ COMMANDS = {
         "stage 2: learn a subject from one image", ".training.settings:PersonalizeConfig", _personalize
     ),
     "generate": Command("draw subjects from prompts", ".generate:GenerateConfig", _generate),
+    "push": Command("publish a Down or a subject", ".artefact_commands:PushConfig", _artefact("push")),
+    "pull": Command("download a Down or a subject", ".artefact_commands:PullConfig", _artefact("pull")),
+    "export": Command("write a subject for another tool", ".artefact_commands:ExportConfig", _artefact("export")),
+    "project": Command("bring a LoRA onto a Down", ".artefact_commands:ProjectConfig", _artefact("project")),
 }
 
 

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`metalora push`, `pull`, `export` and `project`: arguments to files, repositories and sentences."""
+
+import pytest
+
+from artefacts_tiny import write_pair
+from peft_metalora import load_subject
+from peft_metalora.cli import main
+from test_hub import server
+
+__all__ = ["server"]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return [str(folder) for folder in write_pair(tmp_path / "mine")]
+
+
+def test_push_and_pull(server, pair, tmp_path, capsys):
+    assert main(["push", "--folder", pair[0], "--repo_id", "ann/faces"]) == 0
+    assert "pushed a Down to ann/faces, public" in capsys.readouterr().out
+    assert main(["push", "--folder", pair[1], "--repo_id", "ann/me", "--down", "ann/faces"]) == 0
+    assert "pushed a subject to ann/me, private" in capsys.readouterr().out
+    assert server.repos["ann/me"].private and not server.repos["ann/faces"].private
+    assert main(["pull", "--repo_id", "ann/me", "--output_dir", str(tmp_path / "pulled")]) == 0
+    assert load_subject(tmp_path / "pulled").down.fingerprint
+    assert main(["push", "--folder", pair[1], "--repo_id", "ann/all", "--down", "ann/faces", "--public"]) == 0
+    assert not server.repos["ann/all"].private
+
+
+def test_export_and_project(pair, tmp_path, capsys):
+    lora, again = str(tmp_path / "lora.safetensors"), str(tmp_path / "again")
+    assert main(["export", "--subject", pair[1], "--output", lora]) == 0
+    assert main(["project", "--lora", lora, "--down", pair[0], "--output_dir", again]) == 0
+    printed = capsys.readouterr().out
+    assert "blocks.0.to_q    0.0000" in printed and "all layers together: 0.0000" in printed
+    assert load_subject(again).down.fingerprint
+
+
+def test_an_error_is_one_sentence_and_writes_nothing(pair, tmp_path, capsys):
+    assert main(["export", "--subject", pair[1], "--output", str(tmp_path / "x"), "--format", "comfyui"]) == 2
+    assert capsys.readouterr().err.startswith("metalora: expected layers with a name in the original model")
+    assert not (tmp_path / "x").exists()
