@@ -6,9 +6,32 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 WORDS = (
     "a an the photo of person someone facing left right smiling sad laughing neutral in on and with at red green blue "
@@ -36,9 +59,9 @@ def word_tokenizer(max_length: int = MAX_LENGTH) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_clip(vocabulary: int, eos_token_id: int, width: int = 16) -> CLIPTextModel:
+def tiny_clip(vocabulary: int, eos_token_id: int, width: int = 16, cls: type = CLIPTextModel):
     """A one-layer CLIP text encoder."""
-    return CLIPTextModel(
+    return cls(
         CLIPTextConfig(
             vocab_size=vocabulary,
             hidden_size=width,
@@ -71,7 +94,7 @@ def tiny_t5(vocabulary: int, eos_token_id: int, width: int = 16) -> T5EncoderMod
     )
 
 
-def tiny_vae(latent_channels: int = 4, scale: int = 4) -> AutoencoderKL:
+def tiny_vae(latent_channels: int = 4, scale: int = 4, shift_factor: float | None = 0.1) -> AutoencoderKL:
     """An autoencoder that divides both sides by `scale` (2 or 4)."""
     levels = 2 if scale == 2 else 3
     return AutoencoderKL(
@@ -84,7 +107,7 @@ def tiny_vae(latent_channels: int = 4, scale: int = 4) -> AutoencoderKL:
         latent_channels=latent_channels,
         norm_num_groups=4,
         scaling_factor=0.5,
-        shift_factor=0.1,
+        shift_factor=shift_factor,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
@@ -118,13 +141,160 @@ def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = False) -> FluxP
             tokenizer_2=word_tokenizer(),
             transformer=transformer,
         )
-    pipeline.set_progress_bar_config(disable=True)
-    for component in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        component.eval().requires_grad_(False)
-    return pipeline
+    return _frozen(pipeline)
 
 
 def save_tiny_flux(path: str | Path, seed: int = 0, **options) -> Path:
     """Write `tiny_flux_pipeline(seed)` as a folder that `FluxPipeline.from_pretrained` reads; return its path."""
     tiny_flux_pipeline(seed, **options).save_pretrained(path)
     return Path(path)
+
+
+def tiny_unet(cross_attention_dim: int, **options) -> UNet2DConditionModel:
+    """Two levels, the lower one with attention."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=cross_attention_dim,
+        **options,
+    )
+
+
+def tiny_sd15_pipeline(seed: int = 0, *, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5's format, width 8 to 16, images divided by 4."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = word_tokenizer()
+        pipeline = StableDiffusionPipeline(
+            vae=tiny_vae(shift_factor=None),
+            text_encoder=tiny_clip(len(tokenizer), tokenizer.eos_token_id),
+            tokenizer=tokenizer,
+            unet=tiny_unet(16),
+            scheduler=DDIMScheduler(
+                beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1, clip_sample=False
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _frozen(pipeline)
+
+
+def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL's format, two text encoders of width 16."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = word_tokenizer()
+        vocabulary, eos = len(tokenizer), tokenizer.eos_token_id
+        unet = tiny_unet(
+            32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=16 + 6 * 4,
+        )
+        pipeline = StableDiffusionXLPipeline(
+            vae=tiny_vae(shift_factor=None),
+            text_encoder=tiny_clip(vocabulary, eos),
+            text_encoder_2=tiny_clip(vocabulary, eos, cls=CLIPTextModelWithProjection),
+            tokenizer=tokenizer,
+            tokenizer_2=word_tokenizer(),
+            unet=unet,
+            scheduler=DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False),
+            add_watermarker=False,
+        )
+    return _frozen(pipeline)
+
+
+def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3.5's format: two blocks, the first with a second attention."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = word_tokenizer()
+        vocabulary, eos = len(tokenizer), tokenizer.eos_token_id
+        pipeline = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=8,
+                patch_size=2,
+                in_channels=4,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                caption_projection_dim=16,
+                pooled_projection_dim=32,
+                pos_embed_max_size=16,
+                dual_attention_layers=(0,),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(),
+            text_encoder=tiny_clip(vocabulary, eos, cls=CLIPTextModelWithProjection),
+            tokenizer=tokenizer,
+            text_encoder_2=tiny_clip(vocabulary, eos, cls=CLIPTextModelWithProjection),
+            tokenizer_2=word_tokenizer(),
+            text_encoder_3=tiny_t5(vocabulary, eos, width=32),
+            tokenizer_3=word_tokenizer(),
+        )
+    return _frozen(pipeline)
+
+
+def tiny_flux2_pipeline(seed: int = 0) -> Flux2KleinPipeline:
+    """FLUX.2 klein's format; the text encoder has the 28 layers that the pipeline reads from, each of width 8."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        qwen = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=28,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=64,
+        )
+        vae = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+        )
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2)
+        pipeline = Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=Qwen3ForCausalLM(qwen),
+            tokenizer=tokenizer,
+            transformer=Flux2Transformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=24,
+                timestep_guidance_channels=16,
+                axes_dims_rope=(2, 2, 2, 2),
+                guidance_embeds=False,
+            ),
+        )
+    return _frozen(pipeline)
+
+
+def _frozen(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    return pipeline

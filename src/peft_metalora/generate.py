@@ -96,7 +96,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
             pipe.set_adapters(adapters[who])
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
         images = pipe(
-            config.prompt[number],
+            prompt=config.prompt[number],
             num_images_per_prompt=config.num_images_per_prompt,
             num_inference_steps=config.num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],

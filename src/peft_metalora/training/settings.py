@@ -39,8 +39,10 @@ class TrainingConfig:
     instance_prompt: str | None = setting("Caption of images that have none of their own.", None)
     resolution: int = setting("Height and width of the training crops, in pixels.", 512)
     random_flip: bool = setting("Mirror half of the views; 'left' and 'right' in captions are swapped with them.", True)
-    weighting_scheme: str = setting(
-        "Density of the noise levels.", "logit_normal", choices=("logit_normal", "mode", "none")
+    weighting_scheme: str | None = setting(
+        "Density of the noise levels. Default: 'logit_normal' for rectified flow, 'none' (uniform) for other models.",
+        None,
+        choices=("logit_normal", "mode", "none"),
     )
     max_sequence_length: int | None = setting(
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
@@ -79,10 +81,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for one in fields(self):
             choices = one.metadata.get("choices")
-            if choices and getattr(self, one.name) not in choices:
-                raise ConfigError(
-                    f"{one.name} must be one of {', '.join(map(repr, choices))}, found {getattr(self, one.name)!r}"
-                )
+            value = getattr(self, one.name)
+            if choices and value not in choices and (value is not None or one.default is not None):
+                raise ConfigError(f"{one.name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
         for name in self._at_least_one():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

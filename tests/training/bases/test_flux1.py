@@ -34,7 +34,10 @@ def test_loss_equals_the_formula(base):
 
     pipe, t = base.pipeline, times.view(-1, 1, 1, 1)
     height, width = latents.shape[-2:]
-    tokens = lambda x: pipe._pack_latents(x, 2, 4, height, width)  # noqa: E731
+
+    def tokens(x):
+        return pipe._pack_latents(x, 2, 4, height, width)
+
     ids = pipe._prepare_latent_image_ids(2, height // 2, width // 2, "cpu", torch.float32)
     with torch.no_grad():
         velocity = pipe.transformer(

@@ -13,7 +13,13 @@ from ...errors import BaseModelMismatchError
 from .base import Base, FlowBase, Text
 
 # Pipeline class -> (file beside this one, class in it); loaded when a pipeline of that class is.
-FAMILIES = {"FluxPipeline": ("flux1", "Flux1")}
+FAMILIES = {
+    "Flux2KleinPipeline": ("flux2", "Flux2Klein"),
+    "FluxPipeline": ("flux1", "Flux1"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "StableDiffusionPipeline": ("sd15", "StableDiffusion15"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+}
 
 __all__ = ["FAMILIES", "Base", "FlowBase", "Text", "base_for", "load_base"]
 

@@ -27,26 +27,28 @@ class Base(ABC):
     Args:
         pipeline: a stock diffusers pipeline of this family; it is not changed.
         weighting_scheme: density of the noise levels, as diffusers' training scripts name it: 'logit_normal' (arXiv
-            2403.03206, section 3.1), 'mode' (the same) or 'none' (uniform).
+            2403.03206, section 3.1), 'mode' (the same) or 'none' (uniform); None: the family's own.
         max_sequence_length: tokens of a prompt; by default what the tokenizer allows, 512 at the most.
 
     Class attributes:
         pipeline_class: name of the diffusers pipeline.
         target_modules: regular expression of the modules that are adapted by default.
         denoiser_name: attribute of the pipeline that holds the denoiser.
+        default_weighting: density of the noise levels when none is asked for.
         encoder_names: attributes that hold what is not needed once latents and text embeddings are cached.
     """
 
     pipeline_class: ClassVar[str]
     target_modules: ClassVar[str]
     denoiser_name: ClassVar[str] = "transformer"
+    default_weighting: ClassVar[str] = "logit_normal"
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
     def __init__(
-        self, pipeline: Any, *, weighting_scheme: str = "logit_normal", max_sequence_length: int | None = None
+        self, pipeline: Any, *, weighting_scheme: str | None = None, max_sequence_length: int | None = None
     ) -> None:
         self.pipeline = pipeline
-        self.weighting_scheme = weighting_scheme
+        self.weighting_scheme = weighting_scheme or self.default_weighting
         self.max_sequence_length = max_sequence_length or self._default_sequence_length()
 
     @property
@@ -98,18 +100,33 @@ class Base(ABC):
         """
         vae = self.pipeline.vae
         device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
-        parts = [vae.encode(part.to(device, dtype)).latent_dist.mode() for part in pixels.split(batch_size)]
-        return self.scale_latents(torch.cat(parts).float()).cpu()
+        if dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+            vae.float()
+            dtype = torch.float32
+        return torch.cat([self.latents_of(part.to(device, dtype)).float().cpu() for part in pixels.split(batch_size)])
 
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        """The VAE's latents -> the denoiser's."""
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """One batch of `encode_images`."""
         config = self.pipeline.vae.config
+        latents = self.pipeline.vae.encode(pixels).latent_dist.mode()
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
     @property
     def pixel_multiple(self) -> int:
         """Height and width of images must be divisible by this."""
         return self.pipeline.vae_scale_factor
+
+    def density(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n numbers in (0, 1) by the weighting scheme."""
+        return compute_density_for_timestep_sampling(
+            self.weighting_scheme,
+            latents.shape[0],
+            logit_mean=0.0,
+            logit_std=1.0,
+            mode_scale=1.29,
+            device=generator.device if generator is not None else latents.device,
+            generator=generator,
+        ).to(latents.device)
 
     @abstractmethod
     def sample_times(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -134,17 +151,7 @@ class FlowBase(Base):
         The scheduler's shift (a constant, or one that grows with the number of tokens) says at which noise levels
         generation spends its steps; training draws them likewise.
         """
-        device = generator.device if generator is not None else latents.device
-        t = compute_density_for_timestep_sampling(
-            self.weighting_scheme,
-            latents.shape[0],
-            logit_mean=0.0,
-            logit_std=1.0,
-            mode_scale=1.29,
-            device=device,
-            generator=generator,
-        ).to(latents.device)
-        shift = self.time_shift(latents)
+        t, shift = self.density(latents, generator), self.time_shift(latents)
         return shift * t / (1 + (shift - 1) * t)
 
     def time_shift(self, latents: Tensor) -> float:

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every other family: the loss is the formula, encoding is the pipeline's, and both stages run."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+from peft_metalora import enable_meta_lora, hub
+from peft_metalora.errors import BaseModelMismatchError, ConfigError
+from peft_metalora.training.bases import FAMILIES, base_for
+from peft_metalora.training.examples import Examples
+from peft_metalora.training.meta_train import meta_train_on
+from peft_metalora.training.personalize import Personalization, personalize_many
+from pipelines_tiny import (
+    tiny_flux2_pipeline,
+    tiny_flux_pipeline,
+    tiny_sd3_pipeline,
+    tiny_sd15_pipeline,
+    tiny_sdxl_pipeline,
+)
+from training_tiny import meta_config, personal_config
+
+PIPELINES = {
+    "sd15": tiny_sd15_pipeline,
+    "sdxl": tiny_sdxl_pipeline,
+    "sd3": tiny_sd3_pipeline,
+    "flux1": tiny_flux_pipeline,
+    "flux2": tiny_flux2_pipeline,
+}
+PROMPTS = ["a photo of a person , smiling", "a red shirt"]
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def base(request):
+    return base_for(PIPELINES[request.param]())
+
+
+def encoded(base):
+    generator = torch.Generator().manual_seed(0)
+    latents = base.encode_images(torch.rand(2, 3, 16, 24, generator=generator) * 2 - 1)
+    return latents, base.encode_text(PROMPTS), torch.randn(latents.shape, generator=generator)
+
+
+def alphas(scheduler, times):
+    """Cumulative products of 1 - beta for the 'scaled_linear' schedule of Stable Diffusion, from its definition."""
+    low, high = scheduler.config.beta_start**0.5, scheduler.config.beta_end**0.5
+    betas = torch.linspace(low, high, scheduler.config.num_train_timesteps, dtype=torch.float32) ** 2
+    return (1 - betas).cumprod(0)[times].view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_stable_diffusion_15(prediction_type):
+    base = base_for(tiny_sd15_pipeline(prediction_type=prediction_type))
+    pipe, (latents, text, noise), times = base.pipeline, encoded(base), torch.tensor([10, 700])
+    a = alphas(pipe.scheduler, times)
+    sequence, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
+    with torch.no_grad():
+        output = pipe.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, times, encoder_hidden_states=sequence).sample
+    target = noise if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+    expected = (output - target).square().mean((1, 2, 3))
+    assert torch.allclose(base.loss(latents, text, noise, times), expected, rtol=1e-4)
+
+
+def test_sdxl():
+    base = base_for(tiny_sdxl_pipeline())
+    pipe, (latents, text, noise), times = base.pipeline, encoded(base), torch.tensor([10, 700])
+    a = alphas(pipe.scheduler, times)
+    sequence, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    time_ids = torch.tensor([[16.0, 24, 0, 0, 16, 24]] * 2)
+    with torch.no_grad():
+        output = pipe.unet(
+            a.sqrt() * latents + (1 - a).sqrt() * noise,
+            times,
+            encoder_hidden_states=sequence,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+        ).sample
+    expected = (output - noise).square().mean((1, 2, 3))
+    assert torch.allclose(base.loss(latents, text, noise, times), expected, rtol=1e-4)
+
+
+def test_sd3():
+    base = base_for(tiny_sd3_pipeline())
+    pipe, (latents, text, noise), times = base.pipeline, encoded(base), torch.tensor([0.1, 0.8])
+    t = times.view(-1, 1, 1, 1)
+    sequence, _, pooled, _ = pipe.encode_prompt(
+        PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=16
+    )
+    with torch.no_grad():
+        velocity = pipe.transformer(
+            (1 - t) * latents + t * noise, sequence, pooled_projections=pooled, timestep=1000 * times
+        ).sample
+    expected = (velocity - (noise - latents)).square().mean((1, 2, 3))
+    assert torch.allclose(base.loss(latents, text, noise, times), expected, rtol=1e-4)
+    assert base.time_shift(latents) == 3.0
+
+
+def test_flux2():
+    base = base_for(tiny_flux2_pipeline())
+    pipe, (latents, text, noise), times = base.pipeline, encoded(base), torch.tensor([0.1, 0.8])
+    t = times.view(-1, 1, 1, 1)
+    sequence, text_ids = pipe.encode_prompt(PROMPTS, max_sequence_length=16)
+
+    def tokens(x):
+        return x.flatten(2).transpose(1, 2)
+
+    with torch.no_grad():
+        velocity = pipe.transformer(
+            hidden_states=tokens((1 - t) * latents + t * noise),
+            timestep=times,
+            encoder_hidden_states=sequence,
+            txt_ids=text_ids,
+            img_ids=pipe._prepare_latent_ids(latents),
+        ).sample
+    expected = (velocity - tokens(noise - latents)).square().mean((1, 2))
+    assert torch.allclose(base.loss(latents, text, noise, times), expected, rtol=1e-4)
+    assert base.time_shift(torch.zeros(1, 16, 32, 32)) > math.exp(0.5)
+
+
+def test_latents_decode_to_what_the_vae_makes_of_the_image(base):
+    """The pipeline's own decoding is the inverse of our encoding."""
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents, vae = base.encode_images(pixels), base.pipeline.vae
+    mean = vae.encode(pixels).latent_dist.mean
+    if hasattr(vae, "bn"):
+        deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        back = base.pipeline._unpatchify_latents(latents * deviation + vae.bn.running_mean.view(1, -1, 1, 1))
+    else:
+        back = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    assert torch.allclose(back, mean, atol=1e-5)
+
+
+def test_times_are_drawn_where_the_family_has_noise_levels(base):
+    latents = base.encode_images(torch.zeros(1, 3, 16, 16)).expand(4000, -1, -1, -1)
+    times = base.sample_times(latents, torch.Generator().manual_seed(0))
+    if base.denoiser_name == "unet":
+        assert times.dtype == torch.int64
+        assert times.min() >= 0 and times.max() <= 999
+        assert times.float().mean().item() == pytest.approx(500, abs=15)  # uniform
+    else:
+        assert times.min() > 0 and times.max() < 1
+
+
+def test_default_targets_are_the_linears_that_work_on_tokens(base):
+    linears = {name for name, module in base.denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
+    adapted = {name for name in linears if re.fullmatch(base.target_modules, name)}
+    assert adapted == {name for name in linears if "transformer_blocks." in name and "norm" not in name}
+    assert adapted
+
+
+def test_both_stages_and_the_pipeline(base, tmp_path):
+    latents, text, _ = encoded(base)
+    examples = Examples(latents.repeat(2, 1, 1, 1), text, torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1]))
+    result = meta_train_on(base, examples, meta_config(max_train_steps=3), progress=False)
+    result.save(str(tmp_path / "down"))
+    enable_meta_lora(base.pipeline).unload_meta_lora()
+    down = hub.load_down(tmp_path / "down")
+    config = personal_config(max_train_steps=2, down=str(tmp_path / "down"))
+    run = personalize_many(base, examples, config, down, progress=False)
+    run.save(tmp_path / "ann", slot=1)
+    run.remove()
+    one = Examples(latents, text, torch.tensor([0, 1]), torch.tensor([0, 0]))
+    lora = Personalization(base, one, personal_config(max_train_steps=1, method="lora"))
+    assert len(list(lora.steps())) == 1
+    lora.save(tmp_path / "lora")
+    lora.remove()
+
+    def draw():
+        options = {"max_sequence_length": 16} if base.takes_sequence_length else {}
+        generator = torch.Generator().manual_seed(0)
+        return base.pipeline(
+            prompt="a photo",
+            height=16,
+            width=16,
+            num_inference_steps=2,
+            output_type="pt",
+            generator=generator,
+            **options,
+        ).images
+
+    before = draw()
+    base.pipeline.load_meta_lora(tmp_path / "ann")
+    assert not torch.equal(draw(), before)
+    base.pipeline.unload_meta_lora()
+    assert torch.equal(draw(), before)
+    base.pipeline.load_lora_weights(tmp_path / "lora")
+    assert not torch.equal(draw(), before)
+    base.pipeline.unload_lora_weights()
+
+
+def test_every_family_is_tested_here():
+    tested = {type(base_for(make())).__name__ for make in PIPELINES.values()}
+    assert tested == {name for _, name in FAMILIES.values()}
+
+
+def test_models_that_predict_something_else_are_refused():
+    with pytest.raises(BaseModelMismatchError, match="found 'sample'"):
+        base_for(tiny_sd15_pipeline(prediction_type="sample"))
+    with pytest.raises(ConfigError, match="weighting_scheme must be one of"):
+        personal_config(weighting_scheme="cosine")
