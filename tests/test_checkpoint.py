@@ -414,6 +414,23 @@ def test_single_files_are_replaced_whole(tmp_path):
 # PEFT's own verbs
 
 
+def test_a_relative_down_is_beside_the_subject_and_not_beside_the_process(tmp_path, monkeypatch):
+    from peft import PeftModel, get_peft_model
+
+    for place in ("mine", "other"):
+        model = get_peft_model(TinyModel(), MetaLoraConfig(**RANKS, target_modules=TARGETS, init_weights=False))
+        model.save_pretrained(tmp_path / place / "down")
+    settings = {**RANKS, "target_modules": TARGETS, "stage": "subject", "init_weights": False}
+    model.add_adapter("ann", MetaLoraConfig(**settings, down="default"))
+    save_subject(tmp_path / "other" / "ann", model, "ann", down=tmp_path / "other" / "down")
+    (tmp_path / "mine" / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "mine" / "work")
+    model.set_adapter("ann")
+    x = torch.randn(3, 8)
+    again = PeftModel.from_pretrained(TinyModel(), str(tmp_path / "other" / "ann"))
+    assert torch.equal(again(x), model(x))
+
+
 def test_peft_saves_and_loads_both_kinds(tmp_path):
     from peft import PeftModel, get_peft_model
 

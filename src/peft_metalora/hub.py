@@ -25,7 +25,7 @@ from .checkpoint import SubjectSource, down_reference
 from .checkpoint import load_down as load_local_down
 from .checkpoint import load_subject as load_local_subject
 from .config_file import CONFIG_FILE
-from .errors import ArtefactNotFoundError, HubError, UnsafeNameError
+from .errors import ArtefactNotFoundError, HubError, MissingDownError, UnsafeNameError
 from .factors import WEIGHTS_FILE
 from .tuner import DownSource, MetaLoraConfig
 
@@ -214,11 +214,18 @@ def resolve_down(config: MetaLoraConfig) -> DownSource:
     down = _given.get()
     if down is not None and down.fingerprint == config.down_fingerprint:
         return down
-    if config.origin is None or os.path.isdir(config.down or ""):
-        return load_down(config.down or "", revision=config.down_revision, expected_fingerprint=config.down_fingerprint)
+    by_name: dict[str, Any] = {"revision": config.down_revision, "expected_fingerprint": config.down_fingerprint}
+    if config.origin is None:
+        return load_down(config.down or "", **by_name)
     known = inspect.signature(locate).parameters
     at = locate(config.origin["name"], **{key: value for key, value in config.origin.items() if key in known})
-    return find_down(config, at, Path(at.name, at.subfolder or ""))
+    try:
+        return find_down(config, at, Path(at.name, at.subfolder or ""))
+    except (HubError, MissingDownError):
+        # Somebody may have put a folder of their own into the configuration since it was read.
+        if not os.path.isdir(config.down or ""):
+            raise
+        return load_down(config.down or "", **by_name)
 
 
 def locate(
