@@ -11,6 +11,7 @@ from .model import MetaLoraModel, fold, reset_slots, set_merge_backup, set_warmu
 from .plan import down_fingerprint, down_state
 from .registration import MetaLoraType, register
 from .subjects import set_subjects, subjects
+from .variants import init_down_from_data, lora_plus_groups
 
 __all__ = [
     "DownSource",
@@ -24,6 +25,8 @@ __all__ = [
     "down_state",
     "fingerprint",
     "fold",
+    "init_down_from_data",
+    "lora_plus_groups",
     "register",
     "reset_slots",
     "set_down_loader",

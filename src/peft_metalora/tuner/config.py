@@ -16,6 +16,7 @@ from .registration import MetaLoraType
 
 STAGES = ("meta", "subject")
 STARTS = ("stored", "mean", "fresh")
+DOWN_INITS = ("uniform", "orthogonal", "pissa")
 BIASES = ("none", "all", "metalora_only")
 
 
@@ -58,6 +59,20 @@ class MetaLoraConfig(PeftConfig):
     init_weights: bool = field(
         default=True,
         metadata={"help": "True: Up = 0, so that a new adapter changes nothing. False: Up is drawn too (for tests)."},
+    )
+    down_init: str = field(
+        default="uniform",
+        metadata={
+            "help": "Start of a new Down: 'uniform', 'orthogonal' rows (arXiv 1312.6120) or 'pissa', the leading "
+            "directions of the base weight (after arXiv 2404.02948; the base stays as it is)."
+        },
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn the length of each output row apart from its direction (DoRA, arXiv 2402.09353). "
+            "Linear layers only; no ordinary LoRA expresses it, but it merges."
+        },
     )
     fan_in_fan_out: bool = field(
         default=False,
@@ -152,7 +167,7 @@ class MetaLoraConfig(PeftConfig):
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}. Use 0.0 for no dropout.")
 
     def _check_words(self) -> None:
-        for name, allowed in (("stage", STAGES), ("start", STARTS), ("bias", BIASES)):
+        for name, allowed in (("stage", STAGES), ("start", STARTS), ("bias", BIASES), ("down_init", DOWN_INITS)):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(repr, allowed))
                 raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")

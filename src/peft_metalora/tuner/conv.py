@@ -17,18 +17,18 @@ class Conv(MetaLoraLayer):
     def _batch(self, x: Tensor) -> int:
         return x.shape[0] if x.dim() == len(self.down_row) + 1 else 1
 
-    def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
-        base: Any = self.get_base_layer()
+    def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+        layer: Any = self.get_base_layer()
         dtype, scaling = result.dtype, self.scaling[name]
         x = cast(self.metalora_dropout[name](x), dtype)
         batch = self._batch(x)
         up = gather(cast(self.metalora_up[name], dtype), chosen).expand(batch, -1, -1)
         if chosen is None and name in self.metalora_folded and not torch.is_grad_enabled():
             factor = self.metalora_folded[name][: self.r[name]]
-            z = base._conv_forward(x, cast(factor, dtype), None).reshape(batch, self.r[name], -1)
+            z = layer._conv_forward(x, cast(factor, dtype), None).reshape(batch, self.r[name], -1)
             scaling /= self.fold_scale[name]
         else:
-            h = base._conv_forward(x, cast(self._down(self.down_key[name]), dtype), None)
+            h = layer._conv_forward(x, cast(self._down(self.down_key[name]), dtype), None)
             mid = gather(cast(self.metalora_mid[name], dtype), chosen).expand(batch, -1, -1)
             z = torch.bmm(mid, h.reshape(batch, h.shape[-len(self.down_row)], -1))
         flat = result.reshape(batch, self.d_out, -1)

@@ -17,6 +17,7 @@ from ..errors import MissingDownError
 from .config import MetaLoraConfig
 
 DOWN, MID_INIT, MID, UP = "metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up"
+MAGNITUDE = "metalora_magnitude"
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from ..errors import AdapterStateError
 from .bases import factor_shape
 from .config import MetaLoraConfig
-from .down import DOWN, MID, MID_INIT, UP
+from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP
 from .merging import Mergeable
 from .subjects import SubjectIndex
+from .variants import decomposed_norms, start_down
 
 Chosen = tuple[Tensor, Tensor]  # slot (rows,) int64, present (rows, 1, 1) bool
 
@@ -33,7 +34,7 @@ Chosen = tuple[Tensor, Tensor]  # slot (rows,) int64, present (rows, 1, 1) bool
 class MetaLoraLayer(Mergeable):
     """Factors, stages, slots and merging of one adapted layer; the subclass gives the forward pass."""
 
-    adapter_layer_names: tuple[str, ...] = (MID, UP)
+    adapter_layer_names: tuple[str, ...] = (MID, UP, MAGNITUDE)
     other_param_names: tuple[str, ...] = (
         DOWN,
         MID_INIT,
@@ -60,6 +61,7 @@ class MetaLoraLayer(Mergeable):
         self.metalora_mid_init = BufferDict(persistent=True)
         self.metalora_mid = nn.ParameterDict()
         self.metalora_up = nn.ParameterDict()
+        self.metalora_magnitude = nn.ParameterDict()
         self.metalora_mean_mid = BufferDict()
         self.metalora_mean_up = BufferDict()
         self.metalora_folded = BufferDict()
@@ -98,19 +100,15 @@ class MetaLoraLayer(Mergeable):
         if config.stage == "meta":
             self.metalora_down[adapter_name] = nn.Parameter(torch.empty(meta_r, *self.down_row))
             self.metalora_mid_init[adapter_name] = torch.empty(r, meta_r)
-            self.init_down(adapter_name)
-            self.start_slots(adapter_name, "stored")
-        else:
-            self.start_slots(adapter_name, "fresh")
+            start_down(self.metalora_down[adapter_name].data, config.down_init, self._rows_of_weight)
+            nn.init.kaiming_uniform_(self.metalora_mid_init[adapter_name], a=math.sqrt(5))
+        if config.use_dora:
+            self.metalora_magnitude[adapter_name] = nn.Parameter(torch.empty(config.num_slots, self.d_out))
+        self.start_slots(adapter_name, "stored" if config.stage == "meta" else "fresh")
         if not config.init_weights:
             nn.init.kaiming_uniform_(self.metalora_up[adapter_name].data.flatten(0, 1), a=math.sqrt(5))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def init_down(self, key: str) -> None:
-        """Draw a Down and the one Mid that belongs to it."""
-        nn.init.kaiming_uniform_(self.metalora_down[key].data, a=math.sqrt(5))
-        nn.init.kaiming_uniform_(self.metalora_mid_init[key], a=math.sqrt(5))
 
     def bind_down(
         self, key: str, down: Tensor, mid_init: Tensor, mean_mid: Tensor, mean_up: Tensor, fingerprint: str
@@ -148,12 +146,27 @@ class MetaLoraLayer(Mergeable):
             bound = 1 / math.sqrt(mid.shape[-1])
             mid[chosen] = torch.empty_like(mid[chosen]).uniform_(-bound, bound)
             up[chosen] = 0
+        if adapter_name in self.metalora_magnitude and not mid.is_meta:
+            magnitude = self.metalora_magnitude[adapter_name]
+            magnitude[chosen] = self.row_norms(adapter_name)[chosen].to(magnitude)
 
     def mean_subject(self, key: str) -> tuple[Tensor, Tensor]:
         """Mean Mid (r, meta_r) and mean Up (d_out, r) of the stage 1 that made this Down."""
         if key in self.metalora_mean_mid:
             return self.metalora_mean_mid[key], self.metalora_mean_up[key]
         return self.metalora_mid[key].detach().mean(0), self.metalora_up[key].detach().mean(0)
+
+    def _rows_of_weight(self) -> Tensor:
+        """The base weight as (d_out, ...), dequantised."""
+        return self._shaped_like_weight(self.get_base_weight().detach())
+
+    def row_norms(self, adapter_name: str) -> Tensor:
+        """Norm of each row of the adapted weight for every slot, (slots, d_out), for DoRA."""
+        weight, up = self._rows_of_weight(), self.metalora_up[adapter_name].detach()
+        if self.down_key[adapter_name] not in self.metalora_down:  # not bound yet; Up is 0
+            return weight.float().norm(dim=-1).expand(up.shape[0], -1)
+        folded = self.folded_factor(adapter_name)
+        return decomposed_norms(weight.to(folded.device), folded, up, self.scaling[adapter_name])
 
     def adapter_device(self) -> torch.device:
         """Device of the factors."""
@@ -259,9 +272,10 @@ class MetaLoraLayer(Mergeable):
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
+        base = result
         for name in self.active_adapters:
             if name in self.metalora_mid:
-                result = self._add(result, x, name, self._chosen(x))
+                result = self._add(result, base, x, name, self._chosen(x))
         return result
 
     def _forward_by_names(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -279,7 +293,8 @@ class MetaLoraLayer(Mergeable):
                 continue
             rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
             part = None if chosen is None else (chosen[0][rows], chosen[1][rows])
-            result = result.index_copy(0, rows, self._add(result[rows], x[rows], name, part))
+            base = result[rows]
+            result = result.index_copy(0, rows, self._add(base, base, x[rows], name, part))
         return result
 
     def _batch(self, x: Tensor) -> int:
@@ -291,11 +306,16 @@ class MetaLoraLayer(Mergeable):
 
     def _may_overwrite(self) -> bool:
         # With autograd an in-place sum on a view copies the gradient; a hook may have kept the base's output.
-        hooked = self.base_layer._forward_hooks or self.quantization_backend is not None
-        return not torch.is_grad_enabled() and not hooked
+        # DoRA reads it again.
+        kept = self.base_layer._forward_hooks or self.quantization_backend is not None or len(self.metalora_magnitude)
+        return not torch.is_grad_enabled() and not kept
 
-    def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
-        """Return result + the adapter's contribution for x; `chosen` gives each sample's slot, None is slot 0."""
+    def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+        """Return result + the adapter's contribution for x.
+
+        Args:
+            result: the base and the adapters added so far. base: the base alone. chosen: each sample's slot, None is 0.
+        """
         raise NotImplementedError
 
 

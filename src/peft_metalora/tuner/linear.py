@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from .down import UP
+from .down import MAGNITUDE, UP
 from .layer import Chosen, MetaLoraLayer, cast, gather
 
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
@@ -53,10 +53,17 @@ class Linear(MetaLoraLayer):
 
     def _fusible(self, x: Tensor) -> str | None:
         """Name of the one adapter that can be fused with the base, None if the general road must be taken."""
-        active, modules = self._active_adapter, self._modules
+        active = self._active_adapter
+        modules: Any = self._modules
         name = active if type(active) is str else active[0] if len(active) == 1 else None
         base: Any = modules["base_layer"]
-        if name not in self.scaling or type(base) is not nn.Linear or self._disable_adapters or self.merged_adapters:
+        if (
+            name not in self.scaling
+            or name in modules[MAGNITUDE]._parameters
+            or type(base) is not nn.Linear
+            or self._disable_adapters
+            or self.merged_adapters
+        ):
             return None
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if (
@@ -114,12 +121,16 @@ class Linear(MetaLoraLayer):
         """The fold of each sample's slot, (rows, r, d_in)."""
         return gather(cast(self.metalora_folded[name].view(-1, self.r[name], self.d_in), dtype), chosen)
 
-    def _add(self, result: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+    def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         dtype = result.dtype
         rows = 1 if chosen is None else chosen[0].shape[0]
         deep = cast(self.metalora_dropout[name](x), dtype).reshape(rows, -1, self.d_in)
         up = gather(cast(self.metalora_up[name], dtype), chosen)
         total = result.reshape(rows, -1, self.d_out)
+        if name in self.metalora_magnitude:
+            z, scaling = self._project(deep, name, chosen)
+            alone = base.reshape(rows, -1, self.d_out)
+            return self._decomposed(total, alone, scaling * _times(z, up), name, chosen).view(result.shape)
         if torch.compiler.is_compiling() and not torch.is_grad_enabled() and self.r[name] <= POINTWISE_RANK:
             z, scaling = self._pointwise_project(deep, name, chosen)
             return _pointwise(total, z, up, scaling).view(result.shape)
@@ -130,6 +141,20 @@ class Linear(MetaLoraLayer):
         if rows == 1:
             return torch.addmm(total[0], z[0], up[0].t(), alpha=scaling).view(result.shape)
         return torch.baddbmm(total, z, up.mT, alpha=scaling).view(result.shape)
+
+    def _decomposed(self, total: Tensor, base: Tensor, delta: Tensor, name: str, chosen: Chosen | None) -> Tensor:
+        """total + (s - 1) * base without bias + s * delta; s is the learnt length of a row over the present one (DoRA).
+
+        As in the paper (section 4.3) the present length is a constant for the gradient.
+        """
+        bias = getattr(self.get_base_layer(), "bias", None)
+        magnitude = self.metalora_magnitude[name]
+        scale = (magnitude / self.row_norms(name).to(magnitude.dtype)).unsqueeze(1)
+        scale = gather(scale, chosen) if chosen is None else torch.where(chosen[1], scale[chosen[0]], 1)
+        product = base if bias is None else base - bias.to(base.dtype)
+        if chosen is not None:
+            delta = torch.where(chosen[1], delta, 0)
+        return total + (scale - 1).to(base.dtype) * product + scale.to(base.dtype) * delta
 
     def _pointwise_project(self, deep: Tensor, name: str, chosen: Chosen | None) -> tuple[Tensor, float]:
         if name not in self.metalora_folded:

@@ -36,6 +36,9 @@ class Mergeable(BaseTunerLayer, nn.Module):
     metalora_mid: nn.ParameterDict
     metalora_up: nn.ParameterDict
     metalora_folded: BufferDict
+    metalora_magnitude: nn.ParameterDict
+    _rows_of_weight: Any
+    row_norms: Any
     merged_adapters: list[str]
     metalora_kept: BufferDict
     merge_backup: str
@@ -122,12 +125,16 @@ class Mergeable(BaseTunerLayer, nn.Module):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str, slot: int = 0) -> Tensor:
-        """Return what merging adds to the base weight: scaling * Up @ Mid @ Down, shaped like that weight.
+        """Return what merging adds to the base weight, shaped like it: scaling * Up @ Mid @ Down, for DoRA rescaled.
 
         Computed at least in float32 and returned in the dtype of Up.
         """
+        weight = self._rows_of_weight() if adapter in self.metalora_magnitude else None
         folded, up = self.folded_factor(adapter, slot), self.metalora_up[adapter][slot].detach()
         delta = (up.to(folded.dtype) * self.scaling[adapter]) @ folded.flatten(1)
+        if weight is not None:
+            scale = self.metalora_magnitude[adapter][slot].detach() / self.row_norms(adapter)[slot]
+            delta = scale.to(delta).unsqueeze(-1) * (weight.to(delta) + delta) - weight.to(delta)
         return self._shaped_like_weight(delta.view(self.d_out, *folded.shape[1:])).to(up.dtype)
 
     def _shaped_like_weight(self, delta: Tensor) -> Tensor:
@@ -218,4 +225,4 @@ class Mergeable(BaseTunerLayer, nn.Module):
         self._kept_quantised = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return adapter_name not in self.metalora_magnitude

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import AdapterNotFoundError, AdapterStateError, NoTargetModulesError
 from .combine import add_weighted_subject
 from .config import STARTS, MetaLoraConfig
-from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint, set_down_loader
+from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, DownSource, fingerprint, set_down_loader
 from .layer import MetaLoraLayer
 from .layers import create_layer
 from .merging import MERGE_BACKUPS
@@ -319,6 +319,8 @@ def subject_state(model: nn.Module, adapter_name: str, slot: int = 0) -> dict[st
     for path, layer in layers:
         state[f"{path}.{MID}"] = layer.metalora_mid[adapter_name].detach()[slot : slot + 1]
         state[f"{path}.{UP}"] = layer.metalora_up[adapter_name].detach()[slot : slot + 1]
+        if adapter_name in layer.metalora_magnitude:
+            state[f"{path}.{MAGNITUDE}"] = layer.metalora_magnitude[adapter_name].detach()[slot : slot + 1]
     return state
 
 
@@ -333,16 +335,20 @@ def write_subject(model: nn.Module, adapter_name: str, state: dict[str, Tensor],
     layers = _layers_of(model, adapter_name)
     _require_slot(layers, adapter_name, slot)
     pairs: list[tuple[Tensor, Tensor]] = []
+    wanted: set[str] = set()
     for path, layer in layers:
-        for part in (MID, UP):
+        for part in (MID, UP, MAGNITUDE):
+            if adapter_name not in getattr(layer, part):
+                continue
+            wanted.add(f"{path}.{part}")
             target, source = getattr(layer, part)[adapter_name][slot], state.get(f"{path}.{part}")
-            if source is None or source.shape[-2:] != target.shape or source.numel() != target.numel():
+            if source is None or source.shape[-target.dim() :] != target.shape or source.numel() != target.numel():
                 found = "nothing" if source is None else tuple(source.shape)
                 raise AdapterStateError(
                     f"{path}.{part} must be {(1, *target.shape)}, found {found}. The subject belongs to another Down."
                 )
             pairs.append((target, source.view(target.shape)))
-    foreign = sorted(set(state) - {f"{path}.{part}" for path, _ in layers for part in (MID, UP)})
+    foreign = sorted(set(state) - wanted)
     if foreign:
         raise AdapterStateError(f"The subject has {len(foreign)} key(s) the adapter lacks, for example {foreign[0]!r}.")
     for target, source in pairs:

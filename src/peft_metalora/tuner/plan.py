@@ -71,6 +71,10 @@ def plan_injection(
     ranks = {}
     for key, module in targets.items():
         check_supported(model, key, module)
+        if config.use_dora and len(factor_shape(base_of(module))[0]) > 1:
+            raise ConfigError(
+                f"use_dora is for linear layers, and {key!r} is a convolution. Leave it out, or use_dora."
+            )
         ranks[key] = _ranks(config, key, module)
     plan = Plan(adapter_name, ranks)
     if config.stage == "subject":

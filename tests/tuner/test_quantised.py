@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cells of docs/quantisation.md: trained, served, merged and unmerged, or refused in words."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import get_peft_model
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from tuner_models import config, layer_of, randomise
+
+from peft_metalora.errors import UnsupportedModuleError
+from peft_metalora.tuner import bases, fold, set_subjects, subjects, to_lora
+
+
+def eight_bit(linear):
+    quantised = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    quantised.load_state_dict(linear.state_dict())
+    return quantised.to("cpu")
+
+
+def four_bit(linear):
+    quantised = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+    quantised.load_state_dict(linear.state_dict())
+    return quantised.to("cpu")
+
+
+def torchao(recipe):
+    def quantise(linear):
+        holder = nn.Sequential(linear)
+        quantize_(holder, recipe())
+        return holder[0]
+
+    return quantise
+
+
+KINDS = {
+    "bnb 8 bit": eight_bit,
+    "bnb 4 bit": four_bit,
+    "torchao int8 weight only": torchao(Int8WeightOnlyConfig),
+    "torchao int8 dynamic": torchao(Int8DynamicActivationInt8WeightConfig),
+}
+RECIPES = {
+    "torchao int8 weight only": Int8WeightOnlyConfig,
+    "torchao int8 dynamic": Int8DynamicActivationInt8WeightConfig,
+}
+
+
+class Quantised(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin = KINDS[kind](nn.Linear(64, 32))
+        if kind in RECIPES:
+            settings = SimpleNamespace(get_apply_tensor_subclass=RECIPES[kind])
+            self.hf_quantizer = SimpleNamespace(quantization_config=settings)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def wrapped(kind, **settings):
+    base = Quantised(kind).eval()
+    x = torch.randn(3, 64)
+    before = base(x)
+    model = get_peft_model(base, config(target_modules=["lin"], meta_r=8, **settings)).eval()
+    return randomise(model), x, before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_is_the_base_plus_the_product(kind):
+    model, x, before = wrapped(kind, num_slots=2)
+    layer = layer_of(model, "lin")
+    with torch.no_grad():
+        expected = before + x @ layer.get_delta_weight("default", 1).T
+        with subjects(model, [1]):
+            torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+            fold(model)
+            torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+        set_subjects(model, [-1, 0, -1])
+        mixed = model(x)
+        assert torch.equal(mixed[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_factors_train(kind):
+    model, x, _ = wrapped(kind)
+    x.requires_grad_()
+    model(x).square().sum().backward()
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {"metalora_down", "metalora_mid", "metalora_up"}
+    assert x.grad.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_is_near_and_unmerge_exact(kind):
+    model, x, before = wrapped(kind)
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(3):
+            model.merge_adapter()
+            error = (model(x) - expected).norm() / expected.norm()
+            assert error < (0.3 if kind == "bnb 4 bit" else 0.1)
+            model.unmerge_adapter()
+            assert torch.equal(model(x), expected)
+        with model.disable_adapter():
+            assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("kind", ["bnb 8 bit", "bnb 4 bit"])
+def test_dora_on_a_quantised_base(kind):
+    model, x, before = wrapped(kind, use_dora=True)
+    layer = layer_of(model, "lin")
+    layer.metalora_magnitude["default"].data.mul_(1.2)
+    with torch.no_grad():
+        weight = layer.get_base_weight().float() + layer.get_delta_weight("default")
+        expected = x @ weight.T + layer.base_layer.bias
+        torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
+
+
+def test_export_does_not_need_the_weight():
+    model, _, _ = wrapped("bnb 4 bit")
+    assert set(to_lora(model)[1]) == {"lin.lora_A.weight", "lin.lora_B.weight"}
+
+
+def test_torchao_without_its_recipe_serves_but_does_not_merge():
+    base = Quantised("torchao int8 weight only")
+    del base.hf_quantizer
+    model = get_peft_model(base, config(target_modules=["lin"], meta_r=8))
+    model(torch.randn(2, 64)).sum().backward()
+    with pytest.raises(UnsupportedModuleError, match="does not say how it was quantised"):
+        model.merge_adapter()
+
+
+def test_other_backends_are_refused_before_the_model_changes(monkeypatch):
+    monkeypatch.setattr(bases, "quantization_backend", lambda model, base: ForwardOnlyQuantizationBackend("awq"))
+    model = nn.Sequential(nn.Linear(64, 32))
+    with pytest.raises(UnsupportedModuleError, match="quantised by 'awq'; tested are bnb 8bit, bnb 4bit, torchao"):
+        get_peft_model(model, config(target_modules=["0"]))
+    assert type(model[0]) is nn.Linear
