@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 
 from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, edit_tensors, with_down, with_subject, write_pair
 from peft_metalora import MetaLoraConfig, checkpoint, errors, fingerprint, save_down, save_subject
@@ -21,6 +22,7 @@ from peft_metalora.base_model import check_fits
 from peft_metalora.files import MAX_CONFIG_BYTES, read_tensors, write_bytes, write_tensors
 from peft_metalora.tuner import down_state, subject_state
 
+GOLDEN = [-2.81102, -1.85639, -0.90177, 0.05286, 1.00749, 1.96212, 2.91675, 3.87138]
 FIRST = "base_model.model.blocks.0.to_q."
 
 
@@ -411,12 +413,34 @@ def test_single_files_are_replaced_whole(tmp_path):
         write_bytes(tmp_path / "deep" / "a" / "b", b"under a file")
 
 
+def test_files_have_the_rights_of_any_new_file(pair, tmp_path):
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for folder in pair for path in folder.iterdir()} == {wanted}
+
+
+# Files of this release, kept
+
+
+def test_a_file_of_format_1_still_loads_and_shows_the_same():
+    """tests/data/format_1 was written by release 0.1 with `write_pair`; it must load for ever."""
+    folder = Path(__file__).parent / "data" / "format_1"
+    source = checkpoint.load_subject(folder / "ann")
+    assert source.down.fingerprint == "b0f3416c0be718da191dd254a4e4d566bdbebdcad9bd2771fb71ec32c46a9626"
+    assert (source.config.r, source.config.meta_r, source.config.lora_alpha) == (2, 4, 3)
+    assert source.down.config.facts == {"domain": "faces", "subjects": 2}
+    model = TinyModel()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    shown = PeftModel.from_pretrained(model, str(folder / "ann"))(torch.linspace(-1, 1, 8).unsqueeze(0))
+    torch.testing.assert_close(shown[0], torch.tensor(GOLDEN), rtol=1e-5, atol=1e-5)
+
+
 # PEFT's own verbs
 
 
 def test_a_relative_down_is_beside_the_subject_and_not_beside_the_process(tmp_path, monkeypatch):
-    from peft import PeftModel, get_peft_model
-
     for place in ("mine", "other"):
         model = get_peft_model(TinyModel(), MetaLoraConfig(**RANKS, target_modules=TARGETS, init_weights=False))
         model.save_pretrained(tmp_path / place / "down")
@@ -432,8 +456,6 @@ def test_a_relative_down_is_beside_the_subject_and_not_beside_the_process(tmp_pa
 
 
 def test_peft_saves_and_loads_both_kinds(tmp_path):
-    from peft import PeftModel, get_peft_model
-
     model = get_peft_model(TinyModel(), MetaLoraConfig(**RANKS, target_modules=TARGETS, init_weights=False))
     x = torch.randn(3, 8)
     model.save_pretrained(tmp_path / "down")

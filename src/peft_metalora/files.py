@@ -272,7 +272,11 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     """Write a safetensors file in place: for the inside of a `staged_folder`."""
     # A copy each: views of one storage, as slots are, would otherwise be refused or saved whole.
     flat = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    rights = path.stat().st_mode
     save_file(flat, path, metadata={"format": "pt", **(metadata or {})})
+    # safetensors makes files that only their owner may read, whatever the user's own default is.
+    path.chmod(rights)
 
 
 def _write_file(path: Path, write: Callable[[Path], object]) -> None:
