@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,6 +71,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     from .pipelines import enable_meta_lora
     from .training.adapters import choose_device, choose_dtype
     from .training.bases import load_base
+    from .training.validation import png
 
     device = choose_device(config.device)
     base = load_base(
@@ -103,10 +103,8 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
             **options,
         ).images
         for count, image in enumerate(images):
-            buffer = io.BytesIO()
-            image.save(buffer, format="PNG")
             written.append(Path(config.output_dir) / f"{names[who]}-{number:02d}-{count:02d}.png")
-            write_bytes(written[-1], buffer.getvalue())
+            write_bytes(written[-1], png(image))
     return written
 
 

@@ -42,6 +42,7 @@ from .loop import Step, training_steps
 from .settings import PersonalizeConfig
 from .slots import SlotOptimizer
 from .state import checkpoint_folder, read_state, write_state
+from .validation import Validation, held_out
 
 _ADAPTER = "default"
 
@@ -74,9 +75,9 @@ class Personalization:
         if empty:
             raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
         cls, options = optimizer_class(config.optimizer), optimizer_options(config)
-        self._parameters = parameters = self._inject()
+        self.parameters = parameters = self._inject()
         self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
-        self.optimizer = SlotOptimizer(cls, parameters, **options) if self._slots else cls(parameters, **options)
+        self.optimizer = SlotOptimizer(cls, parameters, **options) if self.uses_slots else cls(parameters, **options)
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
         # Every subject has the stream that it would have alone.
         self._generators = [torch.Generator().manual_seed(config.seed) for _ in range(self.num_subjects)]
@@ -84,12 +85,13 @@ class Personalization:
         self._start = time.perf_counter()
 
     @property
-    def _slots(self) -> bool:
+    def uses_slots(self) -> bool:
+        """Whether the adapter has slots: with method 'meta-lora'."""
         return self.config.method == "meta-lora"
 
     def _inject(self) -> list[nn.Parameter]:
         config = self.config
-        if not self._slots:
+        if not self.uses_slots:
             if self.num_subjects > 1:
                 raise ConfigError(f"method 'lora' learns one subject a run, found {self.num_subjects}: run it for each")
             rank = config.rank or 1
@@ -175,7 +177,7 @@ class Personalization:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the base, the Down, the examples and the settings."""
         return {
-            "parameters": [parameter.detach() for parameter in self._parameters],
+            "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "generators": [generator.get_state() for generator in self._generators],
@@ -185,7 +187,7 @@ class Personalization:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a `state_dict` that was made between two steps."""
         with torch.no_grad():
-            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -211,7 +213,7 @@ class Personalization:
             NonFiniteError, WriteFailedError: nothing is written.
         """
         base, config = self.base, self.config
-        if self._slots:
+        if self.uses_slots:
             return checkpoint.save_subject(
                 folder,
                 base.denoiser,
@@ -271,24 +273,35 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     )
     base.place(device, encoders=True)
     examples = encode_subjects(base, [subject], config, config.views_per_image, progress=progress)
-    base.place(device, encoders=False)
+    others = held_out(base, subject, config) if config.validation_steps else None
+    base.place(device, encoders=bool(config.validation_prompt))
     run = Personalization(base, examples, config, down)
+    validation = Validation(run, *others) if others is not None else None
     state = read_state(config)
     if state is not None:
-        run.load_state_dict(state)
+        run.load_state_dict(state["run"])
+        if validation is not None:
+            validation.best.load_state_dict(state["best"])
     output, total, every = Path(config.output_dir), config.max_train_steps, config.checkpointing_steps
     with tqdm(total=total, initial=run.steps_done, desc=config.method, unit="step", disable=not progress) as bar:
         try:
             for step in run.steps():
                 bar.update()
                 bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+                if validation is not None and validation.look(step.number):
+                    bar.set_postfix(loss=f"{step.loss:.4f}", best=f"{validation.best.score:.4f}", refresh=False)
+                    if validation.best.finished:
+                        break
                 if every and step.number % every == 0 and step.number < total:
                     folder = run.save(checkpoint_folder(config.output_dir, step.number))
-                    write_state(folder, run.state_dict(), config)
+                    best = validation.best.state_dict() if validation is not None else None
+                    write_state(folder, {"run": run.state_dict(), "best": best}, config)
         except KeyboardInterrupt:
             if run.steps_done:
                 run.save(output)
             raise
+    if validation is not None:
+        validation.use_best()
     return run.save(output)
 
 

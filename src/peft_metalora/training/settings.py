@@ -166,14 +166,38 @@ class PersonalizeConfig(TrainingConfig):
     max_train_steps: int = setting("Steps.", 375)
     train_batch_size: int = setting("Views in a batch.", 4)
     views_per_image: int = setting("Crops (and mirror images) of each image that are encoded before training.", 32)
+    validation_steps: int | None = setting(
+        "Compute a score, and draw the validation prompts, every so many steps; the best step is what is written.", None
+    )
+    patience: int | None = setting(
+        "Stop when the score has not risen for so many validations. Default: train to max_train_steps.", None
+    )
+    validation_data_dir: str | None = setting(
+        "Other photos of the subject, for the score; never trained on. Default: crops that are not trained on.", None
+    )
+    validation_embedder: str | None = setting(
+        "Score by R-FaceSim on validation_data_dir with this face model: 'insightface', or module:function. Default: "
+        "score by the loss, which needs no other model.",
+        None,
+    )
+    validation_prompt: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Prompts to draw at every validation, to output_dir/validation/<step>-<number>.png."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.patience is not None and self.validation_steps is None:
+            raise ConfigError("patience needs validation_steps, found none: say how often to look, for example 25")
+        if self.validation_embedder is not None and not (self.validation_data_dir and self.validation_prompt):
+            raise ConfigError(
+                "validation_embedder needs photos and prompts: give validation_data_dir and validation_prompt too"
+            )
         if self.method == "meta-lora" and self.lora_alpha is not None:
             raise ConfigError("lora_alpha belongs to method 'lora': with 'meta-lora' the Down's own scale is used")
 
     def _at_least_one(self) -> tuple[str, ...]:
-        own = "rank", "max_train_steps", "train_batch_size", "views_per_image"
+        own = "rank", "max_train_steps", "train_batch_size", "views_per_image", "validation_steps", "patience"
         return *super()._at_least_one(), *own
 
     def _positive(self) -> tuple[str, ...]:

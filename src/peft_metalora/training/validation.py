@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at a subject while it is learned: a score, pictures, and when to stop.
+
+Two scores, the higher the better. `HeldOutLoss` needs no other model: minus the denoising loss on views that are not
+trained on, at noises and noise levels drawn once, so that a difference between two steps is not chance. `FaceScore`
+is R-FaceSim (arXiv 2503.22352): images of the validation prompts, compared with photos that are not trained on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data import Photo, Subject, load_image, read_photos
+from ..errors import ConfigError
+from ..files import write_bytes
+from ..metrics import Embedder, InsightFaceEmbedder, r_facesim
+from ..tuner import set_subjects
+from .adapters import autocast
+from .bases import Base
+from .examples import Examples, encode_subjects
+from .settings import PersonalizeConfig
+
+if TYPE_CHECKING:
+    from .personalize import Personalization
+
+# Relative rise that counts as one, so that a plateau ends the run.
+_MIN_RISE = 1e-3
+
+
+class HeldOutLoss:
+    """Minus the mean loss on held-out examples at `draws` fixed noises and noise levels each.
+
+    Args:
+        examples: of one subject, none of them trained on.
+    """
+
+    def __init__(self, base: Base, examples: Examples, *, seed: int, draws: int = 8) -> None:
+        self.base = base
+        index = torch.arange(len(examples.latents)).repeat_interleave(draws)
+        generator = torch.Generator().manual_seed(seed)
+        latents, text = examples.pick(index)
+        self._noise = torch.randn(latents.shape, generator=generator).to(base.device)
+        self._times = base.sample_times(latents, generator).to(base.device)
+        self._latents = latents.to(base.device)
+        self._text = {name: tensor.to(base.device) for name, tensor in text.items()}
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        total, size = 0.0, 8
+        for start in range(0, len(self._latents), size):
+            part = slice(start, start + size)
+            text = {name: tensor[part] for name, tensor in self._text.items()}
+            total += self.base.loss(self._latents[part], text, self._noise[part], self._times[part]).sum().item()
+        return -total / len(self._latents)
+
+
+class FaceScore:
+    """R-FaceSim of the validation prompts' images against held-out photos; images without a face count as 0."""
+
+    def __init__(self, photos: Sequence[Photo], embedder: Embedder) -> None:
+        self.embedder = embedder
+        self._others = embedder.embed([load_image(photo.path) for photo in photos])
+
+    def __call__(self, images: list[Image.Image]) -> float:
+        return r_facesim(self.embedder.embed(images), self._others).mean
+
+
+class Painter:
+    """Draws the validation prompts with the adapter as it is, always from the same noise.
+
+    The pipeline's text encoders and VAE must be on its device.
+    """
+
+    def __init__(self, base: Base, prompts: Sequence[str], *, resolution: int, seed: int, steps: int = 20) -> None:
+        self.base, self.prompts, self.seed = base, list(prompts), seed
+        self._options: dict[str, Any] = {"height": resolution, "width": resolution, "num_inference_steps": steps}
+        if base.takes_sequence_length:
+            self._options["max_sequence_length"] = base.max_sequence_length
+
+    def images(self) -> list[Image.Image]:
+        """One image of each prompt."""
+        images = []
+        for prompt in self.prompts:
+            generator = torch.Generator().manual_seed(self.seed)
+            images += self.base.pipeline(prompt=prompt, generator=generator, **self._options).images
+        return images
+
+
+class BestStep:
+    """Keeps the parameters of the best score and says when it has not risen for long.
+
+    Args:
+        parameters: what is trained.
+        patience: scores without a rise after which to stop; None: never.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], patience: int | None) -> None:
+        self._parameters, self.patience = parameters, patience
+        self.step, self.score, self.waited = 0, float("-inf"), 0
+        self._best = [parameter.detach().clone() for parameter in parameters]
+
+    def offer(self, step: int, score: float) -> None:
+        """Take in the score of a step."""
+        if self.step and score <= self.score + _MIN_RISE * abs(self.score):
+            self.waited += 1
+            return
+        self.step, self.score, self.waited = step, score, 0
+        with torch.no_grad():
+            for best, parameter in zip(self._best, self._parameters, strict=True):
+                best.copy_(parameter)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the score has stopped rising."""
+        return self.patience is not None and self.waited >= self.patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best parameters back."""
+        for parameter, best in zip(self._parameters, self._best, strict=True):
+            parameter.copy_(best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a resumed run."""
+        return {"step": self.step, "score": self.score, "waited": self.waited, "best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a `state_dict`."""
+        self.step, self.score, self.waited = state["step"], state["score"], state["waited"]
+        for best, value in zip(self._best, state["best"], strict=True):
+            best.copy_(value)
+
+
+class Validation:
+    """Scores a run and draws its validation prompts every `validation_steps`; `best` knows the best step so far."""
+
+    def __init__(self, run: Personalization, photos: list[Photo], examples: Examples) -> None:
+        self.run, config = run, run.config
+        self.painter = Painter(run.base, config.validation_prompt, resolution=config.resolution, seed=config.seed)
+        self.loss = HeldOutLoss(run.base, examples, seed=config.seed)
+        self.faces = None
+        if config.validation_embedder is not None:
+            self.faces = FaceScore(photos, load_embedder(config.validation_embedder))
+        self.best = BestStep(run.parameters, config.patience)
+
+    def look(self, step: int) -> bool:
+        """Whether this was a step to look at."""
+        config, denoiser = self.run.config, self.run.base.denoiser
+        if config.validation_steps is None or step % config.validation_steps:
+            return False
+        denoiser.eval()
+        if self.run.uses_slots:
+            set_subjects(denoiser, None)
+        with autocast(config.mixed_precision, self.run.base.device):
+            images = self.painter.images()
+            score = self.loss() if self.faces is None else self.faces(images)
+        self.best.offer(step, score)
+        for number, image in enumerate(images):
+            write_bytes(Path(config.output_dir) / "validation" / f"{step:05d}-{number:02d}.png", png(image))
+        denoiser.train()
+        return True
+
+    def use_best(self) -> None:
+        """Make the best step the run's result."""
+        if self.best.step:
+            self.best.restore()
+            self.run.steps_done = self.best.step
+
+
+def held_out(base: Base, subject: Subject, config: PersonalizeConfig) -> tuple[list[Photo], Examples]:
+    """Photos that are not trained on, or without them the trained photos, and views that no step sees."""
+    photos = read_photos(config.validation_data_dir) if config.validation_data_dir else subject.photos
+    # Another seed gives other crops.
+    other = replace(config, seed=config.seed + 1)
+    views = max(1, 8 // len(photos))
+    return photos, encode_subjects(base, [Subject("held out", photos)], other, views, progress=False)
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def load_embedder(name: str) -> Embedder:
+    """'insightface', or `module:function` that returns an embedder.
+
+    Raises:
+        ConfigError: there is no such function. EmbedderUnavailableError: insightface or its weights are missing.
+    """
+    if name == "insightface":
+        return InsightFaceEmbedder()
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"validation_embedder must be 'insightface' or module:function, found {name!r}: {error}"
+        ) from error

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The score is a fixed measurement, the run stops when it stops rising, and the best step is what is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from peft_metalora import hub
+from peft_metalora.errors import ConfigError
+from peft_metalora.metrics import Embeddings
+from peft_metalora.training import validation
+from peft_metalora.training.meta_train import meta_train_on
+from peft_metalora.training.personalize import personalize
+from peft_metalora.training.validation import BestStep, HeldOutLoss, load_embedder
+from pipelines_tiny import save_tiny_flux
+from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("validation")
+    save_tiny_flux(folder / "base")
+    write_people(folder / "people")
+    base = tiny_base()
+    meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(folder / "down"))
+    return folder
+
+
+def config_for(place, output, **changes):
+    settings = {
+        "pretrained_model_name_or_path": str(place / "base"),
+        "instance_data_dir": str(place / "people" / "person-0" / "0.png"),
+        "down": str(place / "down"),
+        "output_dir": str(output),
+        "max_train_steps": 8,
+        "validation_steps": 2,
+    }
+    return personal_config(**{**settings, **changes})
+
+
+class Brightness:
+    """Stands in for a face model."""
+
+    def embed(self, images):
+        vectors = torch.tensor([[image.convert("L").getextrema()[1] + 1.0, 1.0] for image in images])
+        return Embeddings(torch.nn.functional.normalize(vectors, dim=-1), torch.ones(len(images), dtype=torch.bool))
+
+
+def test_loss_on_held_out_views_is_the_mean_of_the_formula_and_always_the_same():
+    base = tiny_base()
+    examples = tiny_examples(base, subjects=1, each=3)
+    score = HeldOutLoss(base, examples, seed=3, draws=2)
+    generator = torch.Generator().manual_seed(3)
+    index = torch.arange(3).repeat_interleave(2)
+    latents, text = examples.pick(index)
+    noise = torch.randn(latents.shape, generator=generator)
+    times = base.sample_times(latents, generator)
+    assert score() == pytest.approx(-base.loss(latents, text, noise, times).mean().item(), rel=1e-5)
+    assert score() == score()
+
+
+def test_best_step_keeps_restores_and_stops():
+    weight = torch.zeros(2)
+    best = BestStep([weight], patience=2)
+    for step, score in enumerate((-3.0, -2.0, -2.5, -1.9999, -9.0), start=1):
+        weight.fill_(step)
+        best.offer(step, score)
+        if best.finished:
+            break
+    assert (step, best.step, best.score) == (4, 2, -2.0)  # the rise of step 4 is too small to count
+    best.restore()
+    assert weight.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("method", ["meta-lora", "lora"])
+def test_stops_by_itself_and_writes_the_best_step(place, tmp_path, monkeypatch, method):
+    scores = iter([-1.0, -0.5, -0.6, -0.7])
+    monkeypatch.setattr(HeldOutLoss, "__call__", lambda self: next(scores))
+    personalize(config_for(place, tmp_path / "a", method=method, max_train_steps=50, patience=2), progress=False)
+    personalize(
+        config_for(place, tmp_path / "b", method=method, max_train_steps=4, validation_steps=None), progress=False
+    )
+    found, expected = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in "ab")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    if method == "meta-lora":
+        assert hub.load_subject(tmp_path / "a").config.facts["steps"] == 4
+
+
+def test_looking_does_not_change_the_run(place, tmp_path, monkeypatch):
+    rising = iter(range(100))
+    monkeypatch.setattr(HeldOutLoss, "__call__", lambda self: float(next(rising)))
+    personalize(config_for(place, tmp_path / "a", validation_prompt=["a photo"]), progress=False)
+    personalize(config_for(place, tmp_path / "b", validation_steps=None), progress=False)
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    names = sorted(path.name for path in (tmp_path / "a" / "validation").iterdir())
+    assert names == [f"{step:05d}-00.png" for step in (2, 4, 6, 8)]
+    assert Image.open(tmp_path / "a" / "validation" / names[0]).size == (16, 16)
+
+
+def test_score_of_a_face_model_on_other_photos(place, tmp_path, monkeypatch):
+    seen = []
+    original = BestStep.offer
+    monkeypatch.setattr(BestStep, "offer", lambda self, step, score: (seen.append(score), original(self, step, score)))
+    monkeypatch.setattr(validation, "load_embedder", lambda name: Brightness())
+    config = config_for(
+        place,
+        tmp_path / "a",
+        validation_data_dir=str(place / "people" / "person-0" / "1.png"),
+        validation_prompt=["a photo", "a red shirt"],
+        validation_embedder="brightness",
+    )
+    personalize(config, progress=False)
+    assert len(seen) == 4
+    assert all(0.9 < score <= 1 for score in seen)
+
+
+def test_resumed_equals_uninterrupted_with_validation(place, tmp_path):
+    shared = {"checkpointing_steps": 3, "patience": 3}
+    personalize(config_for(place, tmp_path / "a", **shared), progress=False)
+    folder = str(tmp_path / "a" / "checkpoint-3")
+    personalize(config_for(place, tmp_path / "b", **shared, resume_from_checkpoint=folder), progress=False)
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(ConfigError, match="patience needs validation_steps"):
+        personal_config(patience=2)
+    with pytest.raises(ConfigError, match="validation_embedder needs photos and prompts"):
+        personal_config(validation_embedder="insightface", validation_steps=2)
+    with pytest.raises(ConfigError, match="'insightface' or module:function"):
+        load_embedder("no_such_module:f")
