@@ -114,7 +114,7 @@ def test_merge_is_near_and_unmerge_exact(kind):
 
 @pytest.mark.parametrize("kind", ["bnb 8 bit", "bnb 4 bit"])
 def test_dora_on_a_quantised_base(kind):
-    model, x, before = wrapped(kind, use_dora=True)
+    model, x, _ = wrapped(kind, use_dora=True)
     layer = layer_of(model, "lin")
     layer.metalora_magnitude["default"].data.mul_(1.2)
     with torch.no_grad():

@@ -7,9 +7,20 @@ from .convert import register_lora_conversion, to_lora
 from .down import DownSource, fingerprint, set_down_loader
 from .layer import MetaLoraLayer
 from .linear import Linear
-from .model import MetaLoraModel, fold, reset_slots, set_merge_backup, set_warmup, subject_state, unfold, write_subject
+from .model import (
+    MetaLoraModel,
+    fold,
+    inject_all_or_nothing,
+    replace_target,
+    reset_slots,
+    set_merge_backup,
+    set_warmup,
+    subject_state,
+    unfold,
+    write_subject,
+)
 from .plan import down_fingerprint, down_state
-from .registration import MetaLoraType, register
+from .registration import MetaLoraType, register, register_mixed
 from .subjects import set_subjects, subjects
 from .variants import init_down_from_data, lora_plus_groups
 
@@ -41,4 +52,5 @@ __all__ = [
 ]
 
 register(MetaLoraConfig, MetaLoraModel)
+register_mixed(MetaLoraConfig, MetaLoraLayer, inject_all_or_nothing, replace_target)
 register_lora_conversion()

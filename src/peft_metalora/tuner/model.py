@@ -6,10 +6,10 @@ the class work on any nn.Module that holds Meta-LoRA layers: a PeftModel, an inj
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -76,38 +76,15 @@ class MetaLoraModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Add an adapter: all or nothing."""
-        config = cast(MetaLoraConfig, self.peft_config[adapter_name])
-        try:
-            self._plan = plan_injection(self, model, config, adapter_name, state_dict)
-        except Exception:
-            self.peft_config.pop(adapter_name, None)
-            # diffusers sets this flag before it injects; a model left with it could not take another adapter.
-            if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
-            raise
-        self._index = next((layer.subject_index for _, layer in meta_lora_layers(model)), None) or SubjectIndex()
-        super().inject_adapter(
+        proceed = partial(
+            super().inject_adapter,
             model,
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        self._bind(model, config, adapter_name)
-        del self._plan
-
-    def _bind(self, model: nn.Module, config: MetaLoraConfig, adapter_name: str) -> None:
-        plan: Plan = self._plan
-        for path, layer in meta_lora_layers(model):
-            if adapter_name not in layer.metalora_mid:
-                continue
-            if plan.source is not None and plan.key not in layer.metalora_down:
-                layer.bind_down(plan.key, *plan.factors(path), plan.source.fingerprint)
-            if config.stage == "subject" and not layer.metalora_mid[adapter_name].is_meta and config.init_weights:
-                layer.start_slots(adapter_name, config.start)
-        for _, layer in meta_lora_layers(model):
-            layer.sync_down()
-        config.down_fingerprint = plan.fingerprint
+        inject_all_or_nothing(self, model, adapter_name, state_dict, proceed)
 
     def _create_and_replace(
         self,
@@ -119,16 +96,7 @@ class MetaLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        ranks = self._plan.ranks[current_key]
-        if isinstance(target, MetaLoraLayer):
-            target.update_layer(adapter_name, peft_config, *ranks, self._plan.key)
-            return
-        layer = create_layer(self.model, target, self._index)
-        layer._active_adapter = self.active_adapter
-        layer.update_layer(adapter_name, peft_config, *ranks, self._plan.key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        replace_target(self, peft_config, adapter_name, target, target_name, parent, current_key)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
@@ -248,6 +216,57 @@ class MetaLoraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def inject_all_or_nothing(
+    tuner: Any, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None, proceed: Callable[[], None]
+) -> None:
+    """Check an injection, let PEFT do it (`proceed`), then bind the new adapter to its Down and start it."""
+    config: MetaLoraConfig = tuner.peft_config[adapter_name]
+    try:
+        plan = plan_injection(tuner, model, config, adapter_name, state_dict)
+    except Exception:
+        tuner.peft_config.pop(adapter_name, None)
+        # diffusers sets this flag before it injects; a model left with it could not take another adapter.
+        if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+        raise
+    tuner._plan = plan
+    tuner._index = next((layer.subject_index for _, layer in meta_lora_layers(model)), None) or SubjectIndex()
+    proceed()
+    del tuner._plan
+    for path, layer in meta_lora_layers(model):
+        if adapter_name not in layer.metalora_mid:
+            continue
+        if plan.source is not None and plan.key not in layer.metalora_down:
+            layer.bind_down(plan.key, *plan.factors(path), plan.source.fingerprint)
+        if config.stage == "subject" and not layer.metalora_mid[adapter_name].is_meta and config.init_weights:
+            layer.start_slots(adapter_name, config.start)
+    for _, layer in meta_lora_layers(model):
+        layer.sync_down()
+    config.down_fingerprint = plan.fingerprint
+
+
+def replace_target(
+    tuner: Any,
+    config: MetaLoraConfig,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    current_key: str,
+) -> None:
+    """Add the adapter to a layer of ours, or put one in the place of a base layer."""
+    plan: Plan = tuner._plan
+    if isinstance(target, MetaLoraLayer):
+        target.update_layer(adapter_name, config, *plan.ranks[current_key], plan.key)
+        return
+    layer = create_layer(tuner.model, target, tuner._index)
+    layer._active_adapter = tuner.active_adapter
+    layer.update_layer(adapter_name, config, *plan.ranks[current_key], plan.key)
+    if adapter_name not in tuner.active_adapters:
+        layer.requires_grad_(False)
+    tuner._replace_module(parent, target_name, layer, target)
 
 
 def _pass_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

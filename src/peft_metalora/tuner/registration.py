@@ -7,8 +7,10 @@ our own whose member equals the string "META_LORA" serves, without patching PEFT
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from functools import partial
+from typing import Any, Union
 
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -16,6 +18,8 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.tuners import mixed as package
+from peft.tuners.mixed import model as mixed
 
 PREFIX = "metalora_"
 
@@ -36,3 +40,36 @@ def register(config_cls: type, model_cls: type) -> None:
     ]
     for mapping, entry in entries:
         mapping[MetaLoraType.META_LORA] = entry
+
+
+def register_mixed(
+    config_cls: type, layer_cls: type, inject: Callable[..., None], replace: Callable[..., None]
+) -> None:
+    """Let PeftMixedModel take our adapters beside LoRA's and its kin; calling it again changes nothing.
+
+    PEFT keeps the tuners it mixes in constants and `isinstance` chains, so that two methods of its MixedModel are
+    wrapped: they hand our configs to `inject` and `replace` and leave all others alone.
+    """
+    names: Any = mixed
+    if MetaLoraType.META_LORA in names.COMPATIBLE_TUNER_TYPES:
+        return
+    package.COMPATIBLE_TUNER_TYPES = names.COMPATIBLE_TUNER_TYPES = (
+        *names.COMPATIBLE_TUNER_TYPES,
+        MetaLoraType.META_LORA,
+    )
+    names.PREFIXES.append(PREFIX)
+    names.Layers = (*names.Layers, layer_cls)
+    names.Configs = Union[names.Configs, config_cls]  # noqa: UP007 - a type that is known only now
+    injected, replaced = mixed.MixedModel.inject_adapter, mixed.MixedModel._create_and_replace
+
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        proceed = partial(injected, self, model, adapter_name, *args, **kwargs)
+        if isinstance(self.peft_config[adapter_name], config_cls):
+            inject(self, model, adapter_name, kwargs.get("state_dict"), proceed)
+        else:
+            proceed()
+
+    def create_and_replace(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        (replace if isinstance(config, config_cls) else replaced)(self, config, *args, **kwargs)
+
+    names.MixedModel.inject_adapter, names.MixedModel._create_and_replace = inject_adapter, create_and_replace

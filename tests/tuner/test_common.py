@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PEFT's common tests ask of every tuner, on small models of many kinds: a row is a model, a test a property."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tuner_models import Mlp, config, down_source, randomise
+
+from peft_metalora.tuner import MetaLoraConfig, set_down_loader, set_subjects
+from peft_metalora.tuner.subjects import meta_lora_layers
+
+
+class Images(nn.Module):
+    """Convolutions of one and two dimensions and a linear layer behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv0 = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.conv1 = nn.Conv1d(8, 8, 3, padding=1)
+        self.lin = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.lin(self.conv1(torch.relu(self.conv0(x)).flatten(2)).mean(-1))
+
+
+def flux():
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def flux_inputs(batch):
+    return {
+        "hidden_states": torch.randn(batch, 6, 4),
+        "encoder_hidden_states": torch.randn(batch, 3, 8),
+        "pooled_projections": torch.randn(batch, 8),
+        "timestep": torch.rand(batch),
+        "img_ids": torch.zeros(6, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }
+
+
+def unet():
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def unet_inputs(batch):
+    return {
+        "sample": torch.randn(batch, 4, 8, 8),
+        "timestep": torch.ones(batch),
+        "encoder_hidden_states": torch.randn(batch, 3, 8),
+    }
+
+
+def llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=30,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+    )
+
+
+def tokens(batch):
+    return {"input_ids": torch.randint(0, 30, (batch, 7))}
+
+
+@dataclass
+class Case:
+    make: Any
+    inputs: Any
+    targets: Any
+    settings: dict = field(default_factory=dict)
+
+
+CASES = {
+    "mlp": Case(Mlp, lambda b: {"x": torch.randn(b, 12)}, ["lin0", "lin1"]),
+    "mlp, three slots": Case(Mlp, lambda b: {"x": torch.randn(b, 12)}, ["lin0", "lin1"], {"num_slots": 3}),
+    "mlp, dora": Case(Mlp, lambda b: {"x": torch.randn(b, 12)}, ["lin1"], {"use_dora": True}),
+    "mlp, patterns": Case(
+        Mlp,
+        lambda b: {"x": torch.randn(b, 12)},
+        ["lin0", "lin1"],
+        {"rank_pattern": {"lin0": 1}, "alpha_pattern": {"lin0": 7}, "meta_rank_pattern": {"lin1": 3}},
+    ),
+    "images": Case(Images, lambda b: {"x": torch.randn(b, 3, 8, 8)}, ["conv0", "conv1", "lin"]),
+    "llama": Case(llama, tokens, "all-linear"),
+    "gpt2": Case(gpt2, tokens, ["c_attn", "c_proj"]),
+    "flux": Case(flux, flux_inputs, ["to_q", "to_k", "to_v", "to_out.0"]),
+    "unet": Case(unet, unet_inputs, ["to_q", "to_v", "conv1", "conv2"]),
+}
+
+
+def output(model, inputs, **kwargs):
+    result = model(**inputs, **kwargs)
+    for name in ("logits", "sample"):
+        if hasattr(result, name):
+            return getattr(result, name)
+    return result
+
+
+@pytest.fixture(params=CASES)
+def row(request):
+    """Base model, adapted model with adapters that matter, inputs, and a maker of further configs."""
+    case = CASES[request.param]
+    torch.manual_seed(0)
+    base, inputs = case.make().eval(), case.inputs(3)
+
+    def settings(**more):
+        return config(target_modules=copy.copy(case.targets), **{**case.settings, **more})
+
+    model = get_peft_model(copy.deepcopy(base), settings()).eval()
+    return base, randomise(model), inputs, settings
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_changes_the_output_and_disabling_it_gives_the_base(row):
+    base, model, inputs, _ = row
+    before = output(base, inputs)
+    assert not torch.allclose(output(model, inputs), before, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(output(model, inputs), before)
+    assert not torch.allclose(output(model, inputs), before, atol=1e-3)
+
+
+def test_save_and_load(row, tmp_path):
+    base, model, inputs, _ = row
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(output(loaded, inputs), output(model, inputs))
+        ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+
+
+def test_a_subject_on_the_down_saves_and_loads_by_fingerprint(row, tmp_path):
+    base, model, inputs, settings = row
+    source = down_source(model)
+    model.add_adapter("ann", settings(stage="subject", down="default"))
+    model.set_adapter("ann")
+    randomise(model, 5)
+    source = down_source(model)
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path, selected_adapters=["ann"])
+    set_down_loader(lambda _: source)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ann")
+    assert torch.equal(output(loaded, inputs), expected)
+
+
+def test_merge_unmerge_and_unload(row):
+    base, model, inputs, _ = row
+    expected = output(model, inputs)
+    weights = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
+    model.merge_adapter(safe_merge=True)
+    close(output(model, inputs), expected)
+    model.unmerge_adapter()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+    merged = copy.deepcopy(model).merge_and_unload()
+    close(output(merged, inputs), expected)
+    assert {name for name, _ in merged.named_modules()} == {name for name, _ in base.named_modules()}
+    assert torch.equal(output(model.unload(), inputs), output(base, inputs))
+
+
+def test_several_adapters_with_their_own_gradients(row):
+    _, model, inputs, settings = row
+    model.add_adapter("other", settings())
+    for name, rival in (("default", "other"), ("other", "default")):
+        model.set_adapter(name)
+        model.zero_grad(set_to_none=True)
+        output(model, inputs).square().mean().backward()
+        trained = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+        assert trained
+        assert all(key.endswith(f".{name}") for key in trained)
+        assert not any(
+            parameter.requires_grad for key, parameter in model.named_parameters() if rival in key.split(".")
+        )
+
+
+def test_delete_an_adapter(row):
+    base, model, inputs, settings = row
+    model.add_adapter("other", settings())
+    expected = output(model, inputs)
+    model.delete_adapter("other")
+    assert not any("other" in name.split(".") for name in model.state_dict())
+    assert torch.equal(output(model, inputs), expected)
+    with warnings.catch_warnings(record=True):
+        model.delete_adapter("default")
+    assert torch.equal(output(model.base_model, inputs), output(base, inputs))
+
+
+def test_a_batch_of_several_adapters_by_name(row):
+    base, model, inputs, settings = row
+    model.add_adapter("other", settings())
+    randomise(model, 9)
+    alone = {"__base__": output(base, inputs)}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = output(model, inputs)
+    names = ["other", "__base__", "default"]
+    with torch.no_grad():
+        mixed = output(model, inputs, adapter_names=names)
+    for index, name in enumerate(names):
+        close(mixed[index], alone[name][index])
+    close(output(model, inputs), alone["other"])
+    with pytest.raises(ValueError, match="unknown adapter"):
+        output(model, inputs, adapter_names=["nobody"] * 3)
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        output(model.train(), inputs, adapter_names=names)
+
+
+def test_copies_and_pickles_are_independent_and_equal(row):
+    _, model, inputs, _ = row
+    set_subjects(model, [0, -1, 0])
+    expected = output(model, inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(output(twin, inputs), expected)
+        indices = {id(layer.subject_index) for _, layer in meta_lora_layers(twin)}
+        assert len(indices) == 1
+        set_subjects(twin, None)
+        assert torch.equal(output(model, inputs), expected)
+
+
+def test_a_training_step_learns(row):
+    _, model, inputs, _ = row
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss = output(model, inputs).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+
+
+def test_half_precision_base_with_and_without_upcast_adapters(row):
+    base, _, inputs, settings = row
+    halves = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+    for upcast in (True, False):
+        model = get_peft_model(copy.deepcopy(base).bfloat16(), settings(), autocast_adapter_dtype=upcast).eval()
+        dtypes = {p.dtype for name, p in model.named_parameters() if "metalora_" in name}
+        assert dtypes == {torch.float32 if upcast else torch.bfloat16}
+        result = output(model, halves)
+        assert result.dtype == torch.bfloat16
+        result.float().square().mean().backward()
+        assert all(p.grad.dtype == p.dtype for p in model.parameters() if p.grad is not None)
+
+
+def test_autocast(row):
+    _, model, inputs, _ = row
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                result = output(model, inputs)
+    expected = output(model, inputs)
+    assert (result.float() - expected).norm() < 0.1 * expected.norm()
+
+
+def test_fsdp_names_do_not_reach_the_file(row):
+    _, model, _, _ = row
+    plain = get_peft_model_state_dict(model)
+    wrapped = {f"_fsdp_wrapped_module.{name}" for name in model.state_dict()}
+    state = {name.removeprefix("_fsdp_wrapped_module."): model.state_dict()[name.split(".", 1)[1]] for name in wrapped}
+    assert get_peft_model_state_dict(model, state_dict=state).keys() == plain.keys()
+
+
+def test_injection_without_a_wrapper(row):
+    base, model, inputs, settings = row
+    injected = inject_adapter_in_model(settings(), copy.deepcopy(base)).eval()
+    source, target = dict(meta_lora_layers(model)), dict(meta_lora_layers(injected))
+    assert source.keys() == target.keys()
+    for path, layer in target.items():
+        layer.load_state_dict(source[path].state_dict())
+    assert torch.equal(output(injected, inputs), output(model, inputs))
+
+
+def test_layers_say_what_they_are(row):
+    _, model, _, _ = row
+    for _, layer in meta_lora_layers(model):
+        assert set(layer.r) == set(layer.scaling) == {"default"}
+        assert repr(layer).startswith("metalora.")
+    assert all(
+        status.adapter_layer if hasattr(status, "adapter_layer") else status for status in model.get_layer_status()
+    )
+    assert model.get_model_status().available_adapters == ["default"]
+
+
+class WithHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = Mlp(), nn.Linear(10, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_modules_to_save_train_save_and_load(tmp_path):
+    torch.manual_seed(0)
+    base, x = WithHead().eval(), torch.randn(3, 12)
+    model = get_peft_model(copy.deepcopy(base), config(modules_to_save=["head"]))
+    model(x).sum().backward()
+    assert model.base_model.model.head.modules_to_save["default"].weight.grad is not None
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.add_(1)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "metalora_only"])
+def test_biases_train_as_asked(bias, tmp_path):
+    torch.manual_seed(0)
+    base, x = WithHead().eval(), torch.randn(3, 12)
+    model = get_peft_model(copy.deepcopy(base), config(bias=bias))
+    names = {name.split("model.", 1)[1] for name, p in model.named_parameters() if p.requires_grad and "bias" in name}
+    own = {"model.body.lin0.base_layer.bias", "model.body.lin1.base_layer.bias"}
+    assert names == {"none": set(), "all": own | {"model.head.bias"}, "metalora_only": own}[bias]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "bias" in name:
+                parameter.add_(1)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x))
+
+
+def test_layers_to_transform_and_excluded_modules():
+    model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj"], layers_to_transform=[1]))
+    assert {path for path, _ in meta_lora_layers(model)} == {f"model.layers.1.self_attn.{n}_proj" for n in "qv"}
+    model = get_peft_model(llama(), config(target_modules=["q_proj", "v_proj"], exclude_modules=r".*\.0\..*"))
+    assert {path for path, _ in meta_lora_layers(model)} == {f"model.layers.1.self_attn.{n}_proj" for n in "qv"}
+
+
+def test_default_targets_of_a_transformers_model():
+    model = get_peft_model(llama(), MetaLoraConfig(r=2, meta_r=4))
+    assert {path.rsplit(".", 1)[1] for path, _ in meta_lora_layers(model)} == {"q_proj", "v_proj"}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model, inputs = randomise(get_peft_model(llama(), config(target_modules=["q_proj", "v_proj"]))), tokens(2)
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        output(model.train(), inputs).square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    again = gradients()
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        close(again[name], gradient)
+
+
+@pytest.mark.parametrize("first", ["meta-lora", "lora"])
+def test_mixed_with_lora_in_one_model(first):
+    torch.manual_seed(0)
+    base, x = Mlp().eval(), torch.randn(3, 12)
+    lora = LoraConfig(r=2, target_modules=["lin0", "lin1"], init_lora_weights=False)
+    configs = [config(), lora] if first == "meta-lora" else [lora, config()]
+    model = get_peft_model(copy.deepcopy(base), configs[0], "a", mixed=True)
+    model.add_adapter("b", configs[1])
+    model.eval()
+    parts = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        parts[name] = model(x)
+        assert not torch.allclose(parts[name], base(x), atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    model.set_adapter(["a", "b"])
+    both = model(x)
+    assert not torch.allclose(both, parts["a"], atol=1e-3)
+    model.delete_adapter("b")
+    model.set_adapter("a")
+    assert torch.equal(model(x), parts["a"])
+    model = get_peft_model(copy.deepcopy(base), configs[0], "a", mixed=True)
+    expected = model.eval()(x)
+    close(model.merge_and_unload()(x), expected)
+
+
+def test_compiles_without_breaks_for_training_and_serving():
+    torch.manual_seed(0)
+    model, x = randomise(get_peft_model(Mlp(), config(num_slots=2))), torch.randn(4, 12)
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
+    for index in (None, [0, 1]):
+        set_subjects(model, index)
+        close(compiled(x), model(x))
+        compiled(x).square().sum().backward()
+        grad = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        model(x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                close(grad[name], parameter.grad)
+        model.zero_grad(set_to_none=True)
