@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The roads of a linear layer agree, and the fused one keeps and computes as little as it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from tuner_models import adapted, config, layer_of, randomise
+
+from peft_metalora.tuner import fold, set_subjects
+from peft_metalora.tuner.linear import FusedLinear
+
+
+def layer_and_input(stage="meta", bias=True, r=2, slots=3, dtype=torch.float64):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 16, bias=bias)).to(dtype)
+    model = adapted(base, target_modules=["0"], num_slots=slots, lora_alpha=3, r=r)
+    if stage == "subject":
+        model.add_adapter("ann", config(stage="subject", down="default", target_modules=["0"], num_slots=slots, r=r))
+        model.set_adapter("ann")
+    randomise(model)
+    return model, layer_of(model, "0"), torch.randn(4, 5, 12, dtype=dtype, requires_grad=True)
+
+
+def nodes(tensor):
+    """Names of all autograd nodes behind a tensor."""
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return [node.name() for node in seen]
+
+
+def gradients(model, layer, x):
+    model.zero_grad(set_to_none=True)
+    x.grad = None
+    y = model(x)
+    y.square().sum().backward()
+    found = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    return y.detach(), {"x": x.grad.clone(), **found}
+
+
+@pytest.mark.parametrize("index", [None, [2, 0, -1, 1], [1, -1]])
+@pytest.mark.parametrize("stage", ["meta", "subject"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_and_general_roads_have_the_same_output_and_gradients(stage, bias, index):
+    model, layer, x = layer_and_input(stage, bias)
+    set_subjects(model, index)
+    fused = gradients(model, layer, x)
+    assert "FusedLinearBackward" in nodes(model(x))
+    handle = layer.base_layer.register_forward_hook(lambda *_: None)
+    general = gradients(model, layer, x)
+    assert "FusedLinearBackward" not in nodes(model(x))
+    handle.remove()
+    torch.testing.assert_close(fused, general)
+    assert any("metalora_down" in name for name in fused[1]) == (stage == "meta")
+
+
+def test_gradients_of_the_fused_node_are_the_numerical_ones():
+    torch.manual_seed(0)
+    for rows in (1, 3):
+        arguments = [
+            torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+            for shape, grad in [
+                ((rows, 4, 5), True),
+                ((6, 5), False),
+                ((6,), False),
+                ((3, 5), True),
+                ((rows, 2, 3), True),
+                ((rows, 6, 2), True),
+            ]
+        ]
+        assert torch.autograd.gradcheck(lambda *a: FusedLinear.apply(*a, 0.7, rows == 1), arguments)  # noqa: B023
+
+
+def test_a_subject_keeps_down_x_and_not_x():
+    _, layer, x = layer_and_input("subject", slots=1)
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        layer(x)
+    assert (1, 20, 4) in shapes
+    assert (1, 20, 12) not in shapes
+
+
+@pytest.mark.parametrize("index", [None, [2, 0, -1, 1]])
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("r", [1, 3])
+def test_compiled_and_eager_serve_the_same(index, folded, r):
+    model, layer, x = layer_and_input(r=r, dtype=torch.float32)
+    set_subjects(model, index)
+    if folded:
+        fold(model)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+ROADS = {
+    "hook on the base": lambda layer: layer.base_layer.register_forward_hook(lambda *_: None),
+    "trainable base": lambda layer: layer.base_layer.weight.requires_grad_(True),
+    "replaced forward": lambda layer: setattr(layer.base_layer, "forward", layer.base_layer.forward),
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_what_fusing_would_bypass_is_not_fused(road):
+    model, layer, x = layer_and_input()
+    expected = model(x)
+    ROADS[road](layer)
+    got = model(x)
+    torch.testing.assert_close(got, expected)
+    assert "FusedLinearBackward" not in nodes(got)
+    if road == "trainable base":
+        got.sum().backward()
+        assert layer.base_layer.weight.grad.any()
