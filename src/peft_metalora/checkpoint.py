@@ -155,7 +155,7 @@ def down_reference(config: MetaLoraConfig, folder: Path) -> Path | str:
         found = Path(os.path.normpath(around / Path(os.path.abspath(folder)).name / name))
         if not found.is_relative_to(around) or found == around:
             raise _unsafe_path(name, folder)
-    if found.is_dir():
+    if os.path.isdir(found):
         return found
     if REPO_ID.fullmatch(name) and ".." not in name:
         return name

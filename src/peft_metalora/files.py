@@ -42,6 +42,8 @@ from .errors import (
 # FLUX.1-dev on all attention layers needs about 130 kB of header; json of this size stays below 100 MB in memory.
 MAX_HEADER_BYTES = 2 * 1024 * 1024
 MAX_CONFIG_BYTES = 256 * 1024
+# A tensor takes three; a million empty lists would take Python's parser seconds.
+MAX_BRACKETS = 60_000
 MAX_NAME_LENGTH = 512
 MAX_DIMENSIONS = 5
 STALE_SECONDS = 24 * 3600
@@ -187,6 +189,8 @@ def _parse_json_object(raw: bytes, path: Path, what: str) -> dict[str, Any]:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a number")
 
+    if raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
+        _corrupt(path, f"a {what} of at most {MAX_BRACKETS} lists and objects", "more")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:

@@ -139,7 +139,7 @@ def fetch(at: Location) -> Path:
         ArtefactNotFoundError: a local path that is not there.
     """
     local = Path(at.name, *([at.subfolder] if at.subfolder else []))
-    if local.is_dir():
+    if os.path.isdir(local):
         return local
     if not REPO_ID.fullmatch(at.name) or ".." in at.name:
         raise ArtefactNotFoundError(
