@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,8 +22,9 @@ from .settings import TrainingConfig
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or a GPU if there is one, or the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of that name, or this process's GPU if there is one, or the CPU."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return torch.device(name or (gpu if torch.cuda.is_available() else "cpu"))
 
 
 def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +37,8 @@ from .adapters import (
 from .bases import Base, load_base
 from .examples import Examples, encode_subjects
 from .loop import Step, training_steps
+from .processes import ALONE, Processes
+from .sampler import SubjectSampler
 from .settings import MetaTrainConfig
 from .slots import SlotOptimizer
 from .state import checkpoint_folder, read_state, write_state
@@ -72,20 +73,23 @@ class MetaTraining:
         base: its denoiser gets an adapter; everything stays on the denoiser's device.
         examples: any number of subjects, each with at least one example.
         config: folders and views are not looked at.
+        processes: those that share the run. Each trains the subjects of its shards, Down's gradient is summed over all
+            of them, and all draw the same batches and noises: the result does not depend on their number (up to the
+            order of sums) as long as `shards` is the same.
 
     Raises:
-        ConfigError: more buckets than steps, or a warm-up that leaves Down no step.
+        ConfigError: more buckets than steps, a warm-up that leaves Down no step, or shards that do not work out.
         TooFewImagesError: a subject without an example.
     """
 
-    def __init__(self, base: Base, examples: Examples, config: MetaTrainConfig) -> None:
-        self.base, self.config = base, config
+    def __init__(self, base: Base, examples: Examples, config: MetaTrainConfig, processes: Processes = ALONE) -> None:
+        self.base, self.config, self.processes = base, config, processes
         self.examples = examples.to(base.device)
-        self._positions = [positions.tolist() for positions in examples.by_subject()]
-        empty = [subject for subject, positions in enumerate(self._positions) if not positions]
+        all_positions = [positions.tolist() for positions in examples.by_subject()]
+        empty = [subject for subject, positions in enumerate(all_positions) if not positions]
         if empty:
             raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
-        subjects = len(self._positions)
+        subjects = len(all_positions)
         slots = min(config.bucket_size or subjects, subjects)
         self.buckets = [range(start, min(start + slots, subjects)) for start in range(0, subjects, slots)]
         # The first buckets get the odd steps, so that the sum is what was asked for.
@@ -97,6 +101,13 @@ class MetaTraining:
                 f"({config.max_train_steps} steps, {len(self.buckets)} buckets): raise max_train_steps or bucket_size, "
                 "or lower warmup_steps"
             )
+        shards = config.shards or processes.count
+        if shards % processes.count:
+            raise ConfigError(f"shards must be a multiple of the {processes.count} processes, found {shards}")
+        self.sampler = SubjectSampler(
+            all_positions, config.subjects_per_batch, config.images_per_subject, shards, config.seed
+        )
+        self.sampler.start(self.buckets[-1])  # the smallest: fails here or never
         cls, options = optimizer_class(config.optimizer), optimizer_options(config)
         self.adapter_config = MetaLoraConfig(
             r=config.rank,
@@ -121,8 +132,6 @@ class MetaTraining:
         )
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
         self._generator = torch.Generator(base.device).manual_seed(config.seed)
-        self._choices = torch.Generator().manual_seed(config.seed)
-        self._queue: list[int] = []
         self._sums: list[Tensor] = [torch.zeros_like(part[0]) for part in slotted]
         self._slotted, self._counted = slotted, 0
         # The bucket in training, and whether its subjects are still to be added to the mean.
@@ -139,15 +148,14 @@ class MetaTraining:
                 self._number, self._bucket, self._open = number, self.buckets[number], True
                 reset_slots(denoiser, _TRAINING)
                 self.optimizer.reset()
-                self._queue.clear()
-            clip = partial(self.optimizer.clip_grad_norm_, config.max_grad_norm) if config.max_grad_norm else None
+                self.sampler.start(self._bucket)
             run = training_steps(
                 self._loss,
                 self.optimizer,
                 steps=first + self.bucket_steps[number],
                 scheduler=self.scheduler,
                 accumulation=config.gradient_accumulation_steps,
-                clip=clip,
+                clip=self._finish_gradients,
                 done=len(self.losses),
             )
             set_warmup(denoiser, len(self.losses) - first < config.warmup_steps, _TRAINING)
@@ -162,6 +170,7 @@ class MetaTraining:
         """Put the published Down on the denoiser, as adapter 'default', in place of the one that was trained."""
         if self._open:
             self._add_to_mean()
+        self.processes.sum_(self._sums)
         denoiser, config = self.base.denoiser, self.config
         means = iter(total / max(self._counted, 1) for total in self._sums)
         tensors = {}
@@ -198,9 +207,9 @@ class MetaTraining:
             "factors": self._factors(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "generators": [self._generator.get_state(), self._choices.get_state()],
+            "generator": self._generator.get_state(),
+            "sampler": self.sampler.state_dict(),
             "bucket": self._number,
-            "queue": self._queue,
             "sums": self._sums,
             "counted": self._counted,
             "losses": self.losses,
@@ -215,49 +224,48 @@ class MetaTraining:
                 total.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        for generator, value in zip((self._generator, self._choices), state["generators"], strict=True):
-            generator.set_state(value)
+        self._generator.set_state(state["generator"])
         self._number, self._bucket, self._open = state["bucket"], self.buckets[state["bucket"]], True
-        self._queue, self._counted, self.losses = state["queue"], state["counted"], state["losses"]
+        self.sampler.start(self._bucket)
+        self.sampler.load_state_dict(state["sampler"])
+        self._counted, self.losses = state["counted"], state["losses"]
 
     def _factors(self) -> list[Tensor]:
         parts = "metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up"
         return [getattr(layer, part)[_TRAINING].detach() for layer in self._layers for part in parts]
 
-    def _loss(self) -> Tensor:
-        slots = self._next_subjects()
-        index, rows = [], []
-        for slot in slots:
-            positions = self._positions[self._bucket[slot]]
-            picks = torch.randint(len(positions), (self.config.images_per_subject,), generator=self._choices)
-            index += [positions[pick] for pick in picks.tolist()]
-            rows += [slot] * len(picks)
-        latents, text = self.examples.pick(torch.tensor(index, device=self.base.device))
-        noise = torch.randn(latents.shape, generator=self._generator, device=latents.device)
-        times = self.base.sample_times(latents, self._generator)
-        set_subjects(self.base.denoiser, rows)
-        self.optimizer.see(slots)
-        with autocast(self.config.mixed_precision, self.base.device):
-            return self.base.loss(latents, text, noise, times).mean()
+    def _owns(self, slot: int) -> bool:
+        return slot % self.sampler.shards % self.processes.count == self.processes.rank
 
-    def _next_subjects(self) -> list[int]:
-        """Slots of the next batch: each subject of the bucket once, in random order, before any comes again."""
-        wanted = min(self.config.subjects_per_batch, len(self._bucket))
-        chosen: list[int] = []
-        while len(chosen) < wanted:
-            fresh = [slot for slot in self._queue if slot not in chosen][: wanted - len(chosen)]
-            chosen += fresh
-            self._queue = [slot for slot in self._queue if slot not in fresh]
-            if len(chosen) < wanted:
-                self._queue += torch.randperm(len(self._bucket), generator=self._choices).tolist()
-        return chosen
+    def _loss(self) -> Tensor:
+        """This process's part of the mean over the whole batch; its value, not its gradient, is the whole mean."""
+        rows, index = self.sampler.draw()
+        own = [number for number, slot in enumerate(rows) if self._owns(slot)]
+        like, device = self.examples.latents, self.base.device
+        noise = torch.randn(len(rows), *like.shape[1:], generator=self._generator, device=device)
+        times = self.base.sample_times(like[:1].expand(len(rows), -1, -1, -1), self._generator)
+        latents, text = self.examples.pick(torch.tensor([index[number] for number in own], device=device))
+        set_subjects(self.base.denoiser, [rows[number] for number in own])
+        self.optimizer.see([rows[number] for number in own])
+        with autocast(self.config.mixed_precision, device):
+            part = self.base.loss(latents, text, noise[own], times[own]).sum() / len(rows)
+        whole = part.detach().clone()
+        self.processes.sum_([whole])
+        return part + (whole - part.detach())
+
+    def _finish_gradients(self) -> None:
+        """Sum Down's gradient over the processes, then clip."""
+        downs = self.optimizer.param_groups[1]["params"]
+        self.processes.sum_([down.grad for down in downs if down.grad is not None])
+        if self.config.max_grad_norm:
+            self.optimizer.clip_grad_norm_(self.config.max_grad_norm)
 
     @torch.no_grad()
     def _add_to_mean(self) -> None:
-        count = len(self._bucket)
+        own = [slot for slot in range(len(self._bucket)) if self._owns(slot)]
         for total, part in zip(self._sums, self._slotted, strict=True):
-            total += part[:count].sum(0)
-        self._counted += count
+            total += part[own].sum(0)
+        self._counted += len(self._bucket)
         self._open = False
 
 
@@ -279,8 +287,9 @@ def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, pr
 def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     """Stage 1 from a folder of subjects: trains a Down and writes it to `output_dir`.
 
-    Ctrl-C writes the Down as it is by then (nothing before the first step) and raises KeyboardInterrupt. With
-    `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint` as if nothing had happened.
+    Ctrl-C writes the Down as it is by then (nothing before the first step, nor in a run of several processes) and
+    raises KeyboardInterrupt. With `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint`
+    as if nothing had happened.
 
     Returns:
         The result that was written.
@@ -293,6 +302,8 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     if config.train_data_dir is None:
         raise ConfigError("expected train_data_dir, found none: give a folder that holds a folder for each subject")
     device = choose_device(config.device)
+    processes = Processes.of_environment(device)
+    progress = progress and processes.is_main
     subjects = read_subjects(config.train_data_dir)
     base = load_base(
         config.pretrained_model_name_or_path,
@@ -305,18 +316,20 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     base.place(device, encoders=True)
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress)
     base.place(device, encoders=False)
-    run = MetaTraining(base, examples, config)
-    state = read_state(config)
+    run = MetaTraining(base, examples, config, processes)
+    state = read_state(config, processes)
     if state is not None:
         run.load_state_dict(state)
     try:
         _run(run, progress, config.checkpointing_steps)
     except KeyboardInterrupt:
-        if run.losses:
+        if run.losses and processes.count == 1:  # the others may be gone already
             run.finish().save(config.output_dir, config.pretrained_model_name_or_path)
         raise
     result = run.finish()
-    result.save(config.output_dir, config.pretrained_model_name_or_path)
+    if processes.is_main:
+        result.save(config.output_dir, config.pretrained_model_name_or_path)
+    processes.wait()
     return result
 
 
@@ -327,4 +340,5 @@ def _run(run: MetaTraining, progress: bool, checkpointing_steps: int | None = No
             bar.update()
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
             if checkpointing_steps and step.number % checkpointing_steps == 0 and step.number < total:
-                write_state(checkpoint_folder(run.config.output_dir, step.number), run.state_dict(), run.config)
+                folder = checkpoint_folder(run.config.output_dir, step.number)
+                write_state(folder, run.state_dict(), run.config, run.processes)

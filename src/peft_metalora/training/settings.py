@@ -126,6 +126,11 @@ class MetaTrainConfig(TrainingConfig):
     warmup_steps: int = setting("Steps at the start of a bucket in which Down is frozen.", 50)
     subjects_per_batch: int = setting("Subjects in a batch; each is seen equally often.", 16)
     images_per_subject: int = setting("Images of each of these subjects in a batch.", 1)
+    shards: int | None = setting(
+        "Groups of subjects that a batch takes equally from; each process owns some. Runs with the same number draw "
+        "the same batches on any number of processes. Default: the number of processes.",
+        None,
+    )
     views_per_image: int = setting("Crops (and mirror images) of each photo that are encoded before training.", 1)
 
     def __post_init__(self) -> None:
@@ -137,7 +142,7 @@ class MetaTrainConfig(TrainingConfig):
 
     def _at_least_one(self) -> tuple[str, ...]:
         own = "rank", "meta_rank", "max_train_steps", "bucket_size", "subjects_per_batch", "images_per_subject"
-        return *super()._at_least_one(), *own, "views_per_image"
+        return *super()._at_least_one(), *own, "views_per_image", "shards"
 
     def _positive(self) -> tuple[str, ...]:
         return *super()._positive(), "lora_alpha", "down_learning_rate"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import ArtefactNotFoundError, ConfigError, CorruptFileError
 from ..files import write_tensors
+from .processes import ALONE, Processes
 from .settings import TrainingConfig
 
 STATE_FILE = "training_state.safetensors"
@@ -32,14 +33,14 @@ def checkpoint_folder(output_dir: str, step: int) -> Path:
     return Path(output_dir) / f"checkpoint-{step}"
 
 
-def write_state(folder: Path, state: dict[str, Any], config: TrainingConfig) -> None:
+def write_state(folder: Path, state: dict[str, Any], config: TrainingConfig, processes: Processes = ALONE) -> None:
     """Write a state and the settings it belongs to; raises WriteFailedError, and then the old file is unchanged."""
     tensors: dict[str, torch.Tensor] = {}
     plain = _pack({"state": state, "config": asdict(config)}, tensors)
-    write_tensors(folder / STATE_FILE, tensors, {_HEADER: json.dumps(plain)})
+    write_tensors(folder / _file_name(processes), tensors, {_HEADER: json.dumps(plain)})
 
 
-def read_state(config: TrainingConfig) -> dict[str, Any] | None:
+def read_state(config: TrainingConfig, processes: Processes = ALONE) -> dict[str, Any] | None:
     """The state that `resume_from_checkpoint` names: a checkpoint's folder, or 'latest' (None if there is none yet).
 
     Raises:
@@ -49,15 +50,16 @@ def read_state(config: TrainingConfig) -> dict[str, Any] | None:
     if config.resume_from_checkpoint is None:
         return None
     if config.resume_from_checkpoint == "latest":
-        found = _checkpoints(Path(config.output_dir))
-        if not found:
+        # A killed run may have left the last checkpoint of some of its processes only.
+        steps = processes.common(_steps(Path(config.output_dir), _file_name(processes)))
+        if not steps:
             return None
-        path = found[-1] / STATE_FILE
+        path = checkpoint_folder(config.output_dir, max(steps)) / _file_name(processes)
     else:
-        path = Path(config.resume_from_checkpoint) / STATE_FILE
+        path = Path(config.resume_from_checkpoint) / _file_name(processes)
     if not path.is_file():
         raise ArtefactNotFoundError(
-            f"expected {STATE_FILE} in {path.parent}, found none: give a checkpoint folder of this run, or 'latest'"
+            f"expected {path.name} in {path.parent}, found none: give a checkpoint folder of this run, or 'latest'"
         )
     try:
         with safe_open(path, "pt") as file:
@@ -78,14 +80,15 @@ def read_state(config: TrainingConfig) -> dict[str, Any] | None:
     return state
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders that hold a state, oldest first."""
-    found = []
-    for path in output_dir.glob("checkpoint-*"):
-        match = _FOLDER.fullmatch(path.name)
-        if match and (path / STATE_FILE).is_file():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+def _file_name(processes: Processes) -> str:
+    """Each process writes the state of its own subjects."""
+    return STATE_FILE if processes.is_main else f"training_state-{processes.rank}.safetensors"
+
+
+def _steps(output_dir: Path, file: str) -> set[int]:
+    """Steps of the checkpoint folders that hold a file."""
+    folders = ((path, _FOLDER.fullmatch(path.name)) for path in output_dir.glob("checkpoint-*"))
+    return {int(match[1]) for path, match in folders if match and (path / file).is_file()}
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

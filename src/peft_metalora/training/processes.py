@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes of one run (`accelerate launch`, `torchrun`), or the one process that there is.
+
+Only what stage 1 needs: a sum over processes, and an agreement on where to go on from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: 0 for the main process, which alone writes results.
+        count: number of processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def of_environment(cls, device: torch.device) -> Processes:
+        """Join the run that the launcher described in the environment, if it described one."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        state = PartialState(cpu=device.type == "cpu")
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, in one exchange."""
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    def common(self, numbers: set[int]) -> set[int]:
+        """The numbers that every process has."""
+        if self.count == 1:
+            return numbers
+        everyone: list[set[int]] = [set() for _ in range(self.count)]
+        dist.all_gather_object(everyone, numbers)
+        return set.intersection(*everyone)
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+ALONE = Processes()
