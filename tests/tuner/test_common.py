@@ -326,6 +326,7 @@ def test_layers_say_what_they_are(row):
     _, model, _, _ = row
     for _, layer in meta_lora_layers(model):
         assert set(layer.r) == set(layer.scaling) == {"default"}
+        assert layer.in_features and layer.out_features
         assert repr(layer).startswith("metalora.")
     assert all(
         status.adapter_layer if hasattr(status, "adapter_layer") else status for status in model.get_layer_status()

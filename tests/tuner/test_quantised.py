@@ -143,3 +143,11 @@ def test_other_backends_are_refused_before_the_model_changes(monkeypatch):
     with pytest.raises(UnsupportedModuleError, match="quantised by 'awq'; tested are bnb 8bit, bnb 4bit, torchao"):
         get_peft_model(model, config(target_modules=["0"]))
     assert type(model[0]) is nn.Linear
+
+
+def test_integer_weights_of_unknown_make_are_refused():
+    model = nn.Sequential(nn.Linear(64, 32))
+    model[0].weight = nn.Parameter(torch.zeros(32, 64, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UnsupportedModuleError, match=r"quantised \(Linear, torch.uint8\) in a way"):
+        get_peft_model(model, config(target_modules=["0"]))
+    assert type(model[0]) is nn.Linear

@@ -48,6 +48,12 @@ def check_supported(model: nn.Module, key: str, module: nn.Module) -> None:
         kinds = "nn.Linear, Conv1d, Conv2d, Conv3d and transformers' Conv1D"
         _refuse(key, f"a {type(base).__module__}.{type(base).__name__}; Meta-LoRA adapts {kinds}", "exclude it")
     backend = quantization_backend(model, base)
+    if backend is None and not base.weight.is_floating_point():
+        _refuse(
+            key,
+            f"quantised ({type(base).__name__}, {base.weight.dtype}) in a way that PEFT has no handler for",
+            f"quantise the model with one of {', '.join(TESTED_BACKENDS)} (docs/quantisation.md)",
+        )
     if backend is not None and backend.backend_name not in TESTED_BACKENDS:
         _refuse(
             key,

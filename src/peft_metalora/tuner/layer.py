@@ -57,6 +57,7 @@ class MetaLoraLayer(Mergeable):
         self.quantization_backend = quantization_backend
         self.subject_index = subject_index
         self.down_row, self.d_out = factor_shape(self.get_base_layer())
+        self.in_features, self.out_features = self.down_row[0], self.d_out
         self.metalora_down = nn.ParameterDict()
         self.metalora_mid_init = BufferDict(persistent=True)
         self.metalora_mid = nn.ParameterDict()

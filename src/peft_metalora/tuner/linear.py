@@ -29,11 +29,6 @@ POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
 class Linear(MetaLoraLayer):
     """Meta-LoRA on nn.Linear, its quantised kin and transformers' Conv1D: x (..., d_in) -> (..., d_out)."""
 
-    @property
-    def d_in(self) -> int:
-        """Input features."""
-        return self.down_row[0]
-
     def _shaped_like_weight(self, delta: Tensor) -> Tensor:
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
@@ -91,14 +86,14 @@ class Linear(MetaLoraLayer):
         if folded.dtype != x.dtype or up.dtype != x.dtype or base["bias"] is None or folded.shape[0] != up.shape[2]:
             return self._forward_fused(x, name)
         y = F.linear(F.linear(x, folded), up.squeeze(0), base["bias"])
-        y.view(-1, self.d_out).addmm_(x.reshape(-1, self.d_in), weight.t())
+        y.view(-1, self.d_out).addmm_(x.reshape(-1, self.in_features), weight.t())
         return y
 
     def _forward_fused(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.base_layer
         chosen, dtype = self._chosen(x), x.dtype
         rows = 1 if chosen is None else chosen[0].shape[0]
-        deep = x.reshape(rows, -1, self.d_in)
+        deep = x.reshape(rows, -1, self.in_features)
         up = gather(cast(self.metalora_up[name], dtype), chosen)
         if torch.is_grad_enabled():
             down = cast(self._down(self.down_key[name]), dtype)
@@ -119,12 +114,12 @@ class Linear(MetaLoraLayer):
 
     def _folded(self, name: str, dtype: torch.dtype, chosen: Chosen | None) -> Tensor:
         """The fold of each sample's slot, (rows, r, d_in)."""
-        return gather(cast(self.metalora_folded[name].view(-1, self.r[name], self.d_in), dtype), chosen)
+        return gather(cast(self.metalora_folded[name].view(-1, self.r[name], self.in_features), dtype), chosen)
 
     def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         dtype = result.dtype
         rows = 1 if chosen is None else chosen[0].shape[0]
-        deep = cast(self.metalora_dropout[name](x), dtype).reshape(rows, -1, self.d_in)
+        deep = cast(self.metalora_dropout[name](x), dtype).reshape(rows, -1, self.in_features)
         up = gather(cast(self.metalora_up[name], dtype), chosen)
         total = result.reshape(rows, -1, self.d_out)
         if name in self.metalora_magnitude:
