@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PEFT tuner: configuration, layers, model and their registration with PEFT. torch and peft only."""
 
+from . import convert, model, registration
 from .combine import add_weighted_subject
 from .config import MetaLoraConfig
-from .convert import register_lora_conversion, to_lora
-from .down import DownSource, fingerprint, set_down_loader
+from .convert import to_lora
+from .down import DownSource, fingerprint, set_down_loader, set_file_check
 from .layer import MetaLoraLayer
 from .linear import Linear
 from .model import (
     MetaLoraModel,
     fold,
-    inject_all_or_nothing,
-    replace_target,
     reset_slots,
     set_merge_backup,
     set_warmup,
@@ -20,7 +19,7 @@ from .model import (
     write_subject,
 )
 from .plan import down_fingerprint, down_state
-from .registration import MetaLoraType, register, register_mixed
+from .registration import MetaLoraType
 from .subjects import set_subjects, subjects
 from .variants import init_down_from_data, lora_plus_groups
 
@@ -38,9 +37,9 @@ __all__ = [
     "fold",
     "init_down_from_data",
     "lora_plus_groups",
-    "register",
     "reset_slots",
     "set_down_loader",
+    "set_file_check",
     "set_merge_backup",
     "set_subjects",
     "set_warmup",
@@ -51,6 +50,6 @@ __all__ = [
     "write_subject",
 ]
 
-register(MetaLoraConfig, MetaLoraModel)
-register_mixed(MetaLoraConfig, MetaLoraLayer, inject_all_or_nothing, replace_target)
-register_lora_conversion()
+registration.register(MetaLoraConfig, MetaLoraModel)
+registration.register_mixed(MetaLoraConfig, MetaLoraLayer, model.inject_all_or_nothing, model.replace_target)
+convert.register_lora_conversion()

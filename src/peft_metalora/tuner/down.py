@@ -43,6 +43,22 @@ def set_down_loader(loader: DownLoader | None) -> None:
     _loader = loader
 
 
+FileCheck = Callable[[MetaLoraConfig], None]
+_check: FileCheck | None = None
+
+
+def set_file_check(check: FileCheck | None) -> None:
+    """Install the function that checks the files a config was read from, before its adapter is added; None removes it."""
+    global _check
+    _check = check
+
+
+def check_files(config: MetaLoraConfig) -> None:
+    """Check the files that `config` was read from, if it was and if a check is installed."""
+    if _check is not None and config.origin is not None:
+        _check(config)
+
+
 def load_down_source(config: MetaLoraConfig) -> DownSource:
     """Read the Down that `config` names.
 

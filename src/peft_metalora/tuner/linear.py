@@ -242,4 +242,6 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
 
 def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
     """a (rows, tokens, m)^T @ b (rows, tokens, n) -> (rows, m, n)."""
+    if a.shape[0] == 1:  # mm may split the long sum over tokens, bmm does not
+        return torch.mm(a[0].t(), b[0]).unsqueeze(0)
     return torch.bmm(a.mT, b)

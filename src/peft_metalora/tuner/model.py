@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import AdapterNotFoundError, AdapterStateError, NoTargetModulesError
 from .combine import add_weighted_subject
 from .config import STARTS, MetaLoraConfig
-from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, DownSource, fingerprint, set_down_loader
+from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, DownSource, check_files, fingerprint, set_down_loader
 from .layer import MetaLoraLayer
 from .layers import create_layer
 from .merging import MERGE_BACKUPS
@@ -224,6 +224,7 @@ def inject_all_or_nothing(
     """Check an injection, let PEFT do it (`proceed`), then bind the new adapter to its Down and start it."""
     config: MetaLoraConfig = tuner.peft_config[adapter_name]
     try:
+        check_files(config)
         plan = plan_injection(tuner, model, config, adapter_name, state_dict)
     except Exception:
         tuner.peft_config.pop(adapter_name, None)
