@@ -9,6 +9,7 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
+import transformers.utils.hub
 import yaml
 from huggingface_hub import constants
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
@@ -30,6 +31,8 @@ def point_at(hub_endpoint, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub_endpoint)
+    # transformers (PEFT pushes through it) keeps a client of its own, made on first use by whichever test came first.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 

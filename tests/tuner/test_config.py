@@ -14,7 +14,8 @@ from peft.mapping import (
 )
 
 from peft_metalora.errors import ConfigError
-from peft_metalora.tuner import MetaLoraConfig, MetaLoraModel, register
+from peft_metalora.tuner import MetaLoraConfig, MetaLoraModel
+from peft_metalora.tuner.registration import register
 
 
 @pytest.mark.parametrize(
