@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,11 @@ from peft_metalora import hub
 from peft_metalora.errors import (
     ConfigError,
     NoCaptionError,
+    NoImagesError,
     NoTargetModulesError,
     TrainingError,
-    UnreadableImageError,
     WriteFailedError,
 )
-from peft_metalora.training import meta_train as stage_1
 from peft_metalora.training.meta_train import MetaTraining, meta_train, meta_train_on
 from peft_metalora.tuner import down_state
 from peft_metalora.tuner.subjects import meta_lora_layers
@@ -173,10 +173,21 @@ def test_data_that_cannot_be_used(tmp_path):
     (people / "person-1" / "metadata.jsonl").unlink()
     with pytest.raises(NoCaptionError, match="give instance_prompt"):
         meta_train(config, progress=False)
-    config.instance_prompt = "a photo"
-    (people / "person-1" / "0.png").write_bytes(b"no image")
-    with pytest.raises(UnreadableImageError, match=r"0\.png"):
-        meta_train(config, progress=False)
-    assert not (tmp_path / "down").exists()
     with pytest.raises(ConfigError, match="multiple of 8"):
-        stage_1.meta_train(meta_config(**{**vars(config), "resolution": 20}), progress=False)
+        meta_train(replace(config, instance_prompt="a photo", resolution=20), progress=False)
+    for number in (0, 1):
+        (people / "person-1" / f"{number}.png").write_bytes(b"no image")
+    with pytest.warns(match="skipped 2 of 6"), pytest.raises(NoImagesError, match="found none of person-1"):
+        meta_train(replace(config, instance_prompt="a photo"), progress=False)
+    assert not (tmp_path / "down").exists()
+
+
+def test_unreadable_images_are_left_out_and_named(tmp_path):
+    people, model = write_people(tmp_path / "people"), save_tiny_flux(tmp_path / "base")
+    (people / "person-1" / "0.png").write_bytes(b"no image")
+    config = meta_config(
+        pretrained_model_name_or_path=str(model), train_data_dir=str(people), output_dir=str(tmp_path / "down")
+    )
+    with pytest.warns(match=r"skipped 1 of 6 images: .*person-1/0\.png"):
+        result = meta_train(config, progress=False)
+    assert (result.facts["subjects"], result.facts["images"]) == (3, 5)

@@ -16,6 +16,7 @@ from peft_metalora.errors import (
     MetaLoraError,
     NoImagesError,
     RankMismatchError,
+    UnreadableImageError,
     WriteFailedError,
 )
 from peft_metalora.training.examples import Examples
@@ -194,6 +195,11 @@ def test_bad_input_is_one_clear_sentence_and_changes_nothing(place, tmp_path, ba
     names = [name for name, _ in base.denoiser.named_modules()]
     cases = [
         (file_config(place, tmp_path / "x", instance_data_dir=str(tmp_path / "none")), NoImagesError, "check the path"),
+        (
+            file_config(place, tmp_path / "x", instance_data_dir=__file__, instance_prompt="a"),
+            UnreadableImageError,
+            "cannot be decoded",
+        ),
         (file_config(place, tmp_path / "x", down=None), ConfigError, "needs a Down"),
         (file_config(place, tmp_path / "x", rank=3), (ConfigError, RankMismatchError), "rank must be the Down's, 2"),
         (file_config(place, tmp_path / "x", down=str(place / "base")), MetaLoraError, "base"),

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training examples as the denoiser sees them: latents and text embeddings, encoded once and kept in memory."""
+"""Training examples as the denoiser sees them: latents and text embeddings, encoded once, in memory and on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import Photo, Subject, augment, flip_caption, load_image
-from ..errors import ConfigError, NoCaptionError, NoImagesError
+from ..errors import ConfigError, NoCaptionError, NoImagesError, UnreadableImageError
 from .bases import Base, Text
+from .cache import Cache, file_hash, identity
 from .settings import TrainingConfig
 
 
@@ -59,11 +62,21 @@ class Examples:
 
 
 def encode_subjects(
-    base: Base, subjects: Sequence[Subject], config: TrainingConfig, views: int, *, progress: bool = True
+    base: Base,
+    subjects: Sequence[Subject],
+    config: TrainingConfig,
+    views: int,
+    *,
+    progress: bool = True,
+    skip_unreadable: bool = False,
 ) -> Examples:
     """Cut `views` random crops out of every photo, encode them and their captions.
 
-    The views of a subject depend on its photos and the seed alone, not on which subjects are beside it.
+    The views of a photo depend on it, its place among its subject's photos and the seed; not on other subjects. With
+    `cache_dir` what is encoded is kept on disk, and looked up there.
+
+    Args:
+        skip_unreadable: go on without images that cannot be decoded, and warn with their names and number.
 
     Raises:
         NoImagesError: no subject, or one without photos.
@@ -77,33 +90,86 @@ def encode_subjects(
         )
     if not subjects or any(not subject.photos for subject in subjects):
         raise NoImagesError("expected at least one image of each subject, found none: check the folder")
-    photos = [(number, photo) for number, subject in enumerate(subjects) for photo in subject.photos]
+    photos = [
+        (number, place, photo) for number, subject in enumerate(subjects) for place, photo in enumerate(subject.photos)
+    ]
+    for _, _, photo in photos:
+        _caption(photo, config)  # before the long work
+    encoder = PhotoEncoder(base, config, views)
     captions: dict[str, int] = {}
-    latents, rows, owners = [], [], []
-    generators = [torch.Generator().manual_seed(config.seed) for _ in subjects]
-    for number, photo in tqdm(photos, desc="encoding", unit="image", disable=not progress):
-        cuts = list(_views(photo, config, views, generators[number]))
-        latents.append(base.encode_images(torch.stack([pixels for pixels, _ in cuts])))
-        rows += [captions.setdefault(caption, len(captions)) for _, caption in cuts]
-        owners += [number] * len(cuts)
-    return Examples(torch.cat(latents), encode_captions(base, list(captions)), torch.tensor(rows), torch.tensor(owners))
+    latents, rows, owners, unreadable = [], [], [], []
+    for number, place, photo in tqdm(photos, desc="encoding", unit="image", disable=not progress):
+        try:
+            encoded, texts = encoder(photo, place)
+        except UnreadableImageError as error:
+            if not skip_unreadable:
+                raise
+            unreadable.append(str(error))
+            continue
+        latents.append(encoded)
+        rows += [captions.setdefault(text, len(captions)) for text in texts]
+        owners += [number] * len(texts)
+    if unreadable:
+        warnings.warn(f"skipped {len(unreadable)} of {len(photos)} images: {'; '.join(unreadable)}", stacklevel=2)
+    lost = [subject.name for number, subject in enumerate(subjects) if number not in set(owners)]
+    if lost:
+        raise NoImagesError(f"expected a readable image of each subject, found none of {', '.join(lost[:5])}")
+    text = encode_captions(base, list(captions), cache_dir=config.cache_dir)
+    return Examples(torch.cat(latents), text, torch.tensor(rows), torch.tensor(owners))
 
 
-def encode_captions(base: Base, captions: Sequence[str], batch_size: int = 64) -> Text:
-    """Embeddings of many captions, encoded in batches."""
-    parts = [base.encode_text(captions[start : start + batch_size]) for start in range(0, len(captions), batch_size)]
+class PhotoEncoder:
+    """Encodes the views of one photo after another."""
+
+    def __init__(self, base: Base, config: TrainingConfig, views: int) -> None:
+        self.base, self.config, self.views = base, config, views
+        self._cache = Cache(config.cache_dir)
+        self._vae = identity(base.pipeline.vae) if config.cache_dir is not None else ""
+
+    def __call__(self, photo: Photo, place: int) -> tuple[Tensor, list[str]]:
+        """Latents (views, c, h, w) and captions of a photo, the `place`-th of its subject."""
+        config = self.config
+        made_from = {
+            "vae": self._vae,
+            "photo": file_hash(photo.path) if self._vae else "",
+            "views": self.views,
+            "resolution": config.resolution,
+            "random_flip": config.random_flip,
+            "seed": config.seed,
+            "place": place,
+            "format": 1,
+        }
+        found = self._cache.get(made_from, lambda: self._encode(photo, place))
+        caption = _caption(photo, config)
+        return found["latents"], [flip_caption(caption) if flip else caption for flip in found["flip"].tolist()]
+
+    def _encode(self, photo: Photo, place: int) -> dict[str, Tensor]:
+        image, pixels, flips = load_image(photo.path), [], []
+        generator = torch.Generator().manual_seed(self.config.seed + 1_000_003 * place)
+        for _ in range(self.views):
+            flip = self.config.random_flip and bool(torch.rand((), generator=generator) < 0.5)
+            pixels.append(augment(image, self.config.resolution, generator, flip=flip))
+            flips.append(flip)
+        return {"latents": self.base.encode_images(torch.stack(pixels)), "flip": torch.tensor(flips)}
+
+
+def encode_captions(base: Base, captions: Sequence[str], *, cache_dir: str | None = None, batch_size: int = 64) -> Text:
+    """Embeddings of many captions, encoded in batches; with `cache_dir`, kept on disk one by one."""
+    if cache_dir is None:
+        starts = range(0, len(captions), batch_size)
+        parts = [base.encode_text(captions[start : start + batch_size]) for start in starts]
+    else:
+        cache = Cache(cache_dir)
+        encoders = identity(*(getattr(base.pipeline, name, None) for name in base.encoder_names if name != "vae"))
+        made_from = {"encoders": encoders, "length": base.max_sequence_length, "format": 1}
+        parts = [cache.get({**made_from, "caption": one}, partial(base.encode_text, [one])) for one in captions]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _views(
-    photo: Photo, config: TrainingConfig, views: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, str]]:
+def _caption(photo: Photo, config: TrainingConfig) -> str:
     caption = photo.caption or config.instance_prompt
     if caption is None:
         raise NoCaptionError(
             f"expected a caption for {photo.path}, found none: give instance_prompt, a metadata.jsonl or a .txt file"
         )
-    image = load_image(photo.path)
-    for _ in range(views):
-        flip = config.random_flip and bool(torch.rand((), generator=generator) < 0.5)
-        yield augment(image, config.resolution, generator, flip=flip), flip_caption(caption) if flip else caption
+    return caption

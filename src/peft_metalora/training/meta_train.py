@@ -294,8 +294,10 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     Returns:
         The result that was written.
 
+    Images that cannot be decoded are left out, with a warning that names them.
+
     Raises:
-        NoImagesError, NoCaptionError, UnreadableImageError, MetadataError: the data cannot be used.
+        NoImagesError, NoCaptionError, MetadataError: the data cannot be used.
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
@@ -314,7 +316,7 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
         max_sequence_length=config.max_sequence_length,
     )
     base.place(device, encoders=True)
-    examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress)
+    examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
     base.place(device, encoders=False)
     run = MetaTraining(base, examples, config, processes)
     state = read_state(config, processes)

@@ -39,6 +39,9 @@ class TrainingConfig:
     instance_prompt: str | None = setting("Caption of images that have none of their own.", None)
     resolution: int = setting("Height and width of the training crops, in pixels.", 512)
     random_flip: bool = setting("Mirror half of the views; 'left' and 'right' in captions are swapped with them.", True)
+    cache_dir: str | None = setting(
+        "Keep encoded photos and captions in this folder for later runs. Default: in memory only.", None
+    )
     weighting_scheme: str | None = setting(
         "Density of the noise levels. Default: 'logit_normal' for rectified flow, 'none' (uniform) for other models.",
         None,

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photos become latents and captions text embeddings, once; the disk gives back what was encoded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peft_metalora.data import augment, load_image, read_subjects
+from peft_metalora.training.examples import encode_captions, encode_subjects
+from training_tiny import CAPTIONS, personal_config, tiny_base, write_people
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    return write_people(tmp_path_factory.mktemp("examples") / "people")
+
+
+@pytest.fixture
+def base():
+    return tiny_base()
+
+
+def encode(base, people, config, views=3):
+    return encode_subjects(base, read_subjects(people), config, views, progress=False)
+
+
+def equal(one, other):
+    text = all(torch.equal(one.text[name], other.text[name]) for name in one.text)
+    return text and all(torch.equal(getattr(one, n), getattr(other, n)) for n in ("latents", "caption", "subject"))
+
+
+def test_views_are_crops_and_their_captions_follow_the_mirror(base, people):
+    examples = encode(base, people, personal_config())
+    assert examples.latents.shape == (3 * 2 * 3, 4, 4, 4)
+    assert examples.subject.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert [len(positions) for positions in examples.by_subject()] == [6, 6, 6]
+    generator = torch.Generator().manual_seed(0)
+    image = load_image(people / "person-0" / "0.png")
+    flip = bool(torch.rand((), generator=generator) < 0.5)
+    pixels = augment(image, 16, generator, flip=flip)
+    assert torch.allclose(examples.latents[:1], base.encode_images(pixels[None]), atol=1e-5)
+    caption = CAPTIONS[0].replace("left", "right") if flip else CAPTIONS[0]
+    _, text = examples.pick(torch.tensor([0]))
+    assert torch.allclose(text["sequence"], base.encode_text([caption])["sequence"], atol=1e-6)
+    # Two captions, one of them in two directions.
+    assert len(examples.text["sequence"]) == 3
+
+
+def test_a_photo_is_encoded_alike_whoever_is_beside_it(base, people):
+    together = encode(base, people, personal_config())
+    alone = encode_subjects(base, read_subjects(people)[1:2], personal_config(), 3, progress=False)
+    assert torch.equal(alone.latents, together.latents[6:12])
+
+
+def test_no_mirror_images_when_not_asked_for(base, people):
+    examples = encode(base, people, personal_config(random_flip=False))
+    assert len(examples.text["sequence"]) == len(CAPTIONS)
+
+
+def test_disk_gives_back_what_was_encoded_without_any_encoder(base, people, tmp_path, monkeypatch):
+    config = personal_config(cache_dir=str(tmp_path / "cache"))
+    first = encode(base, people, config)
+    assert torch.equal(first.latents, encode(base, people, personal_config()).latents)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(base.pipeline.vae, "encode", refuse)
+    monkeypatch.setattr(base.pipeline, "encode_prompt", refuse)
+    assert equal(encode(base, people, config), first)
+    for change in ({"seed": 1}, {"random_flip": False}, {"resolution": 24}):
+        with pytest.raises(AssertionError, match="encoded again"):
+            encode(base, people, replace(config, **change))
+
+
+def test_another_model_or_photo_or_a_damaged_file_is_encoded_anew(base, people, tmp_path):
+    config = personal_config(cache_dir=str(tmp_path / "cache"))
+    first = encode(base, people, config)
+    with torch.no_grad():
+        next(base.pipeline.vae.encoder.parameters()).mul_(1.5)
+    assert not torch.equal(encode(base, people, config).latents, first.latents)
+    base = tiny_base()
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:20])
+    assert equal(encode(base, people, config), first)
+    copy = write_people(tmp_path / "people")
+    (copy / "person-0" / "0.png").write_bytes((copy / "person-2" / "1.png").read_bytes())
+    changed = encode(base, copy, config)
+    assert not torch.equal(changed.latents[:3], first.latents[:3])
+    assert torch.equal(changed.latents[3:], first.latents[3:])
+
+
+def test_captions_in_batches_equal_one_by_one(base):
+    captions = [f"a photo of a {colour} shirt" for colour in ("red", "green", "blue")]
+    whole, parts = encode_captions(base, captions), encode_captions(base, captions, batch_size=1)
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
