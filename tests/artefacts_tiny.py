@@ -54,11 +54,11 @@ def with_down(slots: int = 1, seed: int = 1, **changes) -> nn.Module:
     return inject_adapter_in_model(config, model, "faces")
 
 
-def with_subject(model: nn.Module, name: str = "ann", slots: int = 1, seed: int = 2, down: str = "faces") -> nn.Module:
+def with_subject(model: nn.Module, name: str = "ann", slots: int = 1, seed: int = 2, **changes) -> nn.Module:
     """The model with a subject on the Down "faces", as if trained: its Up is not zero."""
     torch.manual_seed(seed)
-    settings = {**RANKS, "target_modules": TARGETS, "num_slots": slots, "init_weights": False}
-    return inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down=down), model, name)
+    settings = {**RANKS, "target_modules": TARGETS, "num_slots": slots, "init_weights": False, **changes}
+    return inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, name)
 
 
 def write_pair(folder: Path) -> tuple[Path, Path]:

@@ -100,6 +100,14 @@ def test_the_fingerprint_knows_neither_order_nor_metadata_nor_prefix(pair):
     assert checkpoint.load_down(down).fingerprint == before
 
 
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
+    for length in (640, 896):
+        header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+        raw = json.dumps(header).encode().ljust(length)
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", length) + raw + b"\0" * 4)
+        assert read_tensors(tmp_path / "x.safetensors")["a"].tolist() == [0.0]
+
+
 def test_fields_of_a_newer_peft_do_no_harm(pair):
     down, _ = pair
     edit_config(down, a_field_of_tomorrow=[1, 2])
@@ -186,7 +194,7 @@ REFUSALS = {
         "JSON",
     ),
     "configuration is deep": (
-        _config_text("[" * 90_000),
+        _config_text("[" * 50_000),
         errors.CorruptFileError,
         "JSON",
     ),
@@ -453,6 +461,51 @@ def test_a_relative_down_is_beside_the_subject_and_not_beside_the_process(tmp_pa
     x = torch.randn(3, 8)
     again = PeftModel.from_pretrained(TinyModel(), str(tmp_path / "other" / "ann"))
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("case", ["cut off", "missing tensor", "not a number", "pickle", "swapped shape"])
+def test_peft_refuses_a_broken_file_before_it_touches_the_model(pair, case):
+    model = PeftModel.from_pretrained(TinyModel(), str(pair[1]))
+    x = torch.randn(3, 8)
+    before, names, wanted = model.state_dict(), [name for name, _ in model.named_modules()], model(x)
+    for folder in pair:
+        REFUSALS[case][0](folder)
+        with pytest.raises(REFUSALS[case][1]):
+            model.load_adapter(str(folder), "again")
+        bare = TinyModel()
+        with pytest.raises(REFUSALS[case][1]):
+            PeftModel.from_pretrained(bare, str(folder))
+        assert [name for name, _ in bare.named_modules()] == [name for name, _ in TinyModel().named_modules()]
+    assert list(model.peft_config) == ["default"] and [name for name, _ in model.named_modules()] == names
+    assert equal(model.state_dict(), before) and torch.equal(model(x), wanted)
+
+
+def test_patterns_of_any_kind_are_written_as_module_paths(tmp_path):
+    settings = {"rank_pattern": {r".*\.to_q": 1}, "alpha_pattern": {r"blocks\.[01]\.to_(out|x)": 7}}
+    model = with_subject(with_down(**settings), **settings)
+    save_down(tmp_path / "faces", model, "faces")
+    save_subject(tmp_path / "ann", model, "ann", down=tmp_path / "faces")
+    source = checkpoint.load_subject(tmp_path / "ann")
+    assert source.config.rank_pattern == {r"^blocks\.0\.to_q$": 1, r"^blocks\.1\.to_q$": 1}
+    assert source.config.alpha_pattern == {r"^blocks\.0\.to_out$": 7, r"^blocks\.1\.to_out$": 7}
+    assert equal(source.tensors, subject_state(model, "ann"))
+
+
+def test_dora_subjects_keep_their_magnitudes(tmp_path):
+    model = with_subject(with_down(), use_dora=True)
+    x = torch.randn(3, 8)
+    save_down(tmp_path / "faces", model, "faces")
+    folder = save_subject(tmp_path / "ann", model, "ann", down=tmp_path / "faces")
+    assert not (folder / "pytorch_lora_weights.safetensors").exists(), "no ordinary LoRA can say it"
+    source = checkpoint.load_subject(folder)
+    assert source.tensors["blocks.0.to_q.metalora_magnitude"].shape == (1, 6)
+    for block in model.blocks:
+        block.to_q.set_adapter("ann")
+        block.to_out.set_adapter("ann")
+    torch.testing.assert_close(PeftModel.from_pretrained(TinyModel(), str(folder))(x), model(x))
+    edit_tensors(folder, lambda tensors: tensors.pop(FIRST + "metalora_magnitude"))
+    with pytest.raises(errors.MissingKeysError, match="metalora_magnitude"):
+        checkpoint.load_subject(folder)
 
 
 def test_peft_saves_and_loads_both_kinds(tmp_path):

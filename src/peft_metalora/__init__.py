@@ -113,4 +113,12 @@ def _load_down(config: MetaLoraConfig) -> DownSource:
     return hub.resolve_down(config)
 
 
+def _check_files(config: MetaLoraConfig) -> None:
+    """Check what PEFT's own verbs are about to load, before they change a model."""
+    from . import hub
+
+    hub.check_origin(config)
+
+
 tuner.set_down_loader(_load_down)
+tuner.set_file_check(_check_files)

@@ -31,7 +31,7 @@ from .errors import (
     UnsafeNameError,
     WrongKindError,
 )
-from .export import FOLD_FILE, component_name, fold_subject, save_diffusers
+from .export import FOLD_FILE, LoraPair, component_name, fold_subject, module_alpha, save_diffusers
 from .factors import DOWN_PARTS, SUBJECT_PARTS, WEIGHTS_FILE, check_subject_on_down, read_factors
 from .files import save_tensors, staged_folder
 from .tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
@@ -117,6 +117,18 @@ def load_subject(folder: str | os.PathLike[str], *, find_down: FindDown | None =
         )
     check_subject_on_down(tensors, down.tensors, path)
     return SubjectSource(_canonical(config, tensors), tensors, down)
+
+
+def check_files(folder: Path, config: MetaLoraConfig) -> None:
+    """Check the tensors' file of an adapter that PEFT is about to load, its configuration read already.
+
+    An adapter with further trained modules is left to PEFT: the format knows factors alone.
+
+    Raises:
+        As `load_down`.
+    """
+    if not config.modules_to_save and config.bias == "none":
+        read_factors(folder, config, DOWN_PARTS if config.stage == "meta" else SUBJECT_PARTS)
 
 
 def find_local_down(config: MetaLoraConfig, folder: Path) -> DownSource:
@@ -227,6 +239,7 @@ def save_down(
     for part in ("metalora_mid", "metalora_up"):
         for name in [name for name in tensors if name.endswith(part)]:
             tensors[name] = tensors[name].mean(dim=0, keepdim=True)
+    config = _with_plain_patterns(config, tensors)
     config = _file_config(config, model, facts, base_model, base_revision, down_fingerprint=fingerprint(tensors))
     return write_artefact(Path(folder), config, tensors)
 
@@ -265,7 +278,7 @@ def save_subject(
     factors = down_state(model, adapter_name)
     reference = reference_to_write(str(down) if down is not None else config.down, target)
     config = _file_config(
-        config,
+        _with_plain_patterns(config, tensors),
         model,
         facts,
         base_model,
@@ -274,10 +287,9 @@ def save_subject(
         down_revision=down_revision if down is not None else config.down_revision,
         down_fingerprint=down_fingerprint(model, adapter_name),
     )
-    pairs = fold_subject(config, factors, tensors) if fold else {}
-    return write_artefact(
-        target, config, tensors, lambda stage: save_diffusers(stage / FOLD_FILE, pairs, component_name(config))
-    )
+    # DoRA rescales the weight itself, which no ordinary LoRA can say.
+    pairs = fold_subject(config, factors, tensors) if fold and not config.use_dora else {}
+    return write_artefact(target, config, tensors, pairs)
 
 
 def _adapter_config(model: nn.Module, adapter_name: str, stage: str) -> MetaLoraConfig:
@@ -295,6 +307,24 @@ def _adapter_config(model: nn.Module, adapter_name: str, stage: str) -> MetaLora
             "files of Downs and subjects hold factors alone. Use PEFT's save_pretrained for this adapter."
         )
     return config
+
+
+def _with_plain_patterns(config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> MetaLoraConfig:
+    """Ranks and scales that differ, by whole module paths: expressions of any other kind are refused on reading."""
+    if not (config.rank_pattern or config.meta_rank_pattern or config.alpha_pattern):
+        return config
+    mids = {name.rpartition(".")[0]: tensor for name, tensor in tensors.items() if name.endswith(".metalora_mid")}
+    alphas = {module: module_alpha(config, module) for module in mids}
+
+    def pattern(values: Mapping[str, float], default: float) -> dict[str, Any]:
+        return {f"^{re.escape(module)}$": value for module, value in values.items() if value != default}
+
+    return dataclasses.replace(
+        config,
+        rank_pattern=pattern({module: mid.shape[1] for module, mid in mids.items()}, config.r),
+        meta_rank_pattern=pattern({module: mid.shape[2] for module, mid in mids.items()}, config.meta_r),
+        alpha_pattern=pattern(alphas, config.lora_alpha),
+    )
 
 
 def _file_config(
@@ -339,9 +369,9 @@ def write_artefact(
     folder: Path,
     config: MetaLoraConfig,
     tensors: Mapping[str, torch.Tensor],
-    beside: Callable[[Path], None] = lambda stage: None,
+    fold: Mapping[str, LoraPair] | None = None,
 ) -> Path:
-    """Write the two files of an artefact, all or nothing; `beside` adds more files to the new folder.
+    """Write the two files of an artefact, and a fold beside them if one is given, all or nothing.
 
     Raises:
         NonFiniteError, WriteFailedError
@@ -354,6 +384,7 @@ def write_artefact(
             )
     with staged_folder(folder) as stage:
         save_tensors(stage / WEIGHTS_FILE, {PREFIX + name: tensor for name, tensor in tensors.items()})
-        beside(stage)
+        if fold:
+            save_diffusers(stage / FOLD_FILE, fold, component_name(config))
         (stage / CONFIG_FILE).write_bytes(config_json(config))
     return folder

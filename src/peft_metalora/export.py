@@ -50,8 +50,12 @@ def module_meta_rank(config: MetaLoraConfig, module: str) -> int:
 def module_scaling(config: MetaLoraConfig, module: str) -> float:
     """lora_alpha / r, or lora_alpha / sqrt(r), of a module."""
     rank = module_rank(config, module)
-    alpha = _from_pattern(config.alpha_pattern, module, config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return module_alpha(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def module_alpha(config: MetaLoraConfig, module: str) -> float:
+    """lora_alpha of a module, its pattern considered."""
+    return _from_pattern(config.alpha_pattern, module, config.lora_alpha)
 
 
 def _from_pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
@@ -109,6 +113,12 @@ def export_subject(source: SubjectSource, path: str | os.PathLike[str], format: 
     """
     if format not in FORMATS:
         raise ExportError(f"expected a format of {', '.join(FORMATS)}, found {format!r}. Choose one of those.")
+    if source.config.use_dora:
+        raise ExportError(
+            "expected a subject without DoRA, found use_dora=True: it rescales the weights themselves, which "
+            "no ordinary LoRA can say. "
+            "Use it through peft_metalora, or train without use_dora."
+        )
     pairs = fold_subject(source.config, source.down.tensors, source.tensors)
     target = Path(path)
     if format == "peft":

@@ -20,6 +20,7 @@ from .tuner import MetaLoraConfig
 WEIGHTS_FILE = "adapter_model.safetensors"
 DOWN_PARTS = ("metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up")
 SUBJECT_PARTS = ("metalora_mid", "metalora_up")
+MAGNITUDE = "metalora_magnitude"
 
 
 def read_factors(folder: Path, config: MetaLoraConfig, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -46,7 +47,7 @@ def _check_header(header: Header, config: MetaLoraConfig, parts: tuple[str, ...]
     modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, shape in shapes.items():
         module, _, part = name.rpartition(".")
-        if part not in parts or not module:
+        if (part not in parts and not (part == MAGNITUDE and config.use_dora)) or not module:
             raise ForeignKeysError(
                 f"{path}: expected tensors named {listed(parts)}, found {name}. Save it again without it."
             )
@@ -54,7 +55,8 @@ def _check_header(header: Header, config: MetaLoraConfig, parts: tuple[str, ...]
     if not modules:
         raise MissingKeysError(f"{path}: expected tensors named {listed(parts)}, found none. Save it again.")
     for module, found in modules.items():
-        missing = [part for part in parts if part not in found]
+        needed = (*parts, MAGNITUDE) if config.use_dora and config.stage == "subject" else parts
+        missing = [part for part in needed if part not in found]
         if missing:
             raise MissingKeysError(
                 f"{path}: expected {listed(parts)} in {module}, found no {listed(missing)}. Save it again."
@@ -74,6 +76,8 @@ def _check_shapes(module: str, found: Mapping[str, tuple[int, ...]], config: Met
             f"{path}: expected r={rank} and meta_r={meta_rank} in {module}, as {CONFIG_FILE} says, found Mid {mid}, "
             f"Up {up}{f', Down {down}' if down else ''}. Fetch both files again, from one place."
         )
+    if MAGNITUDE in found and found[MAGNITUDE] != up[:2]:
+        raise _bad_shape(path, module, f"the magnitudes of shape {up[:2]}", str(found[MAGNITUDE]))
     if "metalora_mid_init" in found and found["metalora_mid_init"] != mid[1:]:
         raise _bad_shape(path, module, f"the Mid start of shape {mid[1:]}", str(found["metalora_mid_init"]))
 

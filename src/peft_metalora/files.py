@@ -155,18 +155,16 @@ def _open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _parse_header(file: BinaryIO, path: Path) -> Header:
     size = os.fstat(file.fileno()).st_size
     lead = file.read(8)
-    if lead[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise PickleRefusedError(
-            f"{path}: expected safetensors, found a pickled file under that name, which can run code when opened. "
-            "Ask its author for safetensors."
-        )
     length = int.from_bytes(lead, "little")
     if len(lead) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        _corrupt(
-            path,
-            f"a header of at most {min(MAX_HEADER_BYTES, max(size - 8, 0))} bytes",
-            f"one of {length} bytes in a file of {size}",
-        )
+        # Only here: a header of 640 bytes begins as a pickle does.
+        if lead[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise PickleRefusedError(
+                f"{path}: expected safetensors, found a pickled file under that name, which can run code when opened. "
+                "Ask its author for safetensors."
+            )
+        expected = f"a header of at most {min(MAX_HEADER_BYTES, max(size - 8, 0))} bytes"
+        _corrupt(path, expected, f"one of {length} bytes in a file of {size}")
     raw = file.read(length)
     if len(raw) < length:
         _corrupt(path, f"a header of {length} bytes", f"{len(raw)} bytes")

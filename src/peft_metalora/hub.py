@@ -21,7 +21,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from .base_model import REPO_ID
-from .checkpoint import SubjectSource, down_reference
+from .checkpoint import SubjectSource, check_files, down_reference
 from .checkpoint import load_down as load_local_down
 from .checkpoint import load_subject as load_local_subject
 from .config_file import CONFIG_FILE
@@ -217,8 +217,7 @@ def resolve_down(config: MetaLoraConfig) -> DownSource:
     by_name: dict[str, Any] = {"revision": config.down_revision, "expected_fingerprint": config.down_fingerprint}
     if config.origin is None:
         return load_down(config.down or "", **by_name)
-    known = inspect.signature(locate).parameters
-    at = locate(config.origin["name"], **{key: value for key, value in config.origin.items() if key in known})
+    at = _origin(config)
     try:
         return find_down(config, at, Path(at.name, at.subfolder or ""))
     except (HubError, MissingDownError):
@@ -226,6 +225,23 @@ def resolve_down(config: MetaLoraConfig) -> DownSource:
         if not os.path.isdir(config.down or ""):
             raise
         return load_down(config.down or "", **by_name)
+
+
+def check_origin(config: MetaLoraConfig) -> None:
+    """Check the file of an adapter that PEFT's own verbs load, before they touch the model.
+
+    Raises:
+        As `load_down`.
+    """
+    if config.origin is not None:
+        at = _origin(config)
+        check_files(fetch(at), config)
+
+
+def _origin(config: MetaLoraConfig) -> Location:
+    known = inspect.signature(locate).parameters
+    origin = config.origin or {}
+    return locate(origin["name"], **{key: value for key, value in origin.items() if key in known and key != "name"})
 
 
 def locate(

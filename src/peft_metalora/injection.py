@@ -68,6 +68,8 @@ def copy_factors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: st
             continue
         layer.metalora_mid[name].copy_(tensors[f"{path}.metalora_mid"])
         layer.metalora_up[name].copy_(tensors[f"{path}.metalora_up"])
+        if f"{path}.metalora_magnitude" in tensors:
+            layer.metalora_magnitude[name].copy_(tensors[f"{path}.metalora_magnitude"])
         if layer.stage[name] == "meta":
             layer.metalora_down[name].copy_(tensors[f"{path}.metalora_down"])
             layer.metalora_mid_init[name].copy_(tensors[f"{path}.metalora_mid_init"])

@@ -31,7 +31,7 @@ from .errors import (
     RankMismatchError,
     WrongKindError,
 )
-from .export import FOLD_FILE, component_name, fold_subject, module_scaling, save_diffusers
+from .export import FOLD_FILE, fold_subject, module_scaling
 from .factors import WEIGHTS_FILE
 from .files import read_header, read_json, read_tensors
 from .tuner import DownSource
@@ -127,9 +127,7 @@ def project(
         norm = float(torch.linalg.norm(torch.linalg.qr(b).R @ a))
         lost, whole = lost + norm**2, whole + norm**2
     fold = fold_subject(config, down.tensors, tensors)
-    path = write_artefact(
-        Path(folder), config, tensors, lambda stage: save_diffusers(stage / FOLD_FILE, fold, component_name(config))
-    )
+    path = write_artefact(Path(folder), config, tensors, fold)
     return Projection(path, errors, dropped, (lost / whole) ** 0.5 if whole else 0.0)
 
 

@@ -4,7 +4,7 @@
 import pytest
 from mutations import MUTATIONS, Lab, run_case
 
-CASES = 480
+CASES = 340
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ _check: FileCheck | None = None
 
 
 def set_file_check(check: FileCheck | None) -> None:
-    """Install the function that checks the files a config was read from, before its adapter is added; None removes it."""
+    """Install the function that checks the files a config was read from before it is added; None removes it."""
     global _check
     _check = check
 
