@@ -28,7 +28,9 @@ docs: .venv/.installed-docs
 	.venv/bin/mkdocs build --strict --quiet
 
 bench: .venv/.installed
-	.venv/bin/python -m benchmarks
+	mkdir -p build
+	.venv/bin/python benchmarks/render.py
+	.venv/bin/python benchmarks/layer.py --small --no-compile --out build/layer.json
 
 clean:
 	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache
