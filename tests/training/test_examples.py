@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -37,10 +38,11 @@ def test_views_are_crops_and_their_captions_follow_the_mirror(base, people):
     assert examples.latents.shape == (3 * 2 * 3, 4, 4, 4)
     assert examples.subject.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     assert [len(positions) for positions in examples.by_subject()] == [6, 6, 6]
-    generator = torch.Generator().manual_seed(0)
-    image = load_image(people / "person-0" / "0.png")
+    photo = people / "person-0" / "0.png"
+    content = hashlib.sha256(photo.read_bytes()).hexdigest()
+    generator = torch.Generator().manual_seed(int(content[:12], 16))
     flip = bool(torch.rand((), generator=generator) < 0.5)
-    pixels = augment(image, 16, generator, flip=flip)
+    pixels = augment(load_image(photo), 16, generator, flip=flip)
     assert torch.allclose(examples.latents[:1], base.encode_images(pixels[None]), atol=1e-5)
     caption = CAPTIONS[0].replace("left", "right") if flip else CAPTIONS[0]
     _, text = examples.pick(torch.tensor([0]))

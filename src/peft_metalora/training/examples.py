@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -72,8 +73,8 @@ def encode_subjects(
 ) -> Examples:
     """Cut `views` random crops out of every photo, encode them and their captions.
 
-    The views of a photo depend on it, its place among its subject's photos and the seed; not on other subjects. With
-    `cache_dir` what is encoded is kept on disk, and looked up there.
+    The views of a photo depend on its bytes and the seed, not on other photos or subjects. With `cache_dir` what is
+    encoded is kept on disk, and looked up there.
 
     Args:
         skip_unreadable: go on without images that cannot be decoded, and warn with their names and number.
@@ -90,17 +91,15 @@ def encode_subjects(
         )
     if not subjects or any(not subject.photos for subject in subjects):
         raise NoImagesError("expected at least one image of each subject, found none: check the folder")
-    photos = [
-        (number, place, photo) for number, subject in enumerate(subjects) for place, photo in enumerate(subject.photos)
-    ]
-    for _, _, photo in photos:
+    photos = [(number, photo) for number, subject in enumerate(subjects) for photo in subject.photos]
+    for _, photo in photos:
         _caption(photo, config)  # before the long work
     encoder = PhotoEncoder(base, config, views)
     captions: dict[str, int] = {}
     latents, rows, owners, unreadable = [], [], [], []
-    for number, place, photo in tqdm(photos, desc="encoding", unit="image", disable=not progress):
+    for number, photo in tqdm(photos, desc="encoding", unit="image", disable=not progress):
         try:
-            encoded, texts = encoder(photo, place)
+            encoded, texts = encoder(photo)
         except UnreadableImageError as error:
             if not skip_unreadable:
                 raise
@@ -126,26 +125,30 @@ class PhotoEncoder:
         self._cache = Cache(config.cache_dir)
         self._vae = identity(base.pipeline.vae) if config.cache_dir is not None else ""
 
-    def __call__(self, photo: Photo, place: int) -> tuple[Tensor, list[str]]:
-        """Latents (views, c, h, w) and captions of a photo, the `place`-th of its subject."""
-        config = self.config
+    def __call__(self, photo: Photo) -> tuple[Tensor, list[str]]:
+        """Latents (views, c, h, w) and captions of a photo.
+
+        Raises:
+            NoImagesError, UnreadableImageError: it is not there, or cannot be decoded.
+        """
+        config, image = self.config, load_image(photo.path)
+        content = file_hash(photo.path)
         made_from = {
             "vae": self._vae,
-            "photo": file_hash(photo.path) if self._vae else "",
+            "photo": content,
             "views": self.views,
             "resolution": config.resolution,
             "random_flip": config.random_flip,
             "seed": config.seed,
-            "place": place,
             "format": 1,
         }
-        found = self._cache.get(made_from, lambda: self._encode(photo, place))
+        found = self._cache.get(made_from, lambda: self._encode(image, content))
         caption = _caption(photo, config)
         return found["latents"], [flip_caption(caption) if flip else caption for flip in found["flip"].tolist()]
 
-    def _encode(self, photo: Photo, place: int) -> dict[str, Tensor]:
-        image, pixels, flips = load_image(photo.path), [], []
-        generator = torch.Generator().manual_seed(self.config.seed + 1_000_003 * place)
+    def _encode(self, image: Image.Image, content: str) -> dict[str, Tensor]:
+        pixels, flips = [], []
+        generator = torch.Generator().manual_seed(self.config.seed + int(content[:12], 16))
         for _ in range(self.views):
             flip = self.config.random_flip and bool(torch.rand((), generator=generator) < 0.5)
             pixels.append(augment(image, self.config.resolution, generator, flip=flip))
