@@ -294,6 +294,14 @@ def test_half_precision_base_with_and_without_upcast_adapters(row):
         assert all(p.grad.dtype == p.dtype for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_loaded_onto_another_dtype_is_frozen(row, tmp_path, low_cpu_mem_usage):
+    base, model, _, _ = row
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base).bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
 def test_autocast(row):
     _, model, inputs, _ = row
     with torch.autocast("cpu", dtype=torch.bfloat16):

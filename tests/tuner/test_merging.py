@@ -288,3 +288,26 @@ def test_sums_that_cannot_be_are_refused():
     with pytest.raises(AdapterNotFoundError, match="Adapter bob does not exist"):
         model.add_weighted_adapter(["bob"], [1], "new")
     assert sorted(model.peft_config) == ["ann", "default", "other"]
+
+
+def test_a_fold_does_not_outlive_training():
+    model, x = randomise(adapted()), torch.randn(3, 12)
+    fold(model)
+    model.train()
+    layer_of(model).metalora_mid["default"].data.mul_(2)
+    model.eval()
+    expected = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_index_and_fold_made_in_inference_mode_can_be_written_outside():
+    model, x = randomise(adapted(num_slots=2)), torch.randn(2, 12)
+    with torch.inference_mode():
+        set_subjects(model, [0, 1])
+        fold(model)
+        model(x)
+    set_subjects(model, [1, 0])
+    write_subject(model, "default", {k: v.clone() for k, v in subject_state(model, "default", 0).items()}, 1)
+    rows = model(torch.cat([x[:1], x[:1]]))
+    torch.testing.assert_close(rows[0], rows[1])

@@ -208,6 +208,8 @@ class MetaLoraLayer(Mergeable):
 
     def train(self, mode: bool = True) -> MetaLoraLayer:
         super().train(mode)
+        if mode:  # what trains would leave a fold behind
+            self.unfold()
         for key, down in self.metalora_down.items():
             if down.requires_grad and not self.down_trains(key):
                 down.requires_grad_(False)
@@ -221,6 +223,23 @@ class MetaLoraLayer(Mergeable):
                 down.requires_grad_(False)
             return down.detach()
         return down
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        trained = self.trains(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self.set_trains(adapter_name, trained)
+
+    def trains(self, adapter_name: str) -> bool:
+        """Whether Mid and Up of an adapter require a gradient."""
+        return self.metalora_mid[adapter_name].requires_grad if adapter_name in self.metalora_mid else False
+
+    def set_trains(self, adapter_name: str, trains: bool) -> None:
+        """Give the flag back after a cast, which makes new parameters, and new parameters require a gradient."""
+        for name in self.adapter_layer_names:
+            factors = getattr(self, name)
+            if adapter_name in factors:
+                factors[adapter_name].requires_grad_(trains)
+        self.sync_down()
 
     # ---- adapters come and go ------------------------------------------------------------------------------------
 

@@ -55,7 +55,6 @@ class Mergeable(BaseTunerLayer, nn.Module):
     get_base_weight: Any
     set_base_weight: Any
     _get_base_layer_device_and_dtype: Any
-    _move_adapter_to_device_of_base_layer: Any
 
     # ---- scale ---------------------------------------------------------------------------------------------------
 
@@ -88,8 +87,9 @@ class Mergeable(BaseTunerLayer, nn.Module):
         """Cache scaling * Mid @ Down, (slots * r, d_in), for all slots or anew for one: inference then spares Down."""
         down, scale = self.metalora_down[self.down_key[adapter_name]], self.scaling[adapter_name]
         if slot is None or adapter_name not in self.metalora_folded:
-            folded = self.folded_factor(adapter_name).flatten(0, 1).mul_(scale)
-            self.metalora_folded[adapter_name], self.fold_scale[adapter_name] = folded.to(down.dtype), scale
+            with torch.inference_mode(False):  # so that a slot can be written again from anywhere
+                folded = self.folded_factor(adapter_name).flatten(0, 1).mul_(scale)
+                self.metalora_folded[adapter_name], self.fold_scale[adapter_name] = folded.to(down.dtype), scale
         else:
             rows = slice(slot * self.r[adapter_name], (slot + 1) * self.r[adapter_name])
             folded = self.folded_factor(adapter_name, slot).mul_(self.fold_scale[adapter_name])

@@ -110,17 +110,10 @@ class MetaLoraModel(BaseTuner):
         return peft_config
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        flags = [
-            (layer, layer.metalora_mid[adapter_name].requires_grad)
-            for _, layer in meta_lora_layers(self)
-            if adapter_name in layer.metalora_mid
-        ]
+        flags = [(layer, layer.trains(adapter_name)) for _, layer in meta_lora_layers(self)]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer, trains in flags:
-            # A cast makes new parameters, and new parameters require a gradient.
-            layer.metalora_mid[adapter_name].requires_grad_(trains)
-            layer.metalora_up[adapter_name].requires_grad_(trains)
-            layer.sync_down()
+            layer.set_trains(adapter_name, trains)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and a Down that only it used.

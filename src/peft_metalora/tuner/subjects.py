@@ -39,13 +39,14 @@ class SubjectIndex:
         if values is None:
             self.slot = self.present = None
             return
-        index = torch.tensor(values, dtype=torch.int64)
-        slot, present = index.clamp(min=0), (index >= 0).view(-1, 1, 1)
-        if self.slot is None or self.present is None or self.slot.shape != slot.shape or self.slot.device != device:
-            self.slot, self.present = slot.to(device), present.to(device)
-        else:
-            self.slot.copy_(slot)
-            self.present.copy_(present)
+        with torch.inference_mode(False):  # or tensors made inside inference_mode could not be overwritten outside
+            index = torch.tensor(values, dtype=torch.int64)
+            slot, present = index.clamp(min=0), (index >= 0).view(-1, 1, 1)
+            if self.slot is None or self.present is None or self.slot.shape != slot.shape or self.slot.device != device:
+                self.slot, self.present = slot.to(device), present.to(device)
+            else:
+                self.slot.copy_(slot)
+                self.present.copy_(present)
 
     def select(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Return (slot (rows,), present (rows, 1, 1)) for a batch, or None if every sample uses slot 0.
