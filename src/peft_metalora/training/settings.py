@@ -210,3 +210,13 @@ class PersonalizeConfig(TrainingConfig):
 
     def _positive(self) -> tuple[str, ...]:
         return *super()._positive(), "lora_alpha"
+
+
+def settings_table(cls: type) -> str:
+    """The settings of a dataclass as a Markdown table, for docs/settings.md."""
+    lines = ["| Setting | Default | |", "|---|---|---|"]
+    for one in fields(cls):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        shown = "required" if default is MISSING else "" if default is None or default == [] else f"`{default}`"
+        lines.append(f"| `{one.name}` | {shown} | {one.metadata['help']} |".replace(" |  | ", " | | "))
+    return "\n".join(lines)
