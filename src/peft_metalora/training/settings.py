@@ -65,9 +65,9 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting("Batches whose gradients are summed before a step.", 1)
     gradient_checkpointing: bool = setting("Recompute activations in the backward pass: less memory, more time.", False)
     mixed_precision: str = setting(
-        "Precision of the frozen base and of the arithmetic; 'auto' is bf16 on a GPU and none on a CPU.",
+        "Precision of the frozen base and of the arithmetic; 'auto' is bf16 on a GPU and 'no' (float32) on a CPU.",
         "auto",
-        choices=("auto", "no", "bf16", "fp16"),
+        choices=("auto", "no", "bf16"),
     )
     device: str | None = setting("Device to train on. Default: a GPU when there is one.", None)
     seed: int = setting("Seed of everything random.", 0)

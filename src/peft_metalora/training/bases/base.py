@@ -64,7 +64,7 @@ class Base(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the denoiser's weights."""
-        return next(self.denoiser.parameters()).dtype
+        return self.denoiser.dtype
 
     def place(self, device: torch.device | str, *, encoders: bool) -> None:
         """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way, on the CPU."""
@@ -100,9 +100,6 @@ class Base(ABC):
         """
         vae = self.pipeline.vae
         device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
-        if dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-            vae.float()
-            dtype = torch.float32
         return torch.cat([self.latents_of(part.to(device, dtype)).float().cpu() for part in pixels.split(batch_size)])
 
     def latents_of(self, pixels: Tensor) -> Tensor:

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step costs on FLUX.1-dev's shapes, beside diffusers' LoRA recipe, in one run.
+
+Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on all attention layers (266 linears).
+
+    python benchmarks/training.py              one GPU with 80 GB, some minutes; with two GPUs stage 1 on both as well
+    python benchmarks/training.py --small      a toy transformer on a CPU, to check the script
+
+Writes `benchmarks/results/training.json` (`--output`). Compared are, each step with forward, backward, clipping and
+AdamW: stage 2 of Meta-LoRA (r = 1, meta_r = 128, this package's loop) and what diffusers'
+`train_dreambooth_lora_flux.py` does with `--rank 1 --cache_latents` (float32 adapter under bf16 autocast, uniform noise
+levels). Both are timed in turns, so that a drifting clock cancels; figures are medians of all steps after a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+
+from peft_metalora.training.adapters import eject
+from peft_metalora.training.bases import Base, base_for
+from peft_metalora.training.examples import Examples
+from peft_metalora.training.meta_train import MetaTraining
+from peft_metalora.training.personalize import Personalization
+from peft_metalora.training.processes import Processes
+from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
+from peft_metalora.tuner import DownSource, MetaLoraConfig, down_state, fingerprint
+
+ATTENTION = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+FLUX_DEV = {"guidance_embeds": True}
+SMALL = {
+    "guidance_embeds": True,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def make_base(small: bool, device: torch.device) -> Base:
+    """FLUX.1-dev's transformer with random weights in a pipeline that has nothing else."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**(SMALL if small else FLUX_DEV))
+    transformer = transformer.to(torch.float32 if small else torch.bfloat16).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    transformer.requires_grad_(False)
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return base_for(FluxPipeline(scheduler=scheduler, transformer=transformer, **nothing), max_sequence_length=512)
+
+
+def make_examples(base: Base, subjects: int, small: bool) -> Examples:
+    """Four random latents of each subject (512 px: 64 x 64), one caption."""
+    config, side, tokens = base.denoiser.config, (8 if small else 64), (16 if small else 512)
+    text = {
+        "sequence": torch.randn(1, tokens, config.joint_attention_dim),
+        "pooled": torch.randn(1, config.pooled_projection_dim),
+    }
+    count = 4 * subjects
+    latents = torch.randn(count, config.in_channels // 4, side, side)
+    return Examples(latents, text, torch.zeros(count, dtype=torch.int64), torch.arange(subjects).repeat_interleave(4))
+
+
+def make_down(base: Base, meta_r: int) -> DownSource:
+    """A random Down of rank `meta_r` for r = 1."""
+    config = MetaLoraConfig(r=1, lora_alpha=1, meta_r=meta_r, target_modules=ATTENTION)
+    base.denoiser.add_adapter(config, adapter_name="down")
+    tensors = {name: tensor.clone().cpu() for name, tensor in down_state(base.denoiser, "down").items()}
+    eject(base.denoiser)
+    return DownSource(config, tensors, fingerprint(tensors))
+
+
+def settings(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    shared = {"pretrained_model_name_or_path": "random", "output_dir": "unused", "gradient_checkpointing": False}
+    return {**shared, "mixed_precision": "no" if args.small else "bf16", **changes}
+
+
+def meta_lora_steps(base: Base, down: DownSource, args: argparse.Namespace, people: int, batch: int) -> Iterator[Any]:
+    """Stage 2 of this package, `batch` samples a person."""
+    config = PersonalizeConfig(**settings(args, train_batch_size=batch, max_train_steps=10_000))
+    run = Personalization(base, make_examples(base, people, args.small), config, down)
+    yield from run.steps()
+
+
+def diffusers_steps(base: Base, args: argparse.Namespace, batch: int) -> Iterator[Any]:
+    """The training step of `train_dreambooth_lora_flux.py`, written out for cached latents and text."""
+    denoiser, device = base.denoiser, base.device
+    lora = LoraConfig(r=1, lora_alpha=1, init_lora_weights="gaussian", target_modules=ATTENTION)
+    denoiser.add_adapter(lora)
+    cast_training_params(denoiser, dtype=torch.float32)
+    parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    examples = make_examples(base, 1, args.small).to(device)
+    pipe, dtype = base.pipeline, base.dtype
+    denoiser.train()
+    while True:
+        latents, text = examples.pick(torch.randint(4, (batch,), device=device))
+        latents = latents.to(dtype)
+        _, channels, height, width = latents.shape
+        ids = pipe._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype)
+        noise = torch.randn_like(latents)
+        sigmas = torch.rand(batch, device=device)
+        spread = sigmas.view(-1, 1, 1, 1).to(dtype)
+        noisy = (1 - spread) * latents + spread * noise
+        with torch.autocast(device.type, torch.bfloat16, enabled=not args.small):
+            output = denoiser(
+                hidden_states=pipe._pack_latents(noisy, batch, channels, height, width),
+                timestep=sigmas,
+                guidance=torch.ones(batch, device=device),
+                pooled_projections=text["pooled"].to(dtype),
+                encoder_hidden_states=text["sequence"].to(dtype),
+                txt_ids=torch.zeros(text["sequence"].shape[1], 3, device=device, dtype=dtype),
+                img_ids=ids,
+                return_dict=False,
+            )[0]
+        output = pipe._unpack_latents(output, height * 8, width * 8, 8)
+        loss = (output.float() - (noise - latents).float()).square().flatten(1).mean(1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+class Clock:
+    """Times steps and watches the peak of GPU memory."""
+
+    def __init__(self, base: Base, args: argparse.Namespace) -> None:
+        self.base, self.args = base, args
+        self.seconds: dict[str, list[float]] = {}
+        self.peak: dict[str, float] = {}
+
+    def turn(self, name: str, make: Callable[[], Iterator[Any]]) -> None:
+        """Warm up and time a few steps of a recipe; the denoiser is bare again afterwards."""
+        cuda = self.base.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        steps = make()
+        for number in range(self.args.warmup + self.args.steps):
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            next(steps)
+            if cuda:
+                torch.cuda.synchronize()
+            if number >= self.args.warmup:
+                self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        if cuda:
+            self.peak[name] = max(self.peak.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+        del steps
+        eject(self.base.denoiser)
+        self.base.denoiser.requires_grad_(False)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+
+def stage_2(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    base = make_base(args.small, device)
+    down = make_down(base, 8 if args.small else 128)
+    clock, batch, people = Clock(base, args), args.batch_size, args.people
+    for _ in range(args.rounds):
+        clock.turn("diffusers_lora_r1", lambda: diffusers_steps(base, args, batch))
+        clock.turn("meta_lora", lambda: meta_lora_steps(base, down, args, 1, batch))
+        clock.turn("meta_lora_serial", lambda: meta_lora_steps(base, down, args, 1, 1))
+        clock.turn("meta_lora_slots", lambda: meta_lora_steps(base, down, args, people, 1))
+    hour = 3600 / args.iterations
+    return {
+        "step_over_diffusers_lora_r1": clock.median("meta_lora") / clock.median("diffusers_lora_r1"),
+        "mem_over_diffusers_lora_r1": clock.peak["meta_lora"] / clock.peak["diffusers_lora_r1"] if clock.peak else None,
+        "people_per_gpu_hour_serial": hour / clock.median("meta_lora_serial"),
+        "people_per_gpu_hour_slots": hour * people / clock.median("meta_lora_slots"),
+        "step_ms": {name: 1000 * clock.median(name) for name in clock.seconds},
+        "peak_gib": clock.peak,
+    }
+
+
+def stage_1(args: argparse.Namespace) -> None:
+    """One process of stage 1 (started by the launcher); the main one prints samples per second as JSON."""
+    device = torch.device("cpu")
+    if not args.small:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    processes = Processes.of_environment(device)
+    base = make_base(args.small, device)
+    subjects = args.subjects_per_process * processes.count
+    config = MetaTrainConfig(
+        **settings(
+            args,
+            rank=1,
+            meta_rank=8 if args.small else 128,
+            subjects_per_batch=subjects,
+            warmup_steps=0,
+            max_train_steps=args.warmup + args.steps,
+            target_modules=ATTENTION,
+        )
+    )
+    run = MetaTraining(base, make_examples(base, 2 * subjects, args.small), config, processes)
+    times = []
+    for _ in run.steps():
+        if not args.small:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+    processes.wait()
+    if processes.is_main:
+        spans = [after - before for before, after in zip(times[args.warmup - 1 :], times[args.warmup :], strict=False)]
+        print(json.dumps({"samples_per_second": subjects / statistics.median(spans)}))
+
+
+def on_processes(count: int, args: argparse.Namespace) -> float:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__]
+    command += ["--stage-1", "--steps", str(args.steps), "--warmup", str(args.warmup)] + ["--small"] * args.small
+    command += ["--subjects-per-process", str(args.subjects_per_process)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])["samples_per_second"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a toy transformer on a CPU")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--people", type=int, default=8, help="people at once in slots, one sample each in a step")
+    parser.add_argument("--iterations", type=int, default=375, help="steps that make a person")
+    parser.add_argument("--subjects-per-process", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--stage-1", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training.json")
+    args = parser.parse_args()
+    if args.stage_1:
+        stage_1(args)
+        return
+    device = torch.device("cpu" if args.small else "cuda")
+    figures: dict[str, Any] = stage_2(args, device)
+    if not args.small:
+        torch.cuda.empty_cache()
+    counts = [1, 2] if args.small or torch.cuda.device_count() > 1 else [1]
+    speed = {count: on_processes(count, args) for count in counts}
+    figures["stage1_samples_per_second"] = speed
+    figures["stage1_scaling_2gpu"] = speed[2] / speed[1] if 2 in speed else None
+    figures["machine"] = platform.processor() if args.small else torch.cuda.get_device_name()
+    figures["versions"] = {name: version(name) for name in ("torch", "diffusers", "peft")}
+    figures["settings"] = {name: value for name, value in vars(args).items() if name not in ("output", "stage_1")}
+    figures["date"] = datetime.date.today().isoformat()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
