@@ -10,7 +10,7 @@ A message says what was expected, what was found and what to do.
     |   +-- NoTargetModulesError (ValueError)     no module of the model matches target_modules
     |   +-- UnsupportedModuleError (ValueError)   a module of a kind that cannot be adapted, or not in this way
     |   +-- AdapterNotFoundError (KeyError, ValueError)   no adapter of that name on the model
-    |   +-- AdapterStateError (RuntimeError)      not possible in the adapter's present state: merged, in use, ...
+    |   +-- AdapterStateError (RuntimeError, ValueError)   not possible now: merged, in use, ...
     |   +-- SubjectIndexError (IndexError)        a subject index that fits neither the slots nor the batch
     +-- CheckpointError
     |   +-- ArtefactNotFoundError (FileNotFoundError)
@@ -77,8 +77,8 @@ class AdapterNotFoundError(AdapterError, KeyError, ValueError):
     """No adapter of that name is on the model (a KeyError by nature, a ValueError where PEFT raises one)."""
 
 
-class AdapterStateError(AdapterError, RuntimeError):
-    """Not possible in the adapter's present state: merged, in use by others, not active."""
+class AdapterStateError(AdapterError, RuntimeError, ValueError):
+    """Not possible in the adapter's present state: merged, in use, not active (PEFT raises ValueErrors for these)."""
 
 
 class SubjectIndexError(AdapterError, IndexError):

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.error import NoMatchingPeftModuleError
@@ -332,3 +335,32 @@ def test_write_subject_copies_in_place_or_not_at_all():
     with pytest.raises(AdapterStateError, match="1 key"):
         write_subject(model, "default", {**state, "lin9.metalora_up": torch.ones(1)}, 1)
     assert (mid[1] == 1).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.integers(3, 9), min_size=3, max_size=3),
+    r=st.integers(1, 3),
+    slots=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    use_dora=st.booleans(),
+    stage=st.sampled_from(["meta", "subject"]),
+)
+def test_saving_and_loading_is_the_identity(sizes, r, slots, dtype, use_dora, stage):
+    base = nn.Sequential(nn.Linear(*sizes[:2]), nn.Linear(*sizes[1:])).to(dtype).eval()
+    more = {"target_modules": ["0", "1"], "r": r, "meta_r": 3, "num_slots": slots, "use_dora": use_dora}
+    model = adapted(base, **more)
+    if stage == "subject":
+        source = down_source(model)
+        set_down_loader(lambda _: source)
+        model = adapted(base, **more, stage="subject", down="a/b")
+    randomise(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    set_down_loader(None)
+    ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
+    x = torch.randn(4, sizes[0]).to(dtype)
+    assert torch.equal(loaded(x), model(x))

@@ -17,7 +17,7 @@ from .registration import MetaLoraType
 STAGES = ("meta", "subject")
 STARTS = ("stored", "mean", "fresh")
 DOWN_INITS = ("uniform", "orthogonal", "pissa")
-BIASES = ("none", "all", "metalora_only")
+BIASES = ("none", "all", "meta_lora_only")
 
 
 @dataclass
@@ -79,7 +79,7 @@ class MetaLoraConfig(PeftConfig):
         metadata={"help": "The targets store their weight as (d_in, d_out), as Conv1D does; set by itself for that."},
     )
     bias: str = field(
-        default="none", metadata={"help": "Which biases of the base train along: 'none', 'all' or 'metalora_only'."}
+        default="none", metadata={"help": "Which biases of the base train along: 'none', 'all' or 'meta_lora_only'."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train fully and save with the adapter."}

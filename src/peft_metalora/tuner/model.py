@@ -189,11 +189,13 @@ class MetaLoraModel(BaseTuner):
             yield
             return
         if self.training:
-            raise AdapterStateError("adapter_names works in evaluation mode only. Call model.eval() first.")
+            raise AdapterStateError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
+            )
         unknown = sorted(set(adapter_names) - {"__base__"} - set(self.peft_config))
         if unknown:
             raise AdapterNotFoundError(
-                f"adapter_names has unknown adapter(s): {', '.join(unknown)}. The model has: "
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has: "
                 f"{', '.join(self.peft_config)}; '__base__' stands for no adapter."
             )
         num_beams = kwargs.get("num_beams")
