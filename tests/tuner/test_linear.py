@@ -85,9 +85,10 @@ def test_a_subject_keeps_down_x_and_not_x():
     assert (1, 20, 12) not in shapes
 
 
-@pytest.mark.parametrize("index", [None, [2, 0, -1, 1]])
-@pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize(
+    ("index", "folded", "r"),
+    [(None, True, 1), (None, False, 3), ([2, 0, -1, 1], True, 3), ([2, 0, -1, 1], False, 1)],
+)
 def test_compiled_and_eager_serve_the_same(index, folded, r):
     model, layer, x = layer_and_input(r=r, dtype=torch.float32)
     set_subjects(model, index)

@@ -61,10 +61,16 @@ def expected(count, half=False):
     return (DOWN_BYTES + START_BYTES + count * SUBJECT_BYTES) // (2 if half else 1)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("count", [1, 10, 100])
+@pytest.mark.parametrize(("count", "low_cpu_mem_usage"), [(1, False), (10, False), (10, True)])
 def test_bytes_are_one_down_and_so_many_subjects(subject_folder, count, low_cpu_mem_usage):
     assert adapter_bytes(loaded(subject_folder, count, low_cpu_mem_usage)) == expected(count)
+
+
+def test_bytes_of_a_hundred_subjects(subject_folder):
+    model = get_peft_model(base(), settings(stage="subject", down="a/b"))
+    for number in range(1, 100):
+        model.add_adapter(f"s{number}", settings(stage="subject", down="a/b"))
+    assert adapter_bytes(model) == expected(100)
 
 
 def test_slots_cost_the_same_as_adapters(subject_folder):
