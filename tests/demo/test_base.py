@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The committed networks of the demo: their files, and that they do what docs/demo.md says of them."""
+
+import hashlib
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from peft_metalora.demo import faces
+from peft_metalora.demo.base import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, load_base
+from peft_metalora.demo.judges import adherence, load_embedder, load_judge
+from peft_metalora.demo.scoring import generate
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base()
+
+
+def test_files_are_the_ones_that_were_measured():
+    lines = (ASSETS / "SHA256SUMS").read_text().splitlines()
+    listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    files = {path.relative_to(ASSETS).as_posix(): path for path in ASSETS.rglob("*") if path.is_file()}
+    files.pop("SHA256SUMS")
+    assert listed == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def test_base_is_at_most_16_mib():
+    assert sum(path.stat().st_size for path in BASE.rglob("*.safetensors")) <= 16 * 2**20
+
+
+def test_stock_diffusers_loads_it_without_being_told_a_dtype():
+    pipe = FluxPipeline.from_pretrained(BASE)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(
+        "a photo of a person, smiling",
+        height=RESOLUTION,
+        width=RESOLUTION,
+        num_inference_steps=2,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+    ).images[0]
+    assert image.size == (RESOLUTION, RESOLUTION)
+
+
+def test_tokenizer_knows_every_word_of_the_grammar(base):
+    scenes = faces.sample_scenes(64, torch.Generator().manual_seed(0))
+    ids = base.tokenizer_2(faces.captions(scenes), padding="max_length", max_length=MAX_SEQUENCE_LENGTH).input_ids
+    assert all(base.tokenizer_2.unk_token_id not in row for row in ids)
+    assert all(len(row) == MAX_SEQUENCE_LENGTH and row[-1] == base.tokenizer_2.pad_token_id for row in ids)
+
+
+def test_base_draws_what_the_caption_asks_for(base):
+    asked = faces.sample_scenes(16, torch.Generator().manual_seed(5))
+    prompts = faces.captions(asked)
+    shown = load_judge().read(generate(base, prompts, range(16)))
+    rates = adherence([faces.parse_caption(prompt) for prompt in prompts], shown)
+    assert min(rates[clause] for clause in ("yaw", "expression", "shirt", "background")) >= 0.85
+    # The same pictures, held against other captions: what chance gives.
+    shuffled = [faces.parse_caption(prompt) for prompt in prompts[1:] + prompts[:1]]
+    assert adherence(shuffled, shown)["all"] < 0.6
+
+
+def test_judges_read_renders_of_people_they_have_not_seen():
+    generator = torch.Generator().manual_seed(77)
+    people = faces.sample_identities(30, generator).repeat_interleave(3, 0)
+    scenes = faces.sample_scenes(90, generator)
+    images = faces.render(people, scenes)
+    truth = [faces.parse_caption(text) for text in faces.captions(scenes)]
+    assert adherence(truth, load_judge().read(images))["all"] >= 0.97
+    embedded = load_embedder().embed(images)
+    assert torch.allclose(embedded.vectors.norm(dim=1), torch.ones(90), atol=1e-5) and embedded.found.all()
+    cosines = embedded.vectors @ embedded.vectors.T
+    who = torch.arange(90) // 3
+    same = (who[:, None] == who).triu(1)
+    other = (who[:, None] != who).triu(1)
+    better = (cosines[same][:, None] > cosines[other][None]).float().mean()
+    assert better >= 0.98  # the area under the ROC curve
+
+
+def test_pil_images_and_tensors_are_embedded_alike():
+    images = faces.render(
+        faces.sample_identities(2, torch.Generator().manual_seed(1)),
+        faces.sample_scenes(2, torch.Generator().manual_seed(2)),
+    )
+    from peft_metalora.demo.run import _to_pil
+
+    embedder = load_embedder()
+    as_pil = embedder.embed([_to_pil(image) for image in images]).vectors
+    assert torch.allclose(as_pil, embedder.embed(images).vectors, atol=0.02)
+
+
+def test_building_is_deterministic_and_leaves_the_global_random_state():
+    before = torch.random.get_rng_state()
+    one, other = build_pipeline(3), build_pipeline(3)
+    assert torch.equal(before, torch.random.get_rng_state())
+    pairs = zip(one.transformer.parameters(), other.transformer.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
