@@ -200,11 +200,15 @@ def denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
-def picture(pipe: DiffusionPipeline, family: str, batch: int = 1, **options):
-    """A small image a prompt, (batch, h, w, 3) in [0, 1], in two steps from fixed noise and fixed embeddings."""
+def picture(pipe: DiffusionPipeline, family: str, rows: tuple[int, ...] = (0,), images: int = 1, **options):
+    """Small images (n, h, w, 3) in [0, 1] in two steps; row k has fixed embeddings and noise wherever it stands.
+
+    Args:
+        rows: which fixed prompts. images: how many of each, with noise of their own.
+    """
     generator = torch.Generator().manual_seed(3)
-    words = torch.randn(batch, 4, WIDTH, generator=generator)
-    pooled = torch.randn(batch, WIDTH, generator=generator)
+    words = torch.randn(8, 4, WIDTH, generator=generator)[list(rows)]
+    pooled = torch.randn(8, WIDTH, generator=generator)[list(rows)]
     texts = {"prompt_embeds": words}
     if family in ("sd15", "sdxl", "sd3"):
         texts["negative_prompt_embeds"] = torch.zeros_like(words)
@@ -212,5 +216,6 @@ def picture(pipe: DiffusionPipeline, family: str, batch: int = 1, **options):
         texts |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": torch.zeros_like(pooled)}
     if family == "flux":
         texts["pooled_prompt_embeds"] = pooled
-    settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", "generator": generator}
-    return pipe(**texts, **{**settings, **options}).images
+    noise = [torch.Generator().manual_seed(10 * row + image) for row in rows for image in range(images)]
+    settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", "generator": noise}
+    return pipe(**texts, num_images_per_prompt=images, **{**settings, **options}).images

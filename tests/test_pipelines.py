@@ -19,9 +19,8 @@ RANKS = {"r": 2, "meta_r": 4, "lora_alpha": 4, "target_modules": TARGETS, "init_
 
 def image(pipe, prompt="a photo of a person", seed=0, **options):
     """One 16 x 16 image in two steps."""
-    generator = torch.Generator().manual_seed(seed)
-    settings = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", **options}
-    return pipe(prompt=prompt, generator=generator, **settings).images
+    settings = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
+    return pipe(prompt=prompt, **{**settings, "generator": torch.Generator().manual_seed(seed), **options}).images
 
 
 def same(one, other):
@@ -182,6 +181,17 @@ def test_a_subject_and_an_ordinary_lora_live_side_by_side(artefacts, pipe):
     pipe.unload_meta_lora()
     pipe.set_adapters("style")
     assert same(image(pipe), styled)
+
+
+def test_texts_and_several_images_of_each_with_subjects(artefacts, pipe):
+    folder, images = artefacts
+    for name in ("ann", "bob"):
+        pipe.load_meta_lora(folder / name)
+    noise = [torch.Generator().manual_seed(0) for _ in range(4)]
+    prompts = ["a photo of a person"] * 2
+    mixed = image(pipe, prompts, subjects=["ann", "bob"], num_images_per_prompt=2, generator=noise)
+    for row, name in enumerate(("ann", "ann", "bob", "bob")):
+        assert same(mixed[row : row + 1], images[name])
 
 
 def _foreign_base(folder):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -83,8 +83,12 @@ def load_subject(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    known_down: Callable[[MetaLoraConfig], DownSource | None] | None = None,
 ) -> SubjectSource:
     """Read a subject, and the Down it names, from local folders or the Hub; the arguments are huggingface_hub's.
+
+    Args:
+        known_down: asked first for the Down of a subject's configuration; None where it has none.
 
     Raises:
         HubError: a repository, its revision or its files cannot be had.
@@ -99,7 +103,11 @@ def load_subject(
         local_files_only=local_files_only,
         force_download=force_download,
     )
-    return load_local_subject(fetch(at), find_down=lambda config, folder: find_down(config, at, folder))
+
+    def find(config: MetaLoraConfig, folder: Path) -> DownSource:
+        return (known_down(config) if known_down is not None else None) or find_down(config, at, folder)
+
+    return load_local_subject(fetch(at), find_down=find)
 
 
 def find_down(config: MetaLoraConfig, at: Location, folder: Path) -> DownSource:

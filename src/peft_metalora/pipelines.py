@@ -10,19 +10,18 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from torch import nn
 
 from . import checkpoint, hub
 from .base_model import check_fits
 from .config_file import read_config
-from .errors import AdapterStateError, PipelineError
+from .denoiser import denoiser, free_name, named_denoiser, offload_paused
+from .errors import AdapterStateError
 from .injection import (
     activate,
     active_adapters,
@@ -37,6 +36,8 @@ from .injection import (
     restore,
     settle,
 )
+from .per_sample import PerSampleMixin
+from .slots import lock_of, tables_of
 from .tuner import DownSource, MetaLoraConfig
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -55,7 +56,7 @@ def enable_meta_lora(pipe: Pipeline) -> Pipeline:
         PipelineError: there is no denoiser to adapt.
     """
     if not isinstance(pipe, MetaLoraLoaderMixin):
-        _denoiser(pipe)
+        denoiser(pipe)
         kind: Any = type(pipe)
         pipe.__class__ = _enabled(kind)
     return pipe
@@ -67,9 +68,24 @@ def _enabled(cls: Any) -> type:
     return type(cls.__name__, (MetaLoraLoaderMixin, cls), names)
 
 
-class MetaLoraLoaderMixin:
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _exclusive(method: Method) -> Method:
+    """Let a method wait until the denoiser is idle: a load never changes a running image."""
+
+    @functools.wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with lock_of(denoiser(self)):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, alone)
+
+
+class MetaLoraLoaderMixin(PerSampleMixin):
     """Methods for Downs and subjects, named as diffusers names those for LoRA; inherit it before a pipeline class."""
 
+    @_exclusive
     def load_meta_lora(
         self,
         path_or_repo: str | os.PathLike[str],
@@ -108,8 +124,8 @@ class MetaLoraLoaderMixin:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        model = _denoiser(self)
-        name = adapter_name or _free_name(model, at)
+        model = denoiser(self)
+        name = adapter_name or free_name(configs_of(model), at)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict, name):
             raise AdapterStateError(
                 f"expected an adapter name of letters, digits, '_' and '-', found {name!r}, which torch cannot hold or "
@@ -142,10 +158,10 @@ class MetaLoraLoaderMixin:
     def _install(
         self, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor], name: str, fingerprint: str, active: bool
     ) -> None:
-        model = _denoiser(self)
+        model = denoiser(self)
         before = active_adapters(model)
         remember(model)
-        with _offload_paused(self):
+        with offload_paused(self):
             try:
                 inject(model, config, name)
                 copy_factors(model, tensors, name)
@@ -156,26 +172,30 @@ class MetaLoraLoaderMixin:
                 settle(model, before)
                 raise
 
+    @_exclusive
     def unload_meta_lora(self) -> None:
         """Remove every Down and subject: the denoiser's modules, flags and weights are what they were, bit for bit.
 
         Ordinary LoRAs stay.
         """
-        model = _denoiser(self)
-        with _offload_paused(self):
+        model = denoiser(self)
+        with offload_paused(self):
             restore(model)
+        tables_of(model).clear()
 
+    @_exclusive
     def save_meta_lora(self, folder: str | os.PathLike[str], adapter_name: str, **options: Any) -> None:
         """Write an adapter as a Down or a subject; the options are those of `save_down` and `save_subject`.
 
         Raises:
             AdapterNotFoundError: there is no such adapter.
         """
-        model = _denoiser(self)
+        model = denoiser(self)
         is_down = require_adapter(model, adapter_name).stage == "meta"
         save = checkpoint.save_down if is_down else checkpoint.save_subject
         save(folder, model, adapter_name, **options)
 
+    @_exclusive
     def set_adapters(
         self,
         adapter_names: str | Sequence[str],
@@ -189,7 +209,7 @@ class MetaLoraLoaderMixin:
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
-        model = _denoiser(self)
+        model = denoiser(self)
         if len(weights) != len(names):
             raise AdapterStateError(
                 f"expected {len(names)} weights for {names}, found {len(weights)}. Give one for each."
@@ -208,17 +228,22 @@ class MetaLoraLoaderMixin:
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that take part in the next image."""
-        return active_adapters(_denoiser(self))
+        return active_adapters(denoiser(self))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of all loaded adapters, by the component that holds them, as diffusers lists them."""
         listed: dict[str, list[str]] = {}
         if hasattr(super(), "get_list_adapters"):
             listed = dict(super().get_list_adapters())  # type: ignore[misc]
-        component, model = _named_denoiser(self)
-        names = list(configs_of(model))
-        return {**listed, component: names} if names else listed
+        component, model = named_denoiser(self)
+        hidden = {table.adapter_name for table in tables_of(model).values()}
+        names = [name for name in configs_of(model) if name not in hidden]
+        return {
+            **{name: found for name, found in listed.items() if name != component},
+            **({component: names} if names else {}),
+        }
 
+    @_exclusive
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Delete adapters; a Down that only they used goes with them, and after the last one the denoiser is restored.
 
@@ -227,7 +252,7 @@ class MetaLoraLoaderMixin:
             AdapterStateError: a Down whose subjects are still loaded. Nothing has been deleted then.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        model = _denoiser(self)
+        model = denoiser(self)
         known = configs_of(model)
         others = [name for name in names if name in known and not isinstance(known[name], MetaLoraConfig)]
         ours = [name for name in names if name not in others]
@@ -240,57 +265,67 @@ class MetaLoraLoaderMixin:
                 )
         if others and hasattr(super(), "delete_adapters"):
             super().delete_adapters(others)  # type: ignore[misc]
-        with _offload_paused(self):
+        tables = tables_of(model)
+        for fingerprint, table in list(tables.items()):
+            table.evict([name for name in ours if name in table])
+            if not table.names():
+                # A table that holds nobody goes with the adapters that filled it.
+                ours.append(tables.pop(fingerprint).adapter_name)
+        with offload_paused(self):
             active = [name for name in active_adapters(model) if name not in ours]
             for name in sorted(ours, key=lambda name: known[name].stage == "meta"):
                 remove_adapter(model, name)
             settle(model, active)
 
+    @_exclusive
+    def fuse_meta_lora(self, adapter_names: str | Sequence[str] | None = None, safe_fusing: bool = False) -> None:
+        """Add adapters to the base weights, for the base's own speed; `unfuse_meta_lora` restores those to the bit.
+
+        Args:
+            adapter_names: by default the active ones.
+            safe_fusing: refuse a sum that holds NaN or infinity.
+
+        Raises:
+            AdapterNotFoundError: an adapter that is not loaded.
+            AdapterStateError: something is fused already, or nothing is to be.
+            NonFiniteError: what `safe_fusing` found. Nothing is fused then.
+        """
+        model = denoiser(self)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or active_adapters(model))
+        names = [name for name in names if adapter_names or isinstance(configs_of(model)[name], MetaLoraConfig)]
+        for name in names:
+            require_adapter(model, name)
+        layers = meta_layers(model)
+        if not names or any(layer.merged for layer in layers):
+            found = "nothing active" if not names else "adapters that are fused already"
+            raise AdapterStateError(
+                f"expected adapters to fuse, found {found}. Use set_adapters or unfuse_meta_lora first."
+            )
+        try:
+            for layer in layers:
+                layer.merge(safe_merge=safe_fusing, adapter_names=names)
+        except BaseException:
+            self._unfuse(layers)
+            raise
+
+    @_exclusive
+    def unfuse_meta_lora(self) -> None:
+        """Undo `fuse_meta_lora`: the base weights are what they were, bit for bit."""
+        self._unfuse(meta_layers(denoiser(self)))
+
+    def _unfuse(self, layers: list[Any]) -> None:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+
+    @_exclusive
     def disable_meta_lora(self) -> None:
         """Make every image the base model's until `enable_meta_lora`, ordinary LoRAs aside."""
-        for layer in meta_layers(_denoiser(self)):
+        for layer in meta_layers(denoiser(self)):
             layer.enable_adapters(False)
 
+    @_exclusive
     def enable_meta_lora(self) -> None:
         """Undo `disable_meta_lora`."""
-        for layer in meta_layers(_denoiser(self)):
+        for layer in meta_layers(denoiser(self)):
             layer.enable_adapters(True)
-
-
-def _named_denoiser(pipe: Any) -> tuple[str, nn.Module]:
-    for component in ("transformer", "unet"):
-        model = getattr(pipe, component, None)
-        if isinstance(model, nn.Module):
-            return component, getattr(model, "_orig_mod", model)
-    raise PipelineError(
-        f"expected a pipeline with a denoiser named transformer or unet, found a {type(pipe).__name__}. "
-        "Put the adapter on its model with model.add_adapter(MetaLoraConfig(...)) instead."
-    )
-
-
-def _denoiser(pipe: Any) -> nn.Module:
-    return _named_denoiser(pipe)[1]
-
-
-def _free_name(model: nn.Module, at: hub.Location) -> str:
-    wanted = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(os.path.normpath(at.subfolder or at.name))).strip("-")
-    taken = configs_of(model)
-    names = (f"{wanted or 'adapter'}{f'-{count}' if count else ''}" for count in range(len(taken) + 2))
-    return next(name for name in names if name not in taken and not hasattr(nn.ParameterDict, name))
-
-
-@contextmanager
-def _offload_paused(pipe: Any) -> Iterator[None]:
-    """Take offload hooks off while modules are exchanged, and put them back, as diffusers' own loaders do."""
-    model_offload, sequential_offload, group_offload = _func_optionally_disable_offloading(pipe)
-    try:
-        yield
-    finally:
-        if model_offload:
-            pipe.enable_model_cpu_offload()
-        elif sequential_offload:
-            pipe.enable_sequential_cpu_offload()
-        elif group_offload:
-            from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-
-            _maybe_remove_and_reapply_group_offloading(_denoiser(pipe))

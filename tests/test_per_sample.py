@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A subject for each sample of a batch, and the slots that serve many subjects on one model."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+
+from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
+from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
+from peft_metalora.slots import sample_slots
+from peft_metalora.tuner.subjects import meta_lora_layers
+
+# Largest difference of a pixel between a subject in a mixed batch and alone: the rounding of another batch size.
+TOLERANCE = 1e-4
+NAMES = ("ann", "bob", "cleo", "dan", "eve", "fay")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """For each family: a folder with a Down `faces` and six subjects on it."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            model = denoiser(tiny_pipeline(family))
+            settings = {"r": 2, "meta_r": 3, "lora_alpha": 4, "init_weights": False, "target_modules": TARGETS[family]}
+            torch.manual_seed(1)
+            inject_adapter_in_model(MetaLoraConfig(**settings), model, "faces")
+            save_down(folder / "faces", model, "faces")
+            for name in NAMES:
+                inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, name)
+                save_subject(folder / name, model, name, down=folder / "faces")
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+def pipeline(family):
+    return enable_meta_lora(tiny_pipeline(family))
+
+
+def assert_same(one, other):
+    assert np.abs(one - other).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_equals_one_by_one(people, family):
+    folder, pipe = people(family), pipeline(family)
+    base = [picture(pipe, family, (row,)) for row in range(3)]
+    for name in ("ann", "bob"):
+        pipe.load_meta_lora(folder / name)
+    mixed = picture(pipe, family, (0, 1, 2), subjects=["ann", None, "bob"])
+    pipe.set_adapters("ann")
+    assert_same(mixed[:1], picture(pipe, family, (0,)))
+    pipe.set_adapters("bob")
+    assert_same(mixed[2:], picture(pipe, family, (2,)))
+    assert_same(mixed[1:2], base[1])
+    assert np.abs(mixed[:1] - base[0]).max() > 10 * TOLERANCE
+    assert pipe.get_active_adapters() == ["bob"], "the call leaves the choice of adapters alone"
+
+
+def test_several_images_of_each_prompt(people):
+    family = "sd15"
+    folder, pipe = people(family), pipeline(family)
+    for name in ("ann", "bob"):
+        pipe.add_subject(folder / name)
+    mixed = picture(pipe, family, (0, 1), images=2, subjects=["ann", "bob"])
+    assert_same(mixed[:2], picture(pipe, family, (0,), images=2, subjects="ann"))
+    assert_same(mixed[2:], picture(pipe, family, (1,), images=2, subjects=["bob"]))
+    each = picture(pipe, family, (0, 1), images=2, subjects=["ann", None, None, "bob"])
+    assert_same(each[[0, 3]], mixed[[0, 3]])
+    assert_same(each[1:3], picture(pipe, family, (0, 1), images=2, subjects=[None])[1:3])
+
+
+def test_nobody_is_exactly_the_base(people):
+    pipe = pipeline("flux")
+    base = picture(pipe, "flux", (0, 1))
+    pipe.load_meta_lora(people("flux") / "ann")
+    assert np.array_equal(picture(pipe, "flux", (0, 1), subjects=[None, None]), base)
+    assert_same(picture(pipe, "flux", (0, 1), subjects=["ann", None])[1:], base[1:])
+
+
+def test_an_ordinary_lora_stays_with_mixed_subjects(people):
+    pipe = pipeline("flux")
+    pipe.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"], init_lora_weights=False), "style")
+    styled = picture(pipe, "flux", (0, 1))
+    pipe.add_subject(people("flux") / "ann")
+    pipe.set_adapters("style")
+    mixed = picture(pipe, "flux", (0, 1), subjects=["ann", None])
+    assert_same(mixed[1:], styled[1:])
+    assert np.abs(mixed[0] - styled[0]).max() > 10 * TOLERANCE
+
+
+def test_what_cannot_be_mixed_is_said(people, tmp_path):
+    pipe = pipeline("flux")
+    pipe.load_meta_lora(people("flux") / "ann")
+    with pytest.raises(errors.AdapterNotFoundError, match=r"found 'zoe' among \['ann'\]"):
+        picture(pipe, "flux", (0,), subjects=["zoe"])
+    with pytest.raises(errors.AdapterStateError, match="one subject for each of 2 prompts"):
+        picture(pipe, "flux", (0, 1), subjects=["ann", None, None])
+    other = denoiser(tiny_pipeline("flux"))
+    settings = {"r": 2, "meta_r": 3, "init_weights": False, "target_modules": ["to_q"]}
+    inject_adapter_in_model(MetaLoraConfig(**settings), other, "faces")
+    inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), other, "zoe")
+    save_down(tmp_path / "faces", other, "faces")
+    pipe.load_meta_lora(save_subject(tmp_path / "zoe", other, "zoe", down=tmp_path / "faces"))
+    with pytest.raises(errors.AdapterStateError, match="found 2 Downs"):
+        picture(pipe, "flux", (0, 1), subjects=["ann", "zoe"])
+    assert pipe.get_active_adapters() == ["zoe"]
+
+
+@pytest.mark.parametrize(
+    ("subjects", "prompts", "images", "index"),
+    [
+        (["a"], 2, 2, [0, 0, 0, 0]),
+        (["a", None], 2, 2, [0, 0, -1, -1]),
+        (["a", None, "b", "a"], 2, 2, [0, -1, 1, 0]),
+        (["b", "a"], 2, 1, [1, 0]),
+    ],
+)
+def test_samples_find_their_slots(subjects, prompts, images, index):
+    assert sample_slots(subjects, {"a": 0, "b": 1}, prompts, images) == index
+
+
+# Slots
+
+
+@pytest.fixture
+def served(people):
+    """A pipeline with two slots and six registered subjects, and the image of each."""
+    folder, pipe = people("flux"), pipeline("flux")
+    pipe.load_meta_lora(folder / "faces")
+    table = pipe.enable_subject_slots(2, host_capacity=3)
+    alone = {}
+    for name in NAMES:
+        pipe.add_subject(folder / name)
+        alone[name] = picture(pipe, "flux", (0,), subjects=name)
+    return pipe, table, alone
+
+
+def test_the_least_recently_used_leaves_and_comes_back(served):
+    pipe, table, alone = served
+    assert table.statistics().on_device == 2 and table.statistics().registered == 6
+    before = table.statistics()
+    for name in ("ann", "bob", "ann", "cleo", "ann"):
+        assert_same(picture(pipe, "flux", (0,), subjects=name), alone[name])
+    after = table.statistics()
+    assert (after.device_hits - before.device_hits, after.device_misses - before.device_misses) == (2, 3)
+    assert after.host_misses > before.host_misses and after.in_host_memory == 3, "read again from its folder"
+    assert set(table.bring([])) == set() and table.statistics().on_device == 2
+
+
+def test_a_swap_changes_no_module_and_no_address(served):
+    pipe, table, _ = served
+    model = pipe.transformer
+
+    def places():
+        return [(name, tensor.data_ptr()) for name, tensor in model.state_dict().items()], [*model.modules()]
+
+    picture(pipe, "flux", (0, 1), subjects=["ann", "bob"])
+    before = places()
+    for pair in (["cleo", "dan"], ["eve", None], ["fay", "ann"]):
+        picture(pipe, "flux", (0, 1), subjects=pair)
+    after = places()
+    assert after[0] == before[0] and all(one is other for one, other in zip(after[1], before[1], strict=True))
+    rows = {
+        layer.metalora_mid[table.adapter_name].untyped_storage().data_ptr()
+        for _, layer in meta_lora_layers(model)
+        if table.adapter_name in layer.metalora_mid
+    }
+    assert len(rows) == 1, "one tensor holds all slots"
+
+
+def test_other_subjects_do_not_compile_anew(served):
+    pipe, _, alone = served
+    compiled = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    block = pipe.transformer.single_transformer_blocks[0]
+    block.forward = torch.compile(block.forward, backend=compiled, dynamic=False)
+    picture(pipe, "flux", (0, 1), subjects=["ann", "bob"])
+    graphs = compiled.frame_count
+    assert graphs > 0
+    for pair in (["cleo", "dan"], ["dan", None], ["ann", "ann"]):
+        mixed = picture(pipe, "flux", (0, 1), subjects=pair)
+        assert_same(mixed[:1], alone[pair[0]])
+    assert compiled.frame_count == graphs
+
+
+def test_pinned_subjects_stay(served):
+    pipe, table, alone = served
+    table.pin(["ann"])
+    for name in ("bob", "cleo", "dan"):
+        picture(pipe, "flux", (0,), subjects=name)
+    before = table.statistics().device_misses
+    assert_same(picture(pipe, "flux", (0,), subjects="ann"), alone["ann"])
+    assert table.statistics().device_misses == before
+    with pytest.raises(errors.AdapterStateError, match="at most 2 subjects at once"):
+        picture(pipe, "flux", (0, 1), subjects=["bob", "cleo"])
+    table.unpin(["ann"])
+    table.preload(["bob", "cleo"])
+    assert table.statistics().on_device == 2
+
+
+def test_an_evicted_subject_is_gone(served):
+    pipe, table, _ = served
+    table.bring(["ann"])
+    slot = table.bring(["ann"])["ann"]
+    table.evict(["ann"])
+    assert "ann" not in table.names() and not table._flat[slot].any()
+    with pytest.raises(errors.AdapterNotFoundError):
+        picture(pipe, "flux", (0,), subjects="ann")
+
+
+def test_deleting_an_adapter_takes_the_person_out_of_the_slots_too(people):
+    pipe = pipeline("flux")
+    names = [name for name, _ in pipe.transformer.named_modules()]
+    pipe.load_meta_lora(people("flux") / "ann")
+    picture(pipe, "flux", (0,), subjects="ann")
+    assert pipe.get_list_adapters() == {"transformer": ["ann"]}, "the slots are no adapter of the user's"
+    pipe.delete_adapters("ann")
+    with pytest.raises(errors.AdapterNotFoundError):
+        picture(pipe, "flux", (0,), subjects="ann")
+    assert [name for name, _ in pipe.transformer.named_modules()] == names
+
+
+def test_unloading_takes_the_slots_along_and_they_can_come_back(served, people):
+    pipe, _, alone = served
+    pipe.unload_meta_lora()
+    assert not list(meta_lora_layers(pipe.transformer))
+    pipe.add_subject(people("flux") / "ann")
+    assert_same(picture(pipe, "flux", (0,), subjects="ann"), alone["ann"])
+
+
+def test_slots_follow_the_model_to_another_dtype(served):
+    pipe, table, _ = served
+    pipe.to(torch.float64)
+    table.bring(["bob"])
+    layer = next(layer for _, layer in meta_lora_layers(pipe.transformer))
+    mid = layer.metalora_mid[table.adapter_name]
+    assert mid.dtype == torch.float64
+    assert mid.untyped_storage().data_ptr() == table._flat.untyped_storage().data_ptr()
+
+
+def test_scales_of_their_own_are_kept(people, tmp_path):
+    folder = people("flux")
+    model = denoiser(tiny_pipeline("flux"))
+    settings = {"r": 2, "meta_r": 3, "lora_alpha": 9, "use_rslora": True, "init_weights": False}
+    settings["target_modules"] = TARGETS["flux"]
+    down = {"stage": "subject", "down": str(folder / "faces")}
+    inject_adapter_in_model(MetaLoraConfig(**settings, **down), model, "loud")
+    save_subject(tmp_path / "loud", model, "loud", down=folder / "faces")
+    pipe = pipeline("flux")
+    pipe.load_meta_lora(folder / "ann")
+    pipe.load_meta_lora(tmp_path / "loud")
+    wanted = picture(pipe, "flux", (1,))
+    assert_same(picture(pipe, "flux", (0, 1), subjects=["ann", "loud"])[1:], wanted)
+
+
+def test_a_load_never_changes_a_running_image(people):
+    folder, pipe = people("flux"), pipeline("flux")
+    pipe.load_meta_lora(folder / "ann")
+    wanted = picture(pipe, "flux", (0,))
+    threads = []
+
+    def load_meanwhile(pipe, step, timestep, tensors):
+        if not threads:
+            threads.append(threading.Thread(target=pipe.load_meta_lora, args=(folder / "bob",)))
+            threads[0].start()
+            threads[0].join(0.3)
+            assert threads[0].is_alive(), "the load waits for the image"
+        return tensors
+
+    assert np.array_equal(picture(pipe, "flux", (0,), callback_on_step_end=load_meanwhile), wanted)
+    threads[0].join()
+    assert pipe.get_active_adapters() == ["bob"]
+
+
+# Fusing
+
+
+def test_fused_shows_the_same_and_unfused_is_exact_after_many(people):
+    folder, pipe = people("flux"), pipeline("flux")
+    base = picture(pipe, "flux")
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    for name in NAMES:
+        pipe.load_meta_lora(folder / name)
+    for turn in range(60):
+        name = NAMES[turn % len(NAMES)]
+        pipe.fuse_meta_lora(name)
+        if turn < 2:
+            fused = picture(pipe, "flux")
+            with pytest.raises(errors.AdapterStateError, match="fused already"):
+                pipe.fuse_meta_lora(name)
+        pipe.unfuse_meta_lora()
+        if turn < 2:
+            pipe.set_adapters(name)
+            assert_same(fused, picture(pipe, "flux"))
+    pipe.unload_meta_lora()
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert np.array_equal(picture(pipe, "flux"), base)
