@@ -20,7 +20,7 @@ class Conv(MetaLoraLayer):
     def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         layer: Any = self.get_base_layer()
         dtype, scaling = result.dtype, self.scaling[name]
-        x = cast(self.metalora_dropout[name](x), dtype)
+        x = cast(self._dropped(x, name), dtype)
         batch = self._batch(x)
         up = gather(cast(self.metalora_up[name], dtype), chosen).expand(batch, -1, -1)
         if chosen is None and name in self.metalora_folded and not torch.is_grad_enabled():

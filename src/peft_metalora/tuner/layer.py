@@ -95,7 +95,8 @@ class MetaLoraLayer(Mergeable):
         self.stage[adapter_name] = config.stage
         self.warmup[adapter_name] = False
         self.down_key[adapter_name] = down_key
-        self.metalora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        if config.lora_dropout:
+            self.metalora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.metalora_mid[adapter_name] = nn.Parameter(torch.empty(config.num_slots, r, meta_r))
         self.metalora_up[adapter_name] = nn.Parameter(torch.zeros(config.num_slots, self.d_out, r))
         if config.stage == "meta":
@@ -323,6 +324,9 @@ class MetaLoraLayer(Mergeable):
 
     def _chosen(self, x: Tensor) -> Chosen | None:
         return self.subject_index.select(self._batch(x), x.device)
+
+    def _dropped(self, x: Tensor, name: str) -> Tensor:
+        return self.metalora_dropout[name](x) if name in self.metalora_dropout else x
 
     def _may_overwrite(self) -> bool:
         # With autograd an in-place sum on a view copies the gradient; a hook may have kept the base's output.

@@ -74,7 +74,7 @@ class Linear(MetaLoraLayer):
             return None
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             return None
-        if self.training and type(self.metalora_dropout[name]) is not nn.Identity:
+        if self.training and name in modules["metalora_dropout"]._modules:
             return None
         return name
 
@@ -119,7 +119,7 @@ class Linear(MetaLoraLayer):
     def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         dtype = result.dtype
         rows = 1 if chosen is None else chosen[0].shape[0]
-        deep = cast(self.metalora_dropout[name](x), dtype).reshape(rows, -1, self.in_features)
+        deep = cast(self._dropped(x, name), dtype).reshape(rows, -1, self.in_features)
         up = gather(cast(self.metalora_up[name], dtype), chosen)
         total = result.reshape(rows, -1, self.d_out)
         if name in self.metalora_magnitude:
