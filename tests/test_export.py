@@ -2,6 +2,9 @@
 """A subject in the files of other tools: the same image through ours and through stock diffusers and PEFT."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -59,6 +62,25 @@ def test_stock_diffusers_shows_the_same_image_from_the_subjects_own_folder(subje
     pipe = tiny_pipeline(family)
     pipe.load_lora_weights(folder)
     assert_same(picture(pipe, family), wanted, base)
+
+
+STOCK = """
+import sys
+import numpy
+sys.path.insert(0, sys.argv[1])
+from families_tiny import picture, tiny_pipeline
+pipe = tiny_pipeline("flux")
+pipe.load_lora_weights(sys.argv[2])
+numpy.save(sys.argv[3], picture(pipe, "flux"))
+assert not any(name.startswith("peft_metalora") for name in sys.modules)
+"""
+
+
+def test_a_process_that_never_imports_us_shows_the_same_image(subjects, tmp_path):
+    folder, wanted, base = subjects("flux")
+    arguments = [str(Path(__file__).parent), str(folder), str(tmp_path / "image.npy")]
+    subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, capture_output=True)
+    assert_same(np.load(tmp_path / "image.npy"), wanted, base)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
