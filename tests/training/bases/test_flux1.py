@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+from peft_metalora import enable_meta_lora
 from peft_metalora.errors import BaseModelMismatchError
 from peft_metalora.training.bases import base_for, load_base
 from pipelines_tiny import tiny_flux_pipeline
@@ -70,6 +71,12 @@ def test_latents_decode_to_what_the_vae_makes_of_the_image(base):
     assert latents.shape == (1, 4, 4, 4)
     back = latents / vae.config.scaling_factor + vae.config.shift_factor
     assert torch.allclose(back, vae.encode(pixels).latent_dist.mean, atol=1e-6)
+
+
+def test_prompts_have_the_trained_length_whatever_else_the_pipeline_can_do(base):
+    before = base.takes_sequence_length
+    enable_meta_lora(base.pipeline)
+    assert before and base.takes_sequence_length
 
 
 def test_times_are_shifted_as_the_scheduler_shifts():

@@ -77,7 +77,9 @@ class Base(ABC):
     @property
     def takes_sequence_length(self) -> bool:
         """Whether the pipeline's call has `max_sequence_length`."""
-        return "max_sequence_length" in inspect.signature(type(self.pipeline).__call__).parameters
+        # The stock class: one that derives from it (as Meta-LoRA's own does, under its name) may hide the parameters.
+        stock = [cls for cls in type(self.pipeline).__mro__ if cls.__name__ == self.pipeline_class][-1]
+        return "max_sequence_length" in inspect.signature(stock.__call__).parameters
 
     def _default_sequence_length(self) -> int:
         return min(512, self.pipeline.tokenizer.model_max_length)
