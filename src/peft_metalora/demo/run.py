@@ -10,6 +10,7 @@ a sweep over other people (`benchmarks/sweep.py`).
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -34,10 +35,11 @@ from .judges import load_embedder, load_judge
 from .scoring import PROMPTS, Scorer, Scores, generate
 
 DOWN = ASSETS / "down"
-STEPS = 200
+STEPS = 100
 """Steps of stage 2, for every method."""
 _PHOTOS = 7
 _SCALE = 2  # of a 64 px image in demo.png
+_ARTICLE = re.compile(r"^(in|on) (an? )?")
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class Method:
 
 METHODS = (
     Method("base", "base model", None),
-    Method("lora_r1", "LoRA, rank 1", {"method": "lora", "rank": 1, "learning_rate": 3e-3}),
+    Method("lora_r1", "LoRA, rank 1", {"method": "lora", "rank": 1, "learning_rate": 1e-2}),
     Method("meta_lora_stored", "Meta-LoRA, stored Mid", {"start": "stored", "learning_rate": 3e-3}),
-    Method("meta_lora_mean", "Meta-LoRA, mean", {"start": "mean", "learning_rate": 1e-3}),
+    Method("meta_lora_mean", "Meta-LoRA, mean", {"start": "mean", "learning_rate": 3e-3}),
 )
-"""Learning rates: the best of `benchmarks/sweep.py` on the `tune` people (docs/demo.md)."""
+"""Learning rates: of highest R-FaceSim after `STEPS` on the `tune` people (`benchmarks/sweep.py`, docs/demo.md)."""
 
 
 def run_demo(output_dir: str | Path, *, person: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
@@ -165,7 +167,7 @@ def _picture(
 ) -> Image.Image:
     """Reference and other photos on top, then a row for each method under the prompts it was given."""
     tile, left, line = RESOLUTION * _SCALE, 150, 15
-    captions = [prompt.removeprefix("a photo of a person, ").replace(" light", "").split(", ") for prompt in PROMPTS]
+    captions = [[_ARTICLE.sub("", clause) for clause in prompt.split(", ")[1:]] for prompt in PROMPTS]
     heading = line * (max(map(len, captions)) + 1)
     width = left + tile * len(PROMPTS) + 8
     sheet = Image.new("RGB", (width, 2 * tile + heading + tile * (len(rows) - 1) + 34), "white")
