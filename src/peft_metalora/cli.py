@@ -31,12 +31,15 @@ class DemoConfig:
 class DemoDataConfig:
     """Draw the demo's faces as an ordinary data set."""
 
-    output_dir: str = field(metadata={"help": "Folder to write: <subject>/<n>.png and metadata.jsonl."})
+    output_dir: str = field(
+        metadata={"help": "Folder to write: <subject>/<n>.png and metadata.jsonl.", "positional": "DIR"}
+    )
     split: str = field(
         default="meta",
         metadata={
-            "help": "Which people: those of meta-training, or held-out ones that no network of the demo has seen.",
-            "choices": ("meta", "held-out"),
+            "help": "Which people: those of meta-training, those that learning rates are chosen on, held-out ones that "
+            "no network of the demo has seen, or any others.",
+            "choices": ("meta", "tune", "held-out", "base"),
         },
     )
     subjects: int = field(default=16, metadata={"help": "Number of people."})
@@ -174,6 +177,9 @@ def _add_flag(parser: argparse.ArgumentParser, one: Field[Any], hint: Any) -> No
         suffix = "" if default is None or default == [] or default == "" else f" Default: {default}."
     # argparse formats help with %.
     help_text = (one.metadata["help"] + suffix).replace("%", "%%")
+    if "positional" in one.metadata:
+        parser.add_argument(one.name, nargs="?", metavar=one.metadata["positional"], help=help_text)
+        return
     if kind is bool:
         parser.add_argument(f"--{one.name}", action=argparse.BooleanOptionalAction, help=help_text)
         return
@@ -203,7 +209,7 @@ def make_config(cls: type, file: str | None, given: dict[str, Any]) -> Any:
     """
     values = {**(_read_yaml(cls, file) if file is not None else {}), **given}
     missing = [
-        f"--{one.name}"
+        one.metadata.get("positional", f"--{one.name}")
         for one in fields(cls)
         if one.default is MISSING and one.default_factory is MISSING and one.name not in values
     ]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from peft_metalora import hub
+from peft_metalora.cli import main
 from peft_metalora.data import load_image, read_subjects
 from peft_metalora.demo.base import BASE, RESOLUTION, load_base
 from peft_metalora.demo.faces import write_dataset
@@ -83,3 +84,16 @@ def test_demo_writes_a_picture_and_an_object_for_every_method(tmp_path, capsys):
         assert picture.width > 8 * RESOLUTION and picture.height > 5 * RESOLUTION
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000
     assert "R-FaceSim" in capsys.readouterr().out
+
+
+def test_demo_data_writes_the_layout_that_training_reads(tmp_path, capsys):
+    assert main(["demo-data", str(tmp_path), "--split", "tune", "--subjects", "2", "--images_per_subject", "3"]) == 0
+    assert "2 people" in capsys.readouterr().out
+    people = read_subjects(tmp_path)
+    assert [person.name for person in people] == ["tune-0000", "tune-0001"]
+    for person in people:
+        reference, others = person.split()
+        assert reference.path.name == "0.png" and len(others) == 2
+        assert "facing forward, neutral" in reference.caption
+    assert main(["demo-data"]) == 2
+    assert "DIR" in capsys.readouterr().err
