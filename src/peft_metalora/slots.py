@@ -269,9 +269,10 @@ class SubjectTable:
         return self._device_order.pop(leaving)
 
     def _trim_host(self) -> None:
-        droppable = [name for name in self._host if self._read.get(name) is not None]
-        over = len(self._host) - (self.host_capacity or len(self._host))
-        for name in droppable[: max(over, 0)]:
+        over = 0 if self.host_capacity is None else len(self._host) - self.host_capacity
+        if over <= 0:
+            return
+        for name in [name for name in self._host if self._read.get(name) is not None][:over]:
             del self._host[name]
             self._counts["host_evictions"] += 1
 

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving many subjects on FLUX.1-dev's shapes: swaps, mixed batches, merging, beside stock diffusers and PEFT.
+
+Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), all attention layers, r = 1, meta_r = 128.
+
+    python benchmarks/serving.py                 one GPU with 80 GB; writes benchmarks/results/serving.json
+    python benchmarks/serving.py --small         a toy transformer on a CPU, to check the script
+
+A swap brings a subject from host memory into a slot that another one leaves, kernels included. Figures are medians; a
+ratio is taken between two timings that alternate, so that a drifting clock cancels."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from peft_metalora import MetaLoraConfig, set_subjects
+from peft_metalora.injection import activate, down_on_model, remember, restore
+from peft_metalora.slots import SubjectTable
+from peft_metalora.tuner import down_fingerprint
+from peft_metalora.tuner.subjects import meta_lora_layers
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+FLUX_DEV = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+SMALL = {
+    **FLUX_DEV,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+class Bench:
+    """A model, its inputs and a clock."""
+
+    def __init__(self, small: bool, repeats: int) -> None:
+        self.small, self.repeats = small, repeats
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not small else "cpu")
+        self.dtype = torch.float32 if small else torch.bfloat16
+        self.config = SMALL if small else FLUX_DEV
+        self.image_tokens, self.text_tokens = (16, 8) if small else (1024, 512)
+        self.settings = {"r": 1, "lora_alpha": 1, "meta_r": 8 if small else 128, "target_modules": ATTENTION}
+        self.figures: dict[str, float] = {}
+        torch.manual_seed(0)
+        torch.set_default_dtype(self.dtype)
+        with self.device:
+            self.model = FluxTransformer2DModel(**self.config).eval().requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+
+    def note(self, name: str, value: float) -> None:
+        """Keep a figure and print it."""
+        self.figures[name] = round(value, 4)
+        print(f"{name:<28}{self.figures[name]:>12.4f}", flush=True)
+
+    def milliseconds(self, work: Callable[[], object], repeats: int | None = None, warm_up: int = 3) -> float:
+        """Median wall time of one call, all of its kernels included."""
+        for _ in range(warm_up):
+            work()
+        times = []
+        for _ in range(repeats or self.repeats):
+            self._synchronise()
+            start = time.perf_counter()
+            work()
+            self._synchronise()
+            times.append(time.perf_counter() - start)
+        return 1000 * statistics.median(times)
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def forward(self, batch: int) -> Callable[[], object]:
+        """A forward pass of one batch."""
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
+        inputs = {
+            "hidden_states": noise(batch, self.image_tokens, self.config["in_channels"]),
+            "encoder_hidden_states": noise(batch, self.text_tokens, self.config["joint_attention_dim"]),
+            "pooled_projections": noise(batch, self.config["pooled_projection_dim"]),
+            "timestep": torch.full((batch,), 0.5, device=self.device, dtype=self.dtype),
+            "guidance": torch.full((batch,), 3.5, device=self.device, dtype=self.dtype),
+            "img_ids": torch.zeros(self.image_tokens, 3, device=self.device, dtype=self.dtype),
+            "txt_ids": torch.zeros(self.text_tokens, 3, device=self.device, dtype=self.dtype),
+        }
+
+        def run() -> None:
+            with torch.no_grad():
+                self.model(**inputs, return_dict=False)
+
+        return run
+
+    def ratio(self, one: Callable[[], float], other: Callable[[], float], rounds: int = 3) -> float:
+        """The median of `one` over `other`, taken in turns."""
+        return statistics.median(one() / other() for _ in range(rounds))
+
+    # Ours
+
+    def table(self, capacity: int) -> SubjectTable:
+        """A Down of random numbers on the model, with slots for its subjects."""
+        remember(self.model)
+        if not list(meta_lora_layers(self.model)):
+            inject_adapter_in_model(MetaLoraConfig(**self.settings, init_weights=False), self.model, "down")
+        down = down_on_model(self.model, down_fingerprint(self.model, "down"))
+        assert down is not None
+        table = SubjectTable(self.model, down, capacity)
+        self.tensors = {k: v for k, v in down.tensors.items() if k.endswith(("metalora_mid", "metalora_up"))}
+        return table
+
+    def swaps(self) -> None:
+        """A subject of 2, 100 or 1000 that wait in host memory, into the only slot."""
+        table = self.table(1)
+        self.note("subject_mb", table._flat[0].numel() * table._flat.element_size() / 1e6)
+        for count in (1, 100, 1000):
+            for number in range(len(table.names()), max(count, 2)):
+                table.register(str(number), table.config, self.tensors)
+            names = iter([str(number % max(count, 2)) for number in range(10_000)])
+            self.note(f"swap_ms_{count}", self.milliseconds(lambda it=names: table.bring([next(it)]), 100))
+        restore(self.model)
+
+    def mixed(self) -> None:
+        """Different subjects in a batch against one subject; recompilations over swaps and mixes."""
+        table = self.table(8)
+        for number in range(16):
+            table.register(str(number), table.config, self.tensors)
+        slots = table.bring(map(str, range(8)))
+        activate(self.model, [table.adapter_name])
+        for batch in (4, 8):
+            run = self.forward(batch)
+
+            def timed(index: list[int] | None, run: Callable[[], object] = run) -> float:
+                set_subjects(self.model, index)
+                return self.milliseconds(run)
+
+            different = list(slots.values())[:batch]
+            self.note(f"mixed_over_single_b{batch}", self.ratio(lambda d=different: timed(d), lambda: timed(None)))
+        self.recompilations(table)
+        set_subjects(self.model, None)
+        restore(self.model)
+
+    def recompilations(self, table: SubjectTable) -> None:
+        """Graphs that appear after the first ones, while subjects come, go and mix."""
+        torch._dynamo.reset()
+        self.model.compile_repeated_blocks(fullgraph=True, backend="eager" if self.small else "inductor")
+        run, graphs = self.forward(4), torch._dynamo.utils.counters["stats"]
+        set_subjects(self.model, list(table.bring(map(str, range(4))).values()))
+        run()
+        before = graphs["unique_graphs"]
+        if not before:
+            raise RuntimeError("expected compiled graphs, found none: the count below would mean nothing")
+        for turn in range(5):
+            slots = table.bring(str((turn * 3 + number) % 16) for number in range(4))
+            set_subjects(self.model, [*list(slots.values())[:3], -1])
+            run()
+        self.note("recompilations", graphs["unique_graphs"] - before)
+        for module in self.model.modules():
+            module._compiled_call_impl = None
+
+    def merging(self) -> None:
+        """A merged subject against the base, and the time to put another one in its place."""
+        run = self.forward(1)
+        base = self.milliseconds(run)
+        table = self.table(2)
+        table.register("0", table.config, self.tensors)
+        table.bring(["0"])
+        activate(self.model, [table.adapter_name])
+        layers = [layer for _, layer in meta_lora_layers(self.model)]
+
+        def another() -> None:
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
+                layer.merge(adapter_names=[table.adapter_name])
+
+        self.note("merge_ms", self.milliseconds(another))
+        merged = self.milliseconds(run)
+        restore(self.model)
+        self.note("merged_over_base", merged / statistics.mean([base, self.milliseconds(run)]))
+
+    # Stock
+
+    def stock(self) -> None:
+        """diffusers' set_adapters with 50 LoRAs of rank 1, and its hotswap."""
+        config = LoraConfig(r=1, lora_alpha=1, target_modules=ATTENTION, init_lora_weights=False)
+        inject_adapter_in_model(config, self.model, "0")
+        state = get_peft_model_state_dict(self.model, adapter_name="0")
+        self.model._hf_peft_config_loaded = True
+        state = {f"transformer.{name}": tensor.clone() for name, tensor in state.items()}
+
+        def hotswap() -> None:
+            self.model.load_lora_adapter(state, prefix="transformer", adapter_name="0", hotswap=True)
+
+        self.note("stock_hotswap_ms", self.milliseconds(hotswap, 5, warm_up=1))
+        for number in range(1, 50):
+            inject_adapter_in_model(config, self.model, str(number))
+        names = iter([str(number % 50) for number in range(1000)])
+        self.note("stock_set_adapters_ms_50", self.milliseconds(lambda: self.model.set_adapters(next(names)), 5))
+        self.model.unload_lora()
+
+
+def main() -> None:
+    """Run everything and write the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="A toy transformer on the CPU.")
+    parser.add_argument("--repeats", type=int, default=10, help="Timings a figure is the median of.")
+    default = Path(__file__).parent / "results" / "serving.json"
+    parser.add_argument("--output", type=Path, default=default)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    bench = Bench(options.small, options.repeats)
+    for part in (bench.swaps, bench.mixed, bench.merging, bench.stock):
+        part()
+    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{platform.machine()} CPU"
+    result = {
+        "machine": f"1 x {gpu}",
+        "date": datetime.date.today().isoformat(),
+        "command": "python benchmarks/serving.py" + (" --small" if options.small else ""),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
+        "figures": bench.figures,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
