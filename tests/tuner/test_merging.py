@@ -203,6 +203,18 @@ def test_scale_of_a_folded_or_merged_subject():
     torch.testing.assert_close(model(x) - base(x), full / 4)
 
 
+def test_a_subject_folded_at_scale_zero_comes_back():
+    base, x = mlp(), torch.randn(3, 12)
+    model = randomise(adapted(base, target_modules=["lin1"]))
+    full = model(x) - base(x)
+    layer_of(model, "lin1").set_scale("default", 0)
+    fold(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), base(x))
+        layer_of(model, "lin1").set_scale("default", 1)
+        torch.testing.assert_close(model(x) - base(x), full)
+
+
 def test_a_fold_follows_a_written_subject_and_training_ignores_it():
     model, x = randomise(adapted(num_slots=2)), torch.randn(3, 12)
     fold(model)

@@ -8,18 +8,10 @@ from .convert import to_lora
 from .down import DownSource, fingerprint, set_down_loader, set_file_check
 from .layer import MetaLoraLayer
 from .linear import Linear
-from .model import (
-    MetaLoraModel,
-    fold,
-    reset_slots,
-    set_merge_backup,
-    set_warmup,
-    subject_state,
-    unfold,
-    write_subject,
-)
+from .model import MetaLoraModel
 from .plan import down_fingerprint, down_state
 from .registration import MetaLoraType
+from .slots import fold, reset_slots, set_merge_backup, set_warmup, subject_state, unfold, write_subject
 from .subjects import set_subjects, subjects
 from .variants import init_down_from_data, lora_plus_groups
 

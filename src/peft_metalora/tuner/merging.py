@@ -85,7 +85,8 @@ class Mergeable(BaseTunerLayer, nn.Module):
     @torch.no_grad()
     def fold(self, adapter_name: str, slot: int | None = None) -> None:
         """Cache scaling * Mid @ Down, (slots * r, d_in), for all slots or anew for one: inference then spares Down."""
-        down, scale = self.metalora_down[self.down_key[adapter_name]], self.scaling[adapter_name]
+        down = self.metalora_down[self.down_key[adapter_name]]
+        scale = self.scaling[adapter_name] or self._full_scale(adapter_name)  # a scale of 0 may be raised again
         if slot is None or adapter_name not in self.metalora_folded:
             with torch.inference_mode(False):  # so that a slot can be written again from anywhere
                 folded = self.folded_factor(adapter_name).flatten(0, 1).mul_(scale)

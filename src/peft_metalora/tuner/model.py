@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MetaLoraModel`: puts the layers on a model, binds subjects to their Down, and says what a saved adapter holds.
 
-Everything that can go wrong with a config is found by `plan_injection` before the model is touched. The functions below
-the class work on any nn.Module that holds Meta-LoRA layers: a PeftModel, an injected module, a diffusers model."""
+Everything that can go wrong with a config is found by `plan_injection` before the model is touched."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -19,33 +17,14 @@ from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError, NoTargetModulesError
 from .combine import add_weighted_subject
-from .config import STARTS, MetaLoraConfig
-from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, DownSource, check_files, fingerprint, set_down_loader
+from .config import MetaLoraConfig
+from .down import DOWN, MID_INIT, check_files
 from .layer import MetaLoraLayer
 from .layers import create_layer
-from .merging import MERGE_BACKUPS
-from .plan import Plan, down_fingerprint, down_state, plan_injection
+from .plan import Plan, plan_injection
 from .registration import PREFIX
-from .subjects import SubjectIndex, meta_lora_layers, set_subjects, subjects
-
-__all__ = [
-    "DownSource",
-    "MetaLoraModel",
-    "add_weighted_subject",
-    "down_fingerprint",
-    "down_state",
-    "fingerprint",
-    "fold",
-    "reset_slots",
-    "set_down_loader",
-    "set_merge_backup",
-    "set_subjects",
-    "set_warmup",
-    "subject_state",
-    "subjects",
-    "unfold",
-    "write_subject",
-]
+from .slots import set_merge_backup
+from .subjects import SubjectIndex, meta_lora_layers
 
 
 class MetaLoraModel(BaseTuner):
@@ -273,146 +252,3 @@ def _pass_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: 
 def _belongs_to_other_down(key: str, adapter_name: str) -> bool:
     head, _, last = key.rpartition(".")
     return head.rpartition(".")[2] in (DOWN, MID_INIT) and last != adapter_name
-
-
-# ---- functions on any module with Meta-LoRA layers ---------------------------------------------------------------
-
-
-def _layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraLayer]]:
-    layers = [(path, layer) for path, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
-    if not layers:
-        known = sorted({name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid})
-        raise AdapterNotFoundError(
-            f"The model has no Meta-LoRA adapter {adapter_name!r}. It has: {', '.join(known) or 'none'}."
-        )
-    return layers
-
-
-def set_warmup(model: nn.Module, enabled: bool, adapter_name: str = "default") -> None:
-    """Freeze (or release) the Down of a stage 'meta' adapter while fresh Mids and Ups settle.
-
-    Raises:
-        AdapterNotFoundError: no such adapter.
-        AdapterStateError: the adapter is a subject, whose Down is always frozen.
-    """
-    layers = _layers_of(model, adapter_name)
-    if any(layer.stage[adapter_name] != "meta" for _, layer in layers):
-        raise AdapterStateError(f"Adapter {adapter_name!r} is a subject: its Down never trains. Warm-up is for 'meta'.")
-    for _, layer in layers:
-        layer.warmup[adapter_name] = enabled
-        layer.sync_down()
-
-
-def reset_slots(
-    model: nn.Module, adapter_name: str = "default", start: str = "stored", slots: Sequence[int] | None = None
-) -> None:
-    """Start slots anew, in place: 'stored' (the Down's Mid, the same in each; Up = 0), 'mean' or 'fresh'.
-
-    Raises:
-        AdapterNotFoundError: no such adapter.
-        AdapterStateError: an unknown start or slot.
-    """
-    if start not in STARTS:
-        raise AdapterStateError(f"start must be one of {', '.join(map(repr, STARTS))}, got {start!r}.")
-    layers = _layers_of(model, adapter_name)
-    for slot in slots or ():
-        _require_slot(layers, adapter_name, slot)
-    for _, layer in layers:
-        layer.start_slots(adapter_name, start, None if slots is None else list(slots))
-
-
-def subject_state(model: nn.Module, adapter_name: str, slot: int = 0) -> dict[str, Tensor]:
-    """Return one subject: `{module}.metalora_mid` (r, meta_r) and `{module}.metalora_up` (d_out, r) as (1, ...) views.
-
-    Raises:
-        AdapterNotFoundError: no such adapter.
-        AdapterStateError: no such slot.
-    """
-    layers = _layers_of(model, adapter_name)
-    _require_slot(layers, adapter_name, slot)
-    state: dict[str, Tensor] = {}
-    for path, layer in layers:
-        state[f"{path}.{MID}"] = layer.metalora_mid[adapter_name].detach()[slot : slot + 1]
-        state[f"{path}.{UP}"] = layer.metalora_up[adapter_name].detach()[slot : slot + 1]
-        if adapter_name in layer.metalora_magnitude:
-            state[f"{path}.{MAGNITUDE}"] = layer.metalora_magnitude[adapter_name].detach()[slot : slot + 1]
-    return state
-
-
-@torch.no_grad()
-def write_subject(model: nn.Module, adapter_name: str, state: dict[str, Tensor], slot: int = 0) -> None:
-    """Copy a subject (as from `subject_state`) into a slot, in place; a cached fold of the slot follows.
-
-    Raises:
-        AdapterNotFoundError: no such adapter.
-        AdapterStateError: no such slot, or keys or shapes that differ; nothing is written then.
-    """
-    layers = _layers_of(model, adapter_name)
-    _require_slot(layers, adapter_name, slot)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    wanted: set[str] = set()
-    for path, layer in layers:
-        for part in (MID, UP, MAGNITUDE):
-            if adapter_name not in getattr(layer, part):
-                continue
-            wanted.add(f"{path}.{part}")
-            target, source = getattr(layer, part)[adapter_name][slot], state.get(f"{path}.{part}")
-            if source is None or source.shape[-target.dim() :] != target.shape or source.numel() != target.numel():
-                found = "nothing" if source is None else tuple(source.shape)
-                raise AdapterStateError(
-                    f"{path}.{part} must be {(1, *target.shape)}, found {found}. The subject belongs to another Down."
-                )
-            pairs.append((target, source.view(target.shape)))
-    foreign = sorted(set(state) - wanted)
-    if foreign:
-        raise AdapterStateError(f"The subject has {len(foreign)} key(s) the adapter lacks, for example {foreign[0]!r}.")
-    for target, source in pairs:
-        target.copy_(source)
-    for _, layer in layers:
-        if adapter_name in layer.metalora_folded:
-            layer.fold(adapter_name, slot)
-
-
-def fold(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
-    """Cache Mid @ Down of every slot, so that inference costs what a rank-r LoRA costs and never touches Down.
-
-    `write_subject` keeps a fold up to date; after any other change of the factors, fold again. Training ignores folds.
-
-    Args:
-        adapter_names: which adapters; all of them by default.
-    """
-    for _, layer in meta_lora_layers(model):
-        for name in layer.metalora_mid if adapter_names is None else adapter_names:
-            if name in layer.metalora_mid:
-                layer.fold(name)
-
-
-def set_merge_backup(model: nn.Module, where: str) -> None:
-    """Say where `merge` keeps the weight from before, from which `unmerge` restores it bit for bit.
-
-    Args:
-        where: 'device' (default; one more copy of the merged weights where they are, nothing to compute), 'host' (in
-            main memory; a transfer each way) or 'none' (no memory; `unmerge` raises).
-
-    Raises:
-        AdapterStateError: another word, or an adapter is merged already.
-    """
-    if where not in MERGE_BACKUPS:
-        raise AdapterStateError(f"The merge backup must be one of {MERGE_BACKUPS}, got {where!r}.")
-    layers = [layer for _, layer in meta_lora_layers(model)]
-    if any(layer.merged for layer in layers) and where != "none":
-        raise AdapterStateError("An adapter is merged. Unmerge it before choosing where its weight is kept.")
-    for layer in layers:
-        layer.merge_backup = where
-
-
-def unfold(model: nn.Module) -> None:
-    """Forget every fold."""
-    for _, layer in meta_lora_layers(model):
-        layer.unfold()
-
-
-def _require_slot(layers: list[tuple[str, MetaLoraLayer]], adapter_name: str, slot: int) -> None:
-    slots = layers[0][1].metalora_mid[adapter_name].shape[0]
-    if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < slots:
-        raise AdapterStateError(f"Adapter {adapter_name!r} has {slots} slot(s), 0 to {slots - 1}; got {slot!r}.")
