@@ -11,6 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
 from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
 from peft_metalora.slots import sample_slots
+from peft_metalora.tuner import fold
 from peft_metalora.tuner.subjects import meta_lora_layers
 
 # Largest difference of a pixel between a subject in a mixed batch and alone: the rounding of another batch size.
@@ -244,6 +245,13 @@ def test_slots_follow_the_model_to_another_dtype(served):
     mid = layer.metalora_mid[table.adapter_name]
     assert mid.dtype == torch.float64
     assert mid.untyped_storage().data_ptr() == table._flat.untyped_storage().data_ptr()
+
+
+def test_a_fold_follows_who_comes_in(served):
+    pipe, _, alone = served
+    fold(pipe.transformer)
+    for name in ("dan", "ann", "eve"):
+        assert_same(picture(pipe, "flux", (0,), subjects=name), alone[name])
 
 
 def test_scales_of_their_own_are_kept(people, tmp_path):

@@ -183,7 +183,7 @@ class SubjectTable:
                 raise AdapterNotFoundError(f"expected a subject of this table, found {name!r}. See names().")
             slot = self._device_order.pop(name, None)
             if slot is not None:
-                self._flat[slot].zero_()
+                self._write(slot, torch.zeros_like(self._flat[slot]))
             self._host.pop(name, None)
             self._pinned.discard(name)
             del self._read[name]
@@ -260,6 +260,9 @@ class SubjectTable:
     def _write(self, slot: int, row: torch.Tensor) -> None:
         with torch.no_grad():
             self._flat[slot].copy_(row, non_blocking=True)
+        for _, layer in self._layers:
+            if self.adapter_name in layer.metalora_folded:
+                layer.fold(self.adapter_name, slot)
 
     def _free_slot(self, wanted: set[str]) -> int:
         if len(self._device_order) < self.capacity:
