@@ -14,7 +14,7 @@ from torch import nn
 
 from . import hub
 from .base_model import check_fits
-from .denoiser import denoiser, free_name
+from .denoiser import denoiser, free_name, offload_paused
 from .errors import AdapterNotFoundError, AdapterStateError
 from .injection import activate, active_adapters, configs_of, down_on_model, remember
 from .slots import SubjectTable, lock_of, sample_slots, tables_of
@@ -75,7 +75,7 @@ class PerSampleMixin:
         tables = tables_of(model)
         homes = {}
         for name in names:
-            found = next((print_ for print_, table in tables.items() if name in table), None)
+            found = next((mark for mark, table in tables.items() if name in table), None)
             homes[name] = found or self._adapter_home(model, name)
         if len(set(homes.values())) > 1:
             raise AdapterStateError(
@@ -135,7 +135,8 @@ class PerSampleMixin:
                     f"{fingerprint[:16]}. Load the Down, or unload_meta_lora first."
                 )
             remember(model)
-            tables[fingerprint] = SubjectTable(model, down, capacity, host_capacity)
+            with offload_paused(self):
+                tables[fingerprint] = SubjectTable(model, down, capacity, host_capacity)
             return tables[fingerprint]
 
     def add_subject(self, path_or_repo: str | os.PathLike[str], name: str | None = None, **hub_options: Any) -> str:
@@ -168,6 +169,7 @@ class PerSampleMixin:
             if fingerprint not in tables:
                 check_fits(model, source.down, name=str(path_or_repo))
                 remember(model)
-                tables[fingerprint] = SubjectTable(model, source.down, 8)
+                with offload_paused(self):
+                    tables[fingerprint] = SubjectTable(model, source.down, 8)
             tables[fingerprint].register(name, source.config, source.tensors, read)
             return name
