@@ -4,7 +4,8 @@
     python benchmarks/fuzz.py                    24,000 cases, about 10 minutes on one core; writes results/fuzz.json
     python benchmarks/fuzz.py --replay 1742      one case again, by its number
 
-A case is its number: the damage is drawn from it (tests/fuzz/mutations.py), so any of them can be replayed anywhere."""
+A case is its number: the damage is drawn from it (tests/fuzz/mutations.py), so any of them can be replayed anywhere.
+The slowest cases are timed three times more and the least time counts: a busy machine's first run measures the others."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "fuzz")]
 
 from mutations import Lab, Outcome, run_case  # noqa: E402
+
+RETIMED = 200
 
 
 def rss_mb() -> float:
@@ -58,12 +62,16 @@ def main() -> None:
         seeds = range(options.first, options.first + options.cases)
         outcomes = [run_case(seed, lab) for seed in tqdm(seeds, unit="case")]
         peak = peak_mb() - before
+        wall = max(outcome.seconds for outcome in outcomes)
+        for outcome in sorted(outcomes, key=lambda outcome: -outcome.seconds)[:RETIMED]:
+            again = min(run_case(outcome.seed, lab).seconds for _ in range(3))
+            outcomes[outcome.seed - options.first] = replace(outcome, seconds=min(again, outcome.seconds))
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report(outcomes, peak), indent=2) + "\n")
+    options.output.write_text(json.dumps(report(outcomes, peak, wall), indent=2) + "\n")
     print(options.output.read_text())
 
 
-def report(outcomes: list[Outcome], peak: float) -> dict[str, object]:
+def report(outcomes: list[Outcome], peak: float, wall: float) -> dict[str, object]:
     """The figures, and what stands behind them; the numbers of all cases that went wrong are named."""
     untyped = [outcome.seed for outcome in outcomes if outcome.result not in ("refused", "loaded")]
     harmed = [outcome.seed for outcome in outcomes if outcome.harmed]
@@ -83,6 +91,7 @@ def report(outcomes: list[Outcome], peak: float) -> dict[str, object]:
             "slowest_s": round(slowest.seconds, 3),
             "peak_mb": round(peak, 1),
         },
+        "slowest_first_run_s": round(wall, 3),
         "seeds": {
             "first": outcomes[0].seed,
             "last": outcomes[-1].seed,
