@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many thousands of corrupted Downs and subjects against the loader: what they raise, take, and leave behind.
 
-    python benchmarks/fuzz.py                    24,000 cases, about 10 minutes on one core; writes results/fuzz.json
+    python benchmarks/fuzz.py                    24,000 cases, about 3 minutes on one core; writes results/fuzz.json
     python benchmarks/fuzz.py --replay 1742      one case again, by its number
 
 A case is its number: the damage is drawn from it (tests/fuzz/mutations.py), so any of them can be replayed anywhere.
-The slowest cases are timed three times more and the least time counts: a busy machine's first run measures the others."""
+The slowest cases are timed three times more and the least time counts: a busy machine measures the others."""
 
 from __future__ import annotations
 
