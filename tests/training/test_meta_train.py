@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peft_metalora import hub
+from peft_metalora.cards import model_card
 from peft_metalora.errors import (
     ConfigError,
     NoCaptionError,
@@ -93,10 +94,15 @@ def test_more_training_of_the_same_run_lowers_the_loss(base):
 def test_writes_a_down_that_loads(tmp_path, base):
     people, model = write_people(tmp_path / "people"), save_tiny_flux(tmp_path / "base")
     config = meta_config(
-        pretrained_model_name_or_path=str(model), train_data_dir=str(people), output_dir=str(tmp_path / "down")
+        pretrained_model_name_or_path=str(model),
+        train_data_dir=str(people),
+        output_dir=str(tmp_path / "down"),
+        domain="cartoons",
     )
     meta_train(config, progress=False)
     down = hub.load_down(tmp_path / "down")
+    card = model_card(down.config, "ann/cartoons", tmp_path / "down")
+    assert "*Down* of cartoons" in card and "| learning_rate |" in card and "| subjects | 3 |" in card
     assert (down.config.r, down.config.meta_r, down.config.num_slots) == (2, 4, 1)
     assert down.config.facts["subjects"] == 3
     assert down.config.base_model_name_or_path == str(model)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_metalora import enable_meta_lora, hub
+from peft_metalora.cards import model_card
 from peft_metalora.errors import (
     ConfigError,
     MetaLoraError,
@@ -110,10 +111,13 @@ def test_starts(base, down):
 
 
 def test_writes_a_subject_that_a_stock_pipeline_shows(place, tmp_path):
-    folder = personalize(file_config(place, tmp_path / "ann"), progress=False)
+    folder = personalize(file_config(place, tmp_path / "ann", instance_prompt="sks person"), progress=False)
     names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    assert hub.load_subject(folder).config.facts["steps"] == 3
+    learned = hub.load_subject(folder).config
+    assert learned.facts["steps"] == 3
+    card = model_card(learned, "ann/me", folder)
+    assert "The words that call it: `sks person`" in card and "| trainable_parameters |" in card
     pipe = enable_meta_lora(tiny_flux_pipeline())
 
     def draw():

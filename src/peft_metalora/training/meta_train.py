@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class DownResult:
 
     Attributes:
         denoiser: holds the Down as adapter `adapter_name`, one slot: the mean subject.
-        facts: what is written into the configuration: steps, subjects, ranks, rates.
+        facts: what is written into the configuration, and from there into a model card: domain, steps, subjects,
+            images, recipe.
         losses: of every step.
     """
 
@@ -61,9 +62,16 @@ class DownResult:
     facts: dict[str, Any]
     losses: list[float]
 
-    def save(self, folder: str, base_model: str | None = None) -> None:
+    def save(self, folder: str, base_model: str | None = None, base_revision: str | None = None) -> None:
         """Write the Down; raises as `checkpoint.save_down`."""
-        checkpoint.save_down(folder, self.denoiser, self.adapter_name, facts=self.facts, base_model=base_model)
+        checkpoint.save_down(
+            folder,
+            self.denoiser,
+            self.adapter_name,
+            facts=self.facts,
+            base_model=base_model,
+            base_revision=base_revision,
+        )
 
 
 class MetaTraining:
@@ -186,18 +194,18 @@ class MetaTraining:
         injection.remove_adapter(denoiser, _TRAINING)
         injection.activate(denoiser, [PUBLISHED])
         denoiser.eval()
-        settings = asdict(config)
-        kept = "rank", "meta_rank", "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "seed"
+        kept = "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "resolution", "seed"
         facts = {
-            "stage": "meta",
+            **({"domain": config.domain} if config.domain else {}),
             "steps": len(self.losses),
             "subjects": self._counted,
             "images": len(self.examples.latents),
-            "buckets": len(self.buckets),
-            "down_learning_rate": config.down_learning_rate or config.learning_rate,
-            "resolution": config.resolution,
-            "seconds": round(time.perf_counter() - self._start, 1),
-            **{name: settings[name] for name in kept},
+            "recipe": {
+                "buckets": len(self.buckets),
+                "down_learning_rate": config.down_learning_rate or config.learning_rate,
+                "seconds": round(time.perf_counter() - self._start, 1),
+                **{name: getattr(config, name) for name in kept},
+            },
         }
         return DownResult(denoiser, PUBLISHED, facts, self.losses)
 
@@ -326,11 +334,11 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
         _run(run, progress, config.checkpointing_steps)
     except KeyboardInterrupt:
         if run.losses and processes.count == 1:  # the others may be gone already
-            run.finish().save(config.output_dir, config.pretrained_model_name_or_path)
+            run.finish().save(config.output_dir, config.pretrained_model_name_or_path, config.revision)
         raise
     result = run.finish()
     if processes.is_main:
-        result.save(config.output_dir, config.pretrained_model_name_or_path)
+        result.save(config.output_dir, config.pretrained_model_name_or_path, config.revision)
     processes.wait()
     return result
 

@@ -196,14 +196,16 @@ class Personalization:
         self.steps_done = state["steps"]
 
     def facts(self) -> dict[str, Any]:
-        """What is written beside a subject: how it was learned."""
-        kept = "method", "start", "learning_rate", "train_batch_size", "resolution", "instance_prompt", "seed"
+        """What is written beside a subject, and from there into a model card: how it was learned and is called."""
+        kept = "start", "learning_rate", "train_batch_size", "resolution", "seed"
         return {
-            "stage": "subject",
+            **({"trigger": self.config.instance_prompt} if self.config.instance_prompt else {}),
             "steps": self.steps_done,
-            "trainable_parameters": self.trainable_parameters,
-            "seconds": round(time.perf_counter() - self._start, 1),
-            **{name: getattr(self.config, name) for name in kept},
+            "recipe": {
+                "trainable_parameters": self.trainable_parameters,
+                "seconds": round(time.perf_counter() - self._start, 1),
+                **{name: getattr(self.config, name) for name in kept},
+            },
         }
 
     def save(self, folder: str | Path, slot: int = 0) -> Path:
@@ -223,6 +225,7 @@ class Personalization:
                 down_revision=config.down_revision,
                 facts=self.facts(),
                 base_model=config.pretrained_model_name_or_path,
+                base_revision=config.revision,
             )
         weights = get_peft_model_state_dict(base.denoiser, adapter_name=_ADAPTER)
         adapter = base.denoiser.peft_config[_ADAPTER].to_dict()

@@ -118,6 +118,7 @@ class MetaTrainConfig(TrainingConfig):
     train_data_dir: str | None = setting(
         "Folder of subject folders: DIR/<subject>/*.png with metadata.jsonl or a .txt beside each image.", None
     )
+    domain: str | None = setting("What the subjects have in common ('women's faces'), for the model card.", None)
     rank: int = setting("Rank r of a subject (columns of Up, rows of Mid).", 4)
     meta_rank: int = setting("Rank of the shared Down (its rows).", 64)
     lora_alpha: float | None = setting("Scale: the output is multiplied by lora_alpha / rank. Default: rank.", None)
