@@ -186,7 +186,7 @@ def train_down(output: Path, seconds: float, device: torch.device, images: int =
     base.place(device, encoders=True)
     people = torch.stack([faces.subject_identity("meta", number) for number in range(faces.SPLITS["meta"] or 0)])
     generator = torch.Generator(device).manual_seed(1_000_006)
-    _, scenes, renders = _in_chunks(people.to(device).repeat_interleave(images, 0), generator)
+    scenes, renders = _in_chunks(people.to(device).repeat_interleave(images, 0), generator)
     captions = [text for part in scenes for text in scene.captions(part)]
     rows = {text: row for row, text in enumerate(dict.fromkeys(captions))}
     examples = Examples(
@@ -226,7 +226,8 @@ def report(output: Path, device: torch.device, samples: int = 256) -> dict[str, 
     Returns:
         `embedder_auc` (verification, 1000 people x 4 images, all pairs), `embedder_same`/`embedder_different` (mean
         cosine), `judge_accuracy` on renders by clause, `vae_psnr_db`, `vae_face_cosine` (embedding before against
-        after), `adherence` of generated images by clause, `generated_renders_distance` (see below).
+        after), `adherence` of generated images by clause, and beside those of renders their `frechet_distance`
+        of face embeddings to 1000 renders and the mean `nearest_person_cosine` among people they do not show.
     """
     generator = torch.Generator(device).manual_seed(2_000_001)
     embedder, judge = (
@@ -234,7 +235,7 @@ def report(output: Path, device: torch.device, samples: int = 256) -> dict[str, 
         load_judge(output / "judge.safetensors").to(device),
     )
     people = faces.sample_identities(1000, generator, device).repeat_interleave(4, 0)
-    _, scenes, images = _in_chunks(people, generator)
+    scenes, images = _in_chunks(people, generator)
     vectors = embedder.embed(images).vectors
     cosines = vectors @ vectors.T
     same = torch.arange(len(vectors)) // 4
@@ -283,11 +284,9 @@ def report(output: Path, device: torch.device, samples: int = 256) -> dict[str, 
     return figures
 
 
-def _in_chunks(
-    people: Tensor, generator: torch.Generator, size: int = 1000
-) -> tuple[Tensor, list[scene.Scene], Tensor]:
+def _in_chunks(people: Tensor, generator: torch.Generator, size: int = 1000) -> tuple[list[scene.Scene], Tensor]:
     parts = [random_renders(len(chunk), generator, chunk) for chunk in people.split(size)]
-    return people, [part[1] for part in parts], torch.cat([part[2] for part in parts])
+    return [part[1] for part in parts], torch.cat([part[2] for part in parts])
 
 
 def _latent_pool(pipe: FluxPipeline, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

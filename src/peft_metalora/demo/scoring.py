@@ -82,7 +82,7 @@ class Scorer:
         )
 
 
-def generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> Tensor:
+def generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """Draw the domain's images: n prompts, n seeds -> (n, 3, 64, 64) in [0, 1] on the CPU.
 
     The noise of an image depends on its seed alone, so that methods are compared on equal noise.
@@ -96,6 +96,5 @@ def generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **call: An
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         generator=generators,
         output_type="pt",
-        **call,
     ).images
     return images.float().cpu()
