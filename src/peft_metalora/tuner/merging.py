@@ -176,11 +176,29 @@ class Mergeable(BaseTunerLayer, nn.Module):
             )
         slots = {name: self.merge_slot(name) for name in names}
         before = self.get_base_weight()
+        if self._is_plain(names):
+            return self._merged_at_once(before, slots)
         total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
         for name, slot in slots.items():
             if slot is not None:
                 total += self.get_delta_weight(name, slot).to(total)
         return total.to(before.dtype)
+
+    def _is_plain(self, names: list[str]) -> bool:
+        """Whether the adapters only add a product to a weight (d_out, d_in)."""
+        base = self.get_base_layer()
+        plain = type(base) is nn.Linear and self.quantization_backend is None
+        plain = plain and base.weight.element_size() > 1  # eight bits are for storage: no product is formed in them
+        return plain and not any(name in self.metalora_magnitude for name in names)
+
+    def _merged_at_once(self, before: Tensor, slots: dict[str, int | None]) -> Tensor:
+        """All adapters as one product that is summed onto the weight inside the product's own accumulator."""
+        parts = [(name, slot) for name, slot in slots.items() if slot is not None]
+        if not parts:
+            return before.clone()
+        folded = [self.folded_factor(name, slot).mul_(self.scaling[name]).to(before) for name, slot in parts]
+        ups = [self.metalora_up[name][slot].detach().to(before) for name, slot in parts]
+        return torch.addmm(before, torch.cat(ups, dim=1), torch.cat(folded))
 
     def _keep_weight(self) -> None:
         """Keep what `unmerge` needs. `set_base_weight` replaces the storage, so that keeping the old one is no copy."""
