@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Meta-LoRA is compared with: every method as PEFT has it, on the same modules, ready to be stacked.
+
+`RIVALS` names the methods with the learning rates that are tried for each. `vmap_ready` lets forward passes that use
+custom autograd or in-place arithmetic (LoHa, OFT, our fused one) run under `torch.func.vmap`, with equal values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
+from peft.tuners.loha import layer as loha
+from peft.tuners.oft.layer import OFTRotationModule
+from torch import Tensor
+
+from .. import hub
+from ..training.adapters import eject, inject
+from ..training.bases import Base
+from ..training.settings import TrainingConfig
+from ..tuner import MetaLoraConfig, set_warmup
+from ..tuner.down import DownSource
+from ..tuner.linear import Linear
+from .batched import AdapterStack
+
+_NAME = "default"
+_LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_META_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A method of the comparison.
+
+    Attributes:
+        label: for tables. config: makes its PEFT configuration from the modules to adapt and the Down; None trains the
+            denoiser itself.
+        rates: learning rates to choose from. note: what its row means.
+        frozen_down: keep a Down as it was drawn. up_rate: factor on the rate of Up (LoRA+).
+        moved: its start is not the base model.
+    """
+
+    label: str
+    config: Callable[[Any, DownSource], PeftConfig] | None
+    rates: tuple[float, ...] = _LORA_RATES
+    note: str = ""
+    frozen_down: bool = False
+    up_rate: float = 1.0
+    moved: bool = False
+
+
+def _lora(rank: int, **options: Any) -> Callable[[Any, DownSource], PeftConfig]:
+    return lambda modules, down: LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, **options)
+
+
+def _subject(**options: Any) -> Callable[[Any, DownSource], PeftConfig]:
+    def config(modules: Any, down: DownSource) -> PeftConfig:
+        of_down = down.config
+        return MetaLoraConfig(
+            stage="subject",
+            r=of_down.r,
+            meta_r=of_down.meta_r,
+            lora_alpha=of_down.lora_alpha,
+            target_modules=of_down.target_modules,
+            down="in memory",
+            down_fingerprint=down.fingerprint,
+            **options,
+        )
+
+    return config
+
+
+def _random_down(modules: Any, down: DownSource) -> PeftConfig:
+    return MetaLoraConfig(
+        r=down.config.r, meta_r=down.config.meta_r, lora_alpha=down.config.lora_alpha, target_modules=modules
+    )
+
+
+RIVALS: dict[str, Rival] = {
+    "lora_r1": Rival("LoRA, rank 1", _lora(1)),
+    "meta_lora_stored": Rival("Meta-LoRA, stored Mid", _subject(start="stored"), _META_RATES),
+    "meta_lora_mean": Rival("Meta-LoRA, mean", _subject(start="mean"), _META_RATES, moved=True),
+    "lora_r4": Rival("LoRA, rank 4", _lora(4)),
+    "random_down": Rival("Meta-LoRA, random Down", _random_down, note="the control for stage 1", frozen_down=True),
+    "mean_lora": Rival("LoRA, rank 4, from a mean LoRA", _lora(4), _META_RATES, "the control for the mean", moved=True),
+    "lora_r16": Rival("LoRA, rank 16", _lora(16)),
+    "vera": Rival(
+        "VeRA, rank 256",
+        lambda modules, down: VeraConfig(r=256, target_modules=modules, save_projection=False),
+        (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        "random projections, shared by all layers",
+    ),
+    "dora": Rival("DoRA, rank 4", _lora(4, use_dora=True)),
+    "oft": Rival(
+        "OFT, blocks of 32",
+        lambda modules, down: OFTConfig(r=0, oft_block_size=32, target_modules=modules, use_cayley_neumann=True),
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    ),
+    "lokr": Rival("LoKr, rank 4", lambda modules, down: LoKrConfig(r=4, alpha=4, target_modules=modules)),
+    "loha": Rival("LoHa, rank 4", lambda modules, down: LoHaConfig(r=4, alpha=4, target_modules=modules)),
+    "full": Rival("full fine-tuning", None, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "every weight of the denoiser"),
+}
+
+VARIANTS: dict[str, Rival] = {
+    "default": RIVALS["meta_lora_stored"],
+    "rslora": Rival("rsLoRA scaling", _subject(start="stored", use_rslora=True), _META_RATES),
+    "dora": Rival("weight-decomposed", _subject(start="stored", use_dora=True), _META_RATES),
+    "lora_plus": Rival("LoRA+, Up x 16", _subject(start="stored"), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), up_rate=16.0),
+    "fresh": Rival("new Mid", _subject(start="fresh"), _META_RATES, "the control for the stored Mid"),
+}
+
+
+def put_on(
+    base: Base,
+    rival: Rival,
+    down: DownSource,
+    config: TrainingConfig,
+    rows: int,
+    seeds: list[int],
+    start: dict[str, Tensor] | None = None,
+) -> AdapterStack:
+    """Put a method on the denoiser and stack it; `eject(base.denoiser)` takes it off again.
+
+    Args:
+        rows: number of rows; row n has the random start of seed `seeds[n % len(seeds)]`.
+        start: where every row starts instead, by parameter name.
+    """
+    denoiser = base.denoiser
+    if rival.config is None:
+        denoiser.requires_grad_(True)
+        return AdapterStack(denoiser, rows)
+    starts = []
+    for seed in reversed(seeds):  # what is frozen is that of the first seed, for all rows
+        eject(denoiser)
+        adapter = rival.config(base.target_modules, down)
+        if isinstance(adapter, VeraConfig):  # its projections live on PEFT's wrapper, which injection has none of
+            denoiser.requires_grad_(False)
+            get_peft_model(denoiser, adapter)
+        else:
+            with hub.given(down):
+                inject(base, adapter, _NAME, replace(config, seed=seed))
+        if rival.frozen_down:
+            set_warmup(denoiser, True, _NAME)
+        starts.insert(0, {name: p.detach().clone() for name, p in denoiser.named_parameters() if p.requires_grad})
+    denoiser.to(base.device)  # shared projections and index buffers may lie elsewhere
+    denoiser.eval()  # LoHa and LoKr toss a coin in training, even for a dropout of 0
+    if start is not None:
+        starts = [start]
+    return AdapterStack(denoiser, rows, [starts[row % len(starts)] for row in range(rows)])
+
+
+def take_off(base: Base) -> None:
+    """The denoiser as it was, all of it frozen."""
+    eject(base.denoiser)
+    base.denoiser.requires_grad_(False)
+
+
+@contextmanager
+def vmap_ready() -> Iterator[None]:
+    """While open, LoHa, OFT and Meta-LoRA run without custom autograd and in-place arithmetic, with equal values."""
+    kept = loha.make_weight, OFTRotationModule._pytorch_skew_symmetric, OFTRotationModule._cayley_batch
+    fusible = Linear._fusible
+    loha.make_weight = _loha_weight
+    Linear._fusible = lambda self, x: None  # type: ignore[method-assign, assignment]
+    OFTRotationModule._pytorch_skew_symmetric = _skew_symmetric
+    OFTRotationModule._cayley_batch = _cayley
+    try:
+        yield
+    finally:
+        loha.make_weight, OFTRotationModule._pytorch_skew_symmetric, OFTRotationModule._cayley_batch = kept
+        Linear._fusible = fusible  # type: ignore[method-assign]
+
+
+def _loha_weight(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, scale: Tensor) -> Tensor:
+    return ((w1a @ w1b) * (w2a @ w2b)) * scale
+
+
+def _skew_symmetric(self: Any, vec: Tensor, block_size: int) -> Tensor:
+    # Entry (i, j) of the result is taken from [vec, -vec, 0].
+    count = vec.shape[-1]
+    where = torch.full((block_size, block_size), 2 * count, device=vec.device)
+    numbers = torch.arange(count, device=vec.device)
+    where[self.rows, self.cols], where[self.cols, self.rows] = numbers, numbers + count
+    parts = torch.cat([vec, -vec, torch.zeros_like(vec[:, :1])], dim=1)
+    return parts.index_select(1, where.flatten()).unflatten(1, (block_size, block_size))
+
+
+def _cayley(
+    self: Any, Q: Tensor, block_size: int, use_cayley_neumann: bool = True, num_neumann_terms: int = 5
+) -> Tensor:
+    if not use_cayley_neumann or num_neumann_terms < 3:
+        raise NotImplementedError("expected the Cayley-Neumann series with 3 terms or more")
+    skew = self._pytorch_skew_symmetric(Q, block_size)
+    power = skew @ skew
+    result = torch.eye(block_size, device=Q.device, dtype=Q.dtype) + 2 * skew + 2 * power
+    for _ in range(3, num_neumann_terms - 1):
+        power = power @ skew
+        result = result + 2 * power
+    return (result + power @ skew).to(Q.dtype)
