@@ -88,6 +88,12 @@ def _generate(config: Any) -> str:
     return f"wrote {len(generate(config))} image(s) to {config.output_dir}"
 
 
+def _evaluate(config: Any) -> str:
+    from .evaluation.protocol import evaluate
+
+    return f"wrote {evaluate(config)}"
+
+
 def _artefact(name: str) -> typing.Callable[[Any], str]:
     """A command on files and repositories, imported when it runs."""
 
@@ -121,6 +127,7 @@ COMMANDS = {
         "stage 2: learn a subject from one image", ".training.settings:PersonalizeConfig", _personalize
     ),
     "generate": Command("draw subjects from prompts", ".generate:GenerateConfig", _generate),
+    "evaluate": Command("compare methods on a folder of people", ".evaluation.protocol:EvaluateConfig", _evaluate),
     "push": Command("publish a Down or a subject", ".artefact_commands:PushConfig", _artefact("push")),
     "pull": Command("download a Down or a subject", ".artefact_commands:PullConfig", _artefact("pull")),
     "export": Command("write a subject for another tool", ".artefact_commands:ExportConfig", _artefact("export")),
@@ -185,6 +192,7 @@ def _add_flag(parser: argparse.ArgumentParser, one: Field[Any], hint: Any) -> No
         return
     parser.add_argument(
         f"--{one.name}",
+        action="extend" if is_list else "store",  # --method a --method b, as well as --method a b
         type=kind,
         nargs="+" if is_list else None,
         choices=one.metadata.get("choices"),

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole evaluation on the embedded base: images, scores, report, resuming, and images made elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_metalora.cli import main
+from peft_metalora.data import read_subjects
+from peft_metalora.demo.base import BASE
+from peft_metalora.demo.faces import write_dataset
+from peft_metalora.errors import ConfigError
+from peft_metalora.evaluation import protocol
+from peft_metalora.evaluation.methods import run_method
+from peft_metalora.evaluation.protocol import EvaluateConfig, Method, read_prompts
+from peft_metalora.evaluation.report import summary
+from peft_metalora.training.bases import load_base
+
+METHODS = ("meta-lora:start=mean,lr=3e-3", "lora:r=1,lr=1e-2")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_dataset(tmp_path_factory.mktemp("people"), "held-out", 2, 3)
+    (folder / "people.json").write_text('{"held-out-0000": {"sex": "x"}}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.yaml"
+    file.write_text('clothes: ["a photo of {subject}, facing left, smiling, in a red shirt"]\n')
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(people: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished evaluation of two methods and a copier, and the arguments that made it."""
+    home = tmp_path_factory.mktemp("evaluation")
+    common = ["evaluate", "--data", str(people), "--output", str(home / "out"), "--prompts", str(prompts)]
+    common += ["--steps", "2", "4", "--num_inference_steps", "4", "--views_per_image", "4", "--device", "cpu"]
+    assert main([*common, "--export_prompts", str(home / "prompts.jsonl")]) == 0
+    lines = [json.loads(line) for line in (home / "prompts.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [0, 0]
+    for line in lines:
+        target = home / "copier" / line["file_name"]
+        target.parent.mkdir(parents=True)
+        shutil.copy(line["reference"], target)
+    arguments = [*common, "--images", f"copier={home / 'copier'}"]
+    for method in METHODS:
+        arguments += ["--method", method]
+    assert main(arguments) == 0
+    return home / "out", arguments
+
+
+def results(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_image_is_kept_with_its_prompt_and_scores(done: tuple[Path, list[str]]) -> None:
+    output, _ = done
+    rows = results(output)
+    assert {(row["method"], row["subject"], row["steps"]) for row in rows} == {
+        (method, f"held-out-000{person}", steps)
+        for method in (*METHODS, "copier")
+        for person in (0, 1)
+        for steps in ((0,) if method == "copier" else (2, 4))
+    }
+    for row in rows:
+        assert (output / row["file"]).is_file()
+        assert row["prompt"] == "a photo of a person, facing left, smiling, in a red shirt"
+        assert row["found"] and -1 <= row["r_facesim"] <= 1 and 0 <= row["adherence"] <= 1
+
+
+def test_a_copier_of_the_reference_is_seen_through(done: tuple[Path, list[str]]) -> None:
+    output, _ = done
+    figures = summary(protocol.read_cells(output, ["copier"]))["copier"]
+    assert figures["face_sim"].value == pytest.approx(1, abs=1e-4)
+    assert figures["r_facesim"].value < 0.95
+    assert figures["pose_copy"].value == pytest.approx(1 - figures["r_facesim"].value, abs=1e-4)
+
+
+def test_the_report_stands_alone(done: tuple[Path, list[str]]) -> None:
+    output, _ = done
+    page, table = (output / "report.html").read_text(), (output / "report.md").read_text()
+    assert page.count("<svg") == 5 and 'src="data:image/png;base64,' in page
+    assert "://" not in page and page.index("Failures") < page.index("Figures")
+    assert all(method in table and method in page for method in METHODS)
+    assert "sex: x" in table
+
+
+def test_a_rerun_computes_only_what_is_missing(done: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    output, arguments = done
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/*/**/*") if path.is_file()}
+    trained = []
+    train = protocol._Bench._train
+
+    def watched(self, method, reference):
+        trained.append((method.text, reference.path.parent.name))
+        return train(self, method, reference)
+
+    monkeypatch.setattr(protocol._Bench, "_train", watched)
+    assert main(arguments) == 0
+    assert trained == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    lost = next(row for row in results(output) if row["method"] == METHODS[1] and row["steps"] == 4)
+    kept = (output / lost["file"]).read_bytes()
+    (output / lost["file"]).unlink()
+    assert main(arguments) == 0
+    assert trained == [(METHODS[1], lost["subject"])]
+    assert (output / lost["file"]).read_bytes() == kept  # the same seeds, the same image
+
+
+def test_an_image_that_is_not_there_is_a_miss(people: Path, prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    config = EvaluateConfig(
+        data=str(people), output=str(tmp_path / "out"), prompts=str(prompts), images=[f"none={tmp_path / 'none'}"]
+    )
+    protocol.evaluate(config, progress=False)
+    figures = summary(protocol.read_cells(tmp_path / "out", ["none"]))["none"]
+    assert figures["failed"].value == 1 and figures["r_facesim"].value == 0
+
+
+RIVALS = ("dora:r=2", "loha:r=2", "lokr:r=2", "oft:block=32", "vera:r=8", "random-down", "full")
+
+
+@pytest.mark.parametrize("text", RIVALS)
+def test_every_rival_trains_and_leaves_the_base_as_it_was(people: Path, text: str) -> None:
+    base = load_base(BASE)
+    before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
+    config = EvaluateConfig(data=str(people), output="out", method=[text], steps=[2], views_per_image=2, device="cpu")
+    reference, _ = read_subjects(people)[0].split()
+    method = Method.parse(text)
+    run = run_method(base, method, reference, config, protocol._Bench(config, [])._down(method), 64)
+    start = [parameter.detach().clone() for parameter in run.parameters]
+    assert [step.number for step in run.steps()] == [1, 2]
+    assert any(not torch.equal(old, new) for old, new in zip(start, run.parameters, strict=True))
+    assert run.trainable_parameters == sum(parameter.numel() for parameter in start) > 0
+    run.remove()
+    after = base.denoiser.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_prompt_set_names_the_person_in_every_prompt() -> None:
+    prompts = read_prompts(None, "a sks person")
+    assert {prompt.kind for prompt in prompts} == {"poses", "scenes", "clothes", "styles", "actions"}
+    assert len(prompts) == 20 and all("a sks person" in prompt.text and "{" not in prompt.text for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": ["lore"]}, "method must be one of base, meta-lora"),
+        ({"method": ["lora:rank=1"]}, "expected options r, lr, found 'rank'"),
+        ({"method": ["lora:r=0"]}, "expected r to be a whole number above 0, found '0'"),
+        ({"method": ["full:lr=fast"]}, "expected lr to be a number above 0, found 'fast'"),
+        ({"method": ["base", "base"]}, "found base twice"),
+        ({"images": ["x"]}, "images must be NAME=DIR"),
+        ({"method": ["base"], "steps": [0]}, "steps must be"),
+        ({}, "expected something to do"),
+    ],
+)
+def test_bad_settings_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvaluateConfig(data="d", output="o", **values)
