@@ -2,7 +2,21 @@
 """Is it the person, and does it do what the prompt says? Embedders turn images into vectors, scores compare them."""
 
 from .embedders import ClipEmbedder, DinoEmbedder, Embedder, Embeddings, InsightFaceEmbedder
-from .scores import Interval, Similarity, bootstrap, clip_i, clip_t, dino, face_sim, pose_copy, r_facesim
+from .scores import (
+    Interval,
+    Similarity,
+    bootstrap,
+    clip_i,
+    clip_t,
+    coverage,
+    dino,
+    diversity,
+    face_sim,
+    head_pose,
+    pose_copy,
+    pose_difference,
+    r_facesim,
+)
 
 __all__ = [
     "ClipEmbedder",
@@ -15,8 +29,12 @@ __all__ = [
     "bootstrap",
     "clip_i",
     "clip_t",
+    "coverage",
     "dino",
+    "diversity",
     "face_sim",
+    "head_pose",
     "pose_copy",
+    "pose_difference",
     "r_facesim",
 ]

@@ -8,7 +8,7 @@ worst images can be made from them. A face that was not found is a miss: it scor
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,76 @@ def pose_copy(generated: Embeddings, reference: Embeddings, others: Embeddings) 
         MetricInputError: as `face_sim` and `r_facesim`.
     """
     return face_sim(generated, reference).per_image - r_facesim(generated, others).per_image
+
+
+def head_pose(landmarks: Tensor) -> Tensor:
+    """Roll, turn and nod of heads from five landmarks: (n, 5, 2) -> (n, 3), without units; sizes and places cancel.
+
+    A stand-in of ours for angles, from what every face detector gives (insightface's `kps`): roll is the angle of the
+    line between the eyes in radians; turn is how far the nose lies to the side of their middle, in distances between
+    the eyes; nod is how far down it lies on the way from the eyes to the mouth, in [0, 1] for a face seen from before.
+
+    Args:
+        landmarks: x and y in pixels of left eye, right eye, nose, left and right corner of the mouth, as seen.
+
+    Raises:
+        MetricInputError: another shape.
+    """
+    if landmarks.ndim != 3 or landmarks.shape[1:] != (5, 2):
+        raise MetricInputError(f"expected landmarks (n, 5, 2), found {tuple(landmarks.shape)}: give five for each face")
+    left, right, nose, *mouth = landmarks.float().unbind(1)
+    eyes, axis = (left + right) / 2, right - left
+    across = _unit(axis)
+    down = torch.stack([-across[:, 1], across[:, 0]], dim=1)
+    to_nose, to_mouth = nose - eyes, sum(mouth) / 2 - eyes
+    roll = torch.atan2(axis[:, 1], axis[:, 0])
+    turn = (to_nose * across).sum(1) / axis.norm(dim=1)
+    return torch.stack([roll, turn, (to_nose * down).sum(1) / (to_mouth * down).sum(1)], dim=1)
+
+
+def pose_difference(generated: Tensor, reference: Tensor) -> Tensor:
+    """Distance of each head's pose from the reference's, (n,): near 0 in all images says that the pose was copied.
+
+    Args:
+        generated: landmarks (n, 5, 2). reference: landmarks (1, 5, 2); see `head_pose`.
+
+    Raises:
+        MetricInputError: other shapes.
+    """
+    return (head_pose(generated) - head_pose(reference)).norm(dim=1)
+
+
+def diversity(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean distance over all pairs of images of one prompt; LPIPS as a rule (https://arxiv.org/abs/1801.03924).
+
+    Args:
+        images: (n, 3, h, w) in [0, 1].
+        distance: of images (m, 3, h, w) in [-1, 1] and as many others, m numbers; `lpips.LPIPS(net="alex")` is one.
+
+    Raises:
+        MetricInputError: fewer than two images.
+    """
+    if images.ndim != 4 or len(images) < 2:
+        raise MetricInputError(f"expected at least 2 images (n, 3, h, w), found {tuple(images.shape)}: draw more seeds")
+    first, second = torch.triu_indices(len(images), len(images), 1)
+    scaled = images * 2 - 1
+    with torch.no_grad():
+        return float(distance(scaled[first], scaled[second]).mean())
+
+
+def coverage(scores: Tensor, prompts: Sequence[Hashable], threshold: float) -> float:
+    """Prompt-set coverage: share of the prompts of which at least one image reaches a score (our definition).
+
+    Args:
+        scores: (n,), such as CLIP-T or the product of identity and adherence. prompts: n labels.
+
+    Raises:
+        MetricInputError: no scores, or not one prompt for each.
+    """
+    if not len(scores) or len(scores) != len(prompts):
+        raise MetricInputError(f"expected a prompt for each score, found {len(scores)} scores, {len(prompts)} prompts")
+    reached = {prompt for prompt, score in zip(prompts, scores.tolist(), strict=True) if score >= threshold}
+    return len(reached) / len(set(prompts))
 
 
 def clip_t(images: Embeddings, prompts: Tensor) -> Similarity:

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Head pose, diversity and coverage on cases whose answers are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from peft_metalora.errors import MetricInputError
+from peft_metalora.metrics import coverage, diversity, head_pose, pose_difference
+
+FRONT = torch.tensor([[[30.0, 40], [70, 40], [50, 60], [35, 80], [65, 80]]])
+
+
+def test_a_face_from_before_has_no_roll_and_no_turn() -> None:
+    assert head_pose(FRONT)[0].tolist() == pytest.approx([0, 0, 0.5])
+
+
+def test_roll_is_the_angle_and_turn_the_nose() -> None:
+    angle = 0.3
+    turned = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    assert head_pose(FRONT @ turned)[0].tolist() == pytest.approx([angle, 0, 0.5], abs=1e-5)
+    aside = FRONT.clone()
+    aside[0, 2, 0] += 10
+    assert head_pose(aside)[0].tolist() == pytest.approx([0, 0.25, 0.5])
+
+
+def test_a_copied_pose_has_no_difference_wherever_and_however_large() -> None:
+    aside = FRONT.clone()
+    aside[0, 2, 0] -= 8
+    differences = pose_difference(torch.cat([3 * FRONT + 7, aside]), FRONT)
+    assert differences.tolist() == pytest.approx([0, 0.2], abs=1e-5)
+    with pytest.raises(MetricInputError, match=r"landmarks \(n, 5, 2\)"):
+        head_pose(FRONT[0])
+
+
+def test_diversity_is_the_mean_over_pairs_of_scaled_images() -> None:
+    images = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    found = diversity(images, lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    assert found == pytest.approx((1 + 2 + 1) / 3)
+    assert diversity(images[[1, 1]], lambda a, b: (a - b).abs().mean((1, 2, 3))) == 0
+    with pytest.raises(MetricInputError, match="at least 2 images"):
+        diversity(images[:1], lambda a, b: a)
+
+
+def test_coverage_counts_prompts_and_not_images() -> None:
+    scores = torch.tensor([0.9, 0.1, 0.2, 0.3])
+    assert coverage(scores, ["a", "a", "b", "c"], 0.3) == pytest.approx(2 / 3)
+    with pytest.raises(MetricInputError, match="4 scores, 1 prompts"):
+        coverage(scores, ["a"], 0.3)
