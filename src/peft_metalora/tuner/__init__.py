@@ -12,7 +12,7 @@ from .model import MetaLoraModel
 from .plan import down_fingerprint, down_state
 from .registration import MetaLoraType
 from .slots import fold, reset_slots, set_merge_backup, set_warmup, subject_state, unfold, write_subject
-from .subjects import set_subjects, subjects
+from .subjects import TokenSlots, set_subjects, set_token_slots, subjects
 from .variants import init_down_from_data, lora_plus_groups
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "MetaLoraLayer",
     "MetaLoraModel",
     "MetaLoraType",
+    "TokenSlots",
     "add_weighted_subject",
     "down_fingerprint",
     "down_state",
@@ -34,6 +35,7 @@ __all__ = [
     "set_file_check",
     "set_merge_backup",
     "set_subjects",
+    "set_token_slots",
     "set_warmup",
     "subject_state",
     "subjects",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .layer import Chosen, MetaLoraLayer, cast, gather
+from .subjects import Positions
 
 
 class Conv(MetaLoraLayer):
@@ -33,6 +34,19 @@ class Conv(MetaLoraLayer):
             z = torch.bmm(mid, h.reshape(batch, h.shape[-len(self.down_row)], -1))
         flat = result.reshape(batch, self.d_out, -1)
         return torch.baddbmm(flat, up, z, alpha=scaling).view(result.shape)
+
+    def _tokens(self, x: Tensor, base: Tensor) -> tuple[int, ...]:
+        return tuple(base.shape[-len(self.down_row) + 1 :])
+
+    def _add_at(self, result: Tensor, base: Tensor, x: Tensor, name: str, places: Positions) -> Tensor:
+        layer: Any = self.get_base_layer()
+        batch, dtype, scaling = self._batch(x), result.dtype, self.scaling[name]
+        h = layer._conv_forward(cast(self._dropped(x, name), dtype), cast(self._down(self.down_key[name]), dtype), None)
+        h, total = h.reshape(batch, self.meta_r[name], -1), result.reshape(batch, self.d_out, -1)
+        for slot, where in places:
+            mid, up = (cast(factors[name][slot], dtype) for factors in (self.metalora_mid, self.metalora_up))
+            total = total.index_add(2, where, up @ (mid @ h.index_select(2, where)), alpha=scaling)
+        return total.view(result.shape)
 
     def __repr__(self) -> str:
         return "metalora." + super().__repr__()

@@ -25,7 +25,7 @@ from .bases import factor_shape
 from .config import MetaLoraConfig
 from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP
 from .merging import Mergeable
-from .subjects import SubjectIndex
+from .subjects import Positions, SubjectIndex, TokenSlots
 from .variants import decomposed_norms, start_down
 
 Chosen = tuple[Tensor, Tensor]  # slot (rows,) int64, present (rows, 1, 1) bool
@@ -56,6 +56,7 @@ class MetaLoraLayer(Mergeable):
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
         self.subject_index = subject_index
+        self.token_slots: TokenSlots | None = None
         self.down_row, self.d_out = factor_shape(self.get_base_layer())
         self.in_features, self.out_features = self.down_row[0], self.d_out
         self.metalora_down = nn.ParameterDict()
@@ -282,7 +283,7 @@ class MetaLoraLayer(Mergeable):
     # ---- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return base(x) plus the active adapters, each for the subject its sample was given."""
+        """Return base(x) plus the active adapters, each for the subject its sample or token was given."""
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
@@ -295,8 +296,12 @@ class MetaLoraLayer(Mergeable):
             return result
         base = result
         for name in self.active_adapters:
-            if name in self.metalora_mid:
+            if name not in self.metalora_mid:
+                continue
+            if self.token_slots is None:
                 result = self._add(result, base, x, name, self._chosen(x))
+            elif places := self.token_slots.positions(self._tokens(x, base), x.device):
+                result = self._add_at(result, base, x, name, places)
         return result
 
     def _forward_by_names(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -339,6 +344,17 @@ class MetaLoraLayer(Mergeable):
 
         Args:
             result: the base and the adapters added so far. base: the base alone. chosen: each sample's slot, None is 0.
+        """
+        raise NotImplementedError
+
+    def _tokens(self, x: Tensor, base: Tensor) -> tuple[int, ...]:
+        """Shape of the tokens of one sample, for the layer's input and the base's output."""
+        raise NotImplementedError
+
+    def _add_at(self, result: Tensor, base: Tensor, x: Tensor, name: str, places: Positions) -> Tensor:
+        """As `_add`, with a subject for each token: one Down for all tokens, then each subject's Mid and Up on its own.
+
+        Tokens without a subject keep the base's output bit for bit.
         """
         raise NotImplementedError
 

@@ -8,7 +8,8 @@ Three roads give the same numbers within rounding:
   keeps, with Down frozen, only Down @ x (meta_r values a token) instead of x;
 - *pointwise*, under torch.compile without autograd and for a small rank: sums that the compiler melts into the
   operations before and after the layer;
-- *general*, for everything else: quantised or wrapped bases, hooks, autocast, several active adapters, dropout."""
+- *general*, for everything else: quantised or wrapped bases, hooks, autocast, several active adapters, dropout, a
+  subject for each token."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .down import MAGNITUDE, UP
 from .layer import Chosen, MetaLoraLayer, cast, gather
+from .subjects import Positions
 
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
 
@@ -34,7 +36,7 @@ class Linear(MetaLoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) plus the active adapters: x (..., d_in) -> (..., d_out)."""
-        if args or kwargs or torch.compiler.is_compiling():
+        if args or kwargs or self.token_slots is not None or torch.compiler.is_compiling():
             return super().forward(x, *args, **kwargs)
         if self.merged_adapters and not self._disable_adapters:
             return self.base_layer(x)
@@ -138,6 +140,25 @@ class Linear(MetaLoraLayer):
         if rows == 1:
             return torch.addmm(total[0], z[0], up[0].t(), alpha=scaling).view(result.shape)
         return torch.baddbmm(total, z, up.mT, alpha=scaling).view(result.shape)
+
+    def _tokens(self, x: Tensor, base: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape[1:-1])
+
+    def _add_at(self, result: Tensor, base: Tensor, x: Tensor, name: str, places: Positions) -> Tensor:
+        batch, dtype, scaling = x.shape[0], result.dtype, self.scaling[name]
+        h = F.linear(cast(self._dropped(x, name), dtype), cast(self._down(self.down_key[name]), dtype)).flatten(1, -2)
+        total, alone = result.reshape(batch, -1, self.d_out), base.reshape(batch, -1, self.d_out)
+        for slot, where in places:
+            mid, up = (cast(factors[name][slot], dtype) for factors in (self.metalora_mid, self.metalora_up))
+            delta = scaling * F.linear(F.linear(h.index_select(1, where), mid), up)
+            part = total.index_select(1, where)
+            if name in self.metalora_magnitude:
+                chosen = where.new_tensor([slot]), where.new_ones(1, 1, 1, dtype=torch.bool)
+                part = self._decomposed(part, alone.index_select(1, where), delta, name, chosen)
+            else:
+                part = part + delta
+            total = total.index_copy(1, where, part)
+        return total.view(result.shape)
 
     def _decomposed(self, total: Tensor, base: Tensor, delta: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         """total + (s - 1) * base without bias + s * delta; s is the learnt length of a row over the present one (DoRA).

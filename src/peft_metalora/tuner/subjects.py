@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which subject each sample of a batch shows: one index, shared by all layers of a model and written in place.
+"""Which subject each sample of a batch shows, or each token of an image.
 
-Because the tensors of the index stay where they are, neither a swap of subjects nor another mix of them changes a
-compiled graph. `set_subjects` and `subjects` work on anything that holds Meta-LoRA layers."""
+For samples it is one index, shared by all layers of a model and written in place: because its tensors stay where they
+are, neither a swap of subjects nor another mix of them changes a compiled graph. For tokens it is one table for each
+kind of layer (`TokenSlots`), which goes before the samples' index. All work on anything with Meta-LoRA layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,48 @@ class SubjectIndex:
         return slot.repeat(rows // length), present.repeat(rows // length, 1, 1)
 
 
+Positions = list[tuple[int, Tensor]]  # a slot and the places of a flattened image or text that show it
+
+
+class TokenSlots:
+    """The slot of each token, the same for every sample of a batch; layers that see the same tokens share one object.
+
+    Layers see an image in several shapes, so a table holds a map for each: (tokens,) for a linear layer's input
+    (batch, tokens, d_in), (h, w) for what a convolution gives. While nothing is written, no token has a subject.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[int, ...], Positions] = {}
+
+    def write(self, maps: Mapping[tuple[int, ...], Tensor], device: torch.device) -> None:
+        """Set all maps at once.
+
+        Args:
+            maps: by shape, int64 of that shape: the slot of each token, -1 for no subject.
+            device: where the layers are.
+        """
+        self._parts = {}
+        for shape, slots in maps.items():
+            flat = slots.flatten()
+            present = sorted(set(flat.tolist()) - {NO_SUBJECT})
+            self._parts[shape] = [(slot, torch.nonzero(flat == slot).flatten().to(device)) for slot in present]
+
+    def positions(self, shape: tuple[int, ...], device: torch.device) -> Positions:
+        """Where each subject is in an input of that shape; nowhere in one without tokens, such as a time embedding.
+
+        Raises:
+            SubjectIndexError: the shape is none of the image's.
+        """
+        if not self._parts or not shape:
+            return []
+        if shape not in self._parts:
+            raise SubjectIndexError(
+                f"A layer sees {shape} tokens, the image has {sorted(self._parts)}. Leave that layer out of "
+                "target_modules, or out of the tables of tokens."
+            )
+        return [(slot, where.to(device)) for slot, where in self._parts[shape]]
+
+
 def meta_lora_layers(model: nn.Module) -> Iterator[tuple[str, MetaLoraLayer]]:
     """Yield (path, layer) for each Meta-LoRA layer; the path is the base model's, without PEFT's wrappers."""
     from .layer import MetaLoraLayer
@@ -109,6 +152,31 @@ def set_subjects(model: nn.Module, index: Sequence[int] | Tensor | None) -> None
             layer.subject_index.write(values, layer.adapter_device())
 
 
+def set_token_slots(model: nn.Module, tables: Mapping[str, TokenSlots] | None) -> None:
+    """Say from which table each layer reads the slots of its tokens; the samples' index does not count meanwhile.
+
+    Args:
+        model: anything that holds Meta-LoRA layers.
+        tables: by the path of a layer; layers without one show no subject. None: back to the index of samples.
+
+    Raises:
+        SubjectIndexError: an adapter is merged.
+    """
+    layers = list(meta_lora_layers(model))
+    if tables is not None:
+        _refuse_merged([layer for _, layer in layers])
+    nobody = TokenSlots()
+    for path, layer in layers:
+        layer.token_slots = None if tables is None else tables.get(path, nobody)
+
+
+def _refuse_merged(layers: list[MetaLoraLayer]) -> None:
+    if any(layer.merged for layer in layers):
+        raise SubjectIndexError(
+            "A subject is merged into the base weights, so every sample shows it. Unmerge it before choosing subjects."
+        )
+
+
 def _checked_values(layers: list[MetaLoraLayer], index: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
     if index is None:
         return None
@@ -122,10 +190,7 @@ def _checked_values(layers: list[MetaLoraLayer], index: Sequence[int] | Tensor |
             f"The active adapter holds {slots} slot(s), numbered 0 to {slots - 1} (-1 = no subject); got {wrong}. "
             "Raise num_slots or choose other subjects."
         )
-    if any(layer.merged for layer in layers):
-        raise SubjectIndexError(
-            "A subject is merged into the base weights, so every sample shows it. Unmerge it before choosing subjects."
-        )
+    _refuse_merged(layers)
     return tuple(raw)
 
 
