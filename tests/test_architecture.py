@@ -25,7 +25,7 @@ LAYERS = (
     {"errors"},
     {"files", "tuner", "data", "metrics"},
     {"base_model", "checkpoint", "config_file", "export", "factors", "foreign_names", "projection"},
-    {"cards", "denoiser", "hub", "injection", "per_sample", "pipelines", "publish", "slots", "training"},
+    {"cards", "denoiser", "hub", "injection", "per_sample", "pipelines", "publish", "regions", "slots", "training"},
     {"demo", "evaluation", "generate"},
     {"app", "artefact_commands", "cli"},
 )

@@ -12,6 +12,7 @@ A message says what was expected, what was found and what to do.
     |   +-- AdapterNotFoundError (KeyError, ValueError)   no adapter of that name on the model
     |   +-- AdapterStateError (RuntimeError, ValueError)   not possible now: merged, in use, ...
     |   +-- SubjectIndexError (IndexError)        a subject index that fits neither the slots nor the batch
+    |   +-- RegionError (ValueError)              a box or mask that is empty or does not fit the image
     +-- CheckpointError
     |   +-- ArtefactNotFoundError (FileNotFoundError)
     |   +-- WriteFailedError (OSError)            disk full or refused; what was there before still is
@@ -83,6 +84,10 @@ class AdapterStateError(AdapterError, RuntimeError, ValueError):
 
 class SubjectIndexError(AdapterError, IndexError):
     """A subject index that fits neither the slots nor the batch."""
+
+
+class RegionError(AdapterError, ValueError):
+    """A region of an image that is empty, does not fit the image, or stands beside subjects for whole images."""
 
 
 class CheckpointError(MetaLoraError):

@@ -15,34 +15,57 @@ from torch import nn
 from . import hub
 from .base_model import check_fits
 from .denoiser import denoiser, free_name, offload_paused
-from .errors import AdapterNotFoundError, AdapterStateError
+from .errors import AdapterNotFoundError, AdapterStateError, RegionError
 from .injection import activate, active_adapters, configs_of, down_on_model, remember
+from .regions import read_regions, shown_in_regions
 from .slots import SubjectTable, lock_of, sample_slots, tables_of
 from .tuner import DownSource, MetaLoraConfig, down_fingerprint, set_subjects, subject_state
 
 
 class PerSampleMixin:
-    """The call of a pipeline with `subjects=`, and the subjects it can name."""
+    """The call of a pipeline with `subjects=` or `regions=`, and the subjects it can name."""
 
-    def __call__(self, *args: Any, subjects: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        subjects: str | Sequence[str | None] | None = None,
+        regions: Sequence[tuple[str | None, Any]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Generate as the pipeline does.
 
         Args:
             subjects: a name, or one name (None: nobody, exactly the base model) for each prompt or each image. Names
                 are those of loaded subjects and of `add_subject`, all of one Down; the active adapters do not count
                 then, ordinary LoRAs aside. Without it, the active adapters show, as always.
+            regions: pairs of a subject (or None) and its place in every image of the call: a box (x0, y0, x1, y1) in
+                pixels, or a mask of the image's size (a PIL image, or a tensor (h, w)). Image tokens show the subject
+                of the region that holds most of them, the later one where regions meet; all else, text tokens too, is
+                the base. For FLUX-type transformers and UNets.
 
         Raises:
             AdapterNotFoundError: a subject that is not loaded.
             AdapterStateError: a number of subjects that fits neither prompts nor images, or subjects of several Downs.
+            RegionError: a region that is empty or does not fit the image, or regions together with subjects.
+            PipelineError: regions for another kind of denoiser.
         """
         model = denoiser(self)
         with lock_of(model):
+            if regions is not None:
+                if subjects is not None:
+                    raise RegionError("expected subjects or regions, found both. Name the subjects in the regions.")
+                places = read_regions(regions)
+                names = [place.subject for place in places]
+                with self._showing(model, names) as slots, shown_in_regions(self, model, places, slots):
+                    return super().__call__(*args, **kwargs)  # type: ignore[misc]
             if subjects is None:
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
-            names = [subjects] if isinstance(subjects, str) else list(subjects)
+            names = [subjects] if isinstance(subjects, str) else [*subjects]
             prompts, images = self._batch(args, kwargs)
-            with self._showing(model, names, prompts, images):
+            with self._showing(model, names) as slots:
+                index = sample_slots(names, slots, prompts, images)
+                if slots:
+                    set_subjects(model, index)
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -54,17 +77,16 @@ class PerSampleMixin:
         return (count if embeds is None else embeds.shape[0]), given.get("num_images_per_prompt") or 1
 
     @contextmanager
-    def _showing(self, model: nn.Module, names: Sequence[str | None], prompts: int, images: int) -> Iterator[None]:
+    def _showing(self, model: nn.Module, names: Sequence[str | None]) -> Iterator[dict[str, int]]:
+        """Have the table of these subjects as the one adapter of ours; gives the slot of each."""
         chosen = list(dict.fromkeys(name for name in names if name is not None))
         table = self._table_with(model, chosen)
         before = active_adapters(model)
         ordinary = [name for name in before if not isinstance(configs_of(model)[name], MetaLoraConfig)]
-        index = sample_slots(names, table.bring(chosen) if table else {}, prompts, images)
+        slots = table.bring(chosen) if table else {}
         try:
             activate(model, [*ordinary, *([table.adapter_name] if table else [])])
-            if table:
-                set_subjects(model, index)
-            yield
+            yield slots
         finally:
             if table:
                 set_subjects(model, None)

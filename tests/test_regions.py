@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several people in one image: regions in pixels to tokens, on FLUX-type transformers and UNets."""
+
+import numpy as np
+import pytest
+import torch
+from peft import inject_adapter_in_model
+from PIL import Image
+
+from families_tiny import denoiser, picture, tiny_pipeline
+from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
+from peft_metalora.tuner.subjects import meta_lora_layers
+
+# Layers that see no text tokens, so that a region over the whole image is the subject of the sample.
+IMAGE_ONLY = {
+    "flux": r"transformer_blocks\.0\.(attn\.to_[qkv]|ff\.net\.2)|x_embedder",
+    "flux2": r"transformer_blocks\.0\.attn\.to_[qkv]|x_embedder",
+    "sd15": r".*(attn1\.to_q|attn1\.to_v|ff\.net\.2|conv1|attn2\.to_q|conv)",
+}
+WITH_TEXT = {"flux": r".*(to_q|to_v|add_k_proj|proj_mlp|norm1\.linear)", "sd15": r".*(to_q|to_k|to_v|conv1)"}
+WHOLE = (0, 0, 32, 32)
+LEFT, RIGHT = (0, 0, 16, 32), (16, 0, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    made = {}
+
+    def make(family, targets):
+        if targets not in made:
+            folder = tmp_path_factory.mktemp(family)
+            model = denoiser(tiny_pipeline(family))
+            settings = {"r": 2, "meta_r": 3, "lora_alpha": 4, "init_weights": False, "target_modules": targets}
+            torch.manual_seed(1)
+            inject_adapter_in_model(MetaLoraConfig(**settings), model, "faces")
+            save_down(folder / "faces", model, "faces")
+            for name in ("ann", "bob"):
+                inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, name)
+                save_subject(folder / name, model, name, down=folder / "faces")
+            made[targets] = folder
+        pipe = enable_meta_lora(tiny_pipeline(family))
+        for name in ("ann", "bob"):
+            pipe.add_subject(made[targets] / name)
+        return pipe
+
+    return make
+
+
+def near(one, other):
+    return np.abs(one - other).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", sorted(IMAGE_ONLY))
+def test_a_region_over_the_whole_image_is_the_subject_of_the_sample(people, family):
+    pipe = people(family, IMAGE_ONLY[family])
+    ann = picture(pipe, family, subjects="ann")
+    assert near(picture(pipe, family, regions=[("ann", WHOLE)]), ann)
+    assert near(picture(pipe, family, regions=[("bob", LEFT), ("ann", torch.ones(32, 32))]), ann), "the later wins"
+    assert not near(ann, picture(pipe, family))
+
+
+@pytest.mark.parametrize("family", sorted(WITH_TEXT))
+def test_every_layer_sees_the_subjects_of_its_tokens(people, family):
+    pipe = people(family, WITH_TEXT[family])
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, RIGHT)
+    seen = []
+
+    def check(path, layer):
+        def hook(_, arguments, result):
+            x, base = arguments[0].detach(), layer.get_base_layer()
+            expected = base(x)
+            count = x.shape[1:-1] if isinstance(base, torch.nn.Linear) else None
+            if isinstance(base, torch.nn.Conv2d):
+                side = result.shape[-1]
+                places = [(0, (..., slice(0, side // 2))), (1, (..., slice(side // 2, side)))]
+            else:
+                text = "add_" in path or (".attn2.to_k" in path or ".attn2.to_v" in path)
+                places = []
+                if x.dim() == 3 and not text:
+                    lead = 4 if "single" in path else 0
+                    side = int((count[0] - lead) ** 0.5)
+                    column = torch.arange(count[0] - lead) % side
+                    places = [
+                        (s, (slice(None), lead + torch.nonzero(column // (side // 2) == s)[:, 0])) for s in (0, 1)
+                    ]
+            for person, where in places:
+                slot = table.bring(("ann", "bob"))[("ann", "bob")[person]]
+                name = table.adapter_name
+                down = layer.metalora_down[layer.down_key[name]]
+                mid, up = layer.metalora_mid[name][slot], layer.metalora_up[name][slot]
+                if isinstance(base, torch.nn.Conv2d):
+                    h = torch.nn.functional.conv2d(x, down, None, base.stride, base.padding)
+                    delta = torch.einsum("or,rm,bmhw->bohw", up, mid, h)
+                else:
+                    delta = x @ (up @ mid @ down).T
+                expected[where] += layer.scaling[name] * delta[where]
+            torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
+            seen.append((path, bool(places)))
+
+        return hook
+
+    hooks = [layer.register_forward_hook(check(path, layer)) for path, layer in meta_lora_layers(denoiser(pipe))]
+    (table,) = [pipe_table for pipe_table in tables(pipe)]
+    image = picture(pipe, family, (0, 1), images=2, regions=[("ann", LEFT), ("bob", mask)])
+    for hook in hooks:
+        hook.remove()
+    assert image.shape[0] == 4 and {shown for _, shown in seen} == {True, False}
+
+
+def tables(pipe):
+    from peft_metalora.slots import tables_of
+
+    return list(tables_of(denoiser(pipe)).values())
+
+
+@pytest.mark.parametrize("family", sorted(WITH_TEXT))
+def test_without_regions_it_is_the_base_and_afterwards_all_is_as_before(people, family):
+    pipe = people(family, WITH_TEXT[family])
+    base, ann = picture(pipe, family), picture(pipe, family, subjects="ann")
+    assert np.array_equal(picture(pipe, family, regions=[]), base)
+    assert np.array_equal(picture(pipe, family, regions=[(None, WHOLE)]), base)
+    both = picture(pipe, family, regions=[("ann", LEFT), ("bob", RIGHT)])
+    assert not near(both, base) and not near(both, ann)
+
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        picture(pipe, family, regions=[("ann", LEFT)], callback_on_step_end=stop)
+    assert all(layer.token_slots is None for _, layer in meta_lora_layers(denoiser(pipe)))
+    assert not denoiser(pipe)._forward_pre_hooks and pipe.get_active_adapters() == []
+    assert np.array_equal(picture(pipe, family), base)
+    assert np.array_equal(picture(pipe, family, subjects="ann"), ann)
+
+
+@pytest.mark.parametrize(
+    "regions,error,says",
+    [
+        ([("eve", WHOLE)], errors.AdapterNotFoundError, "found 'eve'"),
+        ([("ann", (0, 0, 33, 32))], errors.RegionError, "within the image of 32 x 32"),
+        ([("ann", (8, 8, 8, 9))], errors.RegionError, "at least one pixel"),
+        ([("ann", torch.zeros(32, 32))], errors.RegionError, "at least one pixel"),
+        ([("ann", torch.ones(32, 16))], errors.RegionError, r"size \(32, 32\), found \(32, 16\)"),
+        ([("ann", torch.ones(1, 32, 32))], errors.RegionError, r"mask \(h, w\)"),
+        ([("ann", (0, 0.5, 1, 1))], errors.RegionError, "four whole numbers"),
+        (["ann"], errors.RegionError, "pairs"),
+    ],
+)
+def test_bad_regions_are_refused(people, regions, error, says):
+    pipe = people("sd15", IMAGE_ONLY["sd15"])
+    base = picture(pipe, "sd15")
+    with pytest.raises(error, match=says):
+        picture(pipe, "sd15", regions=regions)
+    assert np.array_equal(picture(pipe, "sd15"), base)
+
+
+def test_regions_beside_subjects_are_refused(people):
+    with pytest.raises(errors.RegionError, match="found both"):
+        picture(people("sd15", IMAGE_ONLY["sd15"]), "sd15", subjects="ann", regions=[])
+
+
+def test_other_denoisers_are_refused():
+    with pytest.raises(errors.PipelineError, match="SD3Transformer2DModel"):
+        picture(enable_meta_lora(tiny_pipeline("sd3")), "sd3", regions=[(None, WHOLE)])
