@@ -18,7 +18,7 @@ from peft_metalora.errors import ConfigError
 from peft_metalora.evaluation import protocol
 from peft_metalora.evaluation.methods import run_method
 from peft_metalora.evaluation.protocol import EvaluateConfig, Method, read_prompts
-from peft_metalora.evaluation.report import summary
+from peft_metalora.evaluation.report import plot, summary
 from peft_metalora.training.bases import load_base
 
 METHODS = ("meta-lora:start=mean,lr=3e-3", "lora:r=1,lr=1e-2")
@@ -124,6 +124,13 @@ def test_an_image_that_is_not_there_is_a_miss(people: Path, prompts: Path, tmp_p
     protocol.evaluate(config, progress=False)
     figures = summary(protocol.read_cells(tmp_path / "out", ["none"]))["none"]
     assert figures["failed"].value == 1 and figures["r_facesim"].value == 0
+
+
+def test_axes_have_round_numbers() -> None:
+    drawn = plot({"a": [(0, 0.1), (100, 0.9)]}, "steps", "<score>")
+    assert all(f">{tick}</text>" in drawn for tick in ("0", "20", "100", "0.2", "0.4", "0.6", "0.8"))
+    assert "&lt;score&gt;" in drawn and drawn.count("<circle") == 3
+    assert "<circle" in plot({"a": [(1, 1)]}, "x", "y")
 
 
 RIVALS = ("dora:r=2", "loha:r=2", "lokr:r=2", "oft:block=32", "vera:r=8", "random-down", "full")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -34,7 +35,7 @@ _LABELS = {
 _COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8e5ea2", "#e08e0b", "#30a5a5", "#8c564b", "#555555")
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:.3em;vertical-align:top;width:9em;
+td{white-space:nowrap;font-size:13px}td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:.3em;vertical-align:top;width:9em;
 font-size:12px}figure img{width:9em;height:9em;object-fit:contain}svg{max-width:100%;height:auto}"""
 
 
@@ -224,12 +225,12 @@ def plot(series: dict[str, list[tuple[float, float]]], x_label: str, y_label: st
 
     floor, end = height - bottom, width - right
     parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">']
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = x_low + share * (x_high - x_low), y_low + share * (y_high - y_low)
-        px, py = place(x, y)
+    for y in _ticks(y_low, y_high):
+        py = place(x_low, y)[1]
         parts.append(f'<path d="M{left} {py:.1f}H{end}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-        parts.append(f'<text x="{px:.1f}" y="{floor + 16}" text-anchor="middle">{x:.3g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+    for x in _ticks(x_low, x_high):
+        parts.append(f'<text x="{place(x, y_low)[0]:.1f}" y="{floor + 16}" text-anchor="middle">{x:.4g}</text>')
     parts.append(f'<text x="{(left + end) / 2}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>')
     middle = (top + floor) / 2
     parts.append(
@@ -250,3 +251,11 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 0.05
     return low - room, high + room
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers between two others."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = max(unit * factor for factor in (1, 2, 5) if unit * factor <= (high - low) / 3)
+    # Rounded: -1e-17 would be shown as it is.
+    return [round(number * step, 12) + 0.0 for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
