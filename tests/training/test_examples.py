@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peft_metalora.data import augment, load_image, read_subjects
+from peft_metalora.errors import ConfigError
 from peft_metalora.training.examples import encode_captions, encode_subjects
 from training_tiny import CAPTIONS, personal_config, tiny_base, write_people
 
@@ -99,3 +100,13 @@ def test_captions_in_batches_equal_one_by_one(base):
     captions = [f"a photo of a {colour} shirt" for colour in ("red", "green", "blue")]
     whole, parts = encode_captions(base, captions), encode_captions(base, captions, batch_size=1)
     assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
+
+
+def test_the_trigger_takes_its_place_in_captions(base, people, tmp_path):
+    copy = write_people(tmp_path / "people", subjects=1, each=1)
+    (copy / "person-0" / "metadata.jsonl").unlink()
+    config = personal_config(instance_prompt="a photo of {trigger}", random_flip=False)
+    with pytest.raises(ConfigError, match="expected a trigger"):
+        encode(base, copy, config)
+    text = encode(base, copy, replace(config, trigger="a red shirt")).text
+    assert torch.equal(text["sequence"], encode_captions(base, ["a photo of a red shirt"])["sequence"])

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import Photo, Subject, augment, flip_caption, load_image
+from ..data import TRIGGER_MARK, Photo, Subject, augment, flip_caption, load_image
 from ..errors import ConfigError, NoCaptionError, NoImagesError, UnreadableImageError
 from .bases import Base, Text
 from .cache import Cache, file_hash, identity
@@ -82,7 +82,7 @@ def encode_subjects(
     Raises:
         NoImagesError: no subject, or one without photos.
         NoCaptionError: a photo has no caption and there is no `instance_prompt`.
-        ConfigError: the resolution does not fit the base.
+        ConfigError: the resolution does not fit the base, or a caption asks for a trigger and there is none.
         UnreadableImageError: a file that is no image.
     """
     if config.resolution % base.pixel_multiple:
@@ -175,4 +175,8 @@ def _caption(photo: Photo, config: TrainingConfig) -> str:
         raise NoCaptionError(
             f"expected a caption for {photo.path}, found none: give instance_prompt, a metadata.jsonl or a .txt file"
         )
+    if config.trigger is not None:
+        return caption.replace(TRIGGER_MARK, config.trigger)
+    if TRIGGER_MARK in caption:
+        raise ConfigError(f"expected a trigger for the caption {caption!r} of {photo.path}, found none: give trigger")
     return caption

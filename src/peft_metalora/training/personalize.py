@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .. import checkpoint, hub
 from ..base_model import check_fits
-from ..data import Subject, read_photos
+from ..data import TRIGGER_MARK, Subject, read_photos
 from ..errors import ConfigError, TooFewImagesError
 from ..files import staged_folder
 from ..tuner import DownSource, MetaLoraConfig, set_subjects
@@ -197,9 +197,10 @@ class Personalization:
 
     def facts(self) -> dict[str, Any]:
         """What is written beside a subject, and from there into a model card: how it was learned and is called."""
+        prompt = (self.config.instance_prompt or "").replace(TRIGGER_MARK, self.config.trigger or TRIGGER_MARK)
         kept = "start", "learning_rate", "train_batch_size", "resolution", "seed"
         return {
-            **({"trigger": self.config.instance_prompt} if self.config.instance_prompt else {}),
+            **({"trigger": prompt} if prompt else {}),
             "steps": self.steps_done,
             "recipe": {
                 "trainable_parameters": self.trainable_parameters,

@@ -37,6 +37,7 @@ class TrainingConfig:
         None,
     )
     instance_prompt: str | None = setting("Caption of images that have none of their own.", None)
+    trigger: str | None = setting("Word that takes the place of {trigger} in captions and in instance_prompt.", None)
     resolution: int = setting("Height and width of the training crops, in pixels.", 512)
     random_flip: bool = setting("Mirror half of the views; 'left' and 'right' in captions are swapped with them.", True)
     cache_dir: str | None = setting(
