@@ -4,9 +4,12 @@
 Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on all attention layers (266 linears).
 
     python benchmarks/training.py              one GPU with 80 GB, some minutes; with two GPUs stage 1 on both as well
+    python benchmarks/training.py --part steps --seconds 180
     python benchmarks/training.py --small      a toy transformer on a CPU, to check the script
 
-Writes `benchmarks/results/training.json` (`--output`). Compared are, each step with forward, backward, clipping and
+Writes `benchmarks/results/training.json` (`--output`) after each part: `steps` (stage 2 beside diffusers' recipe),
+`scaling` (stage 1 on one and two GPUs) and `recipe24` (stage 2 on a base of int8 weights, cached text, gradient
+checkpointing, batch 1: its peak of memory). Compared are, each step with forward, backward, clipping and
 AdamW: stage 2 of Meta-LoRA (r = 1, meta_r = 128, this package's loop) and what diffusers'
 `train_dreambooth_lora_flux.py` does with `--rank 1 --cache_latents` (float32 adapter under bf16 autocast, uniform noise
 levels). Both are timed in turns, so that a drifting clock cancels; figures are medians of all steps after a warm-up.
@@ -56,6 +59,10 @@ SMALL = {
 }
 
 
+def device_of(args: argparse.Namespace) -> torch.device:
+    return torch.device("cpu" if args.small else "cuda")
+
+
 def make_base(small: bool, device: torch.device) -> Base:
     """FLUX.1-dev's transformer with random weights in a pipeline that has nothing else."""
     with torch.device("meta"):
@@ -97,9 +104,11 @@ def settings(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     return {**shared, "mixed_precision": "no" if args.small else "bf16", **changes}
 
 
-def meta_lora_steps(base: Base, down: DownSource, args: argparse.Namespace, people: int, batch: int) -> Iterator[Any]:
+def meta_lora_steps(
+    base: Base, down: DownSource, args: argparse.Namespace, people: int, batch: int, **changes: Any
+) -> Iterator[Any]:
     """Stage 2 of this package, `batch` samples a person."""
-    config = PersonalizeConfig(**settings(args, train_batch_size=batch, max_train_steps=10_000))
+    config = PersonalizeConfig(**settings(args, train_batch_size=batch, max_train_steps=10_000, **changes))
     run = Personalization(base, make_examples(base, people, args.small), config, down)
     yield from run.steps()
 
@@ -178,24 +187,61 @@ class Clock:
         return statistics.median(self.seconds[name])
 
 
-def stage_2(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    base = make_base(args.small, device)
+def stage_2(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures and details of the part `steps`; the first round is always run, later ones while there is time."""
+    base = make_base(args.small, device_of(args))
     down = make_down(base, 8 if args.small else 128)
     clock, batch, people = Clock(base, args), args.batch_size, args.people
-    for _ in range(args.rounds):
+    rounds = 0
+    while rounds == 0 or (rounds < args.rounds and time.monotonic() < args.until):
         clock.turn("diffusers_lora_r1", lambda: diffusers_steps(base, args, batch))
         clock.turn("meta_lora", lambda: meta_lora_steps(base, down, args, 1, batch))
         clock.turn("meta_lora_serial", lambda: meta_lora_steps(base, down, args, 1, 1))
         clock.turn("meta_lora_slots", lambda: meta_lora_steps(base, down, args, people, 1))
+        rounds += 1
     hour = 3600 / args.iterations
-    return {
+    figures = {
         "step_over_diffusers_lora_r1": clock.median("meta_lora") / clock.median("diffusers_lora_r1"),
         "mem_over_diffusers_lora_r1": clock.peak["meta_lora"] / clock.peak["diffusers_lora_r1"] if clock.peak else None,
         "people_per_gpu_hour_serial": hour / clock.median("meta_lora_serial"),
         "people_per_gpu_hour_slots": hour * people / clock.median("meta_lora_slots"),
-        "step_ms": {name: 1000 * clock.median(name) for name in clock.seconds},
-        "peak_gib": clock.peak,
     }
+    step_ms = {name: 1000 * clock.median(name) for name in clock.seconds}
+    return figures, {"step_ms": step_ms, "peak_gib": clock.peak, "rounds": rounds}
+
+
+def recipe24(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Peak memory of stage 2 that fits a card of 24 GB: int8 weights, cached text, gradient checkpointing, batch 1."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # the other parts run without it
+
+    base = make_base(args.small, device_of(args))
+    down = make_down(base, 8 if args.small else 128)
+    quantize_(base.denoiser, Int8WeightOnlyConfig())
+    clock = Clock(base, args)
+    clock.turn("recipe24", lambda: meta_lora_steps(base, down, args, 1, 1, gradient_checkpointing=True))
+    details = {
+        "recipe24_step_ms": 1000 * clock.median("recipe24"),
+        "recipe24_base": f"torchao {version('torchao')} int8 weights",
+    }
+    return {"flux_24gb_peak_gib": clock.peak.get("recipe24")}, details
+
+
+def scaling(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Samples per second of stage 1 on one process and, where there are two GPUs, on two."""
+    counts = [1, 2] if args.small or torch.cuda.device_count() > 1 else [1]
+    speed = {count: on_processes(count, args) for count in counts}
+    return {"stage1_scaling_2gpu": speed[2] / speed[1] if 2 in speed else None}, {"stage1_samples_per_second": speed}
+
+
+PARTS = {"steps": stage_2, "scaling": scaling, "recipe24": recipe24}
+FIGURES = (
+    "step_over_diffusers_lora_r1",
+    "mem_over_diffusers_lora_r1",
+    "people_per_gpu_hour_serial",
+    "people_per_gpu_hour_slots",
+    "stage1_scaling_2gpu",
+    "flux_24gb_peak_gib",
+)
 
 
 def stage_1(args: argparse.Namespace) -> None:
@@ -241,6 +287,8 @@ def on_processes(count: int, args: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a toy transformer on a CPU")
+    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no part or round after this time")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--people", type=int, default=8, help="people at once in slots, one sample each in a step")
     parser.add_argument("--iterations", type=int, default=375, help="steps that make a person")
@@ -254,21 +302,28 @@ def main() -> None:
     if args.stage_1:
         stage_1(args)
         return
-    device = torch.device("cpu" if args.small else "cuda")
-    figures: dict[str, Any] = stage_2(args, device)
-    if not args.small:
-        torch.cuda.empty_cache()
-    counts = [1, 2] if args.small or torch.cuda.device_count() > 1 else [1]
-    speed = {count: on_processes(count, args) for count in counts}
-    figures["stage1_samples_per_second"] = speed
-    figures["stage1_scaling_2gpu"] = speed[2] / speed[1] if 2 in speed else None
-    figures["machine"] = platform.processor() if args.small else torch.cuda.get_device_name()
-    figures["versions"] = {name: version(name) for name in ("torch", "diffusers", "peft")}
-    figures["settings"] = {name: value for name, value in vars(args).items() if name not in ("output", "stage_1")}
-    figures["date"] = datetime.date.today().isoformat()
+    given = {name: value for name, value in vars(args).items() if name not in ("output", "stage_1", "seconds")}
+    args.until = time.monotonic() + args.seconds
+    report: dict[str, Any] = {
+        "machine": platform.processor() if args.small else torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
+        "figures": dict.fromkeys(FIGURES),
+        "details": {"settings": given},
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    for name in args.part or PARTS:
+        if time.monotonic() > args.until:
+            report["details"].setdefault("left_out", []).append(name)
+        else:
+            figures, details = PARTS[name](args)
+            report["figures"].update(figures)
+            report["details"].update(details)
+            if not args.small:
+                torch.cuda.empty_cache()
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
