@@ -133,7 +133,7 @@ def put_on(
     if rival.config is None:
         denoiser.requires_grad_(True)
         return AdapterStack(denoiser, rows)
-    starts = []
+    starts: list[dict[str, Tensor]] = []
     for seed in reversed(seeds):  # what is frozen is that of the first seed, for all rows
         eject(denoiser)
         adapter = rival.config(base.target_modules, down)
@@ -162,17 +162,20 @@ def take_off(base: Base) -> None:
 @contextmanager
 def vmap_ready() -> Iterator[None]:
     """While open, LoHa, OFT and Meta-LoRA run without custom autograd and in-place arithmetic, with equal values."""
-    kept = loha.make_weight, OFTRotationModule._pytorch_skew_symmetric, OFTRotationModule._cayley_batch
-    fusible = Linear._fusible
-    loha.make_weight = _loha_weight
-    Linear._fusible = lambda self, x: None  # type: ignore[method-assign, assignment]
-    OFTRotationModule._pytorch_skew_symmetric = _skew_symmetric
-    OFTRotationModule._cayley_batch = _cayley
+    replaced = [
+        (loha, "make_weight", _loha_weight),
+        (OFTRotationModule, "_pytorch_skew_symmetric", _skew_symmetric),
+        (OFTRotationModule, "_cayley_batch", _cayley),
+        (Linear, "_fusible", lambda self, x: None),
+    ]
+    kept = [getattr(owner, name) for owner, name, _ in replaced]
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
     try:
         yield
     finally:
-        loha.make_weight, OFTRotationModule._pytorch_skew_symmetric, OFTRotationModule._cayley_batch = kept
-        Linear._fusible = fusible  # type: ignore[method-assign]
+        for (owner, name, _), function in zip(replaced, kept, strict=True):
+            setattr(owner, name, function)
 
 
 def _loha_weight(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, scale: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ def _speed(data: dict[str, Any], seeds: int) -> None:
     picks = torch.cat([torch.arange(people)[None], torch.randint(people, (_RESAMPLES, people), generator=generator)])
     target = _SHARE * _means(curves["lora_r1"][1], picks).amax(0)
     of_lora = _crossing(curves["lora_r1"][0], _means(curves["lora_r1"][1], picks), target)
-    for name, (steps, points) in curves.items():
-        reached = _crossing(steps, _means(points, picks), target)
+    for name, (at, people_at) in curves.items():
+        reached = _crossing(at, _means(people_at, picks), target)
         methods[name]["steps_to_target"] = _bounds(reached)
         methods[name]["speed_up"] = _bounds(of_lora / reached)
         methods[name]["target"] = round(float(target[0]), 4)
