@@ -183,6 +183,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
     from tqdm.auto import tqdm
 
     from ..data import read_subjects
+    from ..training.adapters import choose_device
     from .report import write_report
 
     subjects = read_subjects(config.data, min_photos=2)
@@ -192,7 +193,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
     if not (config.method or config.images):
         return Path(str(config.export_prompts))
     methods = [Method.parse(text) for text in config.method]
-    state = PartialState()
+    # Without cpu=True accelerate starts no process group on a machine without GPUs, and every process does all.
+    state = PartialState(cpu=choose_device(config.device).type == "cpu")
     mine = subjects[state.process_index :: state.num_processes]
     bench = _Bench(config, prompts)
     jobs = [partial(bench.learn, method, subject) for method in methods for subject in mine]
