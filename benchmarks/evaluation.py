@@ -57,7 +57,7 @@ ROBUST = ("meta_lora_stored", "meta_lora_mean", "lora_r1", "lora_r4")
 DOWN_STARTS = ("uniform", "orthogonal", "pissa", "eva")
 
 
-class OutOfTime(Exception):
+class OutOfTimeError(Exception):
     """The budget does not allow the next thing."""
 
 
@@ -202,7 +202,7 @@ class Bench:
             if done % min(BLOCK, *at) == 0:
                 blocks.append(self.now() - clock)
                 if self.left < 0:
-                    raise OutOfTime
+                    raise OutOfTimeError
             if done in at:
                 yield done, blocks
             if done % min(BLOCK, *at) == 0:
@@ -307,7 +307,7 @@ def rivals(bench: Bench, file: File) -> None:
         if name in file.data["methods"]:
             continue
         if bench.left < 1.1 * spent:
-            raise OutOfTime
+            raise OutOfTimeError
         begin = bench.now()
         if tuned is None and args.tune_people:
             tuned = bench.people("tune", args.tune_people)
@@ -345,7 +345,7 @@ def robustness(bench: Bench, file: File) -> None:
         if name in file.data["robustness"] or name not in file.data["methods"]:
             continue
         if bench.left < 15:
-            raise OutOfTime
+            raise OutOfTimeError
         rival, lr = RIVALS[name], file.data["methods"][name]["learning_rate"]
         curve = report(bench, rival, people, lr, [args.robust_steps], [0])["curve"][str(args.robust_steps)]
         count = len(subjects)
@@ -380,7 +380,7 @@ def variants(bench: Bench, file: File) -> None:
         if name in file.data["variants"]:
             continue
         if bench.left < 1.1 * spent:
-            raise OutOfTime
+            raise OutOfTimeError
         begin = bench.now()
         choice = tune(bench, rival, tuned, None)
         result = report(bench, rival, held_out, choice["rate"], at, seeds)
@@ -393,7 +393,7 @@ def variants(bench: Bench, file: File) -> None:
         if how in file.data["down_starts"]:
             continue
         if bench.left < 1.1 * spent:
-            raise OutOfTime
+            raise OutOfTimeError
         begin = bench.now()
         down, seconds = short_stage_1(bench, examples.to(bench.device), how)
         table: dict[str, Any] = {"stage_1_steps": args.stage_1_steps, "stage_1_seconds": round(seconds, 1)}
@@ -437,7 +437,7 @@ def short_stage_1(bench: Bench, examples: Examples, how: str) -> tuple[DownSourc
             start_down(layer.metalora_down["stage_1"].data, how, layer._rows_of_weight)
     for _ in run.steps():
         if bench.left < 0:
-            raise OutOfTime
+            raise OutOfTimeError
     run.finish().save(config.output_dir, str(BASE))
     seconds = bench.now() - begin
     bench.clear()
@@ -529,7 +529,7 @@ def main() -> None:
             run, file = parts[name]
             try:
                 run(bench, file)
-            except OutOfTime:
+            except OutOfTimeError:
                 print(f"{name}: out of time, go on with --resume", flush=True)
                 bench.clear()
     print(f"{args.seconds - bench.left:.0f} s in all", flush=True)

@@ -71,7 +71,7 @@ def make_base(small: bool, device: torch.device) -> Base:
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in transformer.parameters():
-            parameter.normal_(std=0.02, generator=generator)
+            parameter.normal_(std=0.005, generator=generator)
     transformer.requires_grad_(False)
     nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)

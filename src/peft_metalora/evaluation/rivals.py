@@ -193,14 +193,14 @@ def _skew_symmetric(self: Any, vec: Tensor, block_size: int) -> Tensor:
 
 
 def _cayley(
-    self: Any, Q: Tensor, block_size: int, use_cayley_neumann: bool = True, num_neumann_terms: int = 5
+    self: Any, vec: Tensor, block_size: int, use_cayley_neumann: bool = True, num_neumann_terms: int = 5
 ) -> Tensor:
     if not use_cayley_neumann or num_neumann_terms < 3:
         raise NotImplementedError("expected the Cayley-Neumann series with 3 terms or more")
-    skew = self._pytorch_skew_symmetric(Q, block_size)
+    skew = self._pytorch_skew_symmetric(vec, block_size)
     power = skew @ skew
-    result = torch.eye(block_size, device=Q.device, dtype=Q.dtype) + 2 * skew + 2 * power
+    result = torch.eye(block_size, device=vec.device, dtype=vec.dtype) + 2 * skew + 2 * power
     for _ in range(3, num_neumann_terms - 1):
         power = power @ skew
         result = result + 2 * power
-    return (result + power @ skew).to(Q.dtype)
+    return (result + power @ skew).to(vec.dtype)
