@@ -27,6 +27,8 @@ def eight_bit(linear):
 def four_bit(linear):
     quantised = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
     quantised.load_state_dict(linear.state_dict())
+    # On CPUs with bf16 products a forward pass in eval repacks the weights for inference alone; none could be trained.
+    quantised.support_avx512bf16_for_cpu = False
     return quantised.to("cpu")
 
 

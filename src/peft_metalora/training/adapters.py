@@ -95,13 +95,23 @@ def eject(denoiser: Any) -> None:
     denoiser.eval()
 
 
+SHORT_NAMES = {
+    "adamw": "AdamW",
+    "adafactor": "Adafactor",
+    "sgd": "SGD",
+    "adamw8bit": "bitsandbytes.optim:AdamW8bit",
+    "prodigy": "prodigyopt:Prodigy",
+}
+"""Names of diffusers' and other trainers for optimisers."""
+
+
 def optimizer_class(name: str) -> type[Optimizer]:
-    """An optimiser by name: of torch.optim, or `module:Class`.
+    """An optimiser by name: a short name in any case, a class of torch.optim, or `module:Class`.
 
     Raises:
         ConfigError: there is none of that name.
     """
-    module, _, attribute = name.rpartition(":")
+    module, _, attribute = SHORT_NAMES.get(name.lower(), name).rpartition(":")
     try:
         found = getattr(importlib.import_module(module or "torch.optim"), attribute)
     except (ImportError, AttributeError) as error:

@@ -58,7 +58,11 @@ class TrainingConfig:
         choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
     )
     lr_warmup_steps: int = setting("Steps over which the learning rate rises from 0.", 0)
-    optimizer: str = setting("Optimiser: a class of torch.optim, or module:Class of any installed package.", "AdamW")
+    optimizer: str = setting(
+        "Optimiser: adamw, adafactor, sgd, adamw8bit (needs bitsandbytes), prodigy (prodigyopt; learning_rate 1), "
+        "a class of torch.optim, or module:Class of any installed package.",
+        "AdamW",
+    )
     weight_decay: float = setting("Weight decay of the optimiser.", 0.0)
     max_grad_norm: float = setting(
         "Gradients are clipped to this norm, each subject's by its own; 0: not clipped.", 1.0

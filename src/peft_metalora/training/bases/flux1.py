@@ -51,18 +51,19 @@ class Flux1(FlowBase):
 
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
         n, channels, height, width = noisy.shape
-        packed = self.pipeline._pack_latents(noisy, n, channels, height, width).to(self.dtype)
-        image_ids = self.pipeline._prepare_latent_image_ids(n, height // 2, width // 2, noisy.device, self.dtype)
+        dtype = self.dtype  # asked once: diffusers looks at every module to tell it
+        packed = self.pipeline._pack_latents(noisy, n, channels, height, width).to(dtype)
+        image_ids = self.pipeline._prepare_latent_image_ids(n, height // 2, width // 2, noisy.device, dtype)
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = torch.full((n,), self.guidance, device=noisy.device, dtype=torch.float32)
         velocity = self.denoiser(
             hidden_states=packed,
-            timestep=times.to(self.dtype),
+            timestep=times.to(dtype),
             guidance=guidance,
-            pooled_projections=text["pooled"].to(self.dtype),
-            encoder_hidden_states=text["sequence"].to(self.dtype),
-            txt_ids=torch.zeros(text["sequence"].shape[1], 3, device=noisy.device, dtype=self.dtype),
+            pooled_projections=text["pooled"].to(dtype),
+            encoder_hidden_states=text["sequence"].to(dtype),
+            txt_ids=torch.zeros(text["sequence"].shape[1], 3, device=noisy.device, dtype=dtype),
             img_ids=image_ids,
             return_dict=False,
         )[0]
