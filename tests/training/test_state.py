@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 
@@ -72,7 +73,9 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(place, tmp_path, stag
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peft_metalora.training.meta_train", "peft_metalora.training.personalize"])
     moments, killed = random.Random(0), 0
-    for _ in range(KILLS):
+    for _ in range(5 * KILLS):
+        if killed == KILLS:
+            break
         process = context.Process(target=run, args=(config,))
         process.start()
         seen = len(list((tmp_path / "killed").glob("checkpoint-*")))
@@ -81,9 +84,12 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(place, tmp_path, stag
         time.sleep(moments.uniform(0, 0.05))
         process.kill()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:
+            killed += 1
+        else:  # on a busy machine a run may end before its moment came: there is nothing to kill but a new one
+            shutil.rmtree(tmp_path / "killed")
     run(config)
-    assert killed > KILLS / 3
+    assert killed == KILLS
     whole, found = result(tmp_path / "whole"), result(tmp_path / "killed")
     assert all(torch.equal(whole[file][name], found[file][name]) for file in whole for name in whole[file])
 
