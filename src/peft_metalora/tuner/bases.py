@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import (
+    Bnb4bitBackend,
     ForwardOnlyQuantizationBackend,
     get_quantization_kwargs,
     resolve_quantization_backend,
@@ -15,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModuleError
+from .packed import PackedBnb4bitBackend
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TESTED_BACKENDS = ("bnb 8bit", "bnb 4bit", "torchao")
@@ -67,13 +69,14 @@ def _refuse(key: str, what: str, remedy: str) -> NoReturn:
 
 
 def quantization_backend(model: nn.Module, base: nn.Module) -> Any:
-    """PEFT's handler of a quantised weight, None for an ordinary one.
+    """PEFT's handler of a quantised weight, or ours that extends it; None for an ordinary one.
 
     torchao can merge only if the model remembers how it was quantised (`hf_quantizer`); without, it can still be
     trained and served.
     """
     arguments = get_quantization_kwargs(model)
     try:
-        return resolve_quantization_backend(base, **arguments)
+        backend = resolve_quantization_backend(base, **arguments)
     except ValueError:
         return ForwardOnlyQuantizationBackend("torchao")
+    return PackedBnb4bitBackend() if isinstance(backend, Bnb4bitBackend) else backend

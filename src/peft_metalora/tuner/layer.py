@@ -25,6 +25,7 @@ from .bases import factor_shape
 from .config import MetaLoraConfig
 from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP
 from .merging import Mergeable
+from .packed import is_packed, unpack
 from .subjects import Positions, SubjectIndex, TokenSlots
 from .variants import decomposed_norms, start_down
 
@@ -285,6 +286,8 @@ class MetaLoraLayer(Mergeable):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) plus the active adapters, each for the subject its sample or token was given."""
         adapter_names = kwargs.pop("adapter_names", None)
+        if self.quantization_backend is not None and x.requires_grad and is_packed(self.get_base_layer()):
+            unpack(self.get_base_layer())
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()

@@ -228,6 +228,8 @@ class Mergeable(BaseTunerLayer, nn.Module):
             base.weight = weight
             if state is not None:
                 base.state = state
+            if "quant_state" in attributes:  # bitsandbytes keeps a second reference on the 4-bit layer
+                base.quant_state = weight.quant_state
         elif "weight" in self.metalora_kept:
             base.weight.data = self.metalora_kept["weight"].to(base.weight)
         else:
