@@ -9,11 +9,18 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+from diffusers.hooks.group_offloading import (
+    _GROUP_OFFLOADING,
+    _get_top_level_group_offload_hook,
+    _maybe_remove_and_reapply_group_offloading,
+)
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from torch import nn
 
 from . import hub
 from .errors import PipelineError
+from .tuner.subjects import meta_lora_layers
 
 
 def named_denoiser(pipe: Any) -> tuple[str, nn.Module]:
@@ -46,16 +53,72 @@ def free_name(taken: Collection[str], at: hub.Location) -> str:
 
 @contextmanager
 def offload_paused(pipe: Any) -> Iterator[None]:
-    """Take offload hooks off while modules are exchanged, and put them back, as diffusers' own loaders do."""
+    """Take offload hooks off while modules are exchanged, and put them back as they were, on the same device.
+
+    Raises:
+        PipelineError: group offloading to disk.
+    """
+    model = denoiser(pipe)
+    own_factors(model)
+    if (hook := _get_top_level_group_offload_hook(model)) is not None:
+        _refuse_disk(hook)
     model_offload, sequential_offload, group_offload = _func_optionally_disable_offloading(pipe)
+    if sequential_offload or group_offload:
+        for part in _factor_containers(model):
+            part.to("cpu")  # where new factors are made beside them
     try:
         yield
     finally:
         if model_offload:
-            pipe.enable_model_cpu_offload()
+            pipe.enable_model_cpu_offload(device=pipe._offload_device)
         elif sequential_offload:
-            pipe.enable_sequential_cpu_offload()
+            pipe.enable_sequential_cpu_offload(device=pipe._offload_device)
         elif group_offload:
-            from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+            _maybe_remove_and_reapply_group_offloading(model)
+        own_factors(model)
 
-            _maybe_remove_and_reapply_group_offloading(denoiser(pipe))
+
+def own_factors(model: nn.Module) -> None:
+    """Keep adapters on the device that sequential and leaf-level group offloading compute on.
+
+    Those hooks wait for a call of the module that holds a parameter, and the containers of factors are never called:
+    their weights would stay where they are parked, without data even. Blocks and models move with what is in them.
+
+    Raises:
+        PipelineError: group offloading to disk.
+    """
+    for part in _factor_containers(model):
+        hooks = vars(part)
+        if isinstance(hook := hooks.get("_hf_hook"), AlignDevicesHook):
+            remove_hook_from_module(part)
+            part.to(hook.execution_device)
+        registry: Any = hooks.get("_diffusers_hook")
+        if registry is not None and (hook := registry.get_hook(_GROUP_OFFLOADING)) is not None:
+            _refuse_disk(hook)
+            hook.group.onload_()
+            if hook.group.stream is not None:
+                hook.group.stream.synchronize()
+            registry.remove_hook(_GROUP_OFFLOADING, recurse=False)
+
+
+def refresh_offload(model: nn.Module) -> None:
+    """After factors were overwritten in place: renew the pinned copies that block-level offloading by streams keeps."""
+    hook = _get_top_level_group_offload_hook(model)
+    if hook is not None and hook.config.stream is not None:
+        _maybe_remove_and_reapply_group_offloading(model)
+        own_factors(model)
+
+
+def _refuse_disk(hook: Any) -> None:
+    if hook.config.offload_to_disk_path:
+        raise PipelineError(
+            "expected group offloading to host memory, found offload_to_disk_path: diffusers reads its files again by "
+            "name, whatever adapters came meanwhile. Leave out offload_to_disk_path."
+        )
+
+
+def _factor_containers(model: nn.Module) -> Iterator[nn.Module]:
+    for _, layer in meta_lora_layers(model):
+        for name, part in layer.named_children():
+            if name != "base_layer":
+                yield part

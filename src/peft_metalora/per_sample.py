@@ -14,7 +14,7 @@ from torch import nn
 
 from . import hub
 from .base_model import check_fits
-from .denoiser import denoiser, free_name, offload_paused
+from .denoiser import denoiser, free_name, offload_paused, own_factors, refresh_offload
 from .errors import AdapterNotFoundError, AdapterStateError, RegionError
 from .injection import activate, active_adapters, configs_of, down_on_model, remember
 from .regions import read_regions, shown_in_regions
@@ -51,6 +51,7 @@ class PerSampleMixin:
         """
         model = denoiser(self)
         with lock_of(model):
+            own_factors(model)
             if regions is not None:
                 if subjects is not None:
                     raise RegionError("expected subjects or regions, found both. Name the subjects in the regions.")
@@ -84,6 +85,8 @@ class PerSampleMixin:
         before = active_adapters(model)
         ordinary = [name for name in before if not isinstance(configs_of(model)[name], MetaLoraConfig)]
         slots = table.bring(chosen) if table else {}
+        if table and table.take_written():
+            refresh_offload(model)
         try:
             activate(model, [*ordinary, *([table.adapter_name] if table else [])])
             yield slots
@@ -118,8 +121,10 @@ class PerSampleMixin:
     def _adapter_home(self, model: nn.Module, name: str) -> str:
         config = configs_of(model).get(name)
         if not isinstance(config, MetaLoraConfig) or config.stage != "subject":
+            tables = tables_of(model).values()
             known = [n for n, c in configs_of(model).items() if isinstance(c, MetaLoraConfig) and c.stage == "subject"]
-            known += [n for table in tables_of(model).values() for n in table.names()]
+            known = [n for n in known if n not in {table.adapter_name for table in tables}]
+            known += [n for table in tables for n in table.names()]
             raise AdapterNotFoundError(
                 f"expected a loaded subject, found {name!r} among {sorted(set(known)) or 'none'}. Load it with "
                 "load_meta_lora or add_subject."
@@ -141,6 +146,7 @@ class PerSampleMixin:
         """
         model = denoiser(self)
         with lock_of(model):
+            own_factors(model)
             downs = {
                 down_fingerprint(model, name) for name, c in configs_of(model).items() if isinstance(c, MetaLoraConfig)
             }
@@ -176,6 +182,7 @@ class PerSampleMixin:
         """
         model = denoiser(self)
         with lock_of(model):
+            own_factors(model)
             tables = tables_of(model)
             at = hub.locate(path_or_repo, **hub_options)
             name = name or free_name([n for table in tables.values() for n in table.names()], at)

@@ -20,7 +20,7 @@ from torch import nn
 from . import checkpoint, hub
 from .base_model import check_fits
 from .config_file import read_config
-from .denoiser import denoiser, free_name, named_denoiser, offload_paused
+from .denoiser import denoiser, free_name, named_denoiser, offload_paused, own_factors
 from .errors import AdapterStateError
 from .injection import (
     activate,
@@ -76,7 +76,9 @@ def _exclusive(method: Method) -> Method:
 
     @functools.wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with lock_of(denoiser(self)):
+        model = denoiser(self)
+        with lock_of(model):
+            own_factors(model)
             return method(self, *args, **kwargs)
 
     return cast(Method, alone)
@@ -125,16 +127,20 @@ class MetaLoraLoaderMixin(PerSampleMixin):
             force_download=force_download,
         )
         model = denoiser(self)
-        name = adapter_name or free_name(configs_of(model), at)
+        taken = {
+            *configs_of(model),
+            *(own for table in tables_of(model).values() for own in table.names() if table.is_own(own)),
+        }
+        name = adapter_name or free_name(taken, at)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict, name):
             raise AdapterStateError(
                 f"expected an adapter name of letters, digits, '_' and '-', found {name!r}, which torch cannot hold or "
                 "keeps for itself. Choose another one."
             )
-        if name in configs_of(model):
+        if name in taken:
             raise AdapterStateError(
                 f"expected a new adapter name, found {name!r}, which this pipeline has already. "
-                "Choose another one, or delete_adapters it first."
+                "Choose another one, or delete_adapters it first (evict it, if add_subject brought it)."
             )
         folder = hub.fetch(at)
         if read_config(folder).stage == "meta":

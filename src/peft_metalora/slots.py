@@ -10,18 +10,20 @@ from where they came when they are needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from . import hub
+from .denoiser import own_factors
 from .errors import AdapterNotFoundError, AdapterStateError
 from .export import module_scaling
 from .factors import check_subject_on_down
@@ -47,8 +49,22 @@ class Statistics:
     host_evictions: int
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _while_idle(method: Method) -> Method:
+    """Let a method wait until the model is idle: another thread's subject never gets into a running image."""
+
+    @functools.wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(Method, alone)
+
+
 class SubjectTable:
-    """Slots on one model for the subjects of one Down.
+    """Slots on one model for the subjects of one Down; changes wait while the model generates in another thread.
 
     Args:
         model: a diffusers model or any other; the adapter is added to it, not active.
@@ -81,11 +97,13 @@ class SubjectTable:
         with hub.given(down):
             inject(model, self.config, self.adapter_name)
         activate(model, before)
+        self._model, self._lock = weakref.ref(model), lock_of(model)
         self._layers = [(path, layer) for path, layer in meta_lora_layers(model) if self._has(layer)]
         self._device_order: OrderedDict[str, int] = OrderedDict()
         self._host: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._read: dict[str, Callable[[], Mapping[str, torch.Tensor]] | None] = {}
         self._pinned: set[str] = set()
+        self._written = False
         self._counts = dict.fromkeys(
             ("device_hits", "device_misses", "host_misses", "device_evictions", "host_evictions"), 0
         )
@@ -99,10 +117,15 @@ class SubjectTable:
     def __contains__(self, name: object) -> bool:
         return name in self._read
 
+    def is_own(self, name: str) -> bool:
+        """Whether a subject is in the table by itself, not as the row of a loaded adapter."""
+        return self._read.get(name) is not None
+
     def names(self) -> list[str]:
         """All subjects of the table, on the device or not."""
         return list(self._read)
 
+    @_while_idle
     def register(
         self,
         name: str,
@@ -125,9 +148,11 @@ class SubjectTable:
         self._host[name] = self._row(name, config, tensors)
         self._read[name] = None if read is None else lambda: self._scaled(config, read())
         if name in self._device_order:
+            self._repack_if_moved()
             self._write(self._device_order[name], self._host[name])
         self._trim_host()
 
+    @_while_idle
     def bring(self, names: Iterable[str]) -> dict[str, int]:
         """Have these subjects on the device; returns the slot of each. Least recently used others leave for them.
 
@@ -162,25 +187,31 @@ class SubjectTable:
         """Bring subjects in before they are needed; raises as `bring`."""
         self.bring(names)
 
+    @_while_idle
     def pin(self, names: Iterable[str]) -> None:
         """Bring subjects in and keep them on the device; raises as `bring`."""
         names = list(names)
         self.bring(names)
         self._pinned |= set(names)
 
+    @_while_idle
     def unpin(self, names: Iterable[str]) -> None:
         """Let pinned subjects leave again."""
         self._pinned -= set(names)
 
+    @_while_idle
     def evict(self, names: Iterable[str]) -> None:
         """Take subjects off the device and out of the table, and overwrite what was there.
 
         Raises:
             AdapterNotFoundError: a name that was not registered.
         """
-        for name in list(names):
+        names = list(dict.fromkeys(names))
+        for name in names:
             if name not in self._read:
                 raise AdapterNotFoundError(f"expected a subject of this table, found {name!r}. See names().")
+        self._repack_if_moved()
+        for name in names:
             slot = self._device_order.pop(name, None)
             if slot is not None:
                 self._write(slot, torch.zeros_like(self._flat[slot]))
@@ -210,7 +241,14 @@ class SubjectTable:
     def _repack_if_moved(self) -> None:
         parameter = self._layers[0][1].metalora_mid[self.adapter_name]
         if parameter.untyped_storage().data_ptr() != self._flat.untyped_storage().data_ptr():
+            if (model := self._model()) is not None:
+                own_factors(model)
             self._pack()
+
+    def take_written(self) -> bool:
+        """Whether rows were written since this was last asked."""
+        written, self._written = self._written, False
+        return written
 
     def _row(self, name: str, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if config.use_dora != self.config.use_dora:
@@ -260,6 +298,7 @@ class SubjectTable:
     def _write(self, slot: int, row: torch.Tensor) -> None:
         with torch.no_grad():
             self._flat[slot].copy_(row, non_blocking=True)
+        self._written = True
         for _, layer in self._layers:
             if self.adapter_name in layer.metalora_folded:
                 layer.fold(self.adapter_name, slot)

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Subjects beside what else people switch on in a pipeline: the rows of the table in docs/pipelines.md."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from peft import inject_adapter_in_model
+
+from families_tiny import picture as drawn
+from families_tiny import tiny_pipeline
+from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
+from peft_metalora.tuner.subjects import meta_lora_layers
+from pipelines_tiny import tiny_flux_pipeline
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out"]
+# Rounding of another batch size, at a pixel of 0 to 1.
+TOLERANCE = 1e-4
+CPU = torch.device("cpu")
+PERSON = "a photo of a person"
+
+
+def picture(pipe, prompt=PERSON, **options):
+    """Images (n, 32, 32, 3) in two steps; each has the noise that it has alone."""
+    count = len(prompt) if isinstance(prompt, list) else 1
+    noise = [torch.Generator().manual_seed(0) for _ in range(count)]
+    settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", "generator": noise}
+    return pipe(prompt=prompt, **{**settings, **options}).images
+
+
+def distance(one, other):
+    return np.abs(one - other).max()
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """A Down and three subjects, the folder of them, and the image of each and of the base."""
+    folder = tmp_path_factory.mktemp("people")
+    pipe = tiny_flux_pipeline()
+    images = {None: picture(pipe)}
+    settings = {"r": 2, "meta_r": 3, "lora_alpha": 16, "init_weights": False, "target_modules": TARGETS}
+    torch.manual_seed(1)
+    pipe.transformer.add_adapter(MetaLoraConfig(**settings), "faces")
+    save_down(folder / "faces", pipe.transformer, "faces")
+    for name in ("ann", "bob", "cleo"):
+        pipe.transformer.add_adapter(MetaLoraConfig(**settings, stage="subject", down="faces"), name)
+        save_subject(folder / name, pipe.transformer, name, down=folder / "faces")
+        pipe.transformer.set_adapter(name)
+        images[name] = picture(pipe)
+    return folder, images
+
+
+@pytest.fixture
+def pipe():
+    return enable_meta_lora(tiny_flux_pipeline())
+
+
+def assert_everybody_shows(pipe, people, tolerance=TOLERANCE):
+    """Loaded, per sample, from slots, and gone again: each image as it is without the pipeline's other features."""
+    folder, images = people
+    pipe.load_meta_lora(folder / "ann")
+    assert distance(picture(pipe), images["ann"]) < tolerance
+    pipe.load_meta_lora(folder / "bob")
+    assert distance(picture(pipe), images["bob"]) < tolerance
+    pipe.add_subject(folder / "cleo")
+    for _ in range(2):
+        mixed = picture(pipe, [PERSON] * 4, subjects=["ann", None, "bob", "cleo"])
+        for row, name in enumerate(("ann", None, "bob", "cleo")):
+            assert distance(mixed[row], images[name][0]) < tolerance
+    pipe.set_adapters("ann")
+    pipe.fuse_meta_lora()
+    assert distance(picture(pipe), images["ann"]) < tolerance
+    pipe.unfuse_meta_lora()
+    pipe.unload_meta_lora()
+    assert distance(picture(pipe), images[None]) < tolerance
+
+
+def by_model(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def by_leaf(pipe):
+    pipe.transformer.enable_group_offload(onload_device=CPU, offload_type="leaf_level")
+
+
+def by_block(pipe):
+    pipe.transformer.enable_group_offload(onload_device=CPU, offload_type="block_level", num_blocks_per_group=1)
+
+
+@pytest.mark.parametrize("offload", [by_model, by_leaf, by_block])
+def test_offload(people, pipe, offload):
+    offload(pipe)
+    assert_everybody_shows(pipe, people)
+
+
+@pytest.mark.parametrize("offload", [by_model, by_leaf, by_block])
+def test_offload_enabled_after_the_load(people, pipe, offload):
+    folder, images = people
+    pipe.load_meta_lora(folder / "ann")
+    offload(pipe)
+    for _ in range(2):
+        assert distance(picture(pipe), images["ann"]) < TOLERANCE
+    assert distance(picture(pipe, subjects="ann"), images["ann"]) < TOLERANCE
+    hooked = by_model is offload or any(hasattr(module, "_diffusers_hook") for module in pipe.transformer.modules())
+    assert hooked, "the offload stays on"
+
+
+def test_model_offload_keeps_its_device(people, pipe):
+    pipe.enable_model_cpu_offload(device="cpu:0")
+    pipe.load_meta_lora(people[0] / "ann")
+    assert pipe._offload_device == torch.device("cpu:0") and hasattr(pipe.transformer, "_hf_hook")
+
+
+def test_sequential_offload_parks_the_base_and_keeps_the_factors(people, pipe, tmp_path):
+    folder, images = people
+    pipe.load_meta_lora(folder / "ann")
+    model = pipe.transformer
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.add_subject(folder / "bob")
+    pipe.load_meta_lora(folder / "cleo")
+    for _, layer in meta_lora_layers(model):
+        assert layer.base_layer.weight.is_meta
+        assert not any(p.is_meta for name, p in layer.named_parameters() if not name.startswith("base_layer."))
+    pipe.save_meta_lora(tmp_path / "copy", "ann", down=folder / "faces")
+    saved, given = (path / "adapter_model.safetensors" for path in (tmp_path / "copy", folder / "ann"))
+    assert saved.read_bytes() == given.read_bytes()
+    pipe.remove_all_hooks()
+    assert distance(picture(pipe), images["cleo"]) < TOLERANCE
+    assert distance(picture(pipe, subjects="bob"), images["bob"]) < TOLERANCE
+
+
+def test_group_offload_to_disk_is_refused(people, pipe, tmp_path):
+    folder, images = people
+    pipe.transformer.enable_group_offload(
+        onload_device=CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk")
+    )
+    with pytest.raises(errors.PipelineError, match="Leave out offload_to_disk_path"):
+        pipe.load_meta_lora(folder / "ann")
+    assert pipe.get_list_adapters() == {}
+    assert distance(picture(pipe), images[None]) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(people, pipe, dtype):
+    folder, _ = people
+    pipe.to(dtype)
+    base = picture(pipe)
+    assert_everybody_shows(pipe, people, tolerance=0.05)
+    assert np.array_equal(picture(pipe), base)
+    for name in ("ann", "bob"):
+        pipe.load_meta_lora(folder / name)
+    mixed = picture(pipe, [PERSON] * 2, subjects=["ann", "bob"])
+    assert distance(mixed[:1], mixed[1:]) > 0.01
+    assert np.array_equal(picture(pipe, subjects=[None]), base)
+
+
+def test_a_cast_after_the_load(people, pipe):
+    folder, images = people
+    pipe.load_meta_lora(folder / "ann")
+    pipe.add_subject(folder / "bob")
+    pipe.to(torch.bfloat16)
+    assert distance(picture(pipe), images["ann"]) < 0.05
+    assert distance(picture(pipe, subjects="bob"), images["bob"]) < 0.05
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.bfloat16}
+
+
+def test_vae_tiling_and_slicing(people, pipe):
+    folder, _ = people
+    pipe.vae.enable_slicing()
+    assert_everybody_shows(pipe, people)
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 16, 4
+    pipe.vae.enable_tiling()
+    base = picture(pipe)
+    pipe.load_meta_lora(folder / "ann")
+    assert distance(picture(pipe), base) > 10 * TOLERANCE
+    pipe.add_subject(folder / "bob")
+    mixed = picture(pipe, [PERSON] * 2, subjects=["ann", None])
+    assert distance(mixed[:1], picture(pipe)) < TOLERANCE
+    assert distance(mixed[1:], base) < TOLERANCE
+
+
+def test_from_pipe_shares_adapters_and_slots(people, pipe):
+    folder, images = people
+    pipe.load_meta_lora(folder / "ann")
+    pipe.add_subject(folder / "bob")
+    other = enable_meta_lora(FluxPipeline.from_pipe(pipe))
+    other.set_progress_bar_config(disable=True)
+    assert distance(picture(other), images["ann"]) < TOLERANCE
+    assert distance(picture(other, subjects="bob"), images["bob"]) < TOLERANCE
+    other.load_meta_lora(folder / "cleo")
+    assert distance(picture(pipe), images["cleo"]) < TOLERANCE
+    edit = enable_meta_lora(FluxImg2ImgPipeline.from_pipe(pipe))
+    assert edit.get_active_adapters() == ["cleo"]
+    edit.unload_meta_lora()
+    assert distance(picture(pipe), images[None]) == 0
+
+
+def test_callbacks_see_every_step_and_may_stop_the_call(people, pipe):
+    folder, images = people
+    pipe.load_meta_lora(folder / "ann")
+    steps = []
+
+    def look(running, step, timestep, tensors):
+        steps.append((step, tuple(tensors["latents"].shape)))
+        running._interrupt = step == 0 and stop
+        return tensors
+
+    stop = False
+    assert distance(picture(pipe, callback_on_step_end=look, subjects="ann"), images["ann"]) < TOLERANCE
+    assert [step for step, _ in steps] == [0, 1]
+    stop = True
+    assert distance(picture(pipe, callback_on_step_end=look, subjects="ann"), images["ann"]) > TOLERANCE
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        picture(pipe, callback_on_step_end=fail, subjects="ann")
+    pipe._interrupt = False
+    assert pipe.get_active_adapters() == ["ann"]
+    assert distance(picture(pipe), images["ann"]) < TOLERANCE, "an image that failed leaves no subject behind"
+
+
+def test_threads_that_load_and_bring_change_no_running_image(people, pipe):
+    folder, _ = people
+    names = ("ann", "bob", "cleo")
+    pipe.load_meta_lora(folder / "faces")
+    table = pipe.enable_subject_slots(2)
+    for name in names:
+        pipe.add_subject(folder / name)
+    # Slots are compared with themselves: another kernel may round otherwise than the image of an adapter alone.
+    alone = {name: picture(pipe, subjects=name) for name in names}
+    problems, done, turns = [], threading.Event(), itertools.count()
+
+    def loads():
+        number = 0
+        try:
+            while not done.is_set():
+                number += 1
+                pipe.add_subject(folder / names[number % 3], f"guest-{number % 2}")
+                table.evict([f"guest-{number % 2}"])
+                pipe.enable_meta_lora()
+                name = pipe.load_meta_lora(folder / names[number % 3])
+                pipe.set_adapters([])
+                pipe.delete_adapters(name)
+        except Exception as error:
+            problems.append(error)
+
+    def brings():
+        try:
+            while not done.is_set():
+                table.preload([names[next(turns) % 3], names[next(turns) % 3]])
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work) for work in (loads, brings)]
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(12):
+            name = names[turn % 3]
+            assert np.array_equal(picture(pipe, subjects=name), alone[name])
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not problems
+
+
+def test_a_name_of_the_slots_is_no_adapters(people, pipe):
+    folder, images = people
+    pipe.add_subject(folder / "ann")
+    with pytest.raises(errors.AdapterStateError, match="evict it"):
+        pipe.load_meta_lora(folder / "bob", "ann")
+    assert pipe.load_meta_lora(folder / "ann") == "ann-1"
+    pipe.delete_adapters("ann-1")
+    assert distance(picture(pipe, subjects="ann"), images["ann"]) < TOLERANCE
+
+
+def test_slots_wait_for_the_image(people, pipe):
+    folder, images = people
+    pipe.load_meta_lora(folder / "faces")
+    table = pipe.enable_subject_slots(1)
+    for name in ("ann", "bob"):
+        pipe.add_subject(folder / name)
+    threads = []
+
+    def bring_meanwhile(pipe, step, timestep, tensors):
+        if not threads:
+            threads.append(threading.Thread(target=table.preload, args=(["bob"],)))
+            threads[0].start()
+            threads[0].join(0.3)
+            assert threads[0].is_alive(), "bringing waits for the image"
+        return tensors
+
+    shown = picture(pipe, subjects="ann", callback_on_step_end=bring_meanwhile)
+    threads[0].join()
+    assert distance(shown, images["ann"]) < TOLERANCE
+    assert table.bring(["bob"]) == {"bob": 0} and table.statistics().device_hits == 1
+
+
+def test_flux_embeddings_of_one_text_for_several_images():
+    pipe = enable_meta_lora(tiny_pipeline("flux"))
+    settings = {"r": 2, "meta_r": 3, "lora_alpha": 16, "init_weights": False}
+    inject_adapter_in_model(MetaLoraConfig(**settings, target_modules=["to_q", "norm1.linear"]), pipe.transformer, "f")
+    subject = MetaLoraConfig(**settings, target_modules=["to_q", "norm1.linear"], stage="subject", down="f")
+    for name in ("ann", "bob"):
+        inject_adapter_in_model(subject, pipe.transformer, name)
+    ann, bob = (drawn(pipe, "flux", (0,), images=2, subjects=name) for name in ("ann", "bob"))
+    mixed = drawn(pipe, "flux", (0,), images=2, subjects=["ann", "bob"])
+    assert distance(mixed[0], ann[0]) < TOLERANCE and distance(mixed[1], bob[1]) < TOLERANCE
+    assert distance(mixed[1], ann[1]) > 10 * TOLERANCE
+    # Of several texts diffusers repeats the words and not their pooled embedding, with subjects or without.
+    for options in ({}, {"subjects": ["ann", "bob"]}):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            drawn(pipe, "flux", (0, 1), images=2, **options)
+    assert distance(drawn(pipe, "flux", (0,), images=2, subjects="ann"), ann) < TOLERANCE
