@@ -6,21 +6,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 from ..data import Photo, Subject
-from ..training.adapters import inject
 from ..training.bases import Base
 from ..training.examples import Examples, encode_subjects
 from ..training.personalize import Personalization
 from ..training.settings import PersonalizeConfig
-from ..tuner import DownSource, MetaLoraConfig, set_warmup
+from ..tuner import DownSource
+from .adapters import adapter_config, put_adapter
 
 if TYPE_CHECKING:
     from .protocol import EvaluateConfig, Method
-
-_ADAPTER = "default"
 
 
 class MethodRun(Personalization):
@@ -51,17 +48,11 @@ class MethodRun(Personalization):
             self._before = {name: tensor.detach().clone() for name, tensor in denoiser.state_dict().items()}
             denoiser.requires_grad_(True).train()
             return list(denoiser.parameters())
-        adapter = _peft_config(self.method, self.base.target_modules, self.down)
-        if isinstance(adapter, VeraConfig):  # its projections live on PEFT's wrapper, which injection has none of
-            denoiser.requires_grad_(False)
-            get_peft_model(denoiser, adapter, adapter_name=_ADAPTER)
-            denoiser.to(self.base.device).train()
-            return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-        parameters = inject(self.base, adapter, _ADAPTER, self.config)
-        if kind == "random-down":
-            set_warmup(denoiser, True, _ADAPTER)
-        denoiser.to(self.base.device).train(self.trains_in_train_mode)
-        return [parameter for parameter in parameters if parameter.requires_grad]
+        rank, block = self.method.number("r", 256 if kind == "vera" else 1), self.method.number("block", 32)
+        adapter = adapter_config(kind, self.base.target_modules, r=rank, block=block, down=self.down)
+        parameters = put_adapter(self.base, adapter, self.config)
+        denoiser.train(self.trains_in_train_mode)
+        return parameters
 
     def remove(self) -> None:
         super().remove()
@@ -101,24 +92,3 @@ def run_method(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         return MethodRun(base, examples, training, method, down)
-
-
-def _peft_config(method: Method, modules: Any, down: DownSource | None) -> PeftConfig:
-    """PEFT's configuration of a rival; its scale is 1, as PEFT's alpha = r."""
-    rank = method.number("r", 256 if method.kind == "vera" else 1)
-    if method.kind in ("lora", "dora"):
-        return LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, use_dora=method.kind == "dora")
-    if method.kind == "loha":
-        return LoHaConfig(r=rank, alpha=rank, target_modules=modules)
-    if method.kind == "lokr":
-        return LoKrConfig(r=rank, alpha=rank, target_modules=modules)
-    if method.kind == "oft":
-        block = method.number("block", 32)
-        return OFTConfig(r=0, oft_block_size=block, target_modules=modules, use_cayley_neumann=True)
-    if method.kind == "vera":
-        return VeraConfig(r=rank, target_modules=modules, save_projection=False)
-    assert down is not None  # "random-down" alone is left, and it comes with the Down whose ranks it has
-    of_down = down.config
-    return MetaLoraConfig(
-        r=of_down.r, meta_r=of_down.meta_r, lora_alpha=of_down.lora_alpha, target_modules=of_down.target_modules
-    )

@@ -13,21 +13,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
+from peft import PeftConfig
 from peft.tuners.loha import layer as loha
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
 from .. import hub
-from ..training.adapters import eject, inject
+from ..training.adapters import eject
 from ..training.bases import Base
 from ..training.settings import TrainingConfig
-from ..tuner import MetaLoraConfig, set_warmup
+from ..tuner import MetaLoraConfig
 from ..tuner.down import DownSource
 from ..tuner.linear import Linear
+from .adapters import adapter_config, put_adapter
 from .batched import AdapterStack
 
-_NAME = "default"
 _LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _META_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -40,21 +40,19 @@ class Rival:
         label: for tables. config: makes its PEFT configuration from the modules to adapt and the Down; None trains the
             denoiser itself.
         rates: learning rates to choose from. note: what its row means.
-        frozen_down: keep a Down as it was drawn. up_rate: factor on the rate of Up (LoRA+).
-        moved: its start is not the base model.
+        up_rate: factor on the rate of Up (LoRA+). moved: its start is not the base model.
     """
 
     label: str
     config: Callable[[Any, DownSource], PeftConfig] | None
     rates: tuple[float, ...] = _LORA_RATES
     note: str = ""
-    frozen_down: bool = False
     up_rate: float = 1.0
     moved: bool = False
 
 
-def _lora(rank: int, **options: Any) -> Callable[[Any, DownSource], PeftConfig]:
-    return lambda modules, down: LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, **options)
+def _peft(kind: str, r: int = 1) -> Callable[[Any, DownSource], PeftConfig]:
+    return lambda modules, down: adapter_config(kind, modules, r=r, down=down)
 
 
 def _subject(**options: Any) -> Callable[[Any, DownSource], PeftConfig]:
@@ -74,34 +72,30 @@ def _subject(**options: Any) -> Callable[[Any, DownSource], PeftConfig]:
     return config
 
 
-def _random_down(modules: Any, down: DownSource) -> PeftConfig:
-    return MetaLoraConfig(
-        r=down.config.r, meta_r=down.config.meta_r, lora_alpha=down.config.lora_alpha, target_modules=modules
-    )
-
-
 RIVALS: dict[str, Rival] = {
-    "lora_r1": Rival("LoRA, rank 1", _lora(1)),
+    "lora_r1": Rival("LoRA, rank 1", _peft("lora", 1)),
     "meta_lora_stored": Rival("Meta-LoRA, stored Mid", _subject(start="stored"), _META_RATES),
     "meta_lora_mean": Rival("Meta-LoRA, mean", _subject(start="mean"), _META_RATES, moved=True),
-    "lora_r4": Rival("LoRA, rank 4", _lora(4)),
-    "random_down": Rival("Meta-LoRA, random Down", _random_down, note="the control for stage 1", frozen_down=True),
-    "mean_lora": Rival("LoRA, rank 4, from a mean LoRA", _lora(4), _META_RATES, "the control for the mean", moved=True),
-    "lora_r16": Rival("LoRA, rank 16", _lora(16)),
+    "lora_r4": Rival("LoRA, rank 4", _peft("lora", 4)),
+    "random_down": Rival("Meta-LoRA, random Down", _peft("random-down"), note="the control for stage 1"),
+    "mean_lora": Rival(
+        "LoRA, rank 4, from a mean LoRA", _peft("lora", 4), _META_RATES, "the control for the mean", moved=True
+    ),
+    "lora_r16": Rival("LoRA, rank 16", _peft("lora", 16)),
     "vera": Rival(
         "VeRA, rank 256",
-        lambda modules, down: VeraConfig(r=256, target_modules=modules, save_projection=False),
+        _peft("vera", 256),
         (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         "random projections, shared by all layers",
     ),
-    "dora": Rival("DoRA, rank 4", _lora(4, use_dora=True)),
+    "dora": Rival("DoRA, rank 4", _peft("dora", 4)),
     "oft": Rival(
         "OFT, blocks of 32",
-        lambda modules, down: OFTConfig(r=0, oft_block_size=32, target_modules=modules, use_cayley_neumann=True),
+        _peft("oft"),
         (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     ),
-    "lokr": Rival("LoKr, rank 4", lambda modules, down: LoKrConfig(r=4, alpha=4, target_modules=modules)),
-    "loha": Rival("LoHa, rank 4", lambda modules, down: LoHaConfig(r=4, alpha=4, target_modules=modules)),
+    "lokr": Rival("LoKr, rank 4", _peft("lokr", 4)),
+    "loha": Rival("LoHa, rank 4", _peft("loha", 4)),
     "full": Rival("full fine-tuning", None, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "every weight of the denoiser"),
 }
 
@@ -136,17 +130,9 @@ def put_on(
     starts: list[dict[str, Tensor]] = []
     for seed in reversed(seeds):  # what is frozen is that of the first seed, for all rows
         eject(denoiser)
-        adapter = rival.config(base.target_modules, down)
-        if isinstance(adapter, VeraConfig):  # its projections live on PEFT's wrapper, which injection has none of
-            denoiser.requires_grad_(False)
-            get_peft_model(denoiser, adapter)
-        else:
-            with hub.given(down):
-                inject(base, adapter, _NAME, replace(config, seed=seed))
-        if rival.frozen_down:
-            set_warmup(denoiser, True, _NAME)
+        with hub.given(down):
+            put_adapter(base, rival.config(base.target_modules, down), replace(config, seed=seed))
         starts.insert(0, {name: p.detach().clone() for name, p in denoiser.named_parameters() if p.requires_grad})
-    denoiser.to(base.device)  # shared projections and index buffers may lie elsewhere
     denoiser.eval()  # LoHa and LoKr toss a coin in training, even for a dropout of 0
     if start is not None:
         starts = [start]
