@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every rival on the embedded base: what it trains, where it starts, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft.tuners.loha.layer import make_weight
+from peft.tuners.oft.layer import OFTRotationModule
+from torch import Tensor
+
+from peft_metalora import hub
+from peft_metalora.demo.base import ASSETS, BASE
+from peft_metalora.evaluation.adapters import adapter_config
+from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, put_on, take_off, vmap_ready
+from peft_metalora.training.bases import Base, load_base
+from peft_metalora.training.settings import PersonalizeConfig
+from peft_metalora.tuner import DownSource
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ALL = {**RIVALS, **{f"variant {name}": rival for name, rival in VARIANTS.items()}}
+CONFIG = PersonalizeConfig(pretrained_model_name_or_path=str(BASE), output_dir="none", resolution=64)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base(BASE)
+
+
+@pytest.fixture(scope="module")
+def down() -> DownSource:
+    return hub.load_down(str(ASSETS / "down"))
+
+
+def predict(base: Base) -> Tensor:
+    latents = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return base.predict(latents, base.encode_text(["a photo of a person"]), torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_trains_what_the_results_say_from_the_base_and_comes_off(base: Base, down: DownSource, name: str) -> None:
+    rival = ALL[name]
+    take_off(base)
+    expected, before = predict(base), set(base.denoiser.state_dict())
+    stack = put_on(base, rival, down, CONFIG, 1, [0])
+    group, key = ("variants", name.split()[1]) if name.startswith("variant") else ("methods", name)
+    file = RESULTS / ("variants.json" if group == "variants" else "evaluation.json")
+    assert stack.values.shape == (1, json.loads(file.read_text())[group][key]["parameters"])
+    # A mean LoRA starts elsewhere only when its mean is given.
+    started = torch.allclose(predict(base), expected, atol=1e-4)
+    assert started == (not rival.moved or name == "mean_lora")
+    take_off(base)
+    assert set(base.denoiser.state_dict()) == before
+    assert torch.equal(predict(base), expected)
+    assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
+
+
+def test_rows_take_their_seeds_in_turn_or_the_start_that_is_given(base: Base, down: DownSource) -> None:
+    stack = put_on(base, RIVALS["lora_r1"], down, CONFIG, 4, [0, 1])
+    assert torch.equal(stack.values[0], stack.values[2]) and torch.equal(stack.values[1], stack.values[3])
+    assert not torch.equal(stack.values[0], stack.values[1])
+    start = {name: torch.full_like(tensor[0], 0.5) for name, tensor in stack.parameters.items()}
+    assert (put_on(base, RIVALS["lora_r1"], down, CONFIG, 2, [0], start).values == 0.5).all()
+    take_off(base)
+
+
+def test_a_random_down_keeps_what_was_drawn(base: Base, down: DownSource) -> None:
+    stack = put_on(base, RIVALS["random_down"], down, CONFIG, 1, [0])
+    assert not any("metalora_down" in name for name in stack.parameters)
+    drawn = dict(base.denoiser.named_parameters())
+    assert any("metalora_down" in name and not parameter.requires_grad for name, parameter in drawn.items())
+    take_off(base)
+
+
+def test_replacements_for_vmap_give_equal_values_and_are_taken_back() -> None:
+    torch.manual_seed(0)
+    factors = [torch.randn(6, 2), torch.randn(2, 5), torch.randn(6, 2), torch.randn(2, 5), torch.tensor(0.7)]
+    rotation = OFTRotationModule(3, 28, 8, (24, 24), use_cayley_neumann=True)
+    vectors = 0.1 * torch.randn(3, 28)
+    expected = make_weight(*factors), rotation._cayley_batch(vectors, 8)
+    kept = OFTRotationModule._cayley_batch
+    with vmap_ready():
+        from peft.tuners.loha import layer
+
+        torch.testing.assert_close(layer.make_weight(*factors), expected[0])
+        torch.testing.assert_close(rotation._cayley_batch(vectors, 8), expected[1])
+        assert OFTRotationModule._cayley_batch is not kept
+        with pytest.raises(NotImplementedError, match="3 terms or more"):
+            rotation._cayley_batch(vectors, 8, num_neumann_terms=2)
+    assert OFTRotationModule._cayley_batch is kept and layer.make_weight is make_weight
+
+
+def test_a_kind_that_peft_has_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="'lore'"):
+        adapter_config("lore", ["to_q"])
+    with pytest.raises(ValueError, match="a Down for 'random-down'"):
+        adapter_config("random-down", ["to_q"])
