@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -513,6 +514,7 @@ def main() -> None:
         "machine": torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.machine() + " CPU",
         "torch": torch.__version__,
         "date": date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/evaluation.py", *sys.argv[1:]]),
         "subjects": args.people,
         "seeds": args.seeds,
         "prompts": len(bench.prompts),

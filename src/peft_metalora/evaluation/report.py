@@ -211,11 +211,25 @@ def _plots(cells: Sequence[Cell]) -> str:
     return "".join(parts)
 
 
-def plot(series: dict[str, list[tuple[float, float]]], x_label: str, y_label: str) -> str:
-    """An SVG of lines (or single points) with axes and a legend."""
-    width, height, left, top, right, bottom = 640, 340, 62, 14, 200, 46
+def plot(
+    series: dict[str, list[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    size: tuple[int, int] = (640, 340),
+    with_legend: bool = True,
+    y_range: tuple[float, float] | None = None,
+) -> str:
+    """An SVG of lines (or single points) with axes.
+
+    Args:
+        size: width and height in pixels, the legend at the right included.
+        y_range: what the y axis spans at least, so that several plots compare.
+    """
+    (width, height), left, top, bottom = size, 62, 14, 46
+    right = 230 if with_legend else 14
     xs, ys = ([point[axis] for points in series.values() for point in points] for axis in (0, 1))
-    (x_low, x_high), (y_low, y_high) = _range(xs), _range(ys)
+    (x_low, x_high), (y_low, y_high) = _range(xs), _range([*ys, *(y_range or ())])
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
@@ -224,7 +238,8 @@ def plot(series: dict[str, list[tuple[float, float]]], x_label: str, y_label: st
         )
 
     floor, end = height - bottom, width - right
-    parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">']
+    box = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    parts = [f'<svg {box} font-family="sans-serif" font-size="12">']
     for y in _ticks(y_low, y_high):
         py = place(x_low, y)[1]
         parts.append(f'<path d="M{left} {py:.1f}H{end}" stroke="#ddd"/>')
@@ -236,15 +251,24 @@ def plot(series: dict[str, list[tuple[float, float]]], x_label: str, y_label: st
     parts.append(
         f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
     )
-    for number, (name, points) in enumerate(series.items()):
-        colour, row = _COLOURS[number % len(_COLOURS)], top + 10 + 18 * number
+    for number, points in enumerate(series.values()):
+        colour = _COLOURS[number % len(_COLOURS)]
         placed = [place(*point) for point in sorted(points)]
         trace = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(f'<polyline points="{trace}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in placed]
-        parts.append(f'<circle cx="{end + 14}" cy="{row - 4}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{end + 24}" y="{row}">{escape(name)}</text>')
+    if with_legend:
+        parts.append(f'<g transform="translate({end + 10} {top})">{legend(list(series), 4)}</g>')
     return "".join(parts) + "</svg>"
+
+
+def legend(names: Sequence[str], x: int) -> str:
+    """The colours of `plot` with their names, one under the other."""
+    rows = [(10 + 18 * number, _COLOURS[number % len(_COLOURS)], name) for number, name in enumerate(names)]
+    return "".join(
+        f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/><text x="{x + 10}" y="{y}">{escape(name)}</text>'
+        for y, colour, name in rows
+    )
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures from benchmarks/results/*.json to the docs: tables between markers, and the plots of docs/results.md.
+
+    python benchmarks/tables.py
+
+In README.md and docs/*.md everything between `<!-- table: NAME -->` and `<!-- end -->` is written anew; NAME is a key
+of `TABLES`. Plots go to docs/results/*.svg. A test compares the committed pages with what this command writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from peft_metalora.evaluation.report import legend, plot
+from peft_metalora.evaluation.summary import interval
+from peft_metalora.files import write_bytes
+
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+BLOCK = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+Data = dict[str, Any]
+
+# Two plots of at most eight lines each; Meta-LoRA and the LoRA of rank 1 are in both.
+GROUPS = {
+    "controls": ("meta_lora_mean", "meta_lora_stored", "lora_r1", "random_down", "mean_lora", "lora_r4"),
+    "others": ("meta_lora_mean", "full", "lora_r1", "lora_r16", "oft", "dora", "loha", "vera"),
+}
+README_METHODS = ("lora_r1", "lora_r4", "lora_r16", "full", "random_down", "meta_lora_stored", "meta_lora_mean")
+EQUAL_ADHERENCE = 0.9
+
+# Figure, what it is, its goal (None: a plain figure), and whether a larger one is better.
+Goal = tuple[str, str, float | None, bool]
+LAYER: tuple[Goal, ...] = (
+    ("unfolded_over_lora_r1_b4", "forward, unfolded / LoRA r=1, batch 4", 1.0, False),
+    ("unfolded_over_base_b4", "forward, unfolded / base, batch 4", 1.05, False),
+    ("folded_over_base_b4", "forward, folded / base, batch 4", 1.05, False),
+    ("folded_over_base_b1", "forward, folded / base, batch 1", 1.15, False),
+    ("folded_over_base_compiled_b4", "the same compiled / compiled base, batch 4", 1.03, False),
+    ("merged_over_base_b4", "forward, merged / base, batch 4", 1.0, False),
+    ("train_step_over_lora_r1_b4", "training step of a subject / LoRA r=1, batch 4", 0.87, False),
+    ("train_mem_over_lora_r1_b4", "its peak memory / LoRA r=1, batch 4", 0.84, False),
+)
+SERVING: tuple[Goal, ...] = (
+    ("subject_mb", "one subject in memory, MB", None, False),
+    ("swap_ms_1", "a subject from host memory into its slot, 1 loaded, ms", 1.0, False),
+    ("swap_ms_100", "the same, 100 loaded, ms", 1.0, False),
+    ("swap_ms_1000", "the same, 1000 loaded, ms", 1.0, False),
+    ("stock_hotswap_ms", "diffusers and PEFT LoRA: hotswap, ms", None, False),
+    ("stock_set_adapters_ms_50", "diffusers and PEFT LoRA: set_adapters, 50 loaded, ms", None, False),
+    ("mixed_over_single_b4", "4 different subjects in a batch / one subject", 1.02, False),
+    ("mixed_over_single_b8", "8 different subjects in a batch / one subject", 1.02, False),
+    ("recompilations", "recompilations while subjects change", 0.0, False),
+    ("merged_over_base", "forward with a merged subject / base", 1.0, False),
+    ("merge_ms", "time to merge another subject in, ms", None, False),
+)
+TRAINING: tuple[Goal, ...] = (
+    ("step_over_diffusers_lora_r1", "step of stage 2 / diffusers' loop with LoRA r=1", 0.87, False),
+    ("mem_over_diffusers_lora_r1", "its peak memory / diffusers' loop with LoRA r=1", 0.84, False),
+    ("people_per_gpu_hour_serial", "people an hour and GPU, one by one", None, True),
+    ("people_per_gpu_hour_slots", "people an hour and GPU, in slots", None, True),
+    ("stage1_scaling_2gpu", "samples a second of stage 1, two GPUs / one", 1.9, True),
+    ("flux_24gb_peak_gib", "peak memory of the recipe for 24 GB, GiB", 24.0, False),
+)
+
+
+def load() -> dict[str, Data]:
+    """Every file of results, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def source(data: Data, command: str = "", note: str = "") -> str:
+    """Machine, date and command of a run, the line under each table."""
+    command = data.get("command", command)
+    # Where an output went says nothing of how it was made.
+    command = re.sub(r" --out(put)? \S+", "", command)
+    versions = data.get("versions", {"torch": data.get("torch", "")})
+    shown = ", ".join(f"{name} {value}" for name, value in versions.items())
+    return f"\n{data['machine']}, {shown}, {data['date']}; `{command}`{note}\n"
+
+
+def goals(data: Data, rows: Sequence[Goal]) -> str:
+    """Figures beside their goals; what misses its goal says so."""
+    lines = []
+    for key, text, goal, larger in rows:
+        value = data["figures"].get(key)
+        shown = "not measured" if value is None else f"{value:.0f}" if value == int(value) else f"{value:.3g}"
+        if value is not None and 0.5 <= value < 2:
+            shown = f"{value:.3f}"
+        wanted = "" if goal is None else f"{'at least' if larger else 'at most'} {goal:g}"
+        # Two digits, as the goals are given.
+        met = value is not None and goal is not None and (value >= goal if larger else round(value, 2) <= goal)
+        reached = "" if goal is None else "open" if value is None else "yes" if met else "**no**"
+        lines.append([text, shown, wanted, reached])
+    return table(["", "measured", "goal", "reached"], lines) + source(data)
+
+
+def spread(found: Data, digits: int = 3) -> str:
+    """`value [low, high]`; a target that is never reached is a dash."""
+    if found["value"] is None:
+        return "-"
+    low, high = (f"{found[end]:.{digits}f}" if found[end] is not None else "-" for end in ("low", "high"))
+    return f"{found['value']:.{digits}f} [{low}, {high}]"
+
+
+EVALUATION_COMMAND = "python benchmarks/evaluation.py --output benchmarks/results"
+
+
+def ranked(data: Data) -> list[tuple[str, Data]]:
+    return sorted(data["methods"].items(), key=lambda pair: -pair[1]["r_facesim"]["value"])
+
+
+def drawn(data: Data) -> str:
+    people = f"{data['subjects']} held-out people, {data['seeds']} seeds, {data['prompts']} prompts"
+    return f". {people}; mean [95 % interval over people]."
+
+
+def rivals(results: dict[str, Data]) -> str:
+    data = results["evaluation"]
+    rows = [
+        [
+            one["label"],
+            f"{one['parameters']:,}",
+            *(spread(one[metric]) for metric in ("r_facesim", "face_sim", "prompt_adherence", "copied_background")),
+            f"{1000 * one['seconds']['value']:.0f}",
+            f"{one['learning_rate']:g}",
+        ]
+        for _, one in ranked(data)
+    ]
+    base = {metric: interval(values, data["seeds"]) for metric, values in data["base"].items()}
+    metrics = ("r_facesim", "face_sim", "prompt_adherence", "copied_background")
+    rows.append(["base model", "0", *(spread(base[metric]) for metric in metrics), "", ""])
+    heads = ["method", "numbers trained", "R-FaceSim", "FaceSim", "adherence", "copied wall", "ms a person", "rate"]
+    return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
+
+
+def at_adherence(one: Data, wanted: float) -> str:
+    """R-FaceSim where the curve of means passes this adherence, on a straight line between two scored steps."""
+    points = [(mean(score["prompt_adherence"]), mean(score["r_facesim"])) for score in one["curve"].values()]
+    for (high, before), (low, after) in pairwise(points):
+        if high >= wanted >= low and high > low:
+            return f"{before + (high - wanted) / (high - low) * (after - before):.3f}"
+    return "-"
+
+
+def steps(results: dict[str, Data]) -> str:
+    data = results["evaluation"]
+    counts = sorted({int(step) for _, one in ranked(data) for step in one["curve"]} - {0})
+    rows = []
+    for _, one in ranked(data):
+        curve = [one["curve"][str(step)] for step in counts]
+        cells = [f"{mean(score['r_facesim']):.3f} / {mean(score['prompt_adherence']):.3f}" for score in curve]
+        rows.append([one["label"], *cells, spread(one["speed_up"], 2), at_adherence(one, EQUAL_ADHERENCE)])
+    heads = ["method", *(f"{step} steps" for step in counts)]
+    heads += ["fewer steps than LoRA r=1, times", f"R-FaceSim at adherence {EQUAL_ADHERENCE}"]
+    return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
+
+
+def robustness(results: dict[str, Data]) -> str:
+    data = results["evaluation"]
+    found = data["robustness"]
+    rows = [
+        [condition.replace("_", " "), *(spread(interval(own[condition]["r_facesim"])) for own in found.values())]
+        for condition in next(iter(found.values()))
+    ]
+    people = len(next(iter(found.values()))["clean"]["r_facesim"])
+    note = f". R-FaceSim after {data['headline_steps']} steps; {people} people, one seed; mean [95 % interval]."
+    heads = ["reference", *(data["methods"][name]["label"] for name in found)]
+    return table(heads, rows) + source(data, EVALUATION_COMMAND, note)
+
+
+def variants(results: dict[str, Data]) -> str:
+    data = results["variants"]
+    rows = [
+        [
+            one["label"],
+            f"{one['parameters']:,}",
+            f"{one['learning_rate']:g}",
+            *(spread(one[metric]) for metric in ("r_facesim", "prompt_adherence")),
+            f"{1000 * one['seconds']['value']:.0f}",
+        ]
+        for one in data["variants"].values()
+    ]
+    heads = ["variant", "numbers trained", "rate", "R-FaceSim", "adherence", "ms a person"]
+    return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
+
+
+def down_starts(results: dict[str, Data]) -> str:
+    data = results["variants"]
+    last = str(data["headline_steps"])
+    rows = []
+    for how, one in data["down_starts"].items():
+        scores = [one[start]["curve"][last] for start in ("stored", "mean")]
+        cells = [spread(interval(score[name])) for score in scores for name in ("r_facesim", "prompt_adherence")]
+        rows.append([how, *cells])
+    stage_1 = next(iter(data["down_starts"].values()))["stage_1_steps"]
+    note = f". A stage 1 of {stage_1} steps; {data['subjects']} held-out people, one seed; mean [95 % interval]."
+    heads = ["Down starts as", "stored Mid: R-FaceSim", "adherence", "mean: R-FaceSim", "adherence"]
+    return table(heads, rows) + source(data, EVALUATION_COMMAND, note)
+
+
+def readme(results: dict[str, Data]) -> str:
+    data = results["evaluation"]
+    rows = [
+        [one["label"], f"{one['parameters']:,}", spread(one["r_facesim"]), spread(one["prompt_adherence"])]
+        for name, one in data["methods"].items()
+        if name in README_METHODS
+    ]
+    heads = ["method", "numbers trained", "R-FaceSim", "adherence"]
+    return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
+    "rivals": ("evaluation", rivals),
+    "steps": ("evaluation", steps),
+    "robustness": ("evaluation", robustness),
+    "readme": ("evaluation", readme),
+    "variants": ("variants", variants),
+    "down_starts": ("variants", down_starts),
+    "layer": ("layer", lambda results: goals(results["layer"], LAYER)),
+    "serving": ("serving", lambda results: goals(results["serving"], SERVING)),
+    "training": ("training", lambda results: goals(results["training"], TRAINING)),
+}
+"""Name of a block -> the file it needs, and what writes it."""
+
+
+def fill(text: str, results: dict[str, Data]) -> str:
+    """A page with every block written anew.
+
+    Raises:
+        SystemExit: a block of an unknown name, or one whose results are not there.
+    """
+
+    def write(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in TABLES or TABLES[name][0] not in results:
+            known = [key for key, (file, _) in TABLES.items() if file in results]
+            raise SystemExit(f"table {name!r}: expected one of {', '.join(known)}, whose results are there")
+        return f"<!-- table: {name} -->\n{TABLES[name][1](results)}<!-- end -->"
+
+    return BLOCK.sub(write, text)
+
+
+def plots(data: Data) -> dict[str, str]:
+    """File name -> SVG of everything that docs/results.md shows."""
+    drawings = {}
+    for group, names in GROUPS.items():
+        chosen = {data["methods"][name]["label"]: data["methods"][name]["curve"] for name in names}
+        means = {
+            label: [
+                (float(step), mean(score["r_facesim"]), mean(score["prompt_adherence"]))
+                for step, score in curve.items()
+                if step != "0"
+            ]
+            for label, curve in chosen.items()
+        }
+        for metric, axis, y_label in (("r_facesim", 1, "R-FaceSim"), ("adherence", 2, "adherence")):
+            lines = {label: [(point[0], point[axis]) for point in points] for label, points in means.items()}
+            drawings[f"{metric}_{group}.svg"] = plot(lines, "steps", y_label)
+        lines = {label: [(point[2], point[1]) for point in points] for label, points in means.items()}
+        drawings[f"tradeoff_{group}.svg"] = plot(lines, "adherence", "R-FaceSim")
+    drawings["robustness.svg"] = _robustness_grid(data)
+    standalone = '<svg xmlns="http://www.w3.org/2000/svg" style="background:white" '
+    return {name: drawing.replace("<svg ", standalone, 1) + "\n" for name, drawing in drawings.items()}
+
+
+def _robustness_grid(data: Data) -> str:
+    found, width, height, columns = data["robustness"], 300, 230, 3
+    labels = [data["methods"][name]["label"] for name in found]
+    kinds = list(dict.fromkeys(name.rpartition(" ")[0] for name in next(iter(found.values())) if name != "clean"))
+    scores = {
+        name: {condition: mean(score["r_facesim"]) for condition, score in own.items()} for name, own in found.items()
+    }
+    everything = [value for own in scores.values() for value in own.values()]
+    panels = []
+    for number, kind in enumerate(kinds):
+        series = {}
+        for name, label in zip(found, labels, strict=True):
+            own = scores[name]
+            at = {0.0: own["clean"]} | {float(key.split()[-1]): own[key] for key in own if key.startswith(kind + " ")}
+            series[label] = list(at.items())
+        panel = plot(
+            series,
+            f"{kind.replace('_', ' ')}: strength",
+            "R-FaceSim",
+            size=(width, height),
+            with_legend=False,
+            y_range=(min(everything), max(everything)),
+        )
+        place = f'<svg x="{number % columns * width}" y="{number // columns * height}" '
+        panels.append(panel.replace("<svg ", place, 1))
+    down = -(-len(kinds) // columns) * height
+    panels.append(f'<g transform="translate(40 {down})">{legend(labels, 14)}</g>')
+    total = down + 18 * len(labels) + 20
+    box = f'viewBox="0 0 {columns * width} {total}" width="{columns * width}" height="{total}"'
+    return f'<svg {box} font-family="sans-serif" font-size="12">{"".join(panels)}</svg>'
+
+
+def pages() -> dict[Path, str]:
+    """Every page with its blocks, and every plot, as they should be on disk."""
+    results = load()
+    texts = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
+    wanted = {path: fill(text, results) for path, text in texts.items()}
+    return wanted | {DOCS / "results" / name: drawing for name, drawing in plots(results["evaluation"]).items()}
+
+
+def main() -> None:
+    (DOCS / "results").mkdir(exist_ok=True)
+    for path, text in pages().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_bytes(path, text.encode())
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The committed docs show the committed figures, and tables say honestly what misses its goal."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_committed_pages_are_what_the_command_writes(tables: ModuleType) -> None:
+    stale = [path.name for path, text in tables.pages().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, "run: python benchmarks/tables.py"
+
+
+def test_every_table_with_results_is_on_a_page(tables: ModuleType) -> None:
+    shown = {name for text in tables.pages().values() for name in tables.BLOCK.findall(text)}
+    assert shown == {name for name, (file, _) in tables.TABLES.items() if file in tables.load()}
+
+
+def test_goals_that_are_missed_or_open_say_so(tables: ModuleType) -> None:
+    figures = {"merged_over_base": 1.043, "swap_ms_1": 0.4, "subject_mb": 1.7024}
+    data = {"machine": "a GPU", "date": "2026-01-01", "command": "python b.py --out /x/y --n 1", "figures": figures}
+    rows = tables.goals(data, tables.SERVING).splitlines()
+    assert "| forward with a merged subject / base | 1.043 | at most 1 | **no** |" in rows
+    assert "| a subject from host memory into its slot, 1 loaded, ms | 0.4 | at most 1 | yes |" in rows
+    assert "| one subject in memory, MB | 1.702 |  |  |" in rows
+    assert "| recompilations while subjects change | not measured | at most 0 | open |" in rows
+    assert rows[-1].startswith("a GPU, ") and rows[-1].endswith("2026-01-01; `python b.py --n 1`")
+
+
+def test_identity_at_equal_adherence_lies_on_the_curve(tables: ModuleType) -> None:
+    curve = {
+        "25": {"prompt_adherence": [1.0, 0.96], "r_facesim": [0.2, 0.2]},
+        "50": {"prompt_adherence": [0.86, 0.9], "r_facesim": [0.3, 0.5]},
+    }
+    assert tables.at_adherence({"curve": curve}, 0.93) == "0.300"
+    assert tables.at_adherence({"curve": curve}, 0.5) == "-"
+
+
+def test_a_block_without_results_is_refused(tables: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="table 'nonsense': expected one of rivals"):
+        tables.fill("<!-- table: nonsense -->\n<!-- end -->", tables.load())
+    with pytest.raises(SystemExit, match="whose results are there"):
+        tables.fill("<!-- table: layer -->\n<!-- end -->", {})
