@@ -31,6 +31,7 @@ bench: .venv/.installed
 	mkdir -p build
 	.venv/bin/python benchmarks/render.py
 	.venv/bin/python benchmarks/layer.py --small --no-compile --out build/layer.json
+	.venv/bin/python benchmarks/evaluation.py --small --output build/evaluation
 
 clean:
 	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache
