@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import itertools
 import threading
+from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from peft import inject_adapter_in_model
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from families_tiny import picture as drawn
 from families_tiny import tiny_pipeline
@@ -21,7 +25,7 @@ from pipelines_tiny import tiny_flux_pipeline
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out"]
 # Rounding of another batch size, at a pixel of 0 to 1.
 TOLERANCE = 1e-4
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PERSON = "a photo of a person"
 
 
@@ -81,46 +85,72 @@ def assert_everybody_shows(pipe, people, tolerance=TOLERANCE):
 
 
 def by_model(pipe):
-    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.enable_model_cpu_offload(device=DEVICE)
 
 
-def by_leaf(pipe):
-    pipe.transformer.enable_group_offload(onload_device=CPU, offload_type="leaf_level")
+def by_sequence(pipe):
+    pipe.enable_sequential_cpu_offload(device=DEVICE)
 
 
-def by_block(pipe):
-    pipe.transformer.enable_group_offload(onload_device=CPU, offload_type="block_level", num_blocks_per_group=1)
+def by_groups(**options):
+    def offload(pipe):
+        pipe.transformer.enable_group_offload(onload_device=DEVICE, **options)
+        for rest in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            rest.to(DEVICE)
+
+    return offload
 
 
-@pytest.mark.parametrize("offload", [by_model, by_leaf, by_block])
+OFFLOADS = {
+    "model": by_model,
+    "leaf": by_groups(offload_type="leaf_level"),
+    "block": by_groups(offload_type="block_level", num_blocks_per_group=1),
+}
+if DEVICE.type == "cuda":  # accelerate's sequential offload cannot compute on a CPU, and only a GPU has streams
+    OFFLOADS |= {
+        "sequential": by_sequence,
+        "leaf, streams": by_groups(offload_type="leaf_level", use_stream=True),
+        "leaf, recorded streams": by_groups(offload_type="leaf_level", use_stream=True, record_stream=True),
+        "block, streams": by_groups(offload_type="block_level", num_blocks_per_group=1, use_stream=True),
+    }
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
 def test_offload(people, pipe, offload):
-    offload(pipe)
+    OFFLOADS[offload](pipe)
     assert_everybody_shows(pipe, people)
 
 
-@pytest.mark.parametrize("offload", [by_model, by_leaf, by_block])
+@pytest.mark.parametrize("offload", OFFLOADS)
 def test_offload_enabled_after_the_load(people, pipe, offload):
     folder, images = people
     pipe.load_meta_lora(folder / "ann")
-    offload(pipe)
+    OFFLOADS[offload](pipe)
+    pipe.add_subject(folder / "bob")
     for _ in range(2):
         assert distance(picture(pipe), images["ann"]) < TOLERANCE
-    assert distance(picture(pipe, subjects="ann"), images["ann"]) < TOLERANCE
-    hooked = by_model is offload or any(hasattr(module, "_diffusers_hook") for module in pipe.transformer.modules())
-    assert hooked, "the offload stays on"
+    mixed = picture(pipe, [PERSON] * 2, subjects=["ann", "bob"])
+    assert distance(mixed[0], images["ann"][0]) < TOLERANCE and distance(mixed[1], images["bob"][0]) < TOLERANCE
+    hooks = {
+        name
+        for module in pipe.transformer.modules()
+        for name in ("_hf_hook", "_diffusers_hook")
+        if hasattr(module, name)
+    }
+    assert hooks, "the offload stays on"
 
 
 def test_model_offload_keeps_its_device(people, pipe):
-    pipe.enable_model_cpu_offload(device="cpu:0")
+    pipe.enable_model_cpu_offload(device=DEVICE)
     pipe.load_meta_lora(people[0] / "ann")
-    assert pipe._offload_device == torch.device("cpu:0") and hasattr(pipe.transformer, "_hf_hook")
+    assert pipe._offload_device == torch.device(DEVICE.type, 0) and hasattr(pipe.transformer, "_hf_hook")
 
 
 def test_sequential_offload_parks_the_base_and_keeps_the_factors(people, pipe, tmp_path):
     folder, images = people
     pipe.load_meta_lora(folder / "ann")
     model = pipe.transformer
-    pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.enable_sequential_cpu_offload(device=DEVICE)
     pipe.add_subject(folder / "bob")
     pipe.load_meta_lora(folder / "cleo")
     for _, layer in meta_lora_layers(model):
@@ -129,15 +159,30 @@ def test_sequential_offload_parks_the_base_and_keeps_the_factors(people, pipe, t
     pipe.save_meta_lora(tmp_path / "copy", "ann", down=folder / "faces")
     saved, given = (path / "adapter_model.safetensors" for path in (tmp_path / "copy", folder / "ann"))
     assert saved.read_bytes() == given.read_bytes()
+    pipe.fuse_meta_lora()
+    pipe.unfuse_meta_lora()
     pipe.remove_all_hooks()
+    pipe.to("cpu")
     assert distance(picture(pipe), images["cleo"]) < TOLERANCE
     assert distance(picture(pipe, subjects="bob"), images["bob"]) < TOLERANCE
+
+
+def test_fused_under_sequential_offload_the_base_is_the_sum(people, pipe):
+    folder, images = people
+    pipe.enable_sequential_cpu_offload(device=DEVICE)
+    pipe.load_meta_lora(folder / "ann")
+    pipe.fuse_meta_lora()
+    pipe.remove_all_hooks()
+    pipe.to("cpu")
+    assert distance(picture(pipe), images["ann"]) < TOLERANCE
+    pipe.unload_meta_lora()
+    assert distance(picture(pipe), images[None]) == 0
 
 
 def test_group_offload_to_disk_is_refused(people, pipe, tmp_path):
     folder, images = people
     pipe.transformer.enable_group_offload(
-        onload_device=CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk")
+        onload_device=DEVICE, offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk")
     )
     with pytest.raises(errors.PipelineError, match="Leave out offload_to_disk_path"):
         pipe.load_meta_lora(folder / "ann")
@@ -320,3 +365,116 @@ def test_flux_embeddings_of_one_text_for_several_images():
         with pytest.raises(RuntimeError, match="must match the size"):
             drawn(pipe, "flux", (0, 1), images=2, **options)
     assert distance(drawn(pipe, "flux", (0,), images=2, subjects="ann"), ann) < TOLERANCE
+
+
+# Compiled, and quantised
+
+
+def wide_flux():
+    """The tiny pipeline with a transformer of width 64: bitsandbytes' CPU kernels take outputs that 32 divides."""
+    pipe = tiny_flux_pipeline()
+    torch.manual_seed(3)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 8, 16),
+    )
+    pipe.register_modules(transformer=transformer.eval().requires_grad_(False))
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def wide_people(tmp_path_factory):
+    """A Down and three subjects of `wide_flux`."""
+    folder = tmp_path_factory.mktemp("wide")
+    model = wide_flux().transformer
+    settings = {"r": 2, "meta_r": 4, "lora_alpha": 16, "init_weights": False, "target_modules": TARGETS[:4]}
+    torch.manual_seed(1)
+    inject_adapter_in_model(MetaLoraConfig(**settings), model, "faces")
+    save_down(folder / "faces", model, "faces")
+    for name in ("ann", "bob", "cleo"):
+        inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, name)
+        save_subject(folder / name, model, name, down=folder / "faces")
+    return folder
+
+
+def four_bit(model, path, linear):
+    layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict(linear.state_dict())
+    model.get_submodule(path.rpartition(".")[0]).register_module(path.rpartition(".")[2], layer.to("cpu").eval())
+
+
+def eight_bit(model, path, linear):
+    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    model.get_submodule(path.rpartition(".")[0]).register_module(path.rpartition(".")[2], layer.to("cpu").eval())
+
+
+def torchao(model, path, linear):
+    quantize_(linear, Int8WeightOnlyConfig())
+    settings = SimpleNamespace(get_apply_tensor_subclass=Int8WeightOnlyConfig)
+    model.hf_quantizer = SimpleNamespace(quantization_config=settings)
+
+
+@pytest.mark.parametrize("quantise", [four_bit, eight_bit, torchao])
+def test_a_quantised_denoiser(wide_people, quantise):
+    pipe = enable_meta_lora(wide_flux())
+    exact = picture(pipe)
+    for path, module in list(pipe.transformer.named_modules()):
+        if type(module) is nn.Linear and path.rpartition(".")[2] in ("to_q", "to_k", "to_v", "0") and "attn" in path:
+            quantise(pipe.transformer, path, module)
+    base = picture(pipe)
+    assert 1e-6 < distance(base, exact) < 0.1
+    alone = {None: base}
+    for name in ("ann", "bob"):
+        pipe.load_meta_lora(wide_people / name)
+        alone[name] = picture(pipe)
+        assert distance(alone[name], base) > 1e-3
+    # Eight-bit products quantise their inputs with the whole batch in view.
+    tolerance = 0.01
+    mixed = picture(pipe, [PERSON] * 3, subjects=["ann", None, "bob"])
+    for row, name in enumerate(("ann", None, "bob")):
+        others = [distance(mixed[row], alone[other][0]) for other in alone if other != name]
+        assert distance(mixed[row], alone[name][0]) < min(tolerance, *others)
+    assert np.array_equal(picture(pipe, subjects=[None]), base)
+    pipe.set_adapters("ann")
+    pipe.fuse_meta_lora()
+    assert distance(picture(pipe), alone["ann"]) < 0.1, "the rounding of the quantiser"
+    pipe.unfuse_meta_lora()
+    assert np.array_equal(picture(pipe), alone["ann"])
+    pipe.unload_meta_lora()
+    assert np.array_equal(picture(pipe), base)
+
+
+def test_a_compiled_denoiser_never_compiles_anew(people, pipe):
+    folder, images = people
+    pipe.load_meta_lora(folder / "faces")
+    table = pipe.enable_subject_slots(2)
+    for name in ("ann", "bob", "cleo"):
+        pipe.add_subject(folder / name)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True, dynamic=False)
+    try:
+        picture(pipe, [PERSON] * 2, subjects=["ann", "bob"])
+        graphs = counter.frame_count
+        assert graphs >= 1
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for pair in (["bob", "cleo"], ["cleo", None], ["ann", "ann"], ["bob", "ann"]):
+                mixed = picture(pipe, [PERSON] * 2, subjects=pair)
+                for row, name in enumerate(pair):
+                    assert distance(mixed[row], images[name][0]) < TOLERANCE
+            table.evict(["cleo"])
+            pipe.add_subject(folder / "cleo", "guest")
+            shown = picture(pipe, [PERSON] * 2, subjects=["guest", "bob"])
+            assert distance(shown[:1], images["cleo"]) < TOLERANCE
+        assert counter.frame_count == graphs
+    finally:
+        torch._dynamo.reset()

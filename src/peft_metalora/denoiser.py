@@ -53,7 +53,7 @@ def free_name(taken: Collection[str], at: hub.Location) -> str:
 
 @contextmanager
 def offload_paused(pipe: Any) -> Iterator[None]:
-    """Take offload hooks off while modules are exchanged, and put them back as they were, on the same device.
+    """Take offload hooks off while modules or base weights are exchanged; put them back as they were, same device.
 
     Raises:
         PipelineError: group offloading to disk.
@@ -120,5 +120,5 @@ def _refuse_disk(hook: Any) -> None:
 def _factor_containers(model: nn.Module) -> Iterator[nn.Module]:
     for _, layer in meta_lora_layers(model):
         for name, part in layer.named_children():
-            if name != "base_layer":
+            if name not in ("base_layer", "metalora_kept"):  # weights that unfusing needs may stay parked
                 yield part

@@ -307,17 +307,19 @@ class MetaLoraLoaderMixin(PerSampleMixin):
             raise AdapterStateError(
                 f"expected adapters to fuse, found {found}. Use set_adapters or unfuse_meta_lora first."
             )
-        try:
-            for layer in layers:
-                layer.merge(safe_merge=safe_fusing, adapter_names=names)
-        except BaseException:
-            self._unfuse(layers)
-            raise
+        with offload_paused(self):
+            try:
+                for layer in layers:
+                    layer.merge(safe_merge=safe_fusing, adapter_names=names)
+            except BaseException:
+                self._unfuse(layers)
+                raise
 
     @_exclusive
     def unfuse_meta_lora(self) -> None:
         """Undo `fuse_meta_lora`: the base weights are what they were, bit for bit."""
-        self._unfuse(meta_layers(denoiser(self)))
+        with offload_paused(self):
+            self._unfuse(meta_layers(denoiser(self)))
 
     def _unfuse(self, layers: list[Any]) -> None:
         for layer in layers:
