@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,31 @@ def test_replacements_for_vmap_give_equal_values_and_are_taken_back() -> None:
         with pytest.raises(NotImplementedError, match="3 terms or more"):
             rotation._cayley_batch(vectors, 8, num_neumann_terms=2)
     assert OFTRotationModule._cayley_batch is kept and layer.make_weight is make_weight
+
+
+@pytest.mark.parametrize(("name", "size"), [("meta_lora_stored", 0.02), ("loha", 0.3), ("oft", 0.02), ("dora", 0.02)])
+def test_a_stack_draws_what_each_row_draws_alone(base: Base, down: DownSource, name: str, size: float) -> None:
+    stack = put_on(base, RIVALS[name], down, CONFIG, 2, [0])
+    generator = torch.Generator().manual_seed(0)
+    stack.values += size * torch.randn(stack.values.shape, generator=generator)
+
+    def draw(prompts: int) -> Tensor:
+        noise = torch.randn(1, 256, 8, generator=torch.Generator().manual_seed(1)).view(1, 64, 32)
+        return base.pipeline(
+            ["a photo of a person"] * prompts, height=64, width=64, num_inference_steps=1, max_sequence_length=8,
+            latents=noise.repeat(prompts, 1, 1), output_type="pt",
+        ).images  # fmt: skip
+
+    with vmap_ready(), stack.installed_in(base.pipeline), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*performance drop.*")
+        drawn = draw(2)  # and no operation falls back to one row after the other
+    for row in range(2):
+        for parameter_name, parameter in base.denoiser.named_parameters():
+            if parameter_name in stack.parameters:
+                parameter.data.copy_(stack.parameters[parameter_name][row])
+        torch.testing.assert_close(drawn[row : row + 1], draw(1), rtol=0, atol=1e-3)
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-2)
+    take_off(base)
 
 
 def test_a_kind_that_peft_has_not_is_refused() -> None:

@@ -22,9 +22,8 @@ from .. import hub
 from ..training.adapters import eject
 from ..training.bases import Base
 from ..training.settings import TrainingConfig
-from ..tuner import MetaLoraConfig
+from ..tuner import MetaLoraConfig, linear
 from ..tuner.down import DownSource
-from ..tuner.linear import Linear
 from .adapters import adapter_config, put_adapter
 from .batched import AdapterStack
 
@@ -152,7 +151,8 @@ def vmap_ready() -> Iterator[None]:
         (loha, "make_weight", _loha_weight),
         (OFTRotationModule, "_pytorch_skew_symmetric", _skew_symmetric),
         (OFTRotationModule, "_cayley_batch", _cayley),
-        (Linear, "_fusible", lambda self, x: None),
+        (linear.Linear, "_fusible", lambda self, x: None),
+        (linear, "_add_product_", _add_product_),
     ]
     kept = [getattr(owner, name) for owner, name, _ in replaced]
     for owner, name, function in replaced:
@@ -162,6 +162,11 @@ def vmap_ready() -> Iterator[None]:
     finally:
         for (owner, name, _), function in zip(replaced, kept, strict=True):
             setattr(owner, name, function)
+
+
+def _add_product_(total: Tensor, z: Tensor, up: Tensor, scaling: float) -> None:
+    # vmap has no rule for a product that adds onto its output: it would go through the rows one by one.
+    total.add_(z @ up.mT, alpha=scaling)
 
 
 def _loha_weight(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, scale: Tensor) -> Tensor:
