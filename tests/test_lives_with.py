@@ -30,10 +30,10 @@ PERSON = "a photo of a person"
 
 
 def picture(pipe, prompt=PERSON, **options):
-    """Images (n, 32, 32, 3) in two steps; each has the noise that it has alone."""
+    """Images (n, 32, 32, 3) in two steps; each has the noise that it has alone and in every precision."""
     count = len(prompt) if isinstance(prompt, list) else 1
-    noise = [torch.Generator().manual_seed(0) for _ in range(count)]
-    settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", "generator": noise}
+    noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0)).expand(count, -1, -1)
+    settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", "latents": noise}
     return pipe(prompt=prompt, **{**settings, **options}).images
 
 
