@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from peft_metalora.errors import (
     UnreadableImageError,
     WriteFailedError,
 )
+from peft_metalora.training.bases import base_for
 from peft_metalora.training.examples import Examples
 from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import Personalization, personalize, personalize_many
@@ -81,6 +83,25 @@ def test_down_and_base_never_move_and_have_no_gradient(base, down):
     after = base.denoiser.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_bfloat16_without_autocast_is_as_near_to_float32_as_with_it(base, down):
+    """The adapter casts its factors itself, so the base runs in bfloat16 alone, and loses nothing by it."""
+
+    def gradient(precision, native=True):
+        copied = copy.deepcopy(base.pipeline)
+        copied.transformer.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        config = personal_config(mixed_precision=precision)
+        run = Personalization(base_for(copied), only(tiny_examples(base), 0), config, down)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not native):
+            run._loss().backward()
+        assert all(parameter.dtype == torch.float32 for parameter in run.parameters)
+        return torch.cat([parameter.grad.flatten() for parameter in run.parameters])
+
+    exact = gradient("no")
+    native, autocast = ((gradient("bf16", native) - exact).norm() / exact.norm() for native in (True, False))
+    assert 0 < native < 0.1
+    assert native < 1.5 * autocast
 
 
 @pytest.mark.parametrize("start", ["stored", "mean"])

@@ -59,6 +59,27 @@ def test_fused_and_general_roads_have_the_same_output_and_gradients(stage, bias,
     assert any("metalora_down" in name for name in fused[1]) == (stage == "meta")
 
 
+@pytest.mark.parametrize("index", [None, [2, 0, -1, 1]])
+@pytest.mark.parametrize("stage", ["meta", "subject"])
+def test_autocast_takes_the_fused_road_where_it_would_not_convert_the_weights(stage, index):
+    model, layer, x = layer_and_input(stage, dtype=torch.float32)
+    set_subjects(model, index)
+    layer.base_layer.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = gradients(model, layer, x)
+        assert "FusedLinearBackward" in nodes(model(x))
+        handle = layer.base_layer.register_forward_hook(lambda *_: None)
+        general = gradients(model, layer, x)
+        handle.remove()
+        layer.base_layer.float()
+        assert "FusedLinearBackward" not in nodes(model(x))
+    assert fused[0].dtype == torch.bfloat16
+    assert {value.dtype for value in fused[1].values()} == {torch.float32}
+    for name, value in general[1].items():
+        assert (fused[1][name] - value).norm() < 0.02 * value.norm(), name
+    torch.testing.assert_close(fused[0], general[0], rtol=0.02, atol=0.05)
+
+
 def test_gradients_of_the_fused_node_are_the_numerical_ones():
     torch.manual_seed(0)
     for rows in (1, 3):

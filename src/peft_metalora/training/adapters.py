@@ -34,10 +34,17 @@ def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
 
 
-def autocast(mixed_precision: str, device: torch.device) -> Any:
-    """Context for a forward pass."""
+def autocast(mixed_precision: str, device: torch.device, *, adapter_casts: bool = False) -> Any:
+    """Context for a forward pass.
+
+    Args:
+        adapter_casts: the adapter brings its float32 factors to the precision of the base by itself, as Meta-LoRA does
+            and PEFT's LoRA does not. In bfloat16 nothing is then left for autocast to do: the base runs as pipelines
+            run it, and its norms hand on two bytes a number instead of four.
+    """
     dtype = choose_dtype(mixed_precision, device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    native = dtype == torch.float32 or (dtype == torch.bfloat16 and adapter_casts)
+    return nullcontext() if native else torch.autocast(device.type, dtype)
 
 
 def targets(base: Base, config: TrainingConfig) -> list[str] | str:

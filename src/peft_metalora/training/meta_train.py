@@ -255,7 +255,7 @@ class MetaTraining:
         latents, text = self.examples.pick(torch.tensor([index[number] for number in own], device=device))
         set_subjects(self.base.denoiser, [rows[number] for number in own])
         self.optimizer.see([rows[number] for number in own])
-        with autocast(self.config.mixed_precision, device):
+        with autocast(self.config.mixed_precision, device, adapter_casts=True):
             part = self.base.loss(latents, text, noise[own], times[own]).sum() / len(rows)
         whole = part.detach().clone()
         self.processes.sum_([whole])

@@ -25,6 +25,7 @@ from ..data import TRIGGER_MARK, Subject, read_photos
 from ..errors import ConfigError, TooFewImagesError
 from ..files import staged_folder
 from ..tuner import DownSource, MetaLoraConfig, set_subjects
+from ..tuner.subjects import SubjectIndex, meta_lora_layers
 from .adapters import (
     autocast,
     choose_device,
@@ -75,6 +76,7 @@ class Personalization:
         if empty:
             raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
         cls, options = optimizer_class(config.optimizer), optimizer_options(config)
+        self._index = SubjectIndex()
         self.parameters = parameters = self._inject()
         self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
         self.optimizer = SlotOptimizer(cls, parameters, **options) if self.uses_slots else cls(parameters, **options)
@@ -127,6 +129,7 @@ class Personalization:
         with hub.given(self.down):
             parameters = inject(self.base, adapter, _ADAPTER, config)
         self.base.denoiser.peft_config[_ADAPTER].down = config.down
+        self._index = next(layer for _, layer in meta_lora_layers(self.base.denoiser)).subject_index
         return parameters
 
     def _targets(self) -> list[str] | str:
@@ -168,9 +171,11 @@ class Personalization:
         latents, text = self.examples.pick(torch.cat(index).to(base.device))
         if isinstance(self.optimizer, SlotOptimizer):
             slots = range(self.num_subjects)
-            set_subjects(base.denoiser, None if len(slots) == 1 else [slot for slot in slots for _ in range(size)])
+            wanted = None if len(slots) == 1 else tuple(slot for slot in slots for _ in range(size))
+            if self._index.values != wanted:  # to set it anew in each step would look at every module of the model
+                set_subjects(base.denoiser, wanted)
             self.optimizer.see(slots)
-        with autocast(self.config.mixed_precision, base.device):
+        with autocast(self.config.mixed_precision, base.device, adapter_casts=self.uses_slots):
             losses = base.loss(latents, text, torch.cat(noise).to(base.device), torch.cat(times).to(base.device))
         return losses.view(self.num_subjects, size).mean(1).sum()
 

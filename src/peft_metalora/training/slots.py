@@ -112,10 +112,9 @@ class SlotOptimizer(Optimizer):
         grads = [parameter.grad for parameter in self._slotted if parameter.grad is not None]
         norms = torch.zeros(self.num_slots, device=self._rows.device)
         if grads:
-            norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
+            norms = torch.cat([grad.flatten(1) for grad in grads], dim=1).to(norms.dtype).norm(dim=1)
             factor = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-            for grad in grads:
-                grad.mul_(factor.view(-1, *[1] * (grad.ndim - 1)).to(grad.dtype))
+            torch._foreach_mul_(grads, [factor.view(-1, *[1] * (grad.ndim - 1)).to(grad.dtype) for grad in grads])
         if self._shared is not None:
             nn.utils.clip_grad_norm_(self.param_groups[1]["params"], max_norm)
         return norms
@@ -128,21 +127,20 @@ class SlotOptimizer(Optimizer):
             self._shared.step()
         live = [parameter.grad is not None for parameter in self._slotted]
         if self._seen and any(live):
-            slots = sorted(self._seen)
-            index = torch.tensor(slots, device=self._rows.device)
             grads = torch.cat(
                 [
-                    parameter.grad[index].flatten(1)
+                    parameter.grad.flatten(1)
                     if parameter.grad is not None
-                    else torch.zeros(len(slots), size, dtype=self._rows.dtype, device=index.device)
+                    else self._rows.new_zeros(self.num_slots, size)
                     for parameter, size in zip(self._slotted, self._sizes, strict=True)
                 ],
                 dim=1,
             ).to(self._rows.dtype)
-            for position, slot in enumerate(slots):
-                self._step_slot(slot, grads[position], live)
-            for parameter, row in zip(self._slotted, self._rows[index].split(self._sizes, dim=1), strict=True):
-                parameter[index] = row.view(len(slots), *parameter.shape[1:]).to(parameter.dtype)
+            for slot in sorted(self._seen):
+                self._step_slot(slot, grads[slot], live)
+            # Slots that were not seen get the numbers that they have.
+            flat = [parameter.detach().view(self.num_slots, -1) for parameter in self._slotted]
+            torch._foreach_copy_(flat, list(self._rows.split(self._sizes, dim=1)))
         self._seen.clear()
 
     def _step_slot(self, slot: int, grad: torch.Tensor, live: list[bool]) -> None:

@@ -3,13 +3,13 @@
 
 Three roads give the same numbers within rounding:
 
-- *fused*, when the base is a plain nn.Linear in the dtype of x: the adapter's product is added in place onto the
-  base's, and one autograd node stands for base and adapter, so that backward adds into the base's input gradient and
-  keeps, with Down frozen, only Down @ x (meta_r values a token) instead of x;
+- *fused*, when the base is a plain nn.Linear in the dtype of x, or in the one that autocast gives x: the adapter's
+  product is added in place onto the base's, and one autograd node stands for base and adapter, so that backward adds
+  into the base's input gradient and keeps, with Down frozen, only Down @ x (meta_r values a token) instead of x;
 - *pointwise*, under torch.compile without autograd and for a small rank: sums that the compiler melts into the
   operations before and after the layer;
-- *general*, for everything else: quantised or wrapped bases, hooks, autocast, several active adapters, dropout, a
-  subject for each token."""
+- *general*, for everything else: quantised or wrapped bases, hooks, several active adapters, dropout, a subject for
+  each token, a base whose weights autocast would convert."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .down import MAGNITUDE, UP
 from .layer import Chosen, MetaLoraLayer, cast, gather
 from .subjects import Positions
 
+AUTOCAST = torch.float32, torch.bfloat16, torch.float16  # what autocast converts before a product
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
 
 
@@ -40,9 +41,12 @@ class Linear(MetaLoraLayer):
             return super().forward(x, *args, **kwargs)
         if self.merged_adapters and not self._disable_adapters:
             return self.base_layer(x)
+        device, given = x.device.type, x
+        if torch.is_autocast_enabled(device) and x.dtype in AUTOCAST:
+            x = cast(x, torch.get_autocast_dtype(device))
         name = self._fusible(x)
         if name is None:
-            return super().forward(x)
+            return super().forward(given)
         one_subject = self.subject_index.slot is None
         if one_subject and not torch.is_grad_enabled() and self.fold_scale.get(name) == self.scaling[name]:
             return self._forward_folded(x, name)
@@ -73,7 +77,6 @@ class Linear(MetaLoraLayer):
             or base._forward_pre_hooks
             or base._backward_hooks
             or "forward" in base.__dict__
-            or torch.is_autocast_enabled(x.device.type)
         ):
             return None
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
@@ -215,9 +218,12 @@ class FusedLinear(torch.autograd.Function):
         weight, down, mid, up, h, z, x = ctx.saved_tensors
         need_x, _, _, need_down, need_mid, need_up, _ = ctx.needs_input_grad
         dx = ddown = dmid = dup = None
-        dz = _times(dy, (up * ctx.scaling).mT)
+        scaled = ctx.scaling != 1  # at batch 1 every kernel counts
+        dz = _times(dy, (up * ctx.scaling if scaled else up).mT)
         if need_up:
-            dup = _transposed_times(dy, z).mul_(ctx.scaling)
+            dup = _transposed_times(dy, z)
+            if scaled:
+                dup.mul_(ctx.scaling)
         if need_mid:
             dmid = _transposed_times(dz, h)
         if need_down:

@@ -19,6 +19,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 Text = dict[str, Tensor]
+_COMPUTES = torch.float32, torch.bfloat16, torch.float16  # what weights compute in; others are only stored
 
 
 class Base(ABC):
@@ -63,8 +64,15 @@ class Base(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the denoiser's weights."""
-        return self.denoiser.dtype
+        """Precision in which the denoiser computes."""
+        denoiser = self.denoiser
+        # diffusers looks at every module for hooks that cast: at batch 1, a seventh of a step.
+        for parameter in denoiser.parameters():
+            if parameter.is_floating_point():
+                if parameter.dtype in _COMPUTES and not getattr(denoiser, "_keep_in_fp32_modules", None):
+                    return parameter.dtype
+                break
+        return denoiser.dtype
 
     def place(self, device: torch.device | str, *, encoders: bool) -> None:
         """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way, on the CPU."""

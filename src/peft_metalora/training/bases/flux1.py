@@ -51,7 +51,7 @@ class Flux1(FlowBase):
 
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
         n, channels, height, width = noisy.shape
-        dtype = self.dtype  # asked once: diffusers looks at every module to tell it
+        dtype = self.dtype
         packed = self.pipeline._pack_latents(noisy, n, channels, height, width).to(dtype)
         image_ids = self.pipeline._prepare_latent_image_ids(n, height // 2, width // 2, noisy.device, dtype)
         guidance = None

@@ -55,13 +55,14 @@ class Flux2Klein(FlowBase):
         return math.exp(compute_empirical_mu(self.tokens(latents), _SAMPLING_STEPS))
 
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
-        pipeline, sequence = self.pipeline, text["sequence"].to(self.dtype)
+        pipeline, dtype = self.pipeline, self.dtype
+        sequence = text["sequence"].to(dtype)
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = torch.ones(len(noisy), device=noisy.device)
         velocity = self.denoiser(
-            hidden_states=pipeline._pack_latents(noisy).to(self.dtype),
-            timestep=times.to(self.dtype),
+            hidden_states=pipeline._pack_latents(noisy).to(dtype),
+            timestep=times.to(dtype),
             guidance=guidance,
             encoder_hidden_states=sequence,
             txt_ids=pipeline._prepare_text_ids(sequence).to(noisy.device),

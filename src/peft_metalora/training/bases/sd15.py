@@ -29,6 +29,7 @@ class StableDiffusion15(DiffusionBase):
         return {"sequence": sequence.cpu()}
 
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
+        dtype = self.dtype
         return self.denoiser(
-            noisy.to(self.dtype), times, encoder_hidden_states=text["sequence"].to(self.dtype), return_dict=False
+            noisy.to(dtype), times, encoder_hidden_states=text["sequence"].to(dtype), return_dict=False
         )[0]

@@ -49,10 +49,11 @@ class StableDiffusion3(FlowBase):
         return self.pipeline.vae_scale_factor * self.denoiser.config.patch_size
 
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
+        dtype = self.dtype
         return self.denoiser(
-            hidden_states=noisy.to(self.dtype),
+            hidden_states=noisy.to(dtype),
             timestep=times * self.pipeline.scheduler.config.num_train_timesteps,
-            encoder_hidden_states=text["sequence"].to(self.dtype),
-            pooled_projections=text["pooled"].to(self.dtype),
+            encoder_hidden_states=text["sequence"].to(dtype),
+            pooled_projections=text["pooled"].to(dtype),
             return_dict=False,
         )[0]

@@ -32,14 +32,15 @@ class StableDiffusionXL(DiffusionBase):
         return {"sequence": sequence.cpu(), "pooled": pooled.cpu()}
 
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
+        dtype = self.dtype
         size = [side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:]]
-        time_ids = torch.tensor([*size, 0, 0, *size], device=noisy.device, dtype=self.dtype)
+        time_ids = torch.tensor([*size, 0, 0, *size], device=noisy.device, dtype=dtype)
         return self.denoiser(
-            noisy.to(self.dtype),
+            noisy.to(dtype),
             times,
-            encoder_hidden_states=text["sequence"].to(self.dtype),
+            encoder_hidden_states=text["sequence"].to(dtype),
             added_cond_kwargs={
-                "text_embeds": text["pooled"].to(self.dtype),
+                "text_embeds": text["pooled"].to(dtype),
                 "time_ids": time_ids.expand(len(noisy), -1),
             },
             return_dict=False,
