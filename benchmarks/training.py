@@ -46,6 +46,9 @@ from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.tuner import DownSource, MetaLoraConfig, down_state, fingerprint
 
 ATTENTION = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+# cuDNN's attention is left to no recipe: its backward fails on these shapes in some builds of torch (seen with 2.11).
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 FLUX_DEV = {"guidance_embeds": True}
 SMALL = {
     "guidance_embeds": True,
