@@ -3,33 +3,36 @@
 
 Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on all attention layers (266 linears).
 
-    python benchmarks/layer.py                 one GPU with 80 GB, about 4 minutes; writes benchmarks/results/layer.json
+    python benchmarks/layer.py                 one GPU with 80 GB, about 3 minutes; writes benchmarks/results/layer.json
     python benchmarks/layer.py --small         a toy transformer on a CPU, to check the script (--no-compile: seconds)
 
-Each variant is timed between two timings of the same bare base, and its ratio is taken against their mean, so that a
-drifting clock cancels. Figures are medians. On a CPU, "memory" is the bytes that autograd saves for backward."""
+All variants stand side by side on one set of base weights and are timed in turns, one call each, so that a drifting
+clock meets all alike; figures are medians over the rounds, of times and of ratios within a round. At batch 1 a call is
+bound by the Python of the host, which varies far more than the GPU: there are four times the rounds. On a CPU, "memory"
+is the bytes that autograd saves for backward."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import platform
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_metalora.tuner import MetaLoraConfig, fold, set_subjects, unfold
+from peft_metalora.tuner import MetaLoraConfig, fold, set_subjects
 from peft_metalora.tuner.subjects import meta_lora_layers
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -73,7 +76,8 @@ class Bench:
         self.image_tokens, self.text_tokens = (16, 8) if arguments.small else (1024, 512)
         self.config = config
         self.meta_r, self.lora_r = (8, 4) if arguments.small else (128, 16)
-        self.results: dict[str, float] = {}
+        self.results: dict[str, float] = {}  # milliseconds and GiB
+        self.ratios: dict[str, float] = {}
 
     def inputs(self, batch: int) -> dict[str, Tensor]:
         def noise(*shape: int) -> Tensor:
@@ -93,23 +97,47 @@ class Bench:
         """Median wall time of one call, all of its kernels included."""
         for _ in range(warm_up):
             work()
-        times = []
-        for _ in range(self.repeats):
-            self.synchronise()
-            start = time.perf_counter()
-            work()
-            self.synchronise()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return statistics.median(self.once(work) for _ in range(self.repeats))
+
+    def once(self, work: Callable[[], object]) -> float:
+        """Wall time of one call, all of its kernels included."""
+        self.synchronise()
+        start = time.perf_counter()
+        work()
+        self.synchronise()
+        return time.perf_counter() - start
 
     def synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def forward(self, batch: int) -> float:
+    def forward(self, model: nn.Module, batch: int) -> Callable[[], object]:
+        """A forward pass of one batch, without autograd."""
         inputs = self.inputs(batch)
-        with torch.no_grad():
-            return self.seconds(lambda: self.model(**inputs, return_dict=False))
+
+        def run() -> None:
+            with torch.no_grad():
+                model(**inputs, return_dict=False)
+
+        return run
+
+    def in_turns(self, models: dict[str, nn.Module], batch: int, rounds: int) -> None:
+        """Time all models in turns; note each one's median, and the medians of its ratios to the first and to LoRA."""
+        runs = {name: self.forward(model, batch) for name, model in models.items()}
+        for run in (*runs.values(), *runs.values()):
+            run()
+        gc.collect()
+        gc.disable()  # its pauses would be one variant's
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(self.once(run))
+        gc.enable()
+        for name, values in times.items():
+            self.note(f"{name}_b{batch}", statistics.median(values))
+            for other in ("base", "lora_r1"):
+                ratio = statistics.median(one / two for one, two in zip(values, times[other], strict=True))
+                self.ratios[f"{name}_over_{other}_b{batch}"] = round(ratio, 4)
 
     def note(self, name: str, value: float, unit: str = "ms") -> None:
         self.results[name] = round(value * 1000 if unit == "ms" else value, 6)
@@ -117,34 +145,48 @@ class Bench:
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def lora(self, r: int) -> Iterator[None]:
+    def twin(self) -> Any:
+        """A second model on the same weights."""
+        with torch.device("meta"):
+            model = FluxTransformer2DModel(**self.config).eval()
+        model.load_state_dict(self.model.state_dict(), assign=True)
+        return model.requires_grad_(False)
+
+    def lora(self, r: int) -> Any:
+        model = self.twin()
         config = LoraConfig(r=r, lora_alpha=r, target_modules=ATTENTION, init_lora_weights=False)
-        inject_adapter_in_model(config, self.model)
-        yield
-        self.model.unload_lora()
+        inject_adapter_in_model(config, model)
+        return model
 
-    @contextmanager
-    def meta_lora(self, slots: int = 1) -> Iterator[None]:
+    def meta_lora(self, slots: int = 1) -> Any:
         """A subject on a Down that a second adapter of the model holds."""
+        model = self.twin()
         shared = {"r": 1, "lora_alpha": 1, "meta_r": self.meta_r, "target_modules": ATTENTION, "init_weights": False}
-        inject_adapter_in_model(MetaLoraConfig(**shared), self.model, "down")
+        inject_adapter_in_model(MetaLoraConfig(**shared), model, "down")
         subject = MetaLoraConfig(**shared, stage="subject", down="down", num_slots=slots)
-        inject_adapter_in_model(subject, self.model, "subject")
-        for _, layer in meta_lora_layers(self.model):
+        inject_adapter_in_model(subject, model, "subject")
+        for _, layer in meta_lora_layers(model):
             layer.set_adapter("subject")
-        yield
-        self.model.unload_lora()
+        return model
 
-    def both_batches(self, name: str) -> None:
-        for batch in (1, 4):
-            self.note(f"{name}_b{batch}", self.forward(batch))
+    def variants(self) -> dict[str, Any]:
+        """The base, LoRA and a subject in each state. The merged one has its own copy of the adapted weights."""
+        found = {"base": self.model, "lora_r1": self.lora(1), f"lora_r{self.lora_r}": self.lora(self.lora_r)}
+        found["unfolded"], found["folded"], found["merged"] = (self.meta_lora() for _ in range(3))
+        fold(found["folded"])
+        for _, layer in meta_lora_layers(found["merged"]):
+            layer.merge()
+        return found
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def train(self, name: str, batch: int = 4) -> None:
-        """One training step: forward, backward, fused AdamW on float32 adapter weights. No checkpointing."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def train(self, model: Any, name: str, batch: int = 4) -> tuple[float, float]:
+        """One training step: forward, backward, fused AdamW on float32 adapter weights. No checkpointing.
+
+        Returns:
+            Seconds, and the peak of memory in GiB.
+        """
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.float()
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -152,7 +194,7 @@ class Bench:
         saved = 0
 
         def step() -> None:
-            loss = (self.model(**inputs, return_dict=False)[0].float() - target.float()).square().mean()
+            loss = (model(**inputs, return_dict=False)[0].float() - target.float()).square().mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -162,102 +204,96 @@ class Bench:
             saved += tensor.nbytes
             return tensor
 
-        self.model.train()
+        model.train()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self.note(f"{name}_step_b{batch}", self.seconds(step, warm_up=2))
+        seconds = self.seconds(step, warm_up=2)
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
         else:
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 step()
             peak = saved / 2**30
-        self.note(f"{name}_memory_b{batch}", peak, "GiB")
-        self.model.eval()
+        model.eval()
+        return seconds, peak
+
+    def training(self, rounds: int = 3) -> None:
+        """LoRA's and a subject's training step in turns."""
+        models = {"lora_r1": self.lora(1), "subject": self.meta_lora()}
+        steps: dict[str, list[float]] = {name: [] for name in models}
+        gc.collect()
+        gc.disable()
+        for _ in range(rounds):
+            for name, model in models.items():
+                seconds, peak = self.train(model, name)
+                steps[name].append(seconds)
+                self.results[f"{name}_memory_b4"] = round(peak, 4)
+        gc.enable()
+        for name, values in steps.items():
+            self.note(f"{name}_step_b4", statistics.median(values))
+        ratios = [ours / theirs for ours, theirs in zip(steps["subject"], steps["lora_r1"], strict=True)]
+        self.ratios["subject_step_over_lora_r1_b4"] = round(statistics.median(ratios), 4)
+        memory = self.results["subject_memory_b4"] / self.results["lora_r1_memory_b4"]
+        self.ratios["subject_memory_over_lora_r1_b4"] = round(memory, 4)
 
     # ---- compiled ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def compiled(self) -> Iterator[None]:
-        """Compile each kind of block once; all blocks of a kind share the code."""
+    def compiled(self) -> None:
+        """The base and a folded subject, each kind of block compiled once; timed in turns."""
         torch._dynamo.reset()
-        self.model.compile_repeated_blocks(fullgraph=True)
-        yield
-        for module in self.model.modules():
-            module._compiled_call_impl = None
+        models = {"base": self.model, "folded": self.meta_lora()}
+        fold(models["folded"])
+        runs = {}
+        for name, model in models.items():
+            model.compile_repeated_blocks(fullgraph=True)
+            runs[name] = self.forward(model, 4)
+            for _ in range(3):
+                runs[name]()
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(self.repeats):
+            for name, run in runs.items():
+                times[name].append(self.once(run))
+        for name, values in times.items():
+            self.note(f"{name}_compiled_b4", statistics.median(values))
+        ratios = [one / two for one, two in zip(times["folded"], times["base"], strict=True)]
+        self.ratios["folded_over_base_compiled_b4"] = round(statistics.median(ratios), 4)
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def run(self, compile_too: bool) -> dict[str, float]:
-        self.both_batches("base_before")
-        with self.lora(1):
-            self.both_batches("lora_r1")
-        self.both_batches("base_between")
-        with self.meta_lora():
-            self.both_batches("unfolded")
-            fold(self.model)
-            self.both_batches("folded")
-            unfold(self.model)
-        self.both_batches("base_after")
-        with self.meta_lora():
-            for _, layer in meta_lora_layers(self.model):
-                layer.merge()
-            self.both_batches("merged")
-            for _, layer in meta_lora_layers(self.model):
-                layer.unmerge()
-        self.both_batches("base_end")
-        with self.meta_lora(slots=4):
-            set_subjects(self.model, [0, 1, 2, 3])
-            self.note("four_subjects_unfolded_b4", self.forward(4))
-            fold(self.model)
-            self.note("four_subjects_folded_b4", self.forward(4))
-        with self.lora(self.lora_r):
-            self.both_batches(f"lora_r{self.lora_r}")
-        with self.lora(1):
-            self.train("lora_r1")
-        with self.meta_lora():
-            self.train("subject")
+        models = self.variants()
+        self.in_turns(models, 1, 4 * self.repeats)
+        models["four_subjects_unfolded"], models["four_subjects_folded"] = self.meta_lora(4), self.meta_lora(4)
+        for name in ("four_subjects_unfolded", "four_subjects_folded"):
+            set_subjects(models[name], [0, 1, 2, 3])
+        fold(models["four_subjects_folded"])
+        self.in_turns(models, 4, self.repeats)
+        del models
+        self.training()
         if compile_too:
-            with self.compiled():
-                self.note("base_compiled_b4", self.forward(4))
-            with self.meta_lora():
-                fold(self.model)
-                with self.compiled():
-                    self.note("folded_compiled_b4", self.forward(4))
-            with self.compiled():
-                self.note("base_compiled_again_b4", self.forward(4))
-        return self.figures(compile_too)
+            self.compiled()
+        return self.figures()
 
-    def figures(self, compile_too: bool) -> dict[str, float]:
-        of = self.results
-
-        def ratio(name: str, *others: str) -> float:
-            return round(of[name] / statistics.mean(of[other] for other in others), 4)
-
-        figures = {
-            "unfolded_over_lora_r1_b4": ratio("unfolded_b4", "lora_r1_b4"),
-            "folded_over_base_b1": ratio("folded_b1", "base_between_b1", "base_after_b1"),
-            "folded_over_base_b4": ratio("folded_b4", "base_between_b4", "base_after_b4"),
-            "unfolded_over_base_b4": ratio("unfolded_b4", "base_between_b4", "base_after_b4"),
+    def figures(self) -> dict[str, float]:
+        names = {
+            "unfolded_over_lora_r1_b4": "unfolded_over_lora_r1_b4",
+            "folded_over_base_b1": "folded_over_base_b1",
+            "folded_over_base_b4": "folded_over_base_b4",
+            "unfolded_over_base_b4": "unfolded_over_base_b4",
+            "folded_over_base_compiled_b4": "folded_over_base_compiled_b4",
+            "merged_over_base_b4": "merged_over_base_b4",
+            "train_step_over_lora_r1_b4": "subject_step_over_lora_r1_b4",
+            "train_mem_over_lora_r1_b4": "subject_memory_over_lora_r1_b4",
         }
-        if compile_too:
-            figures["folded_over_base_compiled_b4"] = ratio(
-                "folded_compiled_b4", "base_compiled_b4", "base_compiled_again_b4"
-            )
-        return {
-            **figures,
-            "merged_over_base_b4": ratio("merged_b4", "base_after_b4", "base_end_b4"),
-            "train_step_over_lora_r1_b4": ratio("subject_step_b4", "lora_r1_step_b4"),
-            "train_mem_over_lora_r1_b4": ratio("subject_memory_b4", "lora_r1_memory_b4"),
-        }
+        return {name: self.ratios[source] for name, source in names.items() if source in self.ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a toy transformer on the CPU: a check of this script")
     parser.add_argument("--layers", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="blocks of each kind")
-    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each variant")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of timed calls; at batch 1 four times as many")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled variants")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layer.json")
     arguments = parser.parse_args()
@@ -277,7 +313,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     details = arguments.out.with_name(f"{arguments.out.stem}_details.json")
-    details.write_text(json.dumps({**report, "figures": bench.results}, indent=2) + "\n")
+    details.write_text(json.dumps({**report, "figures": {**bench.results, **bench.ratios}}, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 

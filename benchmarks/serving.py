@@ -96,8 +96,9 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def forward(self, batch: int) -> Callable[[], object]:
+    def forward(self, batch: int, model: torch.nn.Module | None = None) -> Callable[[], object]:
         """A forward pass of one batch."""
+        model = self.model if model is None else model
 
         def noise(*shape: int) -> Tensor:
             return torch.randn(*shape, device=self.device, dtype=self.dtype)
@@ -114,7 +115,7 @@ class Bench:
 
         def run() -> None:
             with torch.no_grad():
-                self.model(**inputs, return_dict=False)
+                model(**inputs, return_dict=False)
 
         return run
 
@@ -147,32 +148,42 @@ class Bench:
         restore(self.model)
 
     def mixed(self) -> None:
-        """Different subjects in a batch against one subject; recompilations over swaps and mixes."""
+        """Different subjects in a batch against one subject and against one by one; recompilations over the mixes."""
         table = self.table(8)
         for number in range(16):
             table.register(str(number), table.config, self.tensors)
-        slots = table.bring(map(str, range(8)))
+        slots = list(table.bring(map(str, range(8))).values())
         activate(self.model, [table.adapter_name])
+        alone = self.forward(1)
         for batch in (4, 8):
-            run = self.forward(batch)
+            run, different = self.forward(batch), slots[:batch]
+
+            def one_by_one(subjects: list[int] = different) -> None:
+                for slot in subjects:
+                    set_subjects(self.model, [slot])
+                    alone()
 
             def timed(index: list[int] | None, run: Callable[[], object] = run) -> float:
                 set_subjects(self.model, index)
                 return self.milliseconds(run)
 
-            different = list(slots.values())[:batch]
             self.note(f"mixed_over_single_b{batch}", self.ratio(lambda d=different: timed(d), lambda: timed(None)))
-        self.recompilations(table)
+            by_turns = self.ratio(lambda f=one_by_one: self.milliseconds(f, warm_up=1), lambda d=different: timed(d), 1)
+            self.note(f"one_by_one_over_mixed_b{batch}", by_turns)
+        self.compiled(table)
         set_subjects(self.model, None)
         restore(self.model)
 
-    def recompilations(self, table: SubjectTable) -> None:
-        """Graphs that appear after the first ones, while subjects come, go and mix."""
+    def compiled(self, table: SubjectTable) -> None:
+        """A compiled mixed batch against a compiled batch of one subject, and the graphs that appear after the first
+        ones while subjects come, go and mix."""
         torch._dynamo.reset()
         self.model.compile_repeated_blocks(fullgraph=True, backend="eager" if self.small else "inductor")
         run, graphs = self.forward(4), torch._dynamo.utils.counters["stats"]
+        set_subjects(self.model, None)
+        single = self.milliseconds(run)
         set_subjects(self.model, list(table.bring(map(str, range(4))).values()))
-        run()
+        self.note("mixed_over_single_compiled_b4", self.milliseconds(run) / single)
         before = graphs["unique_graphs"]
         if not before:
             raise RuntimeError("expected compiled graphs, found none: the count below would mean nothing")
@@ -185,9 +196,10 @@ class Bench:
             module._compiled_call_impl = None
 
     def merging(self) -> None:
-        """A merged subject against the base at batch 4, and the time to put another one in its place."""
-        run = self.forward(4)
-        base = self.milliseconds(run)
+        """A merged subject against the base at batch 4, in turns, and the time to put another one in its place."""
+        with torch.device("meta"):
+            bare = FluxTransformer2DModel(**self.config).eval()
+        bare.load_state_dict(self.model.state_dict(), assign=True)
         table = self.table(2)
         table.register("0", table.config, self.tensors)
         table.bring(["0"])
@@ -201,9 +213,11 @@ class Bench:
                 layer.merge(adapter_names=[table.adapter_name])
 
         self.note("merge_ms", self.milliseconds(another))
-        merged = self.milliseconds(run)
+        merged, base = self.forward(4), self.forward(4, bare)
+        once = lambda run: self.milliseconds(run, 1, 0)  # noqa: E731
+        merged(), base()
+        self.note("merged_over_base", self.ratio(lambda: once(merged), lambda: once(base), 2 * self.repeats))
         restore(self.model)
-        self.note("merged_over_base", merged / statistics.mean([base, self.milliseconds(run)]))
 
     # Stock
 
@@ -212,6 +226,7 @@ class Bench:
         config = LoraConfig(r=1, lora_alpha=1, target_modules=ATTENTION, init_lora_weights=False)
         inject_adapter_in_model(config, self.model, "0")
         state = get_peft_model_state_dict(self.model, adapter_name="0")
+        self.note("stock_lora_r1_mb", sum(tensor.nbytes for tensor in state.values()) / 1e6)
         self.model._hf_peft_config_loaded = True
         state = {f"transformer.{name}": tensor.clone() for name, tensor in state.items()}
 

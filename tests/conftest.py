@@ -14,6 +14,9 @@ import torch
 
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():  # read when Triton is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:

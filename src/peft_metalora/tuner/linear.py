@@ -3,9 +3,8 @@
 
 Three roads give the same numbers within rounding:
 
-- *fused*, when the base is a plain nn.Linear in the dtype of x, or in the one that autocast gives x: the adapter's
-  product is added in place onto the base's, and one autograd node stands for base and adapter, so that backward adds
-  into the base's input gradient and keeps, with Down frozen, only Down @ x (meta_r values a token) instead of x;
+- *fused* (fused.py), when the base is a plain nn.Linear in the dtype of x, or in the one that autocast gives x: the
+  adapter's product is added in place onto the base's, and one autograd node stands for both;
 - *pointwise*, under torch.compile without autograd and for a small rank: sums that the compiler melts into the
   operations before and after the layer;
 - *general*, for everything else: quantised or wrapped bases, hooks, several active adapters, dropout, a subject for
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from .down import MAGNITUDE, UP
+from .fused import FusedLinear, add_outer_, add_product_, folding_first_is_cheaper, times, triton_kernels
 from .layer import Chosen, MetaLoraLayer, cast, gather
 from .subjects import Positions
 
@@ -90,7 +89,13 @@ class Linear(MetaLoraLayer):
         modules: Any = self._modules
         base = modules["base_layer"]._parameters
         folded, up = modules["metalora_folded"]._buffers[name], modules[UP]._parameters[name]
-        if folded.dtype != x.dtype or up.dtype != x.dtype or x.dim() != 3 or folded.shape[0] != up.shape[2]:
+        if x.dim() != 3 or folded.shape[0] != up.shape[2]:
+            return self._forward_fused(x, name)
+        if kernels := triton_kernels(x, up.shape[2]):
+            y = F.linear(x, base["weight"], base["bias"])
+            kernels.add_product_(y, x, folded, up, 1.0)
+            return y
+        if folded.dtype != x.dtype or up.dtype != x.dtype:
             return self._forward_fused(x, name)
         y = F.linear(x, base["weight"], base["bias"])
         # The batched form takes tensors of three axes as they are, where addmm_ would need views of them.
@@ -98,26 +103,37 @@ class Linear(MetaLoraLayer):
 
     def _forward_fused(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.base_layer
-        chosen, dtype = self._chosen(x), x.dtype
+        chosen = self._chosen(x)
         rows = 1 if chosen is None else chosen[0].shape[0]
         deep = x.reshape(rows, -1, self.in_features)
-        up = gather(cast(self.metalora_up[name], dtype), chosen)
+        up = gather(self.metalora_up[name], chosen)
         if torch.is_grad_enabled():
-            down = cast(self._down(self.down_key[name]), dtype)
-            mid = gather(cast(self.metalora_mid[name], dtype), chosen)
+            down, mid = self._down(self.down_key[name]), gather(self.metalora_mid[name], chosen)
             y = FusedLinear.apply(deep, base.weight, base.bias, down, mid, up, self.scaling[name])
         else:
-            z, scaling = self._project(deep, name, chosen)
-            y = _base_plus(deep, base.weight, base.bias, z, up, scaling)
+            # The base goes first: a sample without subject is then exactly the base.
+            y = F.linear(deep, base.weight, base.bias)
+            add_product_(y, *self._inner(deep, name, chosen), up)
         return y.view(*x.shape[:-1], self.d_out)
+
+    def _inner(self, deep: Tensor, name: str, chosen: Chosen | None) -> tuple[Tensor, Tensor, float]:
+        """What gives Mid @ Down @ x: an input (rows, tokens, k), a factor (rows or 1, r, k), the scale to apply.
+
+        Without a fold it is x and Mid @ Down, or Down @ x and Mid, whichever costs fewer operations.
+        """
+        dtype = deep.dtype
+        if name in self.metalora_folded and not torch.is_grad_enabled():
+            return deep, self._folded(name, dtype, chosen), self.scaling[name] / self.fold_scale[name]
+        down = cast(self._down(self.down_key[name]), dtype)
+        mid = gather(cast(self.metalora_mid[name], dtype), chosen)
+        if not torch.is_grad_enabled() and folding_first_is_cheaper(deep, mid):
+            return deep, torch.matmul(mid, down), self.scaling[name]
+        return F.linear(deep, down), mid, self.scaling[name]
 
     def _project(self, deep: Tensor, name: str, chosen: Chosen | None) -> tuple[Tensor, float]:
         """Mid @ Down @ x for x (rows, tokens, d_in) -> (rows, tokens, r), and the scale that is still to be applied."""
-        dtype = deep.dtype
-        if name in self.metalora_folded and not torch.is_grad_enabled():
-            return _times(deep, self._folded(name, dtype, chosen)), self.scaling[name] / self.fold_scale[name]
-        h = F.linear(deep, cast(self._down(self.down_key[name]), dtype))
-        return _times(h, gather(cast(self.metalora_mid[name], dtype), chosen)), self.scaling[name]
+        inner, factor, scaling = self._inner(deep, name, chosen)
+        return times(inner, factor), scaling
 
     def _folded(self, name: str, dtype: torch.dtype, chosen: Chosen | None) -> Tensor:
         """The fold of each sample's slot, (rows, r, d_in)."""
@@ -132,13 +148,13 @@ class Linear(MetaLoraLayer):
         if name in self.metalora_magnitude:
             z, scaling = self._project(deep, name, chosen)
             alone = base.reshape(rows, -1, self.d_out)
-            return self._decomposed(total, alone, scaling * _times(z, up), name, chosen).view(result.shape)
+            return self._decomposed(total, alone, scaling * times(z, up), name, chosen).view(result.shape)
         if torch.compiler.is_compiling() and not torch.is_grad_enabled() and self.r[name] <= POINTWISE_RANK:
             z, scaling = self._pointwise_project(deep, name, chosen)
             return _pointwise(total, z, up, scaling).view(result.shape)
         z, scaling = self._project(deep, name, chosen)
         if self._may_overwrite():
-            _add_product_(total, z, up, scaling)
+            add_outer_(total, z, up, scaling)
             return total.view(result.shape)
         if rows == 1:
             return torch.addmm(total[0], z[0], up[0].t(), alpha=scaling).view(result.shape)
@@ -188,84 +204,7 @@ class Linear(MetaLoraLayer):
         return "metalora." + super().__repr__()
 
 
-class FusedLinear(torch.autograd.Function):
-    """y = x @ W^T + b + scaling * ((x @ down^T) @ mid^T) @ up^T as one node, for a frozen W and b.
-
-    Shapes: x (rows, tokens, d_in), down (meta_r, d_in), mid (rows, r, meta_r), up (rows, d_out, r); rows is 1 where all
-    samples share a subject. x is kept for backward only if Down trains.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        mid: Tensor,
-        up: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        h = F.linear(x, down)
-        z = _times(h, mid)
-        ctx.scaling = scaling
-        ctx.save_for_backward(weight, down, mid, up, h, z, x if ctx.needs_input_grad[3] else None)
-        return _base_plus(x, weight, bias, z, up, scaling)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, down, mid, up, h, z, x = ctx.saved_tensors
-        need_x, _, _, need_down, need_mid, need_up, _ = ctx.needs_input_grad
-        dx = ddown = dmid = dup = None
-        scaled = ctx.scaling != 1  # at batch 1 every kernel counts
-        dz = _times(dy, (up * ctx.scaling if scaled else up).mT)
-        if need_up:
-            dup = _transposed_times(dy, z)
-            if scaled:
-                dup.mul_(ctx.scaling)
-        if need_mid:
-            dmid = _transposed_times(dz, h)
-        if need_down:
-            ddown = _transposed_times(mid, _transposed_times(dz, x)).sum(0)
-        if need_x:
-            dx = torch.matmul(dy, weight)
-            _add_product_(dx, dz, torch.matmul(mid, down).mT, 1.0)
-        return dx, None, None, ddown, dmid, dup, None
-
-
-def _base_plus(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """x @ W^T + b + scaling * z @ up^T for x (rows, tokens, d_in).
-
-    The base goes first: a sample without subject is then exactly the base, and cuBLAS has no fast kernel for a product
-    of inner size 1 that adds a bias (75 us against 48 us for adding onto the output, 6144 x 3072, one H100).
-    """
-    y = F.linear(x, weight, bias)
-    _add_product_(y, z, up, scaling)
-    return y
-
-
-def _add_product_(total: Tensor, z: Tensor, up: Tensor, scaling: float) -> None:
-    """total += scaling * z @ up^T in place, for total (rows, tokens, n), z (rows, tokens, r), up (rows, n, r)."""
-    if total.shape[0] == 1:
-        total[0].addmm_(z[0], up[0].t(), alpha=scaling)
-    else:
-        total.baddbmm_(z, up.mT, alpha=scaling)
-
-
 def _pointwise(total: Tensor, z: Tensor, up: Tensor, scaling: float) -> Tensor:
     """total + scaling * z @ up^T as sums of outer products in float32."""
     small = sum(z[..., k : k + 1].float() * up[:, None, :, k].float() for k in range(up.shape[-1]))
     return (total.float() + scaling * small).to(total.dtype)
-
-
-def _times(x: Tensor, factor: Tensor) -> Tensor:
-    """x (rows, tokens, n) @ factor (rows, m, n)^T -> (rows, tokens, m)."""
-    return F.linear(x, factor[0]) if factor.shape[0] == 1 else torch.bmm(x, factor.mT)
-
-
-def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
-    """a (rows, tokens, m)^T @ b (rows, tokens, n) -> (rows, m, n)."""
-    if a.shape[0] == 1:  # mm may split the long sum over tokens, bmm does not
-        return torch.mm(a[0].t(), b[0]).unsqueeze(0)
-    return torch.bmm(a.mT, b)

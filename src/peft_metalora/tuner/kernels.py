@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for the small factors, on GPUs: what a product of inner size r <= 4 costs is the bytes it moves.
+
+cuBLAS moves them at half of the memory's speed for such shapes, and each of its products is one more launch. Here
+
+- `add_product_` reads x and y once and writes y once: Mid @ Down @ x and Up in one launch;
+- `factor_gradients` reads dy once for the gradients of Up, of Mid and of what lies under Up.
+
+Sums are in float32 whatever the inputs are, so factors in float32 need no cast. Both give the same bits in each run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Tokens and columns of one program's tile, and its warps; chosen on an H100.
+ADD_TOKENS, ADD_COLUMNS, ADD_WARPS = 4, 1024, 4
+GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS = 16, 512, 4
+
+
+def add_product_(
+    y: Tensor, x: Tensor | None, a: Tensor | None, up: Tensor, scaling: float, z: Tensor | None = None
+) -> None:
+    """y += scaling * z @ up^T in place, with z = x @ a^T, or given where `x` is None.
+
+    Args:
+        y: (rows, tokens, n), contiguous. x: (rows, tokens, k), contiguous. a: (rows or 1, r, k), contiguous.
+        up: (rows or 1, n, r), of any strides.
+        z: (rows, tokens, r) float32: written where x is given, else read.
+    """
+    rows, tokens, n = y.shape
+    factors, _, r = up.shape
+    if factors == 1:
+        rows, tokens = 1, rows * tokens
+    k, inner = (0, None) if x is None else (x.shape[2], x.dtype)
+    key = (rows, tokens, n, k, *up.stride(), y.dtype, inner, up.dtype, a is None or a.dtype, z is None, r)
+    form = _forms.get(key)
+    if form is None:
+        padded = triton.next_power_of_2(r)
+        columns = ADD_COLUMNS // padded
+        width = max(16, min(triton.next_power_of_2(k), columns))
+        constants = (r, padded, x is not None, z is not None, ADD_TOKENS, width, columns)
+        form = _forms[key] = (tokens, n, k, r * k, *up.stride(), *constants), (triton.cdiv(tokens, ADD_TOKENS), rows, 1)
+    _launch(_add_product, key, form[1], (y, x, a, up, z, float(scaling), *form[0]), ADD_WARPS)
+
+
+def factor_gradients(dy: Tensor, z: Tensor, h: Tensor, up: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y = scaling * z @ up^T with z = h @ mid^T, all in float32.
+
+    Args:
+        dy: (rows, tokens, n), contiguous. z: (rows, tokens, r) float32. h: (rows, tokens, meta_r), contiguous.
+        up: (rows or 1, n, r), contiguous.
+
+    Returns:
+        dz (rows, tokens, r), dmid (rows or 1, r, meta_r), dup (rows or 1, n, r).
+    """
+    rows, tokens, n = dy.shape
+    meta_r, r = h.shape[2], up.shape[2]
+    if up.shape[0] == 1:
+        rows, tokens = 1, rows * tokens
+    padded, blocks = triton.next_power_of_2(r), triton.cdiv(tokens, GRADIENT_TOKENS)
+    dz = torch.empty_like(z)
+    parts = torch.empty(rows, blocks, (n + meta_r) * r, device=dy.device, dtype=torch.float32)
+    constants = (
+        r,
+        padded,
+        GRADIENT_TOKENS,
+        GRADIENT_COLUMNS // padded,
+        min(triton.next_power_of_2(meta_r), 128 // padded),
+    )
+    key = (rows, tokens, n, meta_r, r, dy.dtype, h.dtype, up.dtype)
+    arguments = (dy, z, h, up, dz, parts, float(scaling), tokens, n, meta_r, *constants)
+    _launch(_factor_gradients, key, (blocks, rows, 1), arguments, GRADIENT_WARPS)
+    sums = parts.sum(1)
+    return dz, sums[:, n * r :].reshape(rows, r, meta_r), sums[:, : n * r].reshape(rows, n, r)
+
+
+_forms: dict[Any, Any] = {}  # what add_product_ derives from shapes
+_launchers: dict[Any, Any] = {}  # kernels that Triton has compiled, with their grids
+
+
+def _launch(
+    kernel: Any, key: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[Any, ...], warps: int
+) -> None:
+    """Launch a kernel; from the second time on without Triton's look-ups, which take longer than at batch 1 a product.
+
+    Triton compiles for pointers that 16 divides, or not: of activations that is in the key, of factors it is not used.
+    """
+    first, second = arguments[0], arguments[1]
+    known = (*key, first.get_device(), first.data_ptr() % 16, second is None or second.data_ptr() % 16)
+    launcher = _launchers.get(known)
+    if launcher is not None:
+        launcher(*arguments)
+        return
+    compiled = kernel[grid](*arguments, num_warps=warps)
+    if compiled is not None:  # Triton's interpreter compiles nothing
+        _launchers[known] = compiled[grid]
+
+
+@triton.jit(do_not_specialize_on_alignment=["a", "up", "z"])
+def _add_product(
+    y,
+    x,
+    a,
+    up,
+    z,
+    scaling,
+    tokens,
+    n,
+    k,
+    a_row,
+    up_row,
+    up_n,
+    up_r,
+    R: tl.constexpr,
+    PADDED: tl.constexpr,
+    FROM_X: tl.constexpr,
+    WITH_Z: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+) -> None:
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row = tl.program_id(1)
+    inside = token < tokens
+    place = (row.to(tl.int64) * tokens + token)[:, None]
+    rank = tl.arange(0, PADDED)[None, :]
+    known = inside[:, None] & (rank < R)
+    if FROM_X:
+        small = tl.zeros((TOKENS, PADDED), tl.float32)
+        for start in range(0, k, INNER):
+            c = (start + tl.arange(0, INNER))[None, :]
+            values = tl.load(x + place * k + c, mask=inside[:, None] & (c < k), other=0).to(tl.float32)
+            j = tl.arange(0, PADDED)[:, None]
+            factor = tl.load(a + row * a_row + j * k + c, mask=(j < R) & (c < k), other=0).to(tl.float32)
+            small += tl.sum(values[:, None, :] * factor[None, :, :], 2)
+        if WITH_Z:
+            tl.store(z + place * R + rank, small, mask=known)
+    else:
+        small = tl.load(z + place * R + rank, mask=known, other=0)
+    small *= scaling
+    for start in range(0, n, OUTER):
+        c = start + tl.arange(0, OUTER)
+        factor = tl.load(
+            up + row * up_row + c[:, None] * up_n + rank * up_r, mask=(c < n)[:, None] & (rank < R), other=0
+        ).to(tl.float32)
+        product = tl.sum(small[:, None, :] * factor[None, :, :], 2)
+        target = y + place * n + c[None, :]
+        mask = inside[:, None] & (c < n)[None, :]
+        total = tl.load(target, mask=mask, other=0).to(tl.float32) + product
+        tl.store(target, total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["h", "up"])
+def _factor_gradients(
+    dy,
+    z,
+    h,
+    up,
+    dz,
+    parts,
+    scaling,
+    tokens,
+    n,
+    meta_r,
+    R: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTER: tl.constexpr,
+    META: tl.constexpr,
+) -> None:
+    block, row = tl.program_id(0), tl.program_id(1)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    inside = token < tokens
+    place = (row.to(tl.int64) * tokens + token)[:, None]
+    rank = tl.arange(0, PADDED)[None, :]
+    known = inside[:, None] & (rank < R)
+    small = tl.load(z + place * R + rank, mask=known, other=0) * scaling
+    part = parts + (row * tl.num_programs(0) + block).to(tl.int64) * (n + meta_r) * R
+    below = tl.zeros((TOKENS, PADDED), tl.float32)
+    for start in range(0, n, OUTER):
+        c = start + tl.arange(0, OUTER)
+        gradient = tl.load(dy + place * n + c[None, :], mask=inside[:, None] & (c < n)[None, :], other=0).to(tl.float32)
+        mask = (c < n)[:, None] & (rank < R)
+        factor = tl.load(up + row * n * R + c[:, None] * R + rank, mask=mask, other=0).to(tl.float32)
+        below += tl.sum(gradient[:, :, None] * factor[None, :, :], 1)
+        tl.store(part + c[:, None] * R + rank, tl.sum(gradient[:, :, None] * small[:, None, :], 0), mask=mask)
+    below *= scaling
+    tl.store(dz + place * R + rank, below, mask=known)
+    for start in range(0, meta_r, META):
+        c = (start + tl.arange(0, META))[None, :]
+        projected = tl.load(h + place * meta_r + c, mask=inside[:, None] & (c < meta_r), other=0).to(tl.float32)
+        j = tl.arange(0, PADDED)[:, None]
+        total = tl.sum(below[:, :, None] * projected[:, None, :], 0)
+        tl.store(part + n * R + j * meta_r + c, total, mask=(j < R) & (c < meta_r))
