@@ -254,18 +254,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     bench = Bench(options.small, options.repeats)
     kept = json.loads(options.output.read_text())["figures"] if tuple(options.parts) != parts else {}
+    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{platform.machine()} CPU"
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         getattr(bench, part)()
-    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{platform.machine()} CPU"
-    result = {
-        "machine": f"1 x {gpu}",
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/serving.py" + (" --small" if options.small else ""),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
-        "figures": {**kept, **bench.figures},
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+        result = {
+            "machine": f"1 x {gpu}",
+            "date": datetime.date.today().isoformat(),
+            "command": "python benchmarks/serving.py" + (" --small" if options.small else ""),
+            "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
+            "figures": {**kept, **bench.figures},
+        }
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

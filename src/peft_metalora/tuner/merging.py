@@ -196,6 +196,11 @@ class Mergeable(BaseTunerLayer, nn.Module):
         parts = [(name, slot) for name, slot in slots.items() if slot is not None]
         if not parts:
             return before.clone()
+        if len(parts) == 1:  # a service merges one subject after another: two launches a layer
+            name, slot = parts[0]
+            mid, up, down = self.metalora_mid[name], self.metalora_up[name], self.metalora_down[self.down_key[name]]
+            if mid.dtype == up.dtype == down.dtype == before.dtype:
+                return torch.addmm(before, up[slot], mid[slot] @ down, alpha=self.scaling[name])
         folded = [self.folded_factor(name, slot).mul_(self.scaling[name]).to(before) for name, slot in parts]
         ups = [self.metalora_up[name][slot].detach().to(before) for name, slot in parts]
         return torch.addmm(before, torch.cat(ups, dim=1), torch.cat(folded))
