@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from tuner_models import adapted, config, layer_of, randomise
 
 from peft_metalora.tuner import fold, set_subjects
@@ -139,3 +140,18 @@ def test_what_fusing_would_bypass_is_not_fused(road):
     if road == "trainable base":
         got.sum().backward()
         assert layer.base_layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("stage", ["meta", "subject"])
+def test_torch_func_sees_what_autograd_sees(stage):
+    model, layer, x = layer_and_input(stage)
+    _, expected = gradients(model, layer, x)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values, one):
+        return functional_call(model, values, (one[None],)).square().sum()
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0))(trained, x.detach())
+    for name, found in per_sample.items():
+        short = name.removeprefix("base_model.model.0.")
+        torch.testing.assert_close(found.sum(0), expected[short])

@@ -89,7 +89,13 @@ class FusedLinear(torch.autograd.Function):
 
 def triton_kernels(x: Tensor, r: int) -> ModuleType | None:
     """The kernels, where they can work on x (rows, tokens, n) and a factor of rank r; None: use plain products."""
-    if not x.is_cuda or r > KERNEL_RANK or x.dtype not in KERNEL_DTYPES or not x.is_contiguous():
+    if (
+        not x.is_cuda
+        or r > KERNEL_RANK
+        or x.dtype not in KERNEL_DTYPES
+        or not x.is_contiguous()
+        or type(x) is not Tensor
+    ):
         return None
     if x.get_device() != torch.cuda.current_device():  # Triton launches on the current one
         return None

@@ -8,7 +8,7 @@ Three roads give the same numbers within rounding:
 - *pointwise*, under torch.compile without autograd and for a small rank: sums that the compiler melts into the
   operations before and after the layer;
 - *general*, for everything else: quantised or wrapped bases, hooks, several active adapters, dropout, a subject for
-  each token, a base whose weights autocast would convert."""
+  each token, torch.func's transforms, a base whose weights autocast would convert."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .fused import FusedLinear, add_outer_, add_product_, folding_first_is_cheap
 from .layer import Chosen, MetaLoraLayer, cast, gather
 from .subjects import Positions
 
+transformed = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks: vmap, grad and their kin
 AUTOCAST = torch.float32, torch.bfloat16, torch.float16  # what autocast converts before a product
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
 
@@ -36,7 +37,7 @@ class Linear(MetaLoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) plus the active adapters: x (..., d_in) -> (..., d_out)."""
-        if args or kwargs or self.token_slots is not None or torch.compiler.is_compiling():
+        if args or kwargs or self.token_slots is not None or torch.compiler.is_compiling() or transformed():
             return super().forward(x, *args, **kwargs)
         if self.merged_adapters and not self._disable_adapters:
             return self.base_layer(x)
