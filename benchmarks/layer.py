@@ -14,48 +14,23 @@ is the bytes that autograd saves for backward."""
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from flux_dev import ATTENTION, Flux
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from peft_metalora.tuner import MetaLoraConfig, fold, set_subjects
 from peft_metalora.tuner.subjects import meta_lora_layers
-
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-FLUX_DEV = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
-SMALL = {
-    **FLUX_DEV,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 16,
-    "axes_dims_rope": (4, 6, 6),
-}
 
 
 class Bench:
@@ -63,35 +38,13 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.repeats, self.small = arguments.repeats, arguments.small
-        self.device = torch.device("cuda" if torch.cuda.is_available() and not arguments.small else "cpu")
-        self.dtype = torch.float32 if arguments.small else torch.bfloat16
-        config = dict(SMALL if arguments.small else FLUX_DEV)
-        if arguments.layers:
-            config["num_layers"], config["num_single_layers"] = arguments.layers
-        torch.manual_seed(0)
-        torch.set_default_dtype(self.dtype)
-        with self.device:
-            self.model = FluxTransformer2DModel(**config).eval().requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-        self.image_tokens, self.text_tokens = (16, 8) if arguments.small else (1024, 512)
-        self.config = config
+        blocks = arguments.layers
+        changes = {"num_layers": blocks[0], "num_single_layers": blocks[1]} if blocks else {}
+        self.flux = Flux(arguments.small, **changes)
+        self.model, self.inputs, self.forward = self.flux.model, self.flux.inputs, self.flux.forward
         self.meta_r, self.lora_r = (8, 4) if arguments.small else (128, 16)
         self.results: dict[str, float] = {}  # milliseconds and GiB
         self.ratios: dict[str, float] = {}
-
-    def inputs(self, batch: int) -> dict[str, Tensor]:
-        def noise(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=self.device, dtype=self.dtype)
-
-        return {
-            "hidden_states": noise(batch, self.image_tokens, self.config["in_channels"]),
-            "encoder_hidden_states": noise(batch, self.text_tokens, self.config["joint_attention_dim"]),
-            "pooled_projections": noise(batch, self.config["pooled_projection_dim"]),
-            "timestep": torch.full((batch,), 0.5, device=self.device, dtype=self.dtype),
-            "guidance": torch.full((batch,), 3.5, device=self.device, dtype=self.dtype),
-            "img_ids": torch.zeros(self.image_tokens, 3, device=self.device, dtype=self.dtype),
-            "txt_ids": torch.zeros(self.text_tokens, 3, device=self.device, dtype=self.dtype),
-        }
 
     def seconds(self, work: Callable[[], object], warm_up: int = 3) -> float:
         """Median wall time of one call, all of its kernels included."""
@@ -101,25 +54,11 @@ class Bench:
 
     def once(self, work: Callable[[], object]) -> float:
         """Wall time of one call, all of its kernels included."""
-        self.synchronise()
+        self.flux.synchronise()
         start = time.perf_counter()
         work()
-        self.synchronise()
+        self.flux.synchronise()
         return time.perf_counter() - start
-
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def forward(self, model: nn.Module, batch: int) -> Callable[[], object]:
-        """A forward pass of one batch, without autograd."""
-        inputs = self.inputs(batch)
-
-        def run() -> None:
-            with torch.no_grad():
-                model(**inputs, return_dict=False)
-
-        return run
 
     def in_turns(self, models: dict[str, nn.Module], batch: int, rounds: int) -> None:
         """Time all models in turns; note each one's median, and the medians of its ratios to the first and to LoRA."""
@@ -145,22 +84,15 @@ class Bench:
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
-    def twin(self) -> Any:
-        """A second model on the same weights."""
-        with torch.device("meta"):
-            model = FluxTransformer2DModel(**self.config).eval()
-        model.load_state_dict(self.model.state_dict(), assign=True)
-        return model.requires_grad_(False)
-
     def lora(self, r: int) -> Any:
-        model = self.twin()
+        model = self.flux.twin()
         config = LoraConfig(r=r, lora_alpha=r, target_modules=ATTENTION, init_lora_weights=False)
         inject_adapter_in_model(config, model)
         return model
 
     def meta_lora(self, slots: int = 1) -> Any:
         """A subject on a Down that a second adapter of the model holds."""
-        model = self.twin()
+        model = self.flux.twin()
         shared = {"r": 1, "lora_alpha": 1, "meta_r": self.meta_r, "target_modules": ATTENTION, "init_weights": False}
         inject_adapter_in_model(MetaLoraConfig(**shared), model, "down")
         subject = MetaLoraConfig(**shared, stage="subject", down="down", num_slots=slots)
@@ -205,11 +137,11 @@ class Bench:
             return tensor
 
         model.train()
-        if self.device.type == "cuda":
+        if self.flux.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         seconds = self.seconds(step, warm_up=2)
-        if self.device.type == "cuda":
+        if self.flux.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
         else:
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
@@ -302,14 +234,7 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     bench = Bench(arguments)
     figures = bench.run(not arguments.no_compile)
-    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{platform.machine()} CPU"
-    report = {
-        "machine": f"1 x {gpu}",
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
-        "figures": figures,
-    }
+    report = {**bench.flux.report(" ".join(["python", *sys.argv])), "figures": figures}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     details = arguments.out.with_name(f"{arguments.out.stem}_details.json")

@@ -12,21 +12,17 @@ ratio is taken between two timings that alternate, so that a drifting clock canc
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
+from flux_dev import ATTENTION, Flux
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
-from torch import Tensor
 
 from peft_metalora import MetaLoraConfig, set_subjects
 from peft_metalora.injection import activate, down_on_model, remember, restore
@@ -34,45 +30,16 @@ from peft_metalora.slots import SubjectTable
 from peft_metalora.tuner import down_fingerprint
 from peft_metalora.tuner.subjects import meta_lora_layers
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-FLUX_DEV = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
-SMALL = {
-    **FLUX_DEV,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 16,
-    "axes_dims_rope": (4, 6, 6),
-}
-
 
 class Bench:
     """A model, its inputs and a clock."""
 
     def __init__(self, small: bool, repeats: int) -> None:
         self.small, self.repeats = small, repeats
-        self.device = torch.device("cuda" if torch.cuda.is_available() and not small else "cpu")
-        self.dtype = torch.float32 if small else torch.bfloat16
-        self.config = SMALL if small else FLUX_DEV
-        self.image_tokens, self.text_tokens = (16, 8) if small else (1024, 512)
+        self.flux = Flux(small)
+        self.model = self.flux.model
         self.settings = {"r": 1, "lora_alpha": 1, "meta_r": 8 if small else 128, "target_modules": ATTENTION}
         self.figures: dict[str, float] = {}
-        torch.manual_seed(0)
-        torch.set_default_dtype(self.dtype)
-        with self.device:
-            self.model = FluxTransformer2DModel(**self.config).eval().requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
 
     def note(self, name: str, value: float) -> None:
         """Keep a figure and print it."""
@@ -85,39 +52,16 @@ class Bench:
             work()
         times = []
         for _ in range(repeats or self.repeats):
-            self._synchronise()
+            self.flux.synchronise()
             start = time.perf_counter()
             work()
-            self._synchronise()
+            self.flux.synchronise()
             times.append(time.perf_counter() - start)
         return 1000 * statistics.median(times)
 
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def forward(self, batch: int, model: torch.nn.Module | None = None) -> Callable[[], object]:
-        """A forward pass of one batch."""
-        model = self.model if model is None else model
-
-        def noise(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=self.device, dtype=self.dtype)
-
-        inputs = {
-            "hidden_states": noise(batch, self.image_tokens, self.config["in_channels"]),
-            "encoder_hidden_states": noise(batch, self.text_tokens, self.config["joint_attention_dim"]),
-            "pooled_projections": noise(batch, self.config["pooled_projection_dim"]),
-            "timestep": torch.full((batch,), 0.5, device=self.device, dtype=self.dtype),
-            "guidance": torch.full((batch,), 3.5, device=self.device, dtype=self.dtype),
-            "img_ids": torch.zeros(self.image_tokens, 3, device=self.device, dtype=self.dtype),
-            "txt_ids": torch.zeros(self.text_tokens, 3, device=self.device, dtype=self.dtype),
-        }
-
-        def run() -> None:
-            with torch.no_grad():
-                model(**inputs, return_dict=False)
-
-        return run
+        """A forward pass of one batch, of the model with the subjects by default."""
+        return self.flux.forward(self.model if model is None else model, batch)
 
     def ratio(self, one: Callable[[], float], other: Callable[[], float], rounds: int = 3) -> float:
         """The median of `one` over `other`, taken in turns."""
@@ -197,9 +141,7 @@ class Bench:
 
     def merging(self) -> None:
         """A merged subject against the base at batch 4, in turns, and the time to put another one in its place."""
-        with torch.device("meta"):
-            bare = FluxTransformer2DModel(**self.config).eval()
-        bare.load_state_dict(self.model.state_dict(), assign=True)
+        bare = self.flux.twin()
         table = self.table(2)
         table.register("0", table.config, self.tensors)
         table.bring(["0"])
@@ -254,17 +196,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     bench = Bench(options.small, options.repeats)
     kept = json.loads(options.output.read_text())["figures"] if tuple(options.parts) != parts else {}
-    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{platform.machine()} CPU"
+    report = bench.flux.report("python benchmarks/serving.py" + (" --small" if options.small else ""))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         getattr(bench, part)()
-        result = {
-            "machine": f"1 x {gpu}",
-            "date": datetime.date.today().isoformat(),
-            "command": "python benchmarks/serving.py" + (" --small" if options.small else ""),
-            "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
-            "figures": {**kept, **bench.figures},
-        }
+        result = {**report, "figures": {**kept, **bench.figures}}
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
