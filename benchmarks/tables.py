@@ -213,6 +213,25 @@ def down_starts(results: dict[str, Data]) -> str:
     return table(heads, rows) + source(data, EVALUATION_COMMAND, note)
 
 
+def regions(results: dict[str, Data]) -> str:
+    data = results["regions"]
+    labels = {
+        "alone": "each alone, in a picture of 64 x 64 px",
+        "regions": "**a region each**",
+        "sum_half": "sum of both adapters, weight 0.5 each",
+        "sum": "sum of both adapters, weight 1 each",
+        "nobody": "no subject",
+    }
+    metrics = ("right", "wrong", "swapped", "better")
+    rows = [[label, *(spread(data["figures"][way][metric]) for metric in metrics)] for way, label in labels.items()]
+    people = (
+        f"{data['pairs']} pairs of held-out people, {data['prompts']} prompts, {data['steps']} steps on one image each"
+    )
+    note = f". {people}; mean [95 % interval over pairs]."
+    heads = ["", "to the right person", "to the other one", "halves nearer to the other one", "better way round"]
+    return table(heads, rows) + source(data, note=note)
+
+
 def readme(results: dict[str, Data]) -> str:
     data = results["evaluation"]
     rows = [
@@ -231,6 +250,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "readme": ("evaluation", readme),
     "variants": ("variants", variants),
     "down_starts": ("variants", down_starts),
+    "regions": ("regions", regions),
     "layer": ("layer", lambda results: goals(results["layer"], LAYER)),
     "serving": ("serving", lambda results: goals(results["serving"], SERVING)),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),

@@ -24,7 +24,7 @@ from .errors import ConfigError, MetaLoraError
 class DemoConfig:
     """The whole method on the embedded base: one held-out person, learned from one image in two ways."""
 
-    output_dir: str = field(default=".", metadata={"help": "Folder for demo.png and demo.json."})
+    output_dir: str = field(default=".", metadata={"help": "Folder for demo.png, demo-two.png and demo.json."})
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,7 @@ def _demo(config: DemoConfig) -> str:
     from .demo.run import run_demo
 
     run_demo(config.output_dir)
-    return f"wrote {config.output_dir}/demo.png and {config.output_dir}/demo.json"
+    return "wrote " + ", ".join(f"{config.output_dir}/{name}" for name in ("demo.png", "demo-two.png", "demo.json"))
 
 
 def _demo_data(config: DemoDataConfig) -> str:

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from peft_metalora.demo import faces
 from peft_metalora.demo.base import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, load_base
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
-from peft_metalora.demo.scoring import generate
+from peft_metalora.demo.scoring import generate, to_pil
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,8 @@ def test_pil_images_and_tensors_are_embedded_alike():
         faces.sample_identities(2, torch.Generator().manual_seed(1)),
         faces.sample_scenes(2, torch.Generator().manual_seed(2)),
     )
-    from peft_metalora.demo.run import _to_pil
-
     embedder = load_embedder()
-    as_pil = embedder.embed([_to_pil(image) for image in images]).vectors
+    as_pil = embedder.embed([to_pil(image) for image in images]).vectors
     assert torch.allclose(as_pil, embedder.embed(images).vectors, atol=0.02)
 
 

@@ -83,7 +83,18 @@ def test_demo_writes_a_picture_and_an_object_for_every_method(tmp_path, capsys):
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 8 * RESOLUTION and picture.height > 5 * RESOLUTION
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000
-    assert "R-FaceSim" in capsys.readouterr().out
+    with Image.open(tmp_path / "demo-two.png") as picture:
+        photos, regions, sums = (
+            picture.crop((150, picture.height - up, picture.width, picture.height - up + 128)) for up in (384, 256, 128)
+        )
+        assert photos.width > 3 * 4 * RESOLUTION and len({photos.tobytes(), regions.tobytes(), sums.tobytes()}) == 3
+        assert min(len(row.convert("RGB").getcolors(1 << 24)) for row in (photos, regions, sums)) > 1000
+    printed = capsys.readouterr().out
+    assert "R-FaceSim" in printed
+    for way in ("a region each", "sum, weight 0.5 each"):
+        (line,) = [line for line in printed.splitlines() if line.startswith(way)]
+        right, wrong, swapped = map(float, line.removeprefix(way).split())
+        assert -1 <= right <= 1 and -1 <= wrong <= 1 and 0 <= swapped <= 1
 
 
 def test_demo_data_writes_the_layout_that_training_reads(tmp_path, capsys):

@@ -1,12 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two people in one picture: how they are drawn and described."""
+"""Two people in one picture: how they are drawn and described, and that regions keep them apart."""
 
 from dataclasses import replace
 
 import torch
+from PIL import Image
 
+from peft_metalora import enable_meta_lora, hub
+from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.demo import faces, two_people
-from peft_metalora.demo.base import MAX_SEQUENCE_LENGTH, build_tokenizer
+from peft_metalora.demo.base import BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_tokenizer, load_base
+from peft_metalora.demo.judges import adherence, load_embedder, load_judge
+from peft_metalora.demo.run import DOWN
+from peft_metalora.demo.scoring import generate
+from peft_metalora.demo.show_two_people import (
+    ADAPTER,
+    ASKED,
+    PROMPTS,
+    TWO_PEOPLE,
+    draw_two,
+    keep_apart,
+    sheet_of_two,
+    side_by_side,
+)
+from peft_metalora.training.bases import base_for
+from peft_metalora.training.examples import encode_subjects
+from peft_metalora.training.personalize import personalize_many
+from peft_metalora.training.settings import PersonalizeConfig
 
 
 def people(n, seed=1):
@@ -56,3 +76,79 @@ def test_captions_name_both_people_in_words_that_the_base_knows():
         assert set(own) <= set(whole[0][number].split(", ")[:4])
         assert set(others) <= set(whole[1][number].split(", "))
     assert texts == two_people.captions(scenes, torch.Generator().manual_seed(0))
+
+
+def test_the_lora_draws_the_person_that_is_asked_for_in_each_half():
+    pipe = load_base()
+    pipe.load_lora_weights(str(TWO_PEOPLE), adapter_name=ADAPTER)
+    tokens = build_tokenizer()(list(PROMPTS)).input_ids
+    assert max(map(len, tokens)) <= MAX_SEQUENCE_LENGTH, "a prompt is read to its end"
+    shown = [load_judge().read(half) for half in two_people.halves(generate(pipe, PROMPTS, range(4), 2 * RESOLUTION))]
+
+    def agreement(left, right):
+        asked = [[faces.parse_caption(f"a photo of a person, {clauses[side]}") for clauses in ASKED] for side in (0, 1)]
+        return adherence(asked[left] + asked[right], shown[0] + shown[1])["all"]
+
+    assert agreement(0, 1) >= 0.6 > agreement(1, 0) + 0.2, "the other person's words are not what a half shows"
+
+
+def test_scores_tell_whose_face_a_half_shows():
+    scenes, pair = two_people.sample_pairs(3, torch.Generator().manual_seed(0)), people(1)
+    pair = tuple(who.expand(3, -1) for who in pair)
+    embedder = load_embedder()
+    others = tuple(embedder.embed(faces.render(who, faces.sample_scenes(3))) for who in pair)
+    images = two_people.render_pairs(pair, scenes)
+    apart = keep_apart(embedder, images, others)
+    assert apart.right.shape == (3, 2) and apart.right.min() > 0.5 > apart.wrong.max() and apart.swapped.sum() == 0
+    turned = keep_apart(embedder, images, others[::-1])
+    assert torch.equal(turned.right, apart.wrong) and turned.swapped.min() == 1
+    torch.testing.assert_close(turned.better, apart.right.mean(1))
+    both = keep_apart(embedder, torch.cat([images[..., :RESOLUTION]] * 2, -1), others)
+    assert both.swapped.tolist() == [[0, 1]] * 3, "one person twice"
+
+
+def test_regions_keep_two_learned_people_apart_better_than_a_sum(tmp_path):
+    faces.write_dataset(tmp_path / "people", "held-out", [2, 3], 5)
+    pair = read_subjects(tmp_path / "people")
+    config = PersonalizeConfig(
+        pretrained_model_name_or_path=str(BASE),
+        output_dir=str(tmp_path / "out"),
+        resolution=RESOLUTION,
+        learning_rate=3e-3,
+        start="mean",
+        max_train_steps=30,
+        views_per_image=8,
+    )
+    base = base_for(load_base())
+    references = [Subject(person.name, [person.split()[0]]) for person in pair]
+    examples = encode_subjects(base, references, config, config.views_per_image, progress=False)
+    run = personalize_many(base, examples, config, hub.load_down(str(DOWN)), progress=False)
+    for slot, name in enumerate(("left", "right")):
+        run.save(tmp_path / name, slot)
+    run.remove()
+    pipe = enable_meta_lora(base.pipeline)
+    pipe.load_lora_weights(str(TWO_PEOPLE), adapter_name=ADAPTER)
+    pipe.load_meta_lora(DOWN, "down")
+    for name in ("left", "right"):
+        pipe.load_meta_lora(tmp_path / name)
+    embedder = load_embedder()
+    others = tuple(embedder.embed([load_image(photo.path) for photo in person.split()[1]]) for person in pair)
+
+    def gap(weight):
+        images = draw_two(pipe, "left", "right", PROMPTS[:2], range(2), weight)
+        apart = keep_apart(embedder, images, others)
+        return float((apart.right - apart.wrong).mean())
+
+    regions, sums = gap(None), gap(0.5)
+    assert regions > 0.3 and regions > sums + 0.1
+
+
+def test_the_sheet_has_a_row_of_pictures_for_each_label():
+    red, blue = (Image.new("RGB", (RESOLUTION, RESOLUTION), colour) for colour in ("red", "blue"))
+    both, turned = side_by_side(red, blue), side_by_side(blue, red)
+    sheet = sheet_of_two([("one", [both]), ("two\nlines", [turned, both])], ["a\nheading", "b"])
+    with_one_less = sheet_of_two([("one", [both])], ["a\nheading", "b"])
+    assert sheet.height - with_one_less.height == 2 * RESOLUTION
+    assert sheet.width - with_one_less.width == 4 * RESOLUTION
+    colours = [sheet.getpixel((sheet.width - 300 + x, sheet.height - 64)) for x in (-180, -10, 100, 280)]
+    assert colours == [(0, 0, 255), (255, 0, 0), (255, 0, 0), (0, 0, 255)]

@@ -4,7 +4,8 @@
 A held-out person is learned from one image, with the same number of steps, by a plain LoRA of rank 1 and by Meta-LoRA
 from the stored Mid and from the mean. Each result is written to disk, loaded into a stock pipeline as a user would,
 shown in the same prompts from the same noise, and scored. Nothing is chosen for the picture: learning rates come from
-a sweep over other people (`benchmarks/sweep.py`).
+a sweep over other people (`benchmarks/sweep.py`). A second person is learned in half the steps, and both are drawn in
+one picture, by regions and as a plain sum.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ..data import load_image
 from ..files import write_bytes
@@ -31,14 +31,17 @@ from ..training.settings import PersonalizeConfig
 from ..training.validation import png
 from .base import ASSETS, BASE, RESOLUTION, load_base
 from .faces import write_dataset
-from .judges import load_embedder, load_judge
-from .scoring import PROMPTS, Scorer, Scores, generate
+from .judges import FaceEmbedder, load_embedder, load_judge
+from .scoring import PROMPTS, Scorer, Scores, generate, to_pil
+from .show_two_people import ADAPTER, ASKED, TWO_PEOPLE, Apart, draw_two, keep_apart, sheet_of_two, side_by_side
+from .show_two_people import PROMPTS as PAIR_PROMPTS
 
 DOWN = ASSETS / "down"
 STEPS = 100
 """Steps of stage 2, for every method."""
 _PHOTOS = 7
 _SCALE = 2  # of a 64 px image in demo.png
+_PAIR_PICTURES = 3
 _ARTICLE = re.compile(r"^(in|on) (an? )?")
 
 
@@ -61,11 +64,11 @@ METHODS = (
 
 
 def run_demo(output_dir: str | Path, *, person: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Personalise a held-out person in each way and write `demo.png` and `demo.json`.
+    """Personalise a held-out person in each way and write `demo.png`, `demo-two.png` and `demo.json`.
 
     Args:
-        person: which of the 64 held-out people.
-        steps: of stage 2, for every method.
+        person: which of the 64 held-out people; `demo-two.png` has their neighbour, 1 with 0, 3 with 2.
+        steps: of stage 2, for every method; half as many for the second person.
 
     Returns:
         What is in `demo.json`: one object a method, with its scores (`demo.scoring.Scores`), `trainable_parameters`
@@ -80,36 +83,79 @@ def run_demo(output_dir: str | Path, *, person: int = 0, steps: int = STEPS) -> 
     rows, results = [], []
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        write_dataset(home / "people", "held-out", [person], _PHOTOS)
-        photos = sorted((home / "people").glob("*/*.png"), key=lambda path: int(path.stem))
-        reference, *others = [load_image(path) for path in photos]
+        pair = person, person ^ 1  # even and odd, as benchmarks/regions.py pairs them
+        write_dataset(home / "people", "held-out", pair, _PHOTOS)
+        files, second = (
+            [home / "people" / f"held-out-{one:04d}" / f"{photo}.png" for photo in range(_PHOTOS)] for one in pair
+        )
+        reference, *others = [load_image(path) for path in files]
         for method in METHODS:
             start = time.perf_counter()
             adapter = home / method.name
             if method.settings is not None:
                 print(f"{method.label}: {steps} steps on one image")
-                personalize(
-                    PersonalizeConfig(
-                        pretrained_model_name_or_path=str(BASE),
-                        output_dir=str(adapter),
-                        instance_data_dir=str(photos[0]),
-                        resolution=RESOLUTION,
-                        max_train_steps=steps,
-                        local_files_only=True,
-                        down=None if method.name == "lora_r1" else str(DOWN),
-                        **method.settings,
-                    )
-                )
+                _learn(method, files[0], adapter, steps)
             seconds = time.perf_counter() - start
             with _loaded(pipe, method, adapter):
                 images = generate(pipe, PROMPTS, range(len(PROMPTS)))
             scores = scorer.score(images, PROMPTS, reference, others)
-            rows.append((method.label, [_to_pil(image) for image in images]))
+            rows.append((method.label, [to_pil(image) for image in images]))
             results.append(_result(method, scores, adapter, seconds, person, steps))
+        print(f"a second person: {METHODS[-1].label}, {max(1, steps // 2)} steps on one image")
+        _learn(METHODS[-1], second[0], home / "second", max(1, steps // 2))
+        photos = ([reference, *others], [load_image(path) for path in second])
+        both, ways = _two_people(pipe, scorer.embedder, (adapter, home / "second"), photos)
     write_bytes(output / "demo.png", png(_picture(reference, others, rows)))
+    write_bytes(output / "demo-two.png", png(both))
     write_bytes(output / "demo.json", (json.dumps(results, indent=2) + "\n").encode())
     print(_table(results))
+    print(_table_of_two(ways))
     return results
+
+
+def _learn(method: Method, photo: Path, adapter: Path, steps: int) -> None:
+    """Stage 2 on one photo, as `metalora personalize` runs it."""
+    personalize(
+        PersonalizeConfig(
+            pretrained_model_name_or_path=str(BASE),
+            output_dir=str(adapter),
+            instance_data_dir=str(photo),
+            resolution=RESOLUTION,
+            max_train_steps=steps,
+            local_files_only=True,
+            down=None if method.name == "lora_r1" else str(DOWN),
+            **(method.settings or {}),
+        )
+    )
+
+
+def _two_people(
+    pipe: Any,
+    embedder: FaceEmbedder,
+    adapters: tuple[Path, Path],
+    photos: tuple[list[Image.Image], list[Image.Image]],
+) -> tuple[Image.Image, dict[str, Apart]]:
+    """Draw both people in one picture, by regions and as a sum.
+
+    Args:
+        photos: of the left and of the right person, the reference first.
+
+    Returns:
+        `demo-two.png`, and whose face each half shows, by what each way is called.
+    """
+    pipe.load_lora_weights(str(TWO_PEOPLE), adapter_name=ADAPTER)
+    pipe.load_meta_lora(DOWN, "down")
+    for name, adapter in zip(("left", "right"), adapters, strict=True):
+        pipe.load_meta_lora(adapter, name)
+    pairs = [side_by_side(left, right) for left, right in zip(*photos, strict=True)]
+    rows = [("learned from the\nfirst image each", pairs[:_PAIR_PICTURES])]
+    others = embedder.embed(photos[0][1:]), embedder.embed(photos[1][1:])
+    found = {}
+    for label, weight in (("a region each", None), ("sum, weight 0.5 each", 0.5)):
+        images = draw_two(pipe, "left", "right", PAIR_PROMPTS[:_PAIR_PICTURES], range(_PAIR_PICTURES), weight)
+        rows.append((label.replace(", ", ",\n"), [to_pil(image) for image in images]))
+        found[label] = keep_apart(embedder, images, others)
+    return sheet_of_two(rows, ["\n".join(asked) for asked in ASKED[:_PAIR_PICTURES]]), found
 
 
 @contextmanager
@@ -162,6 +208,16 @@ def _table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _table_of_two(ways: dict[str, Apart]) -> str:
+    """What the terminal shows of the second picture."""
+    titles = ("to the right person", "to the other one", "halves nearer to the other one")
+    lines = [f"{'two people, cosine':24}" + "".join(f"{title:>32}" for title in titles)]
+    for label, found in ways.items():
+        cells = (float(values.mean()) for values in (found.right, found.wrong, found.swapped))
+        lines.append(f"{label:24}" + "".join(f"{cell:>32.3f}" for cell in cells))
+    return "\n".join(lines)
+
+
 def _picture(
     reference: Image.Image, others: Sequence[Image.Image], rows: Sequence[tuple[str, Sequence[Image.Image]]]
 ) -> Image.Image:
@@ -199,9 +255,3 @@ def _picture(
             show(image, left + tile * number, y)
         y += tile
     return sheet.crop((0, 0, width, y + 4))
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    """(3, h, w) in [0, 1] -> an RGB image."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
-    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist()))

@@ -82,19 +82,32 @@ class Scorer:
         )
 
 
-def generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """Draw the domain's images: n prompts, n seeds -> (n, 3, 64, 64) in [0, 1] on the CPU.
+def generate(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], width: int = RESOLUTION, **options: Any
+) -> Tensor:
+    """Draw the domain's images: n prompts, n seeds -> (n, 3, 64, width) in [0, 1] on the CPU.
 
     The noise of an image depends on its seed alone, so that methods are compared on equal noise.
+
+    Args:
+        width: in pixels.
+        options: of the pipeline's call, such as `regions`.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images: Tensor = pipe(
         prompt=list(prompts),
         height=RESOLUTION,
-        width=RESOLUTION,
+        width=width,
         num_inference_steps=INFERENCE_STEPS,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         generator=generators,
         output_type="pt",
+        **options,
     ).images
     return images.float().cpu()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, h, w) in [0, 1] -> an RGB image."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
+    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist()))
