@@ -17,8 +17,14 @@ IMAGE_ONLY = {
     "flux": r"transformer_blocks\.0\.(attn\.to_[qkv]|ff\.net\.2)|x_embedder",
     "flux2": r"transformer_blocks\.0\.attn\.to_[qkv]|x_embedder",
     "sd15": r".*(attn1\.to_q|attn1\.to_v|ff\.net\.2|conv1|attn2\.to_q|conv)",
+    "sdxl": r".*(attn1\.to_q|attn1\.to_v|ff\.net\.2|conv1|attn2\.to_q|proj_in|conv)",
 }
-WITH_TEXT = {"flux": r".*(to_q|to_v|add_k_proj|proj_mlp|norm1\.linear)", "sd15": r".*(to_q|to_k|to_v|conv1)"}
+WITH_TEXT = {
+    "flux": r".*(to_q|to_v|add_k_proj|proj_mlp|norm1\.linear)",
+    "sd15": r".*(to_q|to_k|to_v|conv1)",
+    "sdxl": r".*(to_q|to_k|to_v|conv1|proj_in|add_embedding\.linear_1)",
+}
+SIZES = [(32, 32), (32, 48), (64, 16)]
 WHOLE = (0, 0, 32, 32)
 LEFT, RIGHT = (0, 0, 16, 32), (16, 0, 32, 32)
 
@@ -51,20 +57,25 @@ def near(one, other):
     return np.abs(one - other).max() < 1e-4
 
 
+@pytest.mark.parametrize("height,width", SIZES)
 @pytest.mark.parametrize("family", sorted(IMAGE_ONLY))
-def test_a_region_over_the_whole_image_is_the_subject_of_the_sample(people, family):
-    pipe = people(family, IMAGE_ONLY[family])
-    ann = picture(pipe, family, subjects="ann")
-    assert near(picture(pipe, family, regions=[("ann", WHOLE)]), ann)
-    assert near(picture(pipe, family, regions=[("bob", LEFT), ("ann", torch.ones(32, 32))]), ann), "the later wins"
-    assert not near(ann, picture(pipe, family))
+def test_a_region_over_the_whole_image_is_the_subject_of_the_sample(people, family, height, width):
+    pipe, size = people(family, IMAGE_ONLY[family]), {"height": height, "width": width}
+    left, whole = (0, 0, width // 2, height), (0, 0, width, height)
+    ann = picture(pipe, family, subjects="ann", **size)
+    assert near(picture(pipe, family, regions=[("ann", whole)], **size), ann)
+    regions = [("bob", left), ("ann", torch.ones(height, width))]
+    assert near(picture(pipe, family, regions=regions, **size), ann), "the later wins"
+    assert not near(ann, picture(pipe, family, **size))
 
 
+@pytest.mark.parametrize("height,width", SIZES)
 @pytest.mark.parametrize("family", sorted(WITH_TEXT))
-def test_every_layer_sees_the_subjects_of_its_tokens(people, family):
-    pipe = people(family, WITH_TEXT[family])
-    mask = Image.new("L", (32, 32))
-    mask.paste(255, RIGHT)
+def test_every_layer_sees_the_subjects_of_its_tokens(people, family, height, width):
+    pipe, size = people(family, WITH_TEXT[family]), {"height": height, "width": width}
+    left = (0, 0, width // 2, height)
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 2, 0, width, height))
     seen = []
 
     def check(path, layer):
@@ -73,16 +84,17 @@ def test_every_layer_sees_the_subjects_of_its_tokens(people, family):
             expected = base(x)
             count = x.shape[1:-1] if isinstance(base, torch.nn.Linear) else None
             if isinstance(base, torch.nn.Conv2d):
-                side = result.shape[-1]
-                places = [(0, (..., slice(0, side // 2))), (1, (..., slice(side // 2, side)))]
+                columns = result.shape[-1]
+                assert result.shape[-2] * width == columns * height
+                places = [(0, (..., slice(0, columns // 2))), (1, (..., slice(columns // 2, columns)))]
             else:
                 text = "add_" in path or (".attn2.to_k" in path or ".attn2.to_v" in path)
                 places = []
                 if x.dim() == 3 and not text:
                     lead = 4 if "single" in path else 0
-                    side = int((count[0] - lead) ** 0.5)
-                    column = torch.arange(count[0] - lead) % side
-                    halves = [lead + torch.nonzero(column // (side // 2) == half)[:, 0] for half in (0, 1)]
+                    columns = round(((count[0] - lead) * width / height) ** 0.5)
+                    column = torch.arange(count[0] - lead) % columns
+                    halves = [lead + torch.nonzero(column // (columns // 2) == half)[:, 0] for half in (0, 1)]
                     places = [(half, (slice(None), where)) for half, where in enumerate(halves)]
             for person, where in places:
                 slot = table.bring(("ann", "bob"))[("ann", "bob")[person]]
@@ -102,10 +114,11 @@ def test_every_layer_sees_the_subjects_of_its_tokens(people, family):
 
     hooks = [layer.register_forward_hook(check(path, layer)) for path, layer in meta_lora_layers(denoiser(pipe))]
     (table,) = tables_of(denoiser(pipe)).values()
-    image = picture(pipe, family, (0, 1), images=2 if family == "sd15" else 1, regions=[("ann", LEFT), ("bob", mask)])
+    images = 1 if family == "flux" else 2
+    made = picture(pipe, family, (0, 1), images=images, regions=[("ann", left), ("bob", mask)], **size)
     for hook in hooks:
         hook.remove()
-    assert image.shape[0] == (4 if family == "sd15" else 2) and {shown for _, shown in seen} == {True, False}
+    assert made.shape[:3] == (2 * images, height, width) and {shown for _, shown in seen} == {True, False}
 
 
 @pytest.mark.parametrize("family", sorted(WITH_TEXT))
