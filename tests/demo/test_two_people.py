@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from peft_metalora import enable_meta_lora, hub
 from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.demo import faces, two_people
 from peft_metalora.demo.base import BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_tokenizer, load_base
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
+from peft_metalora.demo.make_two_people import train_two_people
 from peft_metalora.demo.run import DOWN
 from peft_metalora.demo.scoring import generate
 from peft_metalora.demo.show_two_people import (
@@ -76,6 +78,15 @@ def test_captions_name_both_people_in_words_that_the_base_knows():
         assert set(own) <= set(whole[0][number].split(", ")[:4])
         assert set(others) <= set(whole[1][number].split(", "))
     assert texts == two_people.captions(scenes, torch.Generator().manual_seed(0))
+
+
+def test_training_writes_a_lora_of_the_committed_form(tmp_path, capsys):
+    train_two_people(tmp_path, 1, torch.device("cpu"), pairs=4, batch=2)
+    assert "steps of 2 in 1 s on cpu" in capsys.readouterr().out
+    made, committed = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path, TWO_PEOPLE))
+    forms = [{name: (tensor.shape, tensor.dtype) for name, tensor in lora.items()} for lora in (made, committed)]
+    assert forms[0] == forms[1]
+    assert any(tensor.any() for name, tensor in made.items() if "lora_B" in name)
 
 
 def test_the_lora_draws_the_person_that_is_asked_for_in_each_half():
