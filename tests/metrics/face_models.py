@@ -21,11 +21,15 @@ _TEMPLATE = np.array(
 )
 
 
-def write_pack(folder: Path) -> Path:
-    """Write a detector and a recogniser into a folder that `FaceAnalysis` accepts as a pack."""
+def write_pack(folder: Path, batch: int | str = 1) -> Path:
+    """Write a detector and a recogniser into a folder that `FaceAnalysis` accepts as a pack.
+
+    Args:
+        batch: faces that the recogniser takes at once; a name for any number, as in antelopev2 and buffalo_l.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(_detector(), folder / "det.onnx")
-    onnx.save(_recogniser(), folder / "rec.onnx")
+    onnx.save(_recogniser(batch), folder / "rec.onnx")
     return folder
 
 
@@ -65,20 +69,20 @@ def _detector() -> onnx.ModelProto:
     return _model("detector", nodes, constants, [1, 3, SIDE, SIDE], outputs)
 
 
-def _recogniser() -> onnx.ModelProto:
+def _recogniser(batch: int | str) -> onnx.ModelProto:
     nodes = [
         helper.make_node("GlobalAveragePool", ["image"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["embedding"]),
     ]
-    output = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, 3])
-    return _model("recogniser", nodes, {}, [1, 3, 112, 112], [output])
+    output = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, 3])
+    return _model("recogniser", nodes, {}, [batch, 3, 112, 112], [output])
 
 
 def _model(
     name: str,
     nodes: list[onnx.NodeProto],
     constants: dict[str, np.ndarray],
-    shape: list[int],
+    shape: list[int | str],
     outputs: list[onnx.ValueInfoProto],
 ) -> onnx.ModelProto:
     stored = [

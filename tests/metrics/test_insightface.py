@@ -13,7 +13,7 @@ from PIL import Image
 
 from metrics.face_models import SIDE, TILE, write_pack
 from peft_metalora.errors import EmbedderUnavailableError, MetricInputError
-from peft_metalora.metrics import InsightFaceEmbedder, r_facesim
+from peft_metalora.metrics import InsightFaceEmbedder, pose_difference, r_facesim
 
 CPU = ["CPUExecutionProvider"]
 WHITE, YELLOW, PINK = (255, 255, 255), (255, 255, 0), (255, 0, 255)
@@ -82,6 +82,27 @@ def test_together_as_alone(embedder: InsightFaceEmbedder) -> None:
     pictures = [scene((0, 0, WHITE)), scene(), scene((3, 3, PINK)), scene((1, 0, YELLOW), (2, 2, PINK))]
     alone = torch.cat([embedder.embed([picture]).vectors for picture in pictures])
     assert torch.equal(embedder.embed(pictures).vectors, alone)
+
+
+def test_faces_are_recognised_in_batches_where_the_file_takes_several(tmp_path: Path, embedder, monkeypatch) -> None:
+    several = InsightFaceEmbedder(str(write_pack(tmp_path, "None")), providers=CPU, batch_size=2)
+    sizes = []
+    recognise = several._recogniser.get_feat
+    monkeypatch.setattr(several._recogniser, "get_feat", lambda faces: sizes.append(len(faces)) or recognise(faces))
+    pictures = [scene((0, 0, WHITE)), scene(), scene((3, 3, PINK)), scene((1, 0, YELLOW), (2, 2, PINK))]
+    seen, alone = several.embed(pictures), embedder.embed(pictures)
+    assert sizes == [2, 1] and seen.found.tolist() == [True, False, True, True]
+    assert torch.allclose(seen.vectors, alone.vectors, atol=1e-6)
+
+
+def test_landmarks_are_those_of_the_largest_face_and_give_its_pose(embedder: InsightFaceEmbedder) -> None:
+    seen = embedder.embed([scene((1, 2, WHITE)), scene(), scene((1, 2, WHITE), (3, 0, YELLOW))])
+    assert seen.landmarks.shape == (3, 5, 2) and torch.equal(seen.landmarks[0], seen.landmarks[2])
+    inside = seen.landmarks[0] - torch.tensor([2 * TILE, TILE])
+    assert (inside > 0).all() and (inside < TILE).all()
+    assert seen.landmarks[1].isnan().all()
+    differences = pose_difference(seen.landmarks, seen.landmarks[:1])
+    assert differences[[0, 2]].tolist() == pytest.approx([0, 0], abs=1e-6) and differences[1].isnan()
 
 
 def test_a_folder_serves_as_a_pack(root: Path) -> None:

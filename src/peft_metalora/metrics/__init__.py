@@ -2,6 +2,7 @@
 """Is it the person, and does it do what the prompt says? Embedders turn images into vectors, scores compare them."""
 
 from .embedders import ClipEmbedder, DinoEmbedder, Embedder, Embeddings, InsightFaceEmbedder
+from .perceptual import Lpips
 from .scores import (
     Interval,
     Similarity,
@@ -10,6 +11,7 @@ from .scores import (
     clip_t,
     coverage,
     dino,
+    distances_to_others,
     diversity,
     face_sim,
     head_pose,
@@ -25,12 +27,14 @@ __all__ = [
     "Embeddings",
     "InsightFaceEmbedder",
     "Interval",
+    "Lpips",
     "Similarity",
     "bootstrap",
     "clip_i",
     "clip_t",
     "coverage",
     "dino",
+    "distances_to_others",
     "diversity",
     "face_sim",
     "head_pose",

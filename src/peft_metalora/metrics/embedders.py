@@ -32,10 +32,13 @@ class Embeddings:
     Attributes:
         vectors: (n, d) float32 of length 1, on the CPU; zeros where nothing was found.
         found: (n,) bool; a face embedder says False where it saw no face.
+        landmarks: (n, 5, 2), x and y in pixels of eyes, nose and corners of the mouth (see `scores.head_pose`), nan
+            where nothing was found; None from an embedder that has none.
     """
 
     vectors: Tensor
     found: Tensor
+    landmarks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -61,6 +64,8 @@ class InsightFaceEmbedder:
         root: where packs are kept.
         det_size: width and height that images are fitted into for detection, in pixels.
         det_threshold: detections below this score are no faces, in [0, 1].
+        batch_size: aligned faces in one pass of the recogniser, where its file allows more than one; it does not change
+            the vectors. The detector takes one image at a time.
 
     Raises:
         EmbedderUnavailableError: insightface is not installed, or the pack is missing or incomplete.
@@ -74,9 +79,11 @@ class InsightFaceEmbedder:
         root: str | os.PathLike[str] = "~/.insightface",
         det_size: tuple[int, int] = (640, 640),
         det_threshold: float = 0.5,
+        batch_size: int = 32,
     ) -> None:
         try:
             from insightface.app import FaceAnalysis
+            from insightface.utils.face_align import norm_crop
         except ImportError as error:
             raise EmbedderUnavailableError(
                 f"expected insightface, found none ({error}): pip install 'peft-metalora[face]'"
@@ -92,25 +99,35 @@ class InsightFaceEmbedder:
             raise EmbedderUnavailableError(_pack_problem(pack, os.fspath(root), "no recognition model"))
         cpu_only = providers is not None and list(providers) == ["CPUExecutionProvider"]
         self._app.prepare(ctx_id=-1 if cpu_only else 0, det_thresh=det_threshold, det_size=det_size)
-        self.dim = int(self._app.models["recognition"].output_shape[-1])
+        self._recogniser, self._align = self._app.models["recognition"], norm_crop
+        self.dim = int(self._recogniser.output_shape[-1])
+        # A file that was exported for one image names the number 1, any other a symbol.
+        self._batch_size = 1 if self._recogniser.input_shape[0] == 1 else batch_size
 
     def embed(self, images: Images) -> Embeddings:
-        """Vectors (n, 512 for the usual packs) of the largest face of each image; `found` is False without one.
+        """Vectors (n, 512 for the usual packs) and landmarks of the largest face of each image, where there is one.
 
         Raises:
             MetricInputError: no images, or a tensor of another shape than (n, 3, h, w) in [0, 1].
         """
         pictures = _as_pil(images)
-        vectors = torch.zeros(len(pictures), self.dim)
-        found = torch.zeros(len(pictures), dtype=torch.bool)
+        landmarks = torch.full((len(pictures), 5, 2), float("nan"))
+        faces, rows = [], []
         for row, picture in enumerate(pictures):
             bgr = np.ascontiguousarray(np.asarray(picture)[:, :, ::-1])
-            faces = self._app.get(bgr)
-            if faces:
-                largest = max(faces, key=lambda face: _area(face.bbox))
-                vectors[row] = torch.from_numpy(np.asarray(largest.normed_embedding, dtype=np.float32))
-                found[row] = True
-        return Embeddings(vectors, found)
+            boxes, points = self._app.det_model.detect(bgr, max_num=1, metric="max")
+            if len(boxes):
+                landmarks[row] = torch.from_numpy(np.asarray(points[0], dtype=np.float32))
+                faces.append(self._align(bgr, points[0], image_size=self._recogniser.input_size[0]))
+                rows.append(row)
+        vectors = torch.zeros(len(pictures), self.dim)
+        for start in range(0, len(rows), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            seen = torch.from_numpy(np.asarray(self._recogniser.get_feat(faces[part]), dtype=np.float32))
+            vectors[rows[part]] = torch.nn.functional.normalize(seen, dim=-1)
+        found = torch.zeros(len(pictures), dtype=torch.bool)
+        found[rows] = True
+        return Embeddings(vectors, found, landmarks)
 
 
 class ClipEmbedder:
@@ -272,10 +289,6 @@ def _features(output: Any) -> Tensor:
 
 def _all_found(vectors: Tensor) -> Embeddings:
     return Embeddings(vectors, torch.ones(len(vectors), dtype=torch.bool))
-
-
-def _area(box: Any) -> float:
-    return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
 def _loaded(name: str, load: Callable[[], Any]) -> Any:

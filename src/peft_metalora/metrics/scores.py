@@ -131,12 +131,12 @@ def pose_difference(generated: Tensor, reference: Tensor) -> Tensor:
     return (head_pose(generated) - head_pose(reference)).norm(dim=1)
 
 
-def diversity(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Mean distance over all pairs of images of one prompt; LPIPS as a rule (https://arxiv.org/abs/1801.03924).
+def distances_to_others(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Mean distance of each image of a prompt to its other images, (n,); the mean of these is their diversity.
 
     Args:
         images: (n, 3, h, w) in [0, 1].
-        distance: of images (m, 3, h, w) in [-1, 1] and as many others, m numbers; `lpips.LPIPS(net="alex")` is one.
+        distance: of images (m, 3, h, w) in [-1, 1] and as many others, m numbers; `Lpips` is one.
 
     Raises:
         MetricInputError: fewer than two images.
@@ -146,7 +146,21 @@ def diversity(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> f
     first, second = torch.triu_indices(len(images), len(images), 1)
     scaled = images * 2 - 1
     with torch.no_grad():
-        return float(distance(scaled[first], scaled[second]).mean())
+        pairs = distance(scaled[first], scaled[second]).flatten().float().cpu()
+    sums = torch.zeros(len(images)).index_add_(0, first, pairs).index_add_(0, second, pairs)
+    return sums / (len(images) - 1)
+
+
+def diversity(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean distance over all pairs of images of one prompt; LPIPS as a rule (https://arxiv.org/abs/1801.03924).
+
+    Args:
+        images, distance: as `distances_to_others`.
+
+    Raises:
+        MetricInputError: fewer than two images.
+    """
+    return float(distances_to_others(images, distance).mean())
 
 
 def coverage(scores: Tensor, prompts: Sequence[Hashable], threshold: float) -> float:
