@@ -92,9 +92,14 @@ class Base(ABC):
     def _default_sequence_length(self) -> int:
         return min(512, self.pipeline.tokenizer.model_max_length)
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """Embeddings of n prompts: a dict of tensors with n rows each, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self.text_of(prompts).items()}
+
+    @abstractmethod
+    def text_of(self, prompts: Sequence[str]) -> Text:
+        """As `encode_text`, on the encoders' device and with gradients, for whoever trains what the encoders see."""
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, batch_size: int = 16) -> Tensor:

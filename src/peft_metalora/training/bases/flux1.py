@@ -36,14 +36,13 @@ class Flux1(FlowBase):
     def _default_sequence_length(self) -> int:
         return min(512, self.pipeline.tokenizer_2.model_max_length)
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d) from T5, `pooled` (n, d) from CLIP."""
         device = next(self.pipeline.text_encoder.parameters()).device
         sequence, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, max_sequence_length=self.max_sequence_length
         )
-        return {"sequence": sequence.cpu(), "pooled": pooled.cpu()}
+        return {"sequence": sequence, "pooled": pooled}
 
     @property
     def pixel_multiple(self) -> int:

@@ -30,14 +30,13 @@ class Flux2Klein(FlowBase):
         r"|ff(_context)?\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     )
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d)."""
         device = next(self.pipeline.text_encoder.parameters()).device
         sequence, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, max_sequence_length=self.max_sequence_length
         )
-        return {"sequence": sequence.cpu()}
+        return {"sequence": sequence}
 
     def latents_of(self, pixels: Tensor) -> Tensor:
         return self.pipeline._encode_vae_image(pixels, generator=None)

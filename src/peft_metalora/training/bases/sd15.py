@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .base import Text
@@ -21,12 +20,11 @@ class StableDiffusion15(DiffusionBase):
 
     pipeline_class = "StableDiffusionPipeline"
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d)."""
         device = next(self.pipeline.text_encoder.parameters()).device
         sequence, _ = self.pipeline.encode_prompt(list(prompts), device, 1, False)
-        return {"sequence": sequence.cpu()}
+        return {"sequence": sequence}
 
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
         dtype = self.dtype

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .base import FlowBase, Text
@@ -30,8 +29,7 @@ class StableDiffusion3(FlowBase):
         tokenizer = self.pipeline.tokenizer_3
         return 256 if tokenizer is None else min(256, tokenizer.model_max_length)
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d) and `pooled` (n, d)."""
         device = next(self.pipeline.text_encoder.parameters()).device
         sequence, _, pooled, _ = self.pipeline.encode_prompt(
@@ -42,7 +40,7 @@ class StableDiffusion3(FlowBase):
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
-        return {"sequence": sequence.cpu(), "pooled": pooled.cpu()}
+        return {"sequence": sequence, "pooled": pooled}
 
     @property
     def pixel_multiple(self) -> int:

@@ -22,14 +22,13 @@ class StableDiffusionXL(DiffusionBase):
 
     pipeline_class = "StableDiffusionXLPipeline"
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d) and `pooled` (n, d)."""
         device = next(self.pipeline.text_encoder_2.parameters()).device
         sequence, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, do_classifier_free_guidance=False
         )
-        return {"sequence": sequence.cpu(), "pooled": pooled.cpu()}
+        return {"sequence": sequence, "pooled": pooled}
 
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
         dtype = self.dtype
