@@ -5,7 +5,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 # torchao, which the tests of quantised layers need, would report each GPU library that it cannot load.
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
-.PHONY: demo test lint types fix docs bench clean
+.PHONY: demo test lint types fix docs bench report clean
 
 demo: .venv/.installed
 	.venv/bin/metalora demo
@@ -32,6 +32,13 @@ bench: .venv/.installed
 	.venv/bin/python benchmarks/render.py
 	.venv/bin/python benchmarks/layer.py --small --no-compile --out build/layer.json
 	.venv/bin/python benchmarks/evaluation.py --small --output build/evaluation
+
+report: .venv/.installed
+	rm -rf build/people build/report
+	.venv/bin/metalora demo-data build/people --split held-out --subjects 4 --images_per_subject 5 --conditions
+	.venv/bin/metalora evaluate --config benchmarks/report.yaml
+	mkdir -p docs/results/report
+	cp build/report/report.html build/report/report.md docs/results/report/
 
 clean:
 	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache

@@ -3,9 +3,10 @@
 
     python benchmarks/evaluation.py --seconds 540 --output benchmarks/results
 
-Parts, in this order: `rivals` and `robustness` (evaluation.json), `variants` (variants.json). For each method the
-learning rate is chosen on the `tune` people, who are in no reported figure. A file is rewritten after each method, and
-`--resume DIR` goes on from the files of an earlier run. `--small` is what a CPU does in minutes.
+Parts, in this order: `rivals` and `robustness` (evaluation.json), `variants` (variants.json). `figures` in a file has
+each method's headline scores, parameters and seconds with their intervals; what they were made from follows it. For
+each method the learning rate is chosen on the `tune` people, who are in no reported figure. A file is rewritten after
+each method, and `--resume DIR` goes on from the files of an earlier run. `--small` is what a CPU does in minutes.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from peft_metalora import hub
 from peft_metalora.data import Photo, Subject, load_image, read_subjects
 from peft_metalora.demo.base import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
-from peft_metalora.demo.faces import captions, render, scene_from_labels, subject_identity, write_dataset
+from peft_metalora.demo.faces import turned_photo, write_dataset
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.scene import parse_caption
 from peft_metalora.demo.scoring import INFERENCE_STEPS, PROMPTS
@@ -53,7 +53,6 @@ HEADLINE = 100  # steps, as in the demo; fixed before any figure was seen
 BATCH = 4
 BLOCK = 25  # steps between two looks at the clock
 STRENGTHS = (0.5, 1.0)
-YAWS = {0.5: 0.6, 1.0: 0.9}  # radians; the domain's photos turn by 0.45 at most
 ROBUST = ("meta_lora_stored", "meta_lora_mean", "lora_r1", "lora_r4")
 DOWN_STARTS = ("uniform", "orthogonal", "pissa", "eva")
 
@@ -335,7 +334,7 @@ def robustness(bench: Bench, file: File) -> None:
             for number, subject in enumerate(subjects):
                 photo = subject.split()[0]
                 if name == "yaw":
-                    image, caption = turned(number, strength)
+                    image, caption = turned_photo("held-out", number, strength, RESOLUTION)
                 else:
                     image, caption = degrade(load_image(photo.path), name, strength), photo.caption
                 path = folder / f"{name}-{strength}-{number}.png"
@@ -358,16 +357,6 @@ def robustness(bench: Bench, file: File) -> None:
         }
         file.put(name, table, "robustness")
         print("robustness", name, f"{bench.left:.0f} s left", flush=True)
-
-
-def turned(person: int, strength: float) -> tuple[Image.Image, str]:
-    """A reference that faces farther to the side than any photo the base has seen."""
-    scene = scene_from_labels(yaw="right", expression="neutral", generator=torch.Generator().manual_seed(person))
-    caption = captions(scene)[0]
-    scene = replace(scene, yaw=torch.full_like(scene.yaw, YAWS[strength]))
-    pixels = (render(subject_identity("held-out", person)[None], scene, RESOLUTION)[0] * 255).round().byte()
-    raw = bytes(pixels.permute(1, 2, 0).contiguous().flatten().tolist())
-    return Image.frombytes("RGB", (RESOLUTION, RESOLUTION), raw), caption
 
 
 def variants(bench: Bench, file: File) -> None:
@@ -520,8 +509,12 @@ def main() -> None:
         "prompts": len(bench.prompts),
         "headline_steps": HEADLINE if HEADLINE in args.at else max(args.at),
     }
-    evaluation = File(args.output / "evaluation.json", args.resume, {**facts, "methods": {}, "robustness": {}})
-    other = File(args.output / "variants.json", args.resume, {**facts, "variants": {}, "down_starts": {}})
+    evaluation = File(
+        args.output / "evaluation.json", args.resume, {**facts, "figures": {}, "methods": {}, "robustness": {}}
+    )
+    other = File(
+        args.output / "variants.json", args.resume, {**facts, "figures": {}, "variants": {}, "down_starts": {}}
+    )
     print(f"ready after {args.seconds - bench.left:.0f} s on {facts['machine']}", flush=True)
     parts = {"rivals": (rivals, evaluation), "robustness": (robustness, evaluation), "variants": (variants, other)}
     with vmap_ready():

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from peft_metalora.evaluation.report import legend, plot
+from peft_metalora.evaluation.plots import panels, plot
 from peft_metalora.evaluation.summary import interval
 from peft_metalora.files import write_bytes
 
@@ -30,6 +30,14 @@ Data = dict[str, Any]
 GROUPS = {
     "controls": ("meta_lora_mean", "meta_lora_stored", "lora_r1", "random_down", "mean_lora", "lora_r4"),
     "others": ("meta_lora_mean", "full", "lora_r1", "lora_r16", "oft", "dora", "loha", "vera"),
+}
+IMAGE_GEN = {
+    "meta_lora_subject": "Meta-LoRA, Mid and Up on a Down (rank 4, Down 64)",
+    "meta_lora_meta": "Meta-LoRA, all three factors",
+    "lora_r32": "LoRA, rank 32",
+    "oft": "OFT, blocks of 32",
+    "lokr": "LoKr, rank 32",
+    "vera": "VeRA, rank 32",
 }
 README_METHODS = ("lora_r1", "lora_r4", "lora_r16", "full", "random_down", "meta_lora_stored", "meta_lora_mean")
 EQUAL_ADHERENCE = 0.9
@@ -121,7 +129,9 @@ EVALUATION_COMMAND = "python benchmarks/evaluation.py --output benchmarks/result
 
 
 def ranked(data: Data) -> list[tuple[str, Data]]:
-    return sorted(data["methods"].items(), key=lambda pair: -pair[1]["r_facesim"]["value"])
+    """Methods with their figures, the best R-FaceSim first."""
+    found = {name: {**one, **data["figures"][name]} for name, one in data["methods"].items()}
+    return sorted(found.items(), key=lambda pair: -pair[1]["r_facesim"]["value"])
 
 
 def drawn(data: Data) -> str:
@@ -134,7 +144,7 @@ def rivals(results: dict[str, Data]) -> str:
     rows = [
         [
             one["label"],
-            f"{one['parameters']:,}",
+            f"{one['parameters']['value']:,}",
             *(spread(one[metric]) for metric in ("r_facesim", "face_sim", "prompt_adherence", "copied_background")),
             f"{1000 * one['seconds']['value']:.0f}",
             f"{one['learning_rate']:g}",
@@ -190,10 +200,10 @@ def variants(results: dict[str, Data]) -> str:
             one["label"],
             f"{one['parameters']:,}",
             f"{one['learning_rate']:g}",
-            *(spread(one[metric]) for metric in ("r_facesim", "prompt_adherence")),
-            f"{1000 * one['seconds']['value']:.0f}",
+            *(spread(data["figures"][name][metric]) for metric in ("r_facesim", "prompt_adherence")),
+            f"{1000 * data['figures'][name]['seconds']['value']:.0f}",
         ]
-        for one in data["variants"].values()
+        for name, one in data["variants"].items()
     ]
     heads = ["variant", "numbers trained", "rate", "R-FaceSim", "adherence", "ms a person"]
     return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
@@ -233,14 +243,34 @@ def regions(results: dict[str, Data]) -> str:
 
 
 def readme(results: dict[str, Data]) -> str:
-    data = results["evaluation"]
+    data, metrics = results["evaluation"], ("r_facesim", "prompt_adherence")
     rows = [
-        [one["label"], f"{one['parameters']:,}", spread(one["r_facesim"]), spread(one["prompt_adherence"])]
-        for name, one in data["methods"].items()
+        [
+            data["methods"][name]["label"],
+            f"{one['parameters']['value']:,}",
+            *(spread(one[metric]) for metric in metrics),
+        ]
+        for name, one in data["figures"].items()
         if name in README_METHODS
     ]
     heads = ["method", "numbers trained", "R-FaceSim", "adherence"]
     return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
+
+
+def image_gen(results: dict[str, Data]) -> str:
+    """A row a method of what needs no weights; the columns that do are open."""
+    data = results["image_gen"]
+    figures = data["figures"]
+    quantities = {"step_ms": "{:.0f}", "peak_gib": "{:.2f}", "parameters": "{:,}", "file_mb": "{:.2f}"}
+    rows = []
+    for name, label in IMAGE_GEN.items():
+        cells = [
+            shown.format(figures[f"{name}_{quantity}"]) if f"{name}_{quantity}" in figures else "not measured"
+            for quantity, shown in quantities.items()
+        ]
+        rows.append([label, *cells, *("open" if value is None else f"{value:g}" for value in data["open"].values())])
+    heads = ["method", "ms a step", "peak memory, GiB", "numbers trained", "file, MB", *data["open"]]
+    return table(heads, rows) + source(data)
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
@@ -253,24 +283,28 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "regions": ("regions", regions),
     "layer": ("layer", lambda results: goals(results["layer"], LAYER)),
     "serving": ("serving", lambda results: goals(results["serving"], SERVING)),
+    "image_gen": ("image_gen", image_gen),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),
 }
 """Name of a block -> the file it needs, and what writes it."""
 
 
 def fill(text: str, results: dict[str, Data]) -> str:
-    """A page with every block written anew.
+    """A page with every block written anew; one whose results are not there says so.
 
     Raises:
-        SystemExit: a block of an unknown name, or one whose results are not there.
+        SystemExit: a block of an unknown name.
     """
 
     def write(found: re.Match[str]) -> str:
         name = found[1]
-        if name not in TABLES or TABLES[name][0] not in results:
-            known = [key for key, (file, _) in TABLES.items() if file in results]
-            raise SystemExit(f"table {name!r}: expected one of {', '.join(known)}, whose results are there")
-        return f"<!-- table: {name} -->\n{TABLES[name][1](results)}<!-- end -->"
+        if name not in TABLES:
+            raise SystemExit(f"table {name!r}: expected one of {', '.join(TABLES)}")
+        file, write_table = TABLES[name]
+        text = (
+            write_table(results) if file in results else f"\nOpen: there is no `benchmarks/results/{file}.json` yet.\n"
+        )
+        return f"<!-- table: {name} -->\n{text}<!-- end -->"
 
     return BLOCK.sub(write, text)
 
@@ -299,35 +333,16 @@ def plots(data: Data) -> dict[str, str]:
 
 
 def _robustness_grid(data: Data) -> str:
-    found, width, height, columns = data["robustness"], 300, 230, 3
-    labels = [data["methods"][name]["label"] for name in found]
-    kinds = list(dict.fromkeys(name.rpartition(" ")[0] for name in next(iter(found.values())) if name != "clean"))
-    scores = {
-        name: {condition: mean(score["r_facesim"]) for condition, score in own.items()} for name, own in found.items()
-    }
-    everything = [value for own in scores.values() for value in own.values()]
-    panels = []
-    for number, kind in enumerate(kinds):
-        series = {}
-        for name, label in zip(found, labels, strict=True):
-            own = scores[name]
-            at = {0.0: own["clean"]} | {float(key.split()[-1]): own[key] for key in own if key.startswith(kind + " ")}
-            series[label] = list(at.items())
-        panel = plot(
-            series,
-            f"{kind.replace('_', ' ')}: strength",
-            "R-FaceSim",
-            size=(width, height),
-            with_legend=False,
-            y_range=(min(everything), max(everything)),
-        )
-        place = f'<svg x="{number % columns * width}" y="{number // columns * height}" '
-        panels.append(panel.replace("<svg ", place, 1))
-    down = -(-len(kinds) // columns) * height
-    panels.append(f'<g transform="translate(40 {down})">{legend(labels, 14)}</g>')
-    total = down + 18 * len(labels) + 20
-    box = f'viewBox="0 0 {columns * width} {total}" width="{columns * width}" height="{total}"'
-    return f'<svg {box} font-family="sans-serif" font-size="12">{"".join(panels)}</svg>'
+    found = data["robustness"]
+    grids: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, own in found.items():
+        scores = {condition: mean(score["r_facesim"]) for condition, score in own.items()}
+        for condition, score in scores.items():
+            kind, _, strength = condition.rpartition(" ")
+            if kind:
+                line = grids.setdefault(kind.replace("_", " "), {}).setdefault(data["methods"][name]["label"], [])
+                line += [(float(strength), score)] if line else [(0.0, scores["clean"]), (float(strength), score)]
+    return panels(grids, "{}: strength", "R-FaceSim")
 
 
 def pages() -> dict[Path, str]:

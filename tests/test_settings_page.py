@@ -5,11 +5,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft_metalora.evaluation.settings import EvaluateConfig
 from peft_metalora.generate import GenerateConfig
 from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig, settings_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
-COMMANDS = {"meta-train": MetaTrainConfig, "personalize": PersonalizeConfig, "generate": GenerateConfig}
+COMMANDS = {
+    "meta-train": MetaTrainConfig,
+    "personalize": PersonalizeConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+}
 
 
 def page() -> str:

@@ -46,6 +46,9 @@ class DemoDataConfig:
     images_per_subject: int = field(default=8, metadata={"help": "Images of each person."})
     size: int = field(default=64, metadata={"help": "Height and width in pixels."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
+    conditions: bool = field(
+        default=False, metadata={"help": "Also write photos of strongly turned heads, for evaluate --degrade yaw."}
+    )
 
 
 def _demo(config: DemoConfig) -> str:
@@ -65,6 +68,7 @@ def _demo_data(config: DemoDataConfig) -> str:
         config.images_per_subject,
         size=config.size,
         seed=config.seed,
+        conditions=config.conditions,
     )
     return f"wrote {config.subjects} people to {config.output_dir}"
 
@@ -127,7 +131,7 @@ COMMANDS = {
         "stage 2: learn a subject from one image", ".training.settings:PersonalizeConfig", _personalize
     ),
     "generate": Command("draw subjects from prompts", ".generate:GenerateConfig", _generate),
-    "evaluate": Command("compare methods on a folder of people", ".evaluation.protocol:EvaluateConfig", _evaluate),
+    "evaluate": Command("compare methods on a folder of people", ".evaluation.settings:EvaluateConfig", _evaluate),
     "push": Command("publish a Down or a subject", ".artefact_commands:PushConfig", _artefact("push")),
     "pull": Command("download a Down or a subject", ".artefact_commands:PullConfig", _artefact("pull")),
     "export": Command("write a subject for another tool", ".artefact_commands:ExportConfig", _artefact("export")),

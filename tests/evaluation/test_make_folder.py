@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from peft_metalora.data import read_subjects
-from peft_metalora.evaluation.protocol import read_tags
+from peft_metalora.evaluation.cells import read_tags
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "make_evaluation_folder.py"
 

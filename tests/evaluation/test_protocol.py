@@ -15,13 +15,17 @@ from peft_metalora.data import read_subjects
 from peft_metalora.demo.base import BASE
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.errors import ConfigError
-from peft_metalora.evaluation import protocol
+from peft_metalora.evaluation.bench import Bench
+from peft_metalora.evaluation.cells import read_cells
+from peft_metalora.evaluation.figures import summary
 from peft_metalora.evaluation.methods import run_method
-from peft_metalora.evaluation.protocol import EvaluateConfig, Method, read_prompts
-from peft_metalora.evaluation.report import plot, summary
+from peft_metalora.evaluation.plots import plot
+from peft_metalora.evaluation.prompts import read_prompts
+from peft_metalora.evaluation.protocol import evaluate
+from peft_metalora.evaluation.settings import EvaluateConfig, Method
 from peft_metalora.training.bases import load_base
 
-METHODS = ("meta-lora:start=mean,lr=3e-3", "lora:r=1,lr=1e-2")
+METHODS = ("meta-lora:start=mean,lr=3e-3", "lora:r=1,lr=1e-2", "textual-inversion:lr=1e-1")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def test_every_image_is_kept_with_its_prompt_and_scores(done: tuple[Path, list[s
 
 def test_a_copier_of_the_reference_is_seen_through(done: tuple[Path, list[str]]) -> None:
     output, _ = done
-    figures = summary(protocol.read_cells(output, ["copier"]))["copier"]
+    figures = summary(read_cells(output, ["copier"]))["copier"]
     assert figures["face_sim"].value == pytest.approx(1, abs=1e-4)
     assert figures["r_facesim"].value < 0.95
     assert figures["pose_copy"].value == pytest.approx(1 - figures["r_facesim"].value, abs=1e-4)
@@ -88,7 +92,7 @@ def test_a_copier_of_the_reference_is_seen_through(done: tuple[Path, list[str]])
 def test_the_report_stands_alone(done: tuple[Path, list[str]]) -> None:
     output, _ = done
     page, table = (output / "report.html").read_text(), (output / "report.md").read_text()
-    assert page.count("<svg") == 5 and 'src="data:image/png;base64,' in page
+    assert page.count("<svg viewBox") == 5 and 'src="data:image/jpeg;base64,' in page
     assert "://" not in page and page.index("Failures") < page.index("Figures")
     assert all(method in table and method in page for method in METHODS)
     assert "sex: x" in table
@@ -98,13 +102,13 @@ def test_a_rerun_computes_only_what_is_missing(done: tuple[Path, list[str]], mon
     output, arguments = done
     before = {path: path.stat().st_mtime_ns for path in output.glob("*/*/**/*") if path.is_file()}
     trained = []
-    train = protocol._Bench._train
+    train = Bench._train
 
-    def watched(self, method, reference):
+    def watched(self, method, reference, steps):
         trained.append((method.text, reference.path.parent.name))
-        return train(self, method, reference)
+        return train(self, method, reference, steps)
 
-    monkeypatch.setattr(protocol._Bench, "_train", watched)
+    monkeypatch.setattr(Bench, "_train", watched)
     assert main(arguments) == 0
     assert trained == []
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -121,8 +125,8 @@ def test_an_image_that_is_not_there_is_a_miss(people: Path, prompts: Path, tmp_p
     config = EvaluateConfig(
         data=str(people), output=str(tmp_path / "out"), prompts=str(prompts), images=[f"none={tmp_path / 'none'}"]
     )
-    protocol.evaluate(config, progress=False)
-    figures = summary(protocol.read_cells(tmp_path / "out", ["none"]))["none"]
+    evaluate(config, progress=False)
+    figures = summary(read_cells(tmp_path / "out", ["none"]))["none"]
     assert figures["failed"].value == 1 and figures["r_facesim"].value == 0
 
 
@@ -143,7 +147,7 @@ def test_every_rival_trains_and_leaves_the_base_as_it_was(people: Path, text: st
     config = EvaluateConfig(data=str(people), output="out", method=[text], steps=[2], views_per_image=2, device="cpu")
     reference, _ = read_subjects(people)[0].split()
     method = Method.parse(text)
-    run = run_method(base, method, reference, config, protocol._Bench(config, [])._down(method), 64)
+    run = run_method(base, method, reference, config, Bench(config, []).down(method), steps=2)
     start = [parameter.detach().clone() for parameter in run.parameters]
     assert [step.number for step in run.steps()] == [1, 2]
     assert any(not torch.equal(old, new) for old, new in zip(start, run.parameters, strict=True))
@@ -167,6 +171,10 @@ def test_the_prompt_set_names_the_person_in_every_prompt() -> None:
         ({"method": ["lora:r=0"]}, "expected r to be a whole number above 0, found '0'"),
         ({"method": ["full:lr=fast"]}, "expected lr to be a number above 0, found 'fast'"),
         ({"method": ["base", "base"]}, "found base twice"),
+        ({"method": ["textual-inversion:tokens=0"]}, "expected tokens to be a whole number above 0, found '0'"),
+        ({"method": ["base"], "lpips": "alex"}, "needs seeds of at least 2, found 1"),
+        ({"method": ["base"], "coverage": ["r_facesim"]}, "coverage must be SCORE=NUMBER, .* found 'r_facesim'"),
+        ({"method": ["base"], "subject_name": " "}, "subject_name must be a text"),
         ({"images": ["x"]}, "images must be NAME=DIR"),
         ({"method": ["base"], "steps": [0]}, "steps must be"),
         ({}, "expected something to do"),

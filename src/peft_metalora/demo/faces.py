@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,11 +68,15 @@ __all__ = [
     "sample_scenes",
     "scene_from_labels",
     "subject_identity",
+    "turned_photo",
     "write_dataset",
 ]
 
 SPLITS: dict[str, int | None] = {"base": None, "meta": 1024, "tune": 32, "held-out": 64}
 """Number of subjects in each split; None: as many as wanted."""
+
+STRONG_YAWS = {0.5: 0.6, 1.0: 0.9}
+"""Turns of the head in radians by strength; ordinary photos of the domain turn by 0.45 at most."""
 
 _SEED_STRIDE = 1 << 24  # seed of a subject = number of its split * stride + index; torch uses 32 bits on the CPU
 
@@ -115,6 +120,7 @@ def write_dataset(
     images_per_subject: int,
     size: int = 64,
     seed: int = 0,
+    conditions: bool = False,
 ) -> Path:
     """Write photos of subjects in the layout that real data uses.
 
@@ -125,6 +131,8 @@ def write_dataset(
 
     Args:
         subjects: how many subjects (the first ones), or their indices.
+        conditions: also write ``conditions/yaw=0.5.png`` and ``yaw=1.0.png`` with their captions: references that
+            `metalora evaluate --degrade yaw` learns from instead of the good one.
 
     Returns:
         The directory.
@@ -149,7 +157,29 @@ def write_dataset(
                 Image.fromarray(image).save(folder / name)
                 lines.append(json.dumps({"file_name": name, "text": text, "reference": number == 0}) + "\n")
             (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+            for strength in STRONG_YAWS if conditions else ():
+                photo, text = turned_photo(split, index, strength, size)
+                (folder / "conditions").mkdir(exist_ok=True)
+                photo.save(folder / "conditions" / f"yaw={strength}.png")
+                (folder / "conditions" / f"yaw={strength}.txt").write_text(text, encoding="utf-8")
     return directory
+
+
+def turned_photo(split: str, index: int, strength: float, size: int = 64) -> tuple[Image.Image, str]:
+    """A reference that faces farther to the side than any photo the base model has seen, and its caption.
+
+    Args:
+        strength: a key of `STRONG_YAWS`.
+
+    Raises:
+        ConfigError: if there is no such split or subject.
+    """
+    identity = subject_identity(split, index)
+    scene = scene_from_labels(yaw="right", expression="neutral", generator=torch.Generator().manual_seed(index))
+    text = captions(scene)[0]
+    scene = replace(scene, yaw=torch.full_like(scene.yaw, STRONG_YAWS[strength]))
+    pixels = (render(identity[None], scene, size)[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy()), text
 
 
 def _subject_scenes(split: str, index: int, count: int, seed: int) -> Scene:

@@ -3,15 +3,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from ..metrics import ClipEmbedder, DinoEmbedder, Embedder, clip_i, clip_t, dino, face_sim, r_facesim
+from ..errors import ConfigError
+from ..metrics import (
+    ClipEmbedder,
+    DinoEmbedder,
+    Embedder,
+    InsightFaceEmbedder,
+    Lpips,
+    clip_i,
+    clip_t,
+    dino,
+    distances_to_others,
+    face_sim,
+    pose_difference,
+    r_facesim,
+)
+from ..training.adapters import choose_device
+from ..training.validation import load_embedder
+from .settings import DEMO, EvaluateConfig
 
-if TYPE_CHECKING:
-    from .protocol import EvaluateConfig
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class Judge(Protocol):
@@ -25,37 +45,54 @@ class Judge(Protocol):
 
 
 class FaceJudge:
-    """Face embeddings, and CLIP and DINO where they are given."""
+    """Face embeddings, and what else there are models for.
 
-    def __init__(self, faces: Embedder, clip: ClipEmbedder | None = None, dino: DinoEmbedder | None = None) -> None:
-        self.faces, self.clip, self.dino = faces, clip, dino
+    Args:
+        clip: for clip_t and clip_i. dino, dinov2: DINO of either version. distance: for the diversity among seeds.
+    """
+
+    def __init__(
+        self,
+        faces: Embedder,
+        clip: ClipEmbedder | None = None,
+        dino: DinoEmbedder | None = None,
+        dinov2: DinoEmbedder | None = None,
+        distance: Distance | None = None,
+    ) -> None:
+        self.faces, self.clip, self.distance = faces, clip, distance
+        self.dinos = {name: one for name, one in (("dino", dino), ("dinov2", dinov2)) if one is not None}
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], reference: Image.Image, others: list[Image.Image]
     ) -> list[dict[str, Any]]:
-        made = self.faces.embed(images)
+        made, learned = self.faces.embed(images), self.faces.embed([reference])
         columns: dict[str, list[Any]] = {
             "found": made.found.tolist(),
             "r_facesim": r_facesim(made, self.faces.embed(others)).per_image.tolist(),
-            "face_sim": face_sim(made, self.faces.embed([reference])).per_image.tolist(),
+            "face_sim": face_sim(made, learned).per_image.tolist(),
         }
+        if made.landmarks is not None and learned.landmarks is not None:
+            # An image without a face has no pose: 0, as if it were copied.
+            columns["pose_difference"] = pose_difference(made.landmarks, learned.landmarks).nan_to_num(0.0).tolist()
         if self.clip is not None:
             seen = self.clip.embed(images)
             columns["clip_t"] = clip_t(seen, self.clip.embed_text(prompts)).per_image.tolist()
             columns["clip_i"] = clip_i(seen, self.clip.embed([reference])).per_image.tolist()
-        if self.dino is not None:
-            columns["dino"] = dino(self.dino.embed(images), self.dino.embed([reference])).per_image.tolist()
+        for name, embedder in self.dinos.items():
+            columns[name] = dino(embedder.embed(images), embedder.embed([reference])).per_image.tolist()
+        if self.distance is not None:
+            columns["diversity"] = _diversities(images, prompts, self.distance)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 class DemoJudge(FaceJudge):
-    """The embedded domain's face embedder, and its scene judge for `adherence` in [0, 1]."""
+    """The embedded domain's scene judge besides, for `adherence` in [0, 1], and by default its face embedder."""
 
-    def __init__(self) -> None:
+    def __init__(self, faces: Embedder | None = None, *models: Any, device: str | torch.device = "cpu") -> None:
         from ..demo.judges import load_embedder, load_judge
 
-        super().__init__(load_embedder())
-        self.scene = load_judge()
+        super().__init__(faces or load_embedder().to(device), *models)
+        self.scene = load_judge().to(device)
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], reference: Image.Image, others: list[Image.Image]
@@ -75,12 +112,44 @@ def judge_for(config: EvaluateConfig) -> Judge:
     Raises:
         ConfigError, EmbedderUnavailableError: a model is not there.
     """
-    from ..training.adapters import choose_device
-    from ..training.validation import load_embedder
-
-    if config.base == "demo":
-        return DemoJudge()
     device = choose_device(config.device)
-    clip = ClipEmbedder.from_pretrained(config.clip_model, device=device) if config.clip_model else None
-    dino_embedder = DinoEmbedder.from_pretrained(config.dino_model, device=device) if config.dino_model else None
-    return FaceJudge(load_embedder(config.embedder), clip, dino_embedder)
+    models = (
+        ClipEmbedder.from_pretrained(config.clip_model, device=device) if config.clip_model else None,
+        DinoEmbedder.from_pretrained(config.dino_model, device=device) if config.dino_model else None,
+        DinoEmbedder.from_pretrained(config.dinov2_model, device=device) if config.dinov2_model else None,
+        _distance(config.lpips, device) if config.lpips else None,
+    )
+    if config.base == DEMO:
+        return DemoJudge(_faces(config) if config.embedder else None, *models, device=device)
+    return FaceJudge(_faces(config), *models)
+
+
+def _faces(config: EvaluateConfig) -> Embedder:
+    if config.embedder in (None, "insightface"):
+        return InsightFaceEmbedder(config.face_pack, providers=config.face_providers or None)
+    return load_embedder(str(config.embedder))
+
+
+def _distance(name: str, device: torch.device) -> Distance:
+    module, _, function = name.partition(":")
+    if not function:
+        return Lpips(name, device=device)
+    try:
+        distance: Distance = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"lpips must be alex, vgg, squeeze or module:function, found {name!r}: {error}") from error
+    return distance
+
+
+def _diversities(images: Sequence[Image.Image], prompts: Sequence[str], distance: Distance) -> list[float]:
+    """Of each image the mean distance to the others of its prompt, 0 for an only one."""
+    scores = [0.0] * len(images)
+    for prompt in dict.fromkeys(prompts):
+        rows = [row for row, one in enumerate(prompts) if one == prompt]
+        if len(rows) > 1:
+            size = images[rows[0]].size
+            same = np.stack([np.asarray(images[row].convert("RGB").resize(size)) for row in rows])
+            pixels = torch.from_numpy(same).permute(0, 3, 1, 2) / 255
+            for row, value in zip(rows, distances_to_others(pixels, distance).tolist(), strict=True):
+                scores[row] = value
+    return scores

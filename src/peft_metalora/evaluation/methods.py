@@ -3,25 +3,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data import Photo, Subject
+from ..errors import ConfigError
 from ..training.bases import Base
 from ..training.examples import Examples, encode_subjects
 from ..training.personalize import Personalization
 from ..training.settings import PersonalizeConfig
 from ..tuner import DownSource
 from .adapters import adapter_config, put_adapter
-
-if TYPE_CHECKING:
-    from .protocol import EvaluateConfig, Method
+from .settings import DEMO, EvaluateConfig, Method
+from .textual_inversion import NewWord, replace_word, spoken_examples, token_names
 
 
 class MethodRun(Personalization):
-    """Stage 2 of any method; `remove()` leaves the denoiser as it was, also after full fine-tuning."""
+    """Stage 2 of any method; `remove()` leaves the pipeline as it was, also after full fine-tuning.
+
+    Args:
+        subject_name: who prompts ask for; its last word is the one that textual inversion learns anew.
+    """
 
     def __init__(
         self,
@@ -30,20 +34,27 @@ class MethodRun(Personalization):
         config: PersonalizeConfig,
         method: Method,
         down: DownSource | None,
+        subject_name: str,
     ) -> None:
-        self.method = method
+        self.method, self.subject_name = method, subject_name
         self._before: dict[str, Tensor] = {}
+        self._word: NewWord | None = None
         super().__init__(base, examples, config, down)
 
     @property
     def trains_in_train_mode(self) -> bool:
-        """LoHa and LoKr toss a coin in train mode, even for a dropout of 0."""
-        return self.method.kind not in ("loha", "lokr")
+        """Not LoHa and LoKr, which toss a coin in train mode, even for a dropout of 0; nor a frozen denoiser."""
+        return self.method.kind not in ("loha", "lokr", "textual-inversion")
 
     def _inject(self) -> list[nn.Parameter]:
         denoiser, kind = self.base.denoiser, self.method.kind
         if kind == "meta-lora":
             return super()._inject()
+        if kind == "textual-inversion":
+            noun = _noun(self.subject_name)
+            self._word = NewWord(self.base, self.method.number("tokens", 1), self.method.options.get("init", noun))
+            self.subject_name = replace_word(self.subject_name, noun, self._word.text)
+            return self._word.parameters
         if kind == "full":
             self._before = {name: tensor.detach().clone() for name, tensor in denoiser.state_dict().items()}
             denoiser.requires_grad_(True).train()
@@ -56,21 +67,21 @@ class MethodRun(Personalization):
 
     def remove(self) -> None:
         super().remove()
+        if self._word is not None:
+            self._word.remove()
         if self._before:
             self.base.denoiser.load_state_dict(self._before)
         self.base.denoiser.requires_grad_(False)
 
 
 def run_method(
-    base: Base, method: Method, reference: Photo, config: EvaluateConfig, down: DownSource | None, resolution: int
+    base: Base, method: Method, reference: Photo, config: EvaluateConfig, down: DownSource | None, *, steps: int
 ) -> MethodRun:
     """A method put on the base, ready for its `steps()` on one reference.
 
     Raises:
-        ConfigError, BaseModelMismatchError and what else the tuner raises; the denoiser is then as it was.
+        ConfigError, BaseModelMismatchError and what else the tuner raises; the pipeline is then as it was.
     """
-    from .protocol import down_name
-
     settings: dict[str, Any] = {"method": "lora"}
     if method.kind == "meta-lora":
         start = method.options.get("start", "stored")
@@ -78,8 +89,8 @@ def run_method(
     training = PersonalizeConfig(
         pretrained_model_name_or_path=config.base,
         output_dir=config.output,
-        resolution=resolution,
-        max_train_steps=max(config.steps),
+        resolution=config.side,
+        max_train_steps=steps,
         train_batch_size=config.train_batch_size,
         views_per_image=config.views_per_image,
         learning_rate=float(method.options.get("lr", config.learning_rate)),
@@ -87,8 +98,32 @@ def run_method(
         instance_prompt=config.instance_prompt,
         **settings,
     )
-    views = config.views_per_image
-    examples = encode_subjects(base, [Subject("person", [reference])], training, views, progress=False)
+    if method.kind == "textual-inversion":
+        word = " ".join(token_names(method.number("tokens", 1)))
+        examples: Examples = spoken_examples(base, reference, training, _noun(config.subject_name), word)
+    else:
+        views = config.views_per_image
+        examples = encode_subjects(base, [Subject("person", [reference])], training, views, progress=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        return MethodRun(base, examples, training, method, down)
+        return MethodRun(base, examples, training, method, down, config.subject_name)
+
+
+def down_name(config: EvaluateConfig, method: Method) -> str:
+    """The Down of a method: its own, the run's, or the demo's.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    name = method.options.get("down") or config.down
+    if name is None and config.base == DEMO:
+        from ..demo.base import ASSETS
+
+        name = str(ASSETS / "down")
+    if name is None:
+        raise ConfigError(f"method {method.text!r} needs a Down, found none: give down")
+    return name
+
+
+def _noun(subject_name: str) -> str:
+    return subject_name.split()[-1]

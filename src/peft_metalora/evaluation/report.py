@@ -1,285 +1,236 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells to a page: `report.html` (self-contained, no scripts), `report.md` and `results.jsonl`.
+"""Cells to a page: `report.html` (self-contained, no scripts), `report.md` and `results.jsonl`; failures stand first.
 
-Intervals are 95 % bootstrap intervals over people (`metrics.bootstrap`). Failures stand first: what could not be made
-and images without a face count as 0 in every mean, and are shown as a rate.
+Pictures on the page are thumbnails, so that a report of a thousand images can still be opened; the images themselves
+lie beside it.
 """
 
 from __future__ import annotations
 
 import base64
+import io
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 
 from ..files import write_bytes
-from ..metrics import Interval, bootstrap
+from .cells import Cell
+from .figures import LABELS, Table, by_method, degraded, degraded_table, reaches, summary, tables
+from .plots import key, panels, plot
 
-Cell = dict[str, Any]
-
-_LABELS = {
-    "r_facesim": "R-FaceSim",
-    "face_sim": "FaceSim",
-    "pose_copy": "FaceSim - R-FaceSim",
-    "adherence": "adherence",
-    "clip_t": "CLIP-T",
-    "clip_i": "CLIP-I",
-    "dino": "DINO",
-    "failed": "failed",
-}
-_COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8e5ea2", "#e08e0b", "#30a5a5", "#8c564b", "#555555")
-_STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
-td{white-space:nowrap;font-size:13px}td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:.3em;vertical-align:top;width:9em;
-font-size:12px}figure img{width:9em;height:9em;object-fit:contain}svg{max-width:100%;height:auto}"""
+_THUMBNAIL = 160
+_WORST = 12
+_STYLE = """:root{color-scheme:light dark;--line:#8884}
+body{font:15px/1.5 system-ui,sans-serif;margin:1.5em auto;max-width:76em;padding:0 1em}
+h1,h2,h3{line-height:1.2}h2{margin-top:2em}h3{font-size:1em;margin:1.4em 0 .3em}
+.scroll{overflow-x:auto}table{border-collapse:collapse}
+td,th{padding:.3em .6em;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;font-size:13px}
+th{vertical-align:bottom}td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere;min-width:7em}
+td small{display:block;opacity:.7;white-space:nowrap}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30em),1fr));gap:1em}
+svg{max-width:100%;height:auto}.key span{display:inline-block;margin-right:1em}.key svg{vertical-align:-1px}
+figure{display:inline-block;margin:.3em;vertical-align:top;width:10em;font-size:12px;line-height:1.3;overflow-wrap:anywhere}
+img{display:block;width:8em;height:8em;object-fit:contain;background:#8882}figure img{width:100%;height:10em}
+.gallery td,.gallery th{border:0;text-align:left;font-size:12px;padding:.2em .3em}
+.gallery th{max-width:8em;min-width:0;overflow-wrap:anywhere;font-weight:600}"""
 
 
-def write_report(output: Path, cells: Sequence[Cell], *, gallery: int = 4) -> None:
+def write_report(
+    output: Path,
+    cells: Sequence[Cell],
+    bad: Sequence[Cell] = (),
+    *,
+    gallery: int = 4,
+    thresholds: Mapping[str, float] | None = None,
+) -> None:
     """Write report.html, report.md and results.jsonl into the folder that holds the images.
 
     Args:
-        gallery: people whose images are shown.
+        bad: cells of references made worse. gallery: people whose images are shown.
+        thresholds: as `summary` takes them.
 
     Raises:
         WriteFailedError: the disk refuses.
     """
-    lines = [
-        json.dumps({"method": cell["method"], "subject": cell["subject"], **row}) + "\n"
-        for cell in cells
-        for row in cell["rows"]
-    ]
+    thresholds = thresholds or {}
+    lines = []
+    for cell in (*cells, *bad):
+        named = {name: cell[name] for name in ("method", "subject", "condition", "strength") if name in cell}
+        for row in cell["rows"]:
+            lines.append(json.dumps({**named, **row, "covers": reaches(row, thresholds)}) + "\n")
     write_bytes(output / "results.jsonl", "".join(lines).encode())
-    write_bytes(output / "report.md", ("# Evaluation\n\n" + markdown_table(cells)).encode())
-    write_bytes(output / "report.html", _page(output, cells, gallery).encode())
+    write_bytes(output / "report.md", _markdown(cells, bad, thresholds).encode())
+    write_bytes(output / "report.html", _page(output, cells, bad, gallery, thresholds).encode())
 
 
-def summary(cells: Sequence[Cell], steps: int | None = None) -> dict[str, dict[str, Interval]]:
-    """Means with intervals over people, by method and metric.
-
-    Args:
-        steps: of training; None takes each method's last ones.
-    """
-    table: dict[str, dict[str, Interval]] = {}
-    for method, own in _by_method(cells).items():
-        at = max(row["steps"] for cell in own for row in cell["rows"]) if steps is None else steps
-        rows = [(cell["subject"], _scores(row)) for cell in own for row in cell["rows"] if row["steps"] == at]
-        known = {name for _, row in rows for name in row}
-        table[method] = {
-            # A row without a score is an image that was never made: 0, as for a miss.
-            name: bootstrap(torch.tensor([row.get(name, 0.0) for _, row in rows]), [who for who, _ in rows])
-            for name in _LABELS
-            if name in known
-        }
-    return table
+def _markdown(cells: Sequence[Cell], bad: Sequence[Cell], thresholds: Mapping[str, float]) -> str:
+    found = tables(cells, thresholds) + ([degraded_table(degraded(cells, bad))] if bad else [])
+    parts = ["# Evaluation", _counts(cells, bad), _note(cells, thresholds)]
+    for title, heads, rows in found:
+        lines = [heads, ["---"] * len(heads), *rows]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        parts += [f"## {title}", table] if title else [table]
+    return "\n\n".join(parts) + "\n"
 
 
-def markdown_table(cells: Sequence[Cell]) -> str:
-    """The figures of every method after its last step, and by tag where people have tags."""
-    return "\n".join(
-        f"{title}\n\n{_markdown(heads, rows)}\n" if title else _markdown(heads, rows) + "\n"
-        for title, heads, rows in _tables(cells)
-    )
+def _counts(cells: Sequence[Cell], bad: Sequence[Cell]) -> str:
+    people, methods = ({cell[name] for cell in cells} for name in ("subject", "method"))
+    images = sum(len(cell["rows"]) for cell in (*cells, *bad))
+    return f"{len(people)} people, {len(methods)} methods, {images} images."
 
 
-def _markdown(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _note(cells: Sequence[Cell], thresholds: Mapping[str, float]) -> str:
+    text = "Mean and 95 % interval over people, after each method's last step; what failed counts as 0."
+    measured = {name for cell in cells for row in cell["rows"] for name in row}
+    asked = [f"{LABELS.get(name, name)} {least:g}" for name, least in thresholds.items() if name in measured]
+    if asked:
+        text += f" Coverage: share of prompts with an image that reaches {' and '.join(asked)}."
+    return text
 
 
-def _tables(cells: Sequence[Cell]) -> list[tuple[str, list[str], list[list[str]]]]:
-    groups = {("", ""): list(cells)}
-    for cell in cells:
-        for tag, value in sorted(cell["tags"].items()):
-            groups.setdefault((tag, value), []).append(cell)
-    tables = []
-    for (tag, value), some in groups.items():
-        table = summary(some)
-        metrics = [name for name in _LABELS if any(name in row for row in table.values())]
-        heads = ["method", *(_LABELS[name] for name in metrics), "parameters", "seconds"]
-        rows = []
-        for method, row in table.items():
-            own = [cell for cell in some if cell["method"] == method]
-            seconds = [cell["points"][-1]["seconds"] for cell in own if cell["points"]]
-            shown = [str(row[name]) if name in row else "" for name in metrics]
-            shown.append(str(next((cell["parameters"] for cell in own if "parameters" in cell), "")))
-            rows.append([method, *shown, f"{sum(seconds) / len(seconds):.1f}" if seconds else ""])
-        tables.append((f"{tag}: {value}" if tag else "", heads, rows))
-    return tables
-
-
-def _scores(row: dict[str, Any]) -> dict[str, float]:
-    scores = {name: float(row[name]) for name in _LABELS if name in row}
-    return {**scores, "pose_copy": row["face_sim"] - row["r_facesim"], "failed": float(not row["found"])}
-
-
-def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    methods: dict[str, list[Cell]] = {}
-    for cell in cells:
-        methods.setdefault(cell["method"], []).append(cell)
-    return methods
-
-
-def _page(output: Path, cells: Sequence[Cell], gallery: int) -> str:
-    people = sorted({cell["subject"] for cell in cells})
-    parts = [f"<p>{len(people)} people, {sum(len(cell['rows']) for cell in cells)} images.</p>"]
-    parts += ["<h2>Failures and lowest R-FaceSim</h2>", _failures(output, cells), "<h2>Figures</h2>"]
-    parts.append("<p>Mean and 95 % interval over people; what failed counts as 0.</p>")
-    for title, heads, rows in _tables(cells):
-        parts.append((f"<h3>{escape(title)}</h3>" if title else "") + _html_table(heads, rows))
+def _page(
+    output: Path, cells: Sequence[Cell], bad: Sequence[Cell], gallery: int, thresholds: Mapping[str, float]
+) -> str:
+    people = sorted({cell["subject"] for cell in cells})[:gallery]
+    parts = [f"<p>{_counts(cells, bad)}</p>", "<h2>Failures and lowest R-FaceSim</h2>", _failures(output, cells, bad)]
+    parts += ["<h2>Figures</h2>", f"<p>{escape(_note(cells, thresholds))}</p>"]
+    parts += [_html_table(table) for table in tables(cells, thresholds)]
     parts.append(_plots(cells))
-    parts.append("<h2>Galleries</h2>" + _galleries(output, cells, people[:gallery]))
+    if bad:
+        parts.append(_bad_references(cells, bad))
+    parts.append(f"<h2>Galleries</h2>{_galleries(output, cells, people)}")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<style>{_STYLE}</style></head><body><h1>Evaluation</h1>{''.join(parts)}</body></html>\n"
     )
 
 
-def _html_table(heads: list[str], rows: list[list[str]]) -> str:
+def _html_table(table: Table) -> str:
+    title, heads, rows = table
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    body = "".join("<tr>" + "".join(f"<td>{_with_interval(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    named = f"<h3>{escape(title)}</h3>" if title else ""
+    return f'{named}<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _failures(output: Path, cells: Sequence[Cell]) -> str:
-    said = [f"{cell['method']}, {cell['subject']}: {cell['failure']}" for cell in cells if cell["failure"]]
-    rows = [(cell, row) for cell in cells for row in cell["rows"]]
+def _with_interval(cell: str) -> str:
+    value, bracket, rest = cell.partition(" [")
+    return escape(value) + (f"<small>[{escape(rest)}</small>" if bracket else "")
+
+
+def _failures(output: Path, cells: Sequence[Cell], bad: Sequence[Cell]) -> str:
+    said = [f"{cell['method']}, {cell['subject']}: {cell['failure']}" for cell in (*cells, *bad) if cell["failure"]]
+    rows = [(cell, row) for cell in (*cells, *bad) for row in cell["rows"]]
     missing = sum(row["file"] is None for _, row in rows)
     no_face = sum(row["file"] is not None and not row["found"] for _, row in rows)
     text = "".join(f"<p>{escape(line)}</p>" for line in said)
-    text += f"<p>{missing} images are missing, {no_face} show no face.</p>"
-    worst = sorted((pair for pair in rows if pair[1]["file"]), key=lambda pair: pair[1]["r_facesim"])[:8]
+    text += f"<p>{missing} of {len(rows)} images are missing, {no_face} show no face.</p>"
+    # The base knows nobody, and good references alone compare methods.
+    last = [
+        (cell, row)
+        for cell in cells
+        for row in cell["rows"]
+        if row["file"] and cell["method"] != "base" and row["steps"] == max(one["steps"] for one in cell["rows"])
+    ]
+    worst = sorted(last, key=lambda pair: pair[1]["r_facesim"])[:_WORST]
     return text + "".join(
-        _figure(output, row["file"], f"{cell['method']}, {cell['subject']}: {row['r_facesim']:.3f}; {row['prompt']}")
+        f"<figure>{_picture(output / row['file'])}<figcaption><b>{row['r_facesim']:.3f}</b> {escape(cell['subject'])}"
+        f"<br>{escape(cell['method'])}<br>{escape(row['prompt'])}</figcaption></figure>"
         for cell, row in worst
     )
 
 
-def _figure(output: Path, file: str | Path, caption: str) -> str:
-    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}.get(Path(file).suffix.lower(), "png")
+def _picture(path: Path) -> str:
     try:
-        data = base64.b64encode((output / file).read_bytes()).decode()
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
     except OSError:
-        return f"<figure>(gone)<figcaption>{escape(caption)}</figcaption></figure>"
-    picture = f'<img alt="" src="data:image/{kind};base64,{data}">'
-    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+        return "(gone)"
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def _galleries(output: Path, cells: Sequence[Cell], people: Sequence[str]) -> str:
+    """For each prompt a row a person and a column a method, after the last step and from seed 0."""
     chosen = [cell for cell in cells if cell["subject"] in people]
     references = {cell["subject"]: Path(cell["reference"]).resolve() for cell in chosen}
-    parts = ["<h3>References</h3>", *(_figure(output, path, who) for who, path in sorted(references.items()))]
-    prompts = dict.fromkeys(row["prompt"] for cell in chosen for row in cell["rows"])
-    for prompt in prompts:
-        parts.append(f"<h3>{escape(prompt)}</h3>")
-        for cell in chosen:
-            last = max(row["steps"] for row in cell["rows"])
-            for row in cell["rows"]:
-                if row["prompt"] == prompt and row["seed"] == 0 and row["steps"] == last and row["file"]:
-                    words = f"{cell['method']}, {cell['subject']}: {row['r_facesim']:.3f}"
-                    parts.append(_figure(output, row["file"], words))
+    methods = list(by_method(chosen))
+    parts = ["<h3>References</h3>"]
+    parts += [
+        f"<figure>{_picture(path)}<figcaption>{escape(who)}</figcaption></figure>"
+        for who, path in sorted(references.items())
+    ]
+    shown: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for cell in chosen:
+        last = max(row["steps"] for row in cell["rows"])
+        for row in cell["rows"]:
+            if row["seed"] == 0 and row["steps"] == last:
+                shown[row["prompt"], cell["subject"], cell["method"]] = row
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *methods))
+    for prompt in dict.fromkeys(prompt for prompt, _, _ in shown):
+        body = ""
+        for person in people:
+            body += f"<tr><td>{escape(person)}</td>"
+            for method in methods:
+                row = shown.get((prompt, person, method))
+                body += f"<td>{_picture(output / row['file']) if row and row['file'] else '(missing)'}"
+                body += f"{row['r_facesim']:.3f}</td>" if row else "</td>"
+            body += "</tr>"
+        parts.append(
+            f'<h3>{escape(prompt)}</h3><div class="scroll"><table class="gallery"><tr>{head}</tr>{body}</table></div>'
+        )
     return "".join(parts)
 
 
 def _plots(cells: Sequence[Cell]) -> str:
-    """The trade-off of identity and adherence, and R-FaceSim and adherence against steps and seconds."""
-    table = summary(cells)
+    """R-FaceSim and adherence against each other, against steps and against seconds; a line goes through the steps."""
+    table, methods = summary(cells), by_method(cells)
     obeys = next((name for name in ("adherence", "clip_t") if any(name in row for row in table.values())), None)
+    points: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    for method, own in methods.items():
+        for steps in sorted({row["steps"] for cell in own for row in cell["rows"]}):
+            times = [point["seconds"] for cell in own for point in cell["points"] if point["steps"] == steps]
+            found = {name: interval.value for name, interval in summary(own, steps)[method].items()}
+            points[method].append({**found, "steps": steps, "seconds": sum(times) / max(1, len(times))})
+
+    def drawn(x: str, y: str, x_label: str) -> str:
+        series = {
+            method: [(point[x], point[y]) for point in own if x in point and y in point]
+            for method, own in points.items()
+            if x not in ("steps", "seconds") or methods[method][0]["points"]
+        }
+        series = {method: line for method, line in series.items() if line}
+        size = (460, 320)
+        return f"<div>{plot(series, x_label, LABELS[y], size=size, with_legend=False, names=list(methods))}</div>"
+
     parts = []
     if obeys is not None:
-        points = {method: [(row[obeys].value, row["r_facesim"].value)] for method, row in table.items() if obeys in row}
-        parts += ["<h2>Identity against adherence</h2>", plot(points, _LABELS[obeys], "R-FaceSim")]
-    curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
-    for method, own in _by_method(cells).items():
-        for steps in sorted({point["steps"] for cell in own for point in cell["points"]}):
-            at = summary(own, steps)[method]
-            times = [point["seconds"] for cell in own for point in cell["points"] if point["steps"] == steps]
-            for metric in filter(None, ("r_facesim", obeys)):
-                if metric in at:
-                    point = (steps, sum(times) / len(times), at[metric].value)
-                    curves.setdefault(metric, {}).setdefault(method, []).append(point)
-    if any(len(points) > 1 for methods in curves.values() for points in methods.values()):
-        parts.append("<h2>Against training</h2>")
-        for metric, methods in curves.items():
-            for axis, label in ((0, "steps"), (1, "seconds of training")):
-                lines = {method: [(one[axis], one[2]) for one in points] for method, points in methods.items()}
-                parts.append(plot(lines, label, _LABELS[metric]))
+        parts += ["<h2>Identity against adherence</h2>", key(list(methods)), drawn(obeys, "r_facesim", LABELS[obeys])]
+    if any(len(own) > 1 for own in points.values()):
+        parts += ["<h2>Against training</h2>", key(list(methods)), '<div class="plots">']
+        for metric in filter(None, ("r_facesim", obeys)):
+            parts += [drawn("steps", metric, "steps"), drawn("seconds", metric, "seconds of training")]
+        parts.append("</div>")
     return "".join(parts)
 
 
-def plot(
-    series: dict[str, list[tuple[float, float]]],
-    x_label: str,
-    y_label: str,
-    *,
-    size: tuple[int, int] = (640, 340),
-    with_legend: bool = True,
-    y_range: tuple[float, float] | None = None,
-) -> str:
-    """An SVG of lines (or single points) with axes.
-
-    Args:
-        size: width and height in pixels, the legend at the right included.
-        y_range: what the y axis spans at least, so that several plots compare.
-    """
-    (width, height), left, top, bottom = size, 62, 14, 46
-    right = 230 if with_legend else 14
-    xs, ys = ([point[axis] for points in series.values() for point in points] for axis in (0, 1))
-    (x_low, x_high), (y_low, y_high) = _range(xs), _range([*ys, *(y_range or ())])
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (x - x_low) / (x_high - x_low) * (width - left - right),
-            height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom),
-        )
-
-    floor, end = height - bottom, width - right
-    box = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    parts = [f'<svg {box} font-family="sans-serif" font-size="12">']
-    for y in _ticks(y_low, y_high):
-        py = place(x_low, y)[1]
-        parts.append(f'<path d="M{left} {py:.1f}H{end}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-    for x in _ticks(x_low, x_high):
-        parts.append(f'<text x="{place(x, y_low)[0]:.1f}" y="{floor + 16}" text-anchor="middle">{x:.4g}</text>')
-    parts.append(f'<text x="{(left + end) / 2}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>')
-    middle = (top + floor) / 2
-    parts.append(
-        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
-    )
-    for number, points in enumerate(series.values()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        placed = [place(*point) for point in sorted(points)]
-        trace = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        parts.append(f'<polyline points="{trace}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in placed]
-    if with_legend:
-        parts.append(f'<g transform="translate({end + 10} {top})">{legend(list(series), 4)}</g>')
-    return "".join(parts) + "</svg>"
-
-
-def legend(names: Sequence[str], x: int) -> str:
-    """The colours of `plot` with their names, one under the other."""
-    rows = [(10 + 18 * number, _COLOURS[number % len(_COLOURS)], name) for number, name in enumerate(names)]
-    return "".join(
-        f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/><text x="{x + 10}" y="{y}">{escape(name)}</text>'
-        for y, colour, name in rows
-    )
-
-
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    room = 0.08 * (high - low) or 0.05
-    return low - room, high + room
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers between two others."""
-    unit = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step = max(unit * factor for factor in (1, 2, 5) if unit * factor <= (high - low) / 3)
-    # Rounded: -1e-17 would be shown as it is.
-    return [round(number * step, 12) + 0.0 for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def _bad_references(cells: Sequence[Cell], bad: Sequence[Cell]) -> str:
+    found = degraded(cells, bad)
+    grids = {
+        name.replace("_", " "): {
+            method: [(strength, curve[strength].value) for strength in sorted(curve)] for method, curve in own.items()
+        }
+        for name, own in found.items()
+    }
+    _, heads, rows = degraded_table(found)
+    note = "The reference alone is made worse; images are compared with good photos. Strength 0 is the good reference."
+    drawn = panels(grids, "{}: strength", "R-FaceSim", names=list(by_method(cells)))
+    table = _html_table(("", heads, rows))
+    return f'<h2>Bad references</h2><p>{note}</p><div class="scroll">{drawn}</div>{table}'

@@ -27,23 +27,30 @@ def interval(values: Sequence[float], seeds: int = 1) -> dict[str, float]:
 
 
 def summarise(data: dict[str, Any]) -> None:
-    """Add to each method of an evaluation its headline figures and intervals, and its speed beside LoRA of rank 1."""
+    """Fill `figures`: of each method its headline scores, parameters and seconds; and its speed beside LoRA of rank 1.
+
+    Every figure has `value`, `low` and `high`: of scores over people, of seconds (of a person, in a stack of all) over
+    blocks of timed steps; the number of parameters is exact.
+    """
     seeds, steps = data["seeds"], str(data["headline_steps"])
-    for result in {**data.get("methods", {}), **data.get("variants", {})}.values():
+    figures = data["figures"] = {}
+    for name, result in {**data.get("methods", {}), **data.get("variants", {})}.items():
         headline = result["curve"].get(steps)
         if headline is None:
             continue
-        result |= {name: interval(headline[name], seeds) for name in METRICS}
-        per_step = interval(result["step_seconds"])
-        result["seconds"] = {name: round(value * int(steps), 4) for name, value in _exact(result, per_step).items()}
+        figures[name] = {
+            **{metric: interval(headline[metric], seeds) for metric in METRICS},
+            "parameters": dict.fromkeys(("value", "low", "high"), result["parameters"]),
+            "seconds": _seconds(result["step_seconds"], int(steps)),
+        }
     if "lora_r1" in data.get("methods", {}):
         _speed(data, seeds)
 
 
-def _exact(result: dict[str, Any], per_step: dict[str, float]) -> dict[str, float]:
-    """The interval of a step's seconds, which are too small for four digits."""
-    scaled = interval([1000 * value for value in result["step_seconds"]])
-    return {name: value / 1000 for name, value in scaled.items()} if per_step else per_step
+def _seconds(per_step: Sequence[float], steps: int) -> dict[str, float]:
+    """The interval of the seconds of some steps; one step's seconds are too small for four digits."""
+    scaled = interval([1e6 * value for value in per_step])
+    return {name: round(value * steps / 1e6, 6) for name, value in scaled.items()}
 
 
 def _speed(data: dict[str, Any], seeds: int) -> None:

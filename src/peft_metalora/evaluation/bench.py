@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes cells: trains a method on a person, draws the prompts, scores the images and keeps all of it on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .. import hub
+from ..data import Photo, Subject, load_image
+from ..errors import MetricInputError, TrainingError
+from ..files import write_bytes
+from ..training.adapters import autocast, choose_device, choose_dtype
+from ..training.bases import Base, load_base
+from ..training.validation import png
+from ..tuner import DownSource
+from .cells import Cell, hash_of, home_of, is_complete, read_tags
+from .conditions import Condition, bad_reference
+from .judging import Judge, judge_for
+from .methods import down_name, run_method
+from .prompts import Prompt, image_name
+from .settings import DEMO, EvaluateConfig, Method, safe
+
+# Of the settings, what the images of a trained cell depend on.
+_MADE_FROM = (
+    "base", "down", "instance_prompt", "learning_rate", "train_batch_size", "views_per_image", "num_inference_steps",
+    "mixed_precision", "subject_name",
+)  # fmt: skip
+_JUDGES = "base", "embedder", "face_pack", "clip_model", "dino_model", "dinov2_model", "lpips"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A method at a number of steps at which images are wanted.
+
+    Attributes:
+        seconds: of training so far. parameters: that train. subject_name: who prompts have to ask for.
+    """
+
+    steps: int
+    seconds: float
+    parameters: int
+    subject_name: str
+
+
+class Bench:
+    """What stays from cell to cell: the base, the judges, the prompts."""
+
+    def __init__(self, config: EvaluateConfig, prompts: Sequence[Prompt]) -> None:
+        self.config, self.prompts = config, list(prompts)
+        self.output = Path(config.output)
+        self._asked = [(number, seed) for number in range(len(self.prompts)) for seed in range(config.seeds)]
+        self._base: Base | None = None
+        self._downs: dict[str, DownSource] = {}
+        self._judge: Judge | None = None
+
+    @property
+    def base(self) -> Base:
+        """The base model, loaded when a cell needs it."""
+        if self._base is None:
+            config, device = self.config, choose_device(self.config.device)
+            self._base = load_base(
+                _base_path(config),
+                dtype=choose_dtype(config.mixed_precision, device),
+                local_files_only=config.local_files_only,
+            )
+            self._base.pipeline.set_progress_bar_config(disable=True)
+            self._base.place(device, encoders=True)
+        return self._base
+
+    @property
+    def judge(self) -> Judge:
+        """What scores, loaded when a cell needs it."""
+        if self._judge is None:
+            self._judge = judge_for(self.config)
+        return self._judge
+
+    def learn(self, method: Method, subject: Subject, condition: Condition | None = None) -> None:
+        """Make the cell of a trained method, if it is not there already.
+
+        Args:
+            condition: learn the reference made worse; images are then drawn after the last step alone.
+        """
+        config, home = self.config, home_of(self.output, condition)
+        reference, _ = subject.split()
+        if condition is not None:
+            reference = bad_reference(config.data, subject, condition, home / "references")
+        steps = sorted(set(config.steps)) if condition is None else [max(config.steps)]
+        made_from = {
+            "method": method.text,
+            **{name: getattr(config, name) for name in _MADE_FROM},
+            "resolution": config.side,
+            "steps": steps,
+            "caption": reference.caption,
+            "learned": hash_of(reference.path),
+        }
+        folder, key = home / method.folder / subject.name, self._key(made_from, subject)
+        if is_complete(self.output, folder, key):
+            return
+        cell: Cell = {"rows": [], "points": [], "failure": None, "reference": str(reference.path)}
+        if condition is not None:
+            cell |= {"condition": condition.name, "strength": condition.strength}
+        try:
+            for stop in self._train(method, reference, steps):
+                cell["rows"] += self._score(folder, self._draw(stop.subject_name), subject, stop.steps)
+                cell["points"].append({"steps": stop.steps, "seconds": round(stop.seconds, 3)})
+                cell["parameters"] = stop.parameters
+        except TrainingError as error:
+            cell["failure"] = str(error)
+            done = {point["steps"] for point in cell["points"]}
+            for step in set(steps) - done:
+                cell["rows"] += self._score(folder, [None] * len(self._asked), subject, step)
+        self._finish(folder, key, method.text, subject, cell)
+
+    def take(self, name: str, source: str, subject: Subject) -> None:
+        """Make the cell of images that were drawn elsewhere; those that are not there are misses."""
+        folder = self.output / safe(name) / subject.name
+        paths = [Path(source) / subject.name / image_name(*asked) for asked in self._asked]
+        key = self._key({"images": [hash_of(path) if path.is_file() else None for path in paths]}, subject)
+        if is_complete(self.output, folder, key):
+            return
+        images = [load_image(path) if path.is_file() else None for path in paths]
+        rows = self._score(folder, images, subject, 0)
+        reference = str(subject.split()[0].path)
+        cell = {"rows": rows, "points": [], "failure": None, "reference": reference}
+        self._finish(folder, key, name, subject, cell)
+
+    def _key(self, made_from: dict[str, Any], subject: Subject) -> str:
+        """Changes with whatever a cell is made from or scored by."""
+        reference, others = subject.split()
+        return hash_of(
+            {
+                **made_from,
+                "photos": [hash_of(photo.path) for photo in (reference, *others)],
+                "prompts": [prompt.text for prompt in self.prompts],
+                "seeds": self.config.seeds,
+                "judges": [getattr(self.config, name) for name in _JUDGES],
+            }
+        )
+
+    def _train(self, method: Method, reference: Photo, steps: Sequence[int]) -> Iterator[Stop]:
+        """Learn a reference, and stop where images are wanted."""
+        if method.kind == "base":
+            yield Stop(0, 0.0, 0, self.config.subject_name)
+            return
+        down = self.down(method)
+        run = run_method(self.base, method, reference, self.config, down, steps=max(steps))
+        seconds = 0.0
+        try:
+            start = time.perf_counter()
+            for step in run.steps():
+                if step.number in steps:
+                    seconds += time.perf_counter() - start
+                    self.base.denoiser.eval()
+                    yield Stop(step.number, seconds, run.trainable_parameters, run.subject_name)
+                    self.base.denoiser.train(run.trains_in_train_mode)
+                    start = time.perf_counter()
+        finally:
+            run.remove()
+
+    def down(self, method: Method) -> DownSource | None:
+        """The Down that a method needs, loaded once.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if method.kind not in ("meta-lora", "random-down"):
+            return None
+        name = down_name(self.config, method)
+        if name not in self._downs:
+            self._downs[name] = hub.load_down(name, local_files_only=self.config.local_files_only)
+        return self._downs[name]
+
+    def _draw(self, subject_name: str) -> list[Image.Image]:
+        """Every prompt with every seed; the noise of an image depends on its seed alone."""
+        base, config = self.base, self.config
+        options = {"height": config.side, "width": config.side, "num_inference_steps": config.num_inference_steps}
+        if base.takes_sequence_length:
+            options["max_sequence_length"] = base.max_sequence_length
+        images: list[Image.Image] = []
+        with autocast(config.mixed_precision, base.device), torch.no_grad():
+            for prompt in self.prompts:
+                generators = [torch.Generator().manual_seed(seed) for seed in range(config.seeds)]
+                texts = [prompt.about(subject_name)] * config.seeds
+                images += base.pipeline(prompt=texts, generator=generators, **options).images
+        return images
+
+    def _score(
+        self, folder: Path, images: Sequence[Image.Image | None], subject: Subject, steps: int
+    ) -> list[dict[str, Any]]:
+        """Write images and give a row each; None is an image that could not be made."""
+        reference, others = subject.split()
+        there = {index: image for index, image in enumerate(images) if image is not None}
+        scores: list[dict[str, Any]] = []
+        if there:
+            try:
+                scores = self.judge.score(
+                    list(there.values()),
+                    [self.prompts[self._asked[index][0]].text for index in there],
+                    load_image(reference.path),
+                    [load_image(photo.path) for photo in others],
+                )
+            except MetricInputError as error:
+                raise MetricInputError(f"{subject.name}: {error}") from error
+        of_image = dict(zip(there, scores, strict=True))
+        rows = []
+        for index, (number, seed) in enumerate(self._asked):
+            prompt = self.prompts[number]
+            row = {"steps": steps, "kind": prompt.kind, "prompt": prompt.text, "number": number, "seed": seed}
+            row["file"] = None
+            if index in there:
+                path = folder / f"{steps:05d}" / image_name(number, seed)
+                write_bytes(path, png(there[index]))
+                row["file"] = path.relative_to(self.output).as_posix()
+            rows.append({**row, **of_image.get(index, {"found": False, "r_facesim": 0.0, "face_sim": 0.0})})
+        return rows
+
+    def _finish(self, folder: Path, key: str, name: str, subject: Subject, cell: Cell) -> None:
+        tags = read_tags(self.config.data).get(subject.name, {})
+        whole = {"key": key, "method": name, "subject": subject.name, "tags": tags, **cell}
+        # The images are there by now: what has a cell.json is complete.
+        write_bytes(folder / "cell.json", (json.dumps(whole, indent=1) + "\n").encode())
+
+
+def _base_path(config: EvaluateConfig) -> str:
+    if config.base != DEMO:
+        return config.base
+    from ..demo.base import BASE
+
+    return str(BASE)

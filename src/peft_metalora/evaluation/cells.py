@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation keeps on disk: a folder a cell, which is one method and one person.
+
+A cell lies in `output/<method>/<person>/` (for a bad reference in `output/degraded/<condition>/<method>/<person>/`):
+images as `<steps>/<prompt>-<seed>.png`, and `cell.json`, which is written last and says what the cell was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, CorruptFileError, MetaLoraError
+from .settings import safe
+
+Cell = dict[str, Any]
+
+
+def home_of(output: str | Path, condition: object | None = None) -> Path:
+    """The folder of the cells of one condition, or of good references."""
+    return Path(output) if condition is None else Path(output) / "degraded" / str(condition)
+
+
+def read_cells(output: str | Path, names: Sequence[str]) -> list[Cell]:
+    """The finished cells of some methods, as `cell.json` has them, in the order of the names.
+
+    Args:
+        output: as `home_of` gives it.
+
+    Raises:
+        CorruptFileError: a cell that is no JSON.
+    """
+    return [_read(path) for name in names for path in sorted((Path(output) / safe(name)).glob("*/cell.json"))]
+
+
+def is_complete(output: Path, folder: Path, key: str) -> bool:
+    """Whether a cell is there, was made from what the key says, and has its images."""
+    if not (folder / "cell.json").is_file():
+        return False
+    try:
+        cell = _read(folder / "cell.json")
+    except MetaLoraError:
+        return False
+    return cell.get("key") == key and all(
+        row["file"] is None or (output / row["file"]).is_file() for row in cell["rows"]
+    )
+
+
+def read_tags(data: str | Path) -> dict[str, dict[str, str]]:
+    """What `DIR/people.json` says of the people, e.g. {"ann": {"sex": "female", "age": "30-39"}}; {} without it.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    path = Path(data) / "people.json"
+    if not path.is_file():
+        return {}
+    try:
+        tags = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected JSON, found: {error}") from error
+    if not isinstance(tags, dict) or not all(isinstance(one, dict) for one in tags.values()):
+        raise ConfigError(f'{path}: expected {{"person": {{"sex": "..."}}}}, found something else')
+    return {name: {str(k): str(v) for k, v in one.items()} for name, one in tags.items()}
+
+
+def hash_of(what: Path | Any) -> str:
+    """Of a file's bytes, or of anything that JSON can hold."""
+    data = what.read_bytes() if isinstance(what, Path) else json.dumps(what, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: Path) -> Cell:
+    try:
+        cell: Cell = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(f"{path}: expected a cell in JSON, found: {error}. Remove it and run again.") from error
+    return cell

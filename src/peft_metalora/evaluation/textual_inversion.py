@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Textual inversion (arXiv 2208.01618) as a rival: a new word is learned, and nothing of the models.
+
+The new word has an embedding of its own in every text encoder of the pipeline (CLIP, T5, Qwen3). None of them grows:
+their tokenizers are replaced by copies that know the word, and a hook on each encoder puts its vectors where the word
+stands. `remove()` puts the tokenizers back and takes the hooks off.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Photo
+from ..errors import ConfigError
+from ..training.bases import Base, Text
+from ..training.examples import Examples, PhotoEncoder
+from ..training.settings import PersonalizeConfig
+
+
+class NewWord:
+    """A word of `tokens` tokens that prompts may use until it is removed.
+
+    Args:
+        base: its pipeline learns the word.
+        tokens: vectors in each text encoder.
+        init: known words whose mean embedding every new token starts from.
+
+    Attributes:
+        text: how a prompt says it.
+        parameters: (tokens, width) float32 of each text encoder.
+
+    Raises:
+        ConfigError: a pipeline without text encoders, or an `init` that has no token; the pipeline is as it was.
+    """
+
+    def __init__(self, base: Base, tokens: int, init: str) -> None:
+        names = token_names(tokens)
+        pairs = {
+            suffix: (getattr(base.pipeline, f"tokenizer{suffix}"), encoder)
+            for suffix in ("", "_2", "_3")
+            if (encoder := getattr(base.pipeline, f"text_encoder{suffix}", None)) is not None
+        }
+        known = {
+            suffix: tokenizer(init, add_special_tokens=False)["input_ids"] for suffix, (tokenizer, _) in pairs.items()
+        }
+        if not pairs or not all(known.values()):
+            raise ConfigError(f"expected text encoders and a word that they know, found {init!r}: give another init")
+        self.text = " ".join(names)
+        self.parameters: list[nn.Parameter] = []
+        self._pipeline = base.pipeline
+        self._tokenizers: dict[str, Any] = {}
+        self._hooks: list[Any] = []
+        for suffix, (tokenizer, encoder) in pairs.items():
+            self._tokenizers[f"tokenizer{suffix}"] = tokenizer
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.add_tokens(names)
+            setattr(base.pipeline, f"tokenizer{suffix}", tokenizer)
+            self._speak(encoder, torch.tensor(tokenizer.convert_tokens_to_ids(names)), known[suffix])
+
+    def _speak(self, encoder: Any, new: Tensor, known: list[int]) -> None:
+        table = encoder.get_input_embeddings()
+        weight = table.weight.detach()
+        vectors = nn.Parameter(weight[known].float().mean(0).repeat(len(new), 1))
+        self.parameters.append(vectors)
+        new = new.to(weight.device)
+        seen: list[Tensor] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            # The encoder is shown known tokens: it has no row for the others, and older CLIP models find the end of a
+            # text at its largest token (transformers, CLIPTextTransformer).
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            seen[:] = [ids[..., None] == new]
+            ids = torch.where(seen[0].any(-1), known[0], ids)
+            return (args, {**kwargs, "input_ids": ids}) if "input_ids" in kwargs else ((ids, *args[1:]), kwargs)
+
+        def say(module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
+            own = vectors[seen[0].int().argmax(-1)].to(embedded.dtype)
+            return torch.where(seen[0].any(-1, keepdim=True), own, embedded)
+
+        self._hooks.append(encoder.register_forward_pre_hook(note, with_kwargs=True))
+        # T5 looks tokens up in a second module that shares this weight.
+        for module in encoder.modules():
+            if isinstance(module, nn.Embedding) and module.weight is table.weight:
+                self._hooks.append(module.register_forward_hook(say))
+
+    def remove(self) -> None:
+        """Forget the word; tokenizers and encoders are the ones they were."""
+        for name, tokenizer in self._tokenizers.items():
+            setattr(self._pipeline, name, tokenizer)
+        for hook in self._hooks:
+            hook.remove()
+        self._tokenizers, self._hooks = {}, []
+
+
+def token_names(tokens: int) -> list[str]:
+    """The new tokens. diffusers writes `<subject>` out as `<subject> <subject>_1 ...` by itself, but not these."""
+    return [f"<subject-{number}>" for number in range(tokens)]
+
+
+@dataclass(frozen=True)
+class SpokenExamples(Examples):
+    """Examples whose captions are encoded anew in every step, with gradients.
+
+    Attributes:
+        base: what encodes. captions: m texts; `caption` has their numbers and `text` is empty.
+    """
+
+    base: Any = None
+    captions: list[str] = field(default_factory=list)
+
+    def pick(self, index: Tensor) -> tuple[Tensor, Text]:
+        """Latents and text of the examples `index` (b,)."""
+        rows, back = self.caption[index].unique(return_inverse=True)
+        text = self.base.text_of([self.captions[row] for row in rows.tolist()])
+        return self.latents[index], {name: tensor[back] for name, tensor in text.items()}
+
+
+def spoken_examples(base: Base, reference: Photo, config: PersonalizeConfig, noun: str, word: str) -> SpokenExamples:
+    """The views of a reference, the new word in their captions.
+
+    Args:
+        noun: what the word takes the place of; where a caption has none, the word is put before it.
+
+    Raises:
+        As `training.examples.PhotoEncoder`.
+    """
+    latents, captions = PhotoEncoder(base, config, config.views_per_image)(reference)
+    said = [replace_word(caption, noun, word) for caption in captions]
+    unique = list(dict.fromkeys(said))
+    rows = torch.tensor([unique.index(caption) for caption in said])
+    return SpokenExamples(latents, {}, rows, torch.zeros_like(rows), base, unique)
+
+
+def replace_word(caption: str, noun: str, word: str) -> str:
+    """The caption with the word instead of the noun's first occurrence, or else before it all."""
+    said, found = re.subn(rf"\b{re.escape(noun)}\b", lambda _: word, caption, count=1, flags=re.IGNORECASE)
+    return said if found else f"{word}, {caption}"
