@@ -163,6 +163,16 @@ def test_the_prompt_set_names_the_person_in_every_prompt() -> None:
     assert len(prompts) == 20 and all("a sks person" in prompt.text and "{" not in prompt.text for prompt in prompts)
 
 
+def test_prompts_that_the_embedded_judge_cannot_read_stop_before_any_training(people: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.yaml").write_text('actions: ["{subject} riding a bicycle"]\n')
+    settings = {"data": str(people), "output": str(tmp_path / "out"), "method": ["full"], "device": "cpu"}
+    with pytest.raises(ConfigError, match="found 'a person riding a bicycle'"):
+        evaluate(EvaluateConfig(**settings, prompts=str(tmp_path / "prompts.yaml")), progress=False)
+    with pytest.raises(ConfigError, match="found 'a photo of a sks person, facing left"):
+        evaluate(EvaluateConfig(**settings, subject_name="a sks person"), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -57,13 +57,20 @@ def prompts_of(config: EvaluateConfig) -> list[Prompt]:
     """The prompts that the settings name; the embedded base has its own.
 
     Raises:
-        ConfigError: as `read_prompts`.
+        ConfigError: as `read_prompts`, or prompts that the judge of the embedded base does not understand.
     """
-    if config.base == DEMO and config.prompts is None:
-        from ..demo.scoring import PROMPTS
+    if config.base != DEMO:
+        return read_prompts(config.prompts, config.subject_name)
+    from ..demo.scene import parse_caption
+    from ..demo.scoring import PROMPTS
 
-        return [Prompt("demo", text.replace("a person", _MARK), config.subject_name) for text in PROMPTS]
-    return read_prompts(config.prompts, config.subject_name)
+    if config.prompts is None:
+        prompts = [Prompt("demo", text.replace("a person", _MARK), config.subject_name) for text in PROMPTS]
+    else:
+        prompts = read_prompts(config.prompts, config.subject_name)
+    for prompt in prompts:
+        parse_caption(prompt.text)
+    return prompts
 
 
 def image_name(prompt: int, seed: int) -> str:
