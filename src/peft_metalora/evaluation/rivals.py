@@ -2,7 +2,7 @@
 """What Meta-LoRA is compared with: every method as PEFT has it, on the same modules, ready to be stacked.
 
 `RIVALS` names the methods with the learning rates that are tried for each. `vmap_ready` lets forward passes that use
-custom autograd or in-place arithmetic (LoHa, OFT, our fused one) run under `torch.func.vmap`, with equal values.
+custom autograd or in-place arithmetic (LoHa, OFT, ours) run under `torch.func.vmap`, with equal values.
 """
 
 from __future__ import annotations
@@ -151,8 +151,7 @@ def vmap_ready() -> Iterator[None]:
         (loha, "make_weight", _loha_weight),
         (OFTRotationModule, "_pytorch_skew_symmetric", _skew_symmetric),
         (OFTRotationModule, "_cayley_batch", _cayley),
-        (linear.Linear, "_fusible", lambda self, x: None),
-        (linear, "_add_product_", _add_product_),
+        (linear, "add_outer_", _add_outer_),
     ]
     kept = [getattr(owner, name) for owner, name, _ in replaced]
     for owner, name, function in replaced:
@@ -164,7 +163,7 @@ def vmap_ready() -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def _add_product_(total: Tensor, z: Tensor, up: Tensor, scaling: float) -> None:
+def _add_outer_(total: Tensor, z: Tensor, up: Tensor, scaling: float) -> None:
     # vmap has no rule for a product that adds onto its output: it would go through the rows one by one.
     total.add_(z @ up.mT, alpha=scaling)
 
