@@ -81,10 +81,11 @@ def panels(
     Args:
         grids: series by the panel's name.
         x_label: `{}` in it becomes the panel's name.
-        names: as `plot` takes them; all are in the legend.
+        names: as `plot` takes them.
     """
     width, height = 300, 230
-    names = names or list(dict.fromkeys(name for series in grids.values() for name in series))
+    shown = list(dict.fromkeys(name for series in grids.values() for name in series))
+    names = names or shown
     points = [point for series in grids.values() for line in series.values() for point in line]
     xs, ys = ([point[axis] for point in points] for axis in (0, 1))
     ranges = {"x_range": (min(xs), max(xs)), "y_range": (min(ys), max(ys))}
@@ -96,16 +97,17 @@ def panels(
         place = f'<svg x="{number % columns * width}" y="{number // columns * height}" '
         parts.append(drawn.replace("<svg ", place, 1))
     down = -(-len(grids) // columns) * height
-    parts.append(f'<g transform="translate(40 {down})">{legend(names, 14)}</g>')
-    total = down + 18 * len(names) + 20
+    parts.append(f'<g transform="translate(40 {down})">{legend(shown, 14, names)}</g>')
+    total = down + 18 * len(shown) + 20
     return _svg(min(columns, len(grids)) * width, total) + "".join(parts) + "</svg>"
 
 
-def legend(names: Sequence[str], x: int) -> str:
+def legend(shown: Sequence[str], x: int, names: Sequence[str] | None = None) -> str:
     """The colours of `plot` with their names, one under the other; part of an SVG."""
+    numbers = [(names or shown).index(name) for name in shown]
     return "".join(
-        f'{_dot(x, 6 + 18 * number, number)}<text x="{x + 10}" y="{10 + 18 * number}">{escape(name)}</text>'
-        for number, name in enumerate(names)
+        f'{_dot(x, 6 + 18 * row, number)}<text x="{x + 10}" y="{10 + 18 * row}">{escape(name)}</text>'
+        for row, (number, name) in enumerate(zip(numbers, shown, strict=True))
     )
 
 

@@ -23,7 +23,7 @@ from .figures import LABELS, Table, by_method, degraded, degraded_table, reaches
 from .plots import key, panels, plot
 
 _THUMBNAIL = 160
-_WORST = 12
+_WORST = 2  # of each method
 _STYLE = """:root{color-scheme:light dark;--line:#8884}
 body{font:15px/1.5 system-ui,sans-serif;margin:1.5em auto;max-width:76em;padding:0 1em}
 h1,h2,h3{line-height:1.2}h2{margin-top:2em}h3{font-size:1em;margin:1.4em 0 .3em}
@@ -96,7 +96,11 @@ def _page(
     output: Path, cells: Sequence[Cell], bad: Sequence[Cell], gallery: int, thresholds: Mapping[str, float]
 ) -> str:
     people = sorted({cell["subject"] for cell in cells})[:gallery]
-    parts = [f"<p>{_counts(cells, bad)}</p>", "<h2>Failures and lowest R-FaceSim</h2>", _failures(output, cells, bad)]
+    parts = [
+        f"<p>{_counts(cells, bad)}</p>",
+        "<h2>Failures, and the lowest R-FaceSim of each method</h2>",
+        _failures(output, cells, bad),
+    ]
     parts += ["<h2>Figures</h2>", f"<p>{escape(_note(cells, thresholds))}</p>"]
     parts += [_html_table(table) for table in tables(cells, thresholds)]
     parts.append(_plots(cells))
@@ -130,14 +134,15 @@ def _failures(output: Path, cells: Sequence[Cell], bad: Sequence[Cell]) -> str:
     no_face = sum(row["file"] is not None and not row["found"] for _, row in rows)
     text = "".join(f"<p>{escape(line)}</p>" for line in said)
     text += f"<p>{missing} of {len(rows)} images are missing, {no_face} show no face.</p>"
-    # The base knows nobody, and good references alone compare methods.
-    last = [
-        (cell, row)
-        for cell in cells
-        for row in cell["rows"]
-        if row["file"] and cell["method"] != "base" and row["steps"] == max(one["steps"] for one in cell["rows"])
-    ]
-    worst = sorted(last, key=lambda pair: pair[1]["r_facesim"])[:_WORST]
+    worst: list[tuple[Cell, dict[str, Any]]] = []
+    for own in by_method(cells).values():
+        last = [
+            (cell, row)
+            for cell in own
+            for row in cell["rows"]
+            if row["file"] and row["steps"] == max(one["steps"] for one in cell["rows"])
+        ]
+        worst += sorted(last, key=lambda pair: pair[1]["r_facesim"])[:_WORST]
     return text + "".join(
         f"<figure>{_picture(output / row['file'])}<figcaption><b>{row['r_facesim']:.3f}</b> {escape(cell['subject'])}"
         f"<br>{escape(cell['method'])}<br>{escape(row['prompt'])}</figcaption></figure>"
