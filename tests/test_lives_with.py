@@ -349,6 +349,29 @@ def test_slots_wait_for_the_image(people, pipe):
     assert table.bring(["bob"]) == {"bob": 0} and table.statistics().device_hits == 1
 
 
+def test_host_memory_fills_while_an_image_is_drawn(people, pipe):
+    folder, images = people
+    pipe.load_meta_lora(folder / "faces")
+    table = pipe.enable_subject_slots(2)
+    pipe.add_subject(folder / "ann")
+    threads = []
+
+    def add_meanwhile(pipe, step, timestep, tensors):
+        if not threads:
+            for arguments in ((folder / "bob",), (folder / "cleo", "ann")):
+                threads.append(threading.Thread(target=pipe.add_subject, args=arguments))
+                threads[-1].start()
+                threads[-1].join(60)
+                assert not threads[-1].is_alive(), "host memory does not wait for the image"
+        return tensors
+
+    shown = picture(pipe, subjects="ann", callback_on_step_end=add_meanwhile)
+    assert distance(shown, images["ann"]) < TOLERANCE, "who is being drawn stays"
+    assert distance(picture(pipe, subjects="bob"), images["bob"]) < TOLERANCE
+    assert distance(picture(pipe, subjects="ann"), images["cleo"]) < TOLERANCE, "replaced for the next image"
+    assert table.statistics().on_device == 2
+
+
 def test_flux_embeddings_of_one_text_for_several_images():
     pipe = enable_meta_lora(tiny_pipeline("flux"))
     settings = {"r": 2, "meta_r": 3, "lora_alpha": 16, "init_weights": False}

@@ -18,7 +18,7 @@ from .denoiser import denoiser, free_name, offload_paused, own_factors, refresh_
 from .errors import AdapterNotFoundError, AdapterStateError, RegionError
 from .injection import activate, active_adapters, configs_of, down_on_model, remember
 from .regions import read_regions, shown_in_regions
-from .slots import SubjectTable, lock_of, sample_slots, tables_of
+from .slots import SubjectTable, books_of, lock_of, sample_slots, tables_of
 from .tuner import DownSource, MetaLoraConfig, down_fingerprint, set_subjects, subject_state
 
 
@@ -170,6 +170,8 @@ class PerSampleMixin:
     def add_subject(self, path_or_repo: str | os.PathLike[str], name: str | None = None, **hub_options: Any) -> str:
         """Put a subject into the table of its Down, for `subjects=`: no adapter of its own, its Down loaded if need be.
 
+        Waits for no image of another thread once the table is there.
+
         Args:
             name: by default the last part of the path or repository.
             hub_options: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
@@ -181,24 +183,36 @@ class PerSampleMixin:
             As `load_meta_lora`.
         """
         model = denoiser(self)
-        with lock_of(model):
-            own_factors(model)
-            tables = tables_of(model)
-            at = hub.locate(path_or_repo, **hub_options)
-            name = name or free_name([n for table in tables.values() for n in table.names()], at)
+        tables = tables_of(model)
+        at = hub.locate(path_or_repo, **hub_options)
 
-            def known(config: MetaLoraConfig) -> DownSource | None:
+        def known(config: MetaLoraConfig) -> DownSource | None:
+            table = tables.get(str(config.down_fingerprint))
+            if table is not None:
+                return table.down
+            with lock_of(model):
+                own_factors(model)
                 return down_on_model(model, config.down_fingerprint)
 
-            def read() -> dict[str, torch.Tensor]:
-                return hub.load_subject(path_or_repo, known_down=known, **hub_options).tensors
+        def read() -> dict[str, torch.Tensor]:
+            return hub.load_subject(path_or_repo, known_down=known, **hub_options).tensors
 
-            source = hub.load_subject(path_or_repo, known_down=known, **hub_options)
-            fingerprint = source.down.fingerprint
+        source = hub.load_subject(path_or_repo, known_down=known, **hub_options)
+
+        def enter(table: SubjectTable) -> str:
+            own = name or free_name([n for table in list(tables.values()) for n in table.names()], at)
+            table.register(own, source.config, source.tensors, read)
+            return own
+
+        fingerprint = source.down.fingerprint
+        with books_of(model):
+            if (table := tables.get(fingerprint)) is not None:
+                return enter(table)
+        check_fits(model, source.down, name=str(path_or_repo))
+        with lock_of(model):
+            own_factors(model)
             if fingerprint not in tables:
-                check_fits(model, source.down, name=str(path_or_repo))
                 remember(model)
                 with offload_paused(self):
                     tables[fingerprint] = SubjectTable(model, source.down, 8)
-            tables[fingerprint].register(name, source.config, source.tensors, read)
-            return name
+            return enter(tables[fingerprint])

@@ -37,7 +37,7 @@ from .injection import (
     settle,
 )
 from .per_sample import PerSampleMixin
-from .slots import lock_of, tables_of
+from .slots import books_of, lock_of, tables_of
 from .tuner import DownSource, MetaLoraConfig
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -272,11 +272,12 @@ class MetaLoraLoaderMixin(PerSampleMixin):
         if others and hasattr(super(), "delete_adapters"):
             super().delete_adapters(others)  # type: ignore[misc]
         tables = tables_of(model)
-        for fingerprint, table in list(tables.items()):
-            table.evict([name for name in ours if name in table])
-            if not table.names():
-                # A table that holds nobody goes with the adapters that filled it.
-                ours.append(tables.pop(fingerprint).adapter_name)
+        with books_of(model):
+            for fingerprint, table in list(tables.items()):
+                table.evict([name for name in ours if name in table])
+                if not table.names():
+                    # A table that holds nobody goes with the adapters that filled it.
+                    ours.append(tables.pop(fingerprint).adapter_name)
         with offload_paused(self):
             active = [name for name in active_adapters(model) if name not in ours]
             for name in sorted(ours, key=lambda name: known[name].stage == "meta"):

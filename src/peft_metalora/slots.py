@@ -57,14 +57,16 @@ def _while_idle(method: Method) -> Method:
 
     @functools.wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
+        with self._lock, self._books:
             return method(self, *args, **kwargs)
 
     return cast(Method, alone)
 
 
 class SubjectTable:
-    """Slots on one model for the subjects of one Down; changes wait while the model generates in another thread.
+    """Slots on one model for the subjects of one Down.
+
+    What changes a slot waits while the model generates in another thread; `register` fills host memory and does not.
 
     Args:
         model: a diffusers model or any other; the adapter is added to it, not active.
@@ -97,12 +99,13 @@ class SubjectTable:
         with hub.given(down):
             inject(model, self.config, self.adapter_name)
         activate(model, before)
-        self._model, self._lock = weakref.ref(model), lock_of(model)
+        self._model, self._lock, self._books = weakref.ref(model), lock_of(model), books_of(model)
         self._layers = [(path, layer) for path, layer in meta_lora_layers(model) if self._has(layer)]
         self._device_order: OrderedDict[str, int] = OrderedDict()
         self._host: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._read: dict[str, Callable[[], Mapping[str, torch.Tensor]] | None] = {}
         self._pinned: set[str] = set()
+        self._replaced: set[str] = set()  # their slots hold what they were
         self._written = False
         self._counts = dict.fromkeys(
             ("device_hits", "device_misses", "host_misses", "device_evictions", "host_evictions"), 0
@@ -125,7 +128,6 @@ class SubjectTable:
         """All subjects of the table, on the device or not."""
         return list(self._read)
 
-    @_while_idle
     def register(
         self,
         name: str,
@@ -133,7 +135,7 @@ class SubjectTable:
         tensors: Mapping[str, torch.Tensor],
         read: Callable[[], Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
-        """Put a subject into host memory; one of that name that is here already is replaced, on the device too.
+        """Put a subject into host memory; one of that name that is here already is replaced, for the next image on.
 
         Args:
             config: the subject's; its scale may differ from the Down's and is taken into Up.
@@ -145,12 +147,14 @@ class SubjectTable:
             MissingKeysError, ForeignKeysError, RankMismatchError: tensors of another Down.
         """
         check_subject_on_down({k: v for k, v in tensors.items() if not k.endswith(_PARTS[2])}, self.down.tensors, name)
-        self._host[name] = self._row(name, config, tensors)
-        self._read[name] = None if read is None else lambda: self._scaled(config, read())
-        if name in self._device_order:
-            self._repack_if_moved()
-            self._write(self._device_order[name], self._host[name])
-        self._trim_host()
+        row = self._row(name, config, tensors)
+        with self._books:
+            self._host[name] = row
+            self._host.move_to_end(name)
+            self._read[name] = None if read is None else lambda: self._scaled(config, read())
+            if name in self._device_order:
+                self._replaced.add(name)
+            self._trim_host()
 
     @_while_idle
     def bring(self, names: Iterable[str]) -> dict[str, int]:
@@ -173,13 +177,15 @@ class SubjectTable:
             )
         self._repack_if_moved()
         for name in wanted:
-            if name in self._device_order:
+            if name in self._device_order and name not in self._replaced:
                 self._counts["device_hits"] += 1
             else:
                 self._counts["device_misses"] += 1
-                slot = self._free_slot(set(wanted))
-                self._write(slot, self._host_row(name))
+                row, slot = self._host_row(name), self._device_order.get(name)
+                slot = self._free_slot(set(wanted)) if slot is None else slot
+                self._write(slot, row)
                 self._device_order[name] = slot
+                self._replaced.discard(name)
             self._device_order.move_to_end(name)
         return {name: self._device_order[name] for name in wanted}
 
@@ -217,11 +223,13 @@ class SubjectTable:
                 self._write(slot, torch.zeros_like(self._flat[slot]))
             self._host.pop(name, None)
             self._pinned.discard(name)
+            self._replaced.discard(name)
             del self._read[name]
 
     def statistics(self) -> Statistics:
         """How full the table is and what it has done."""
-        return Statistics(self.capacity, len(self._device_order), len(self._host), len(self._read), **self._counts)
+        with self._books:
+            return Statistics(self.capacity, len(self._device_order), len(self._host), len(self._read), **self._counts)
 
     # Rows
 
@@ -308,6 +316,7 @@ class SubjectTable:
             return min(set(range(self.capacity)) - set(self._device_order.values()))
         leaving = next(name for name in self._device_order if name not in wanted and name not in self._pinned)
         self._counts["device_evictions"] += 1
+        self._replaced.discard(leaving)
         return self._device_order.pop(leaving)
 
     def _trim_host(self) -> None:
@@ -321,6 +330,7 @@ class SubjectTable:
 
 _tables: weakref.WeakKeyDictionary[nn.Module, dict[str, SubjectTable]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_books: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
 
 
@@ -334,6 +344,12 @@ def lock_of(model: nn.Module) -> AbstractContextManager[object]:
     """Held while a model generates and while its adapters change, so that neither happens during the other."""
     with _guard:
         return _locks.setdefault(model, threading.RLock())
+
+
+def books_of(model: nn.Module) -> AbstractContextManager[object]:
+    """Held for moments, to know or change who is in which table; whoever needs `lock_of` too takes that first."""
+    with _guard:
+        return _books.setdefault(model, threading.RLock())
 
 
 def sample_slots(subjects: Sequence[str | None], slots: Mapping[str, int], prompts: int, images: int) -> list[int]:
