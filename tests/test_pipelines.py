@@ -74,6 +74,20 @@ def test_enabling_changes_this_object_alone():
     assert type(enable_meta_lora(other)) is type(pipe)
 
 
+def test_a_class_may_inherit_the_methods(artefacts):
+    folder, images = artefacts
+
+    class People(MetaLoraLoaderMixin, FluxPipeline):
+        """A pipeline class of one's own."""
+
+    pipe = People(**tiny_flux_pipeline().components)
+    assert enable_meta_lora(pipe) is pipe and type(pipe) is People
+    pipe.load_meta_lora(folder / "ann")
+    pipe.load_meta_lora(folder / "bob")
+    assert same(image(pipe, subjects="ann"), images["ann"])
+    assert same(image(pipe), images["bob"])
+
+
 def test_a_pipeline_without_a_denoiser_is_refused():
     with pytest.raises(errors.PipelineError, match="transformer or unet"):
         enable_meta_lora(object())
