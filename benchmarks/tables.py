@@ -71,6 +71,20 @@ SERVING: tuple[Goal, ...] = (
     ("merged_over_base", "forward with a merged subject / base", 1.0, False),
     ("merge_ms", "time to merge another subject in, ms", None, False),
 )
+SERVICE: tuple[Goal, ...] = (
+    ("subjects", "subjects", None, False),
+    ("requests", "requests, 64 on their way at any time", None, False),
+    ("failed", "requests that failed", 0.0, False),
+    ("repeated", "requests that died with the replica and were drawn by another one", None, False),
+    ("difference_levels", "largest difference to the image drawn alone, in 256 levels", 1.0, False),
+    ("seconds", "all requests, s", None, False),
+    ("seconds_median", "a request, median, s", None, False),
+    ("seconds_p99", "a request, 99 of 100, s", None, False),
+    ("mean_batch", "images in a batch, mean", None, False),
+    ("subjects_per_batch", "different subjects in a batch, mean", None, False),
+    ("resident_rate", "subjects of a batch that were in a slot already", None, False),
+    ("replicas_per_subject", "replicas that a subject came to, of four with the one that was killed", None, False),
+)
 TRAINING: tuple[Goal, ...] = (
     ("step_over_diffusers_lora_r1", "step of stage 2 / diffusers' loop with LoRA r=1", 0.87, False),
     ("mem_over_diffusers_lora_r1", "its peak memory / diffusers' loop with LoRA r=1", 0.84, False),
@@ -284,6 +298,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "layer": ("layer", lambda results: goals(results["layer"], LAYER)),
     "serving": ("serving", lambda results: goals(results["serving"], SERVING)),
     "image_gen": ("image_gen", image_gen),
+    "service": ("service", lambda results: goals(results["service"], SERVICE)),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),
 }
 """Name of a block -> the file it needs, and what writes it."""
