@@ -1,73 +1,213 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 on two processes (gloo) gives the Down that one process gives for the same batches."""
+"""Both stages on two processes (gloo) give what one process gives, with a whole base and with a divided one."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from PIL import Image
 from safetensors.torch import load_file
 
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.meta_train import MetaTraining, meta_train
+from peft_metalora.training.personalize import Personalization, personalize
 from peft_metalora.training.processes import Processes
+from peft_metalora.training.sharding import shard, wants_shards
 from pipelines_tiny import save_tiny_flux
-from training_tiny import meta_config, tiny_base, tiny_examples, write_people
+from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 
 
-def worker(rank, port, config):
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+def launched(prepare, *flags):
+    """What `accelerate launch` with these flags puts into the environment of its processes."""
+    shared = ["--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
+    arguments = launch_command_parser().parse_args([*flags, *shared, "script.py"])
+    arguments.mixed_precision, arguments.deepspeed_fields_from_accelerate_config = "no", ""
+    made = prepare(arguments)
+    made = made[1] if isinstance(made, tuple) else made
+    return {name: value for name, value in made.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+FSDP = launched(prepare_multi_gpu_env, "--use_fsdp", "--fsdp_version", "2")
+ZERO = {**launched(prepare_deepspeed_cmd_env, "--use_deepspeed", "--zero_stage", "3"), "DS_ACCELERATOR": "cpu"}
+LAUNCHERS = {"plain": {}, "fsdp2": FSDP, "zero3": ZERO}
+
+
+def held(denoiser):
+    """How many numbers of the base's weights this process holds, and how many there are."""
+    own = whole = 0
+    for name, weight in denoiser.named_parameters():
+        if "metalora" not in name:
+            local = weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)
+            own, whole = own + local.numel(), whole + getattr(weight, "ds_numel", weight.numel())
+    return own, whole
+
+
+def worker(rank, port, environment, configs):
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    meta_train(config, progress=False)
+    warnings.simplefilter("ignore")
+    if "ACCELERATE_USE_DEEPSPEED" in environment:
+        import deepspeed
+
+        # An exchange through shared memory, which it would compile first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for config in configs:
+        if hasattr(config, "train_data_dir"):
+            result = meta_train(config, progress=False)
+            Path(config.output_dir, f"held-{rank}.json").write_text(json.dumps(held(result.denoiser)))
+        else:
+            personalize(config, progress=False)
 
 
-def on_two_processes(config):
+def on_two_processes(*configs, **environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peft_metalora.training.meta_train", "peft_metalora.training.personalize"])
-    started = [context.Process(target=worker, args=(rank, port, config)) for rank in range(2)]
+    started = [context.Process(target=worker, args=(rank, port, environment, configs)) for rank in range(2)]
     for process in started:
         process.start()
     try:
         for process in started:
-            process.join(120)
+            process.join(400)
         assert [process.exitcode for process in started] == [0, 0]
     finally:
         for process in started:
             process.kill()
 
 
-def test_same_down_on_one_and_two_processes(tmp_path):
-    model, people = save_tiny_flux(tmp_path / "base"), write_people(tmp_path / "people", subjects=4)
-    settings = {"pretrained_model_name_or_path": str(model), "train_data_dir": str(people), "max_train_steps": 8}
-    settings |= {"shards": 2, "bucket_size": 2, "subjects_per_batch": 2, "optimizer": "SGD"}
-    settings |= {"learning_rate": 0.1}
-    meta_train(meta_config(**settings, output_dir=str(tmp_path / "one")), progress=False)
-    two = meta_config(**settings, output_dir=str(tmp_path / "two"), checkpointing_steps=5)
-    on_two_processes(two)
-    one, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    for name in one:
-        # Sums in another order; 1e-5 of the largest number of a factor.
-        assert torch.allclose(one[name], both[name], atol=1e-5 * one[name].abs().max().item() + 1e-9), name
-    # A run of two processes resumes as well, each with its own subjects.
-    folder = tmp_path / "two" / "checkpoint-5"
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a base, four people, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("processes")
+    save_tiny_flux(folder / "base")
+    write_people(folder / "people", subjects=4)
+    meta_train(stage_1(folder, folder / "one"), progress=False)
+    for method in ("meta-lora", "lora"):
+        personalize(stage_2(folder, folder / f"one-{method}", method), progress=False)
+    return folder
+
+
+def stage_1(place, output, **changes):
+    settings = {"pretrained_model_name_or_path": str(place / "base"), "train_data_dir": str(place / "people")}
+    settings |= {"shards": 2, "bucket_size": 2, "subjects_per_batch": 2, "max_train_steps": 6}
+    settings |= {"optimizer": "SGD", "learning_rate": 0.1, "warmup_steps": 2}
+    return meta_config(**{**settings, **changes}, output_dir=str(output))
+
+
+def stage_2(place, output, method="meta-lora", **changes):
+    settings = {"pretrained_model_name_or_path": str(place / "base"), "down": str(place / "one"), "method": method}
+    settings |= {"instance_data_dir": str(place / "people" / "person-0" / "0.png"), "train_batch_size": 3}
+    settings |= {"optimizer": "SGD", "learning_rate": 0.1, "max_train_steps": 4}
+    return personal_config(**{**settings, **changes}, output_dir=str(output))
+
+
+def files(folder):
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def assert_equal_files(found, expected, tolerance):
+    """Whole tensors of the same names and shapes, equal within `tolerance` of the largest number of each."""
+    assert {name: list(file) for name, file in found.items()} == {name: list(file) for name, file in expected.items()}
+    for name, file in expected.items():
+        for key, tensor in file.items():
+            limit = tolerance * tensor.abs().max().item() + 1e-9 * bool(tolerance)
+            assert torch.allclose(found[name][key], tensor, rtol=0, atol=limit), (name, key)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_give_what_one_gives(place, tmp_path, launcher):
+    held_out = {"validation_data_dir": str(place / "people"), "validation_subjects": 1, "validation_train_steps": 1}
+    looking = {
+        "plain": ({}, {}),
+        "fsdp2": ({"validation_steps": 4, **held_out, "gradient_checkpointing": True}, {"dynamo_backend": "eager"}),
+        # The pipeline draws with a divided base.
+        "zero3": ({"gradient_checkpointing": True}, {"validation_steps": 4, "validation_prompt": ["a photo"]}),
+    }[launcher]
+    on_two_processes(
+        stage_1(place, tmp_path / "one", **looking[0]),
+        stage_2(place, tmp_path / "one-meta-lora", **looking[1]),
+        *([stage_2(place, tmp_path / "one-lora", "lora")] if launcher == "plain" else []),
+        **LAUNCHERS[launcher],
+    )
+    for name in ("one", "one-meta-lora") + ("one-lora",) * (launcher == "plain"):
+        # Sums in another order.
+        assert_equal_files(files(tmp_path / name), files(place / name), 1e-5)
+    if launcher == "fsdp2":
+        (scores,) = (tmp_path / "one" / "validation" / "scores.jsonl").read_text().splitlines()
+        assert list(json.loads(scores)["subjects"]) == ["person-0"]
+    if launcher == "zero3":
+        Image.open(tmp_path / "one-meta-lora" / "validation" / "00004-00.png").verify()
+    for rank in range(2):
+        own, whole = json.loads((tmp_path / "one" / f"held-{rank}.json").read_text())
+        assert own == whole if launcher == "plain" else 0.45 * whole < own < 0.55 * whole
+
+
+def test_a_run_of_two_processes_resumes(place, tmp_path):
+    adam = {"optimizer": "AdamW", "learning_rate": 0.01}
+    looking = {"validation_steps": 2, "patience": 9}
+    on_two_processes(
+        stage_1(place, tmp_path / "two", **adam, checkpointing_steps=4),
+        stage_2(place, tmp_path / "ann", **adam, **looking, checkpointing_steps=3),
+    )
+    folder = tmp_path / "two" / "checkpoint-4"  # in the warm-up of the second bucket
     names = ["training_state-1.safetensors", "training_state.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    two.output_dir, two.resume_from_checkpoint = str(tmp_path / "again"), str(folder)
-    on_two_processes(two)
-    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
-    assert all(torch.equal(again[name], both[name]) for name in both)
+    half = str(tmp_path / "ann" / "checkpoint-3")
+    on_two_processes(
+        stage_1(place, tmp_path / "two again", **adam, resume_from_checkpoint=str(folder)),
+        stage_2(place, tmp_path / "ann again", **adam, **looking, resume_from_checkpoint=half),
+    )
+    for name in ("two", "ann"):
+        assert_equal_files(files(tmp_path / f"{name} again"), files(tmp_path / name), 0)
 
 
-def test_shards_must_fit_the_processes():
+def test_what_cannot_be_divided_is_refused(monkeypatch):
     base = tiny_base()
     with pytest.raises(ConfigError, match="multiple of the 2 processes, found 3"):
         MetaTraining(base, tiny_examples(base), meta_config(shards=3), Processes(0, 2))
+    with pytest.raises(ConfigError, match="each of the 4 processes in a batch, found 2: raise train_batch_size"):
+        Personalization(base, tiny_examples(base, 1), personal_config(method="lora"), processes=Processes(0, 4))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not wants_shards(Processes(), meta_config())
+    cases = (({}, "fsdp_version 2"), ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "without offloading"))
+    for environment, message in cases:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=message):
+            shard(base, torch.device("cpu"), Processes(0, 2), meta_config())
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "NoSuchBlock")
+    with pytest.raises(ConfigError, match="NoSuchBlock"):
+        shard(base, torch.device("cpu"), Processes(0, 2), meta_config())
+    assert not any(hasattr(weight, "to_local") for weight in base.denoiser.parameters())
+
+
+def test_lower_stages_of_zero_leave_the_base_whole(monkeypatch):
+    for name, value in ZERO.items():
+        monkeypatch.setenv(name, value)
+    assert wants_shards(Processes(0, 2), meta_config())
+    with pytest.raises(ConfigError, match="no dynamo_backend beside DeepSpeed"):
+        shard(tiny_base(), torch.device("cpu"), Processes(0, 2), meta_config(dynamo_backend="eager"))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    assert not wants_shards(Processes(0, 2), meta_config())
+
+
+def test_deepspeed_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("peft_metalora.training.sharding.is_deepspeed_available", lambda: False)
+    with pytest.raises(ConfigError, match="pip install deepspeed"):
+        wants_shards(Processes(0, 2), meta_config())
 
 
 def test_one_process_needs_no_launcher():

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,6 +103,25 @@ def eject(denoiser: Any) -> None:
     denoiser.eval()
 
 
+@contextmanager
+def set_aside(denoiser: Any) -> Iterator[None]:
+    """Take the adapters off for the length of a `with` block; then the same layers are back in their places."""
+    layers = {path: module for path, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
+    kept = "peft_config", "_hf_peft_config_loaded"
+    flags = {name: vars(denoiser)[name] for name in kept if name in vars(denoiser)}
+    training = denoiser.training
+    eject(denoiser)
+    try:
+        yield
+    finally:
+        eject(denoiser)
+        for path, layer in layers.items():
+            parent, _, name = path.rpartition(".")
+            setattr(denoiser.get_submodule(parent), name, layer)
+        vars(denoiser).update(flags)
+        denoiser.train(training)
+
+
 SHORT_NAMES = {
     "adamw": "AdamW",
     "adafactor": "Adafactor",
@@ -116,11 +136,18 @@ def optimizer_class(name: str) -> type[Optimizer]:
     """An optimiser by name: a short name in any case, a class of torch.optim, or `module:Class`.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or its package is missing.
     """
     module, _, attribute = SHORT_NAMES.get(name.lower(), name).rpartition(":")
     try:
         found = getattr(importlib.import_module(module or "torch.optim"), attribute)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name != package:
+            raise
+        raise ConfigError(
+            f"expected the package of the optimizer {name!r}, found none: pip install {package}"
+        ) from error
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"optimizer must be a class of torch.optim or module:Class of an installed package, found {name!r}: {error}"

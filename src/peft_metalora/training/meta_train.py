@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .. import checkpoint, injection
 from ..data import read_subjects
 from ..errors import ConfigError, TooFewImagesError
-from ..tuner import MetaLoraConfig, reset_slots, set_subjects, set_warmup
+from ..tuner import DownSource, MetaLoraConfig, fingerprint, reset_slots, set_subjects, set_warmup
 from ..tuner.subjects import meta_lora_layers
 from .adapters import (
     autocast,
@@ -35,13 +35,17 @@ from .adapters import (
     targets,
 )
 from .bases import Base, load_base
+from .compiling import compile_blocks, uncompile
+from .down_validation import DownValidation, encode_held_out, split_subjects
 from .examples import Examples, encode_subjects
 from .loop import Step, training_steps
 from .processes import ALONE, Processes
 from .sampler import SubjectSampler
 from .settings import MetaTrainConfig
+from .sharding import shard, wants_shards
 from .slots import SlotOptimizer
 from .state import checkpoint_folder, read_state, write_state
+from .tracking import Trackers
 
 _TRAINING, PUBLISHED = "stage_1", "default"
 
@@ -125,6 +129,7 @@ class MetaTraining:
             num_slots=slots,
             base_model_name_or_path=config.pretrained_model_name_or_path,
         )
+        compile_blocks(base.denoiser, config)
         inject(base, self.adapter_config, _TRAINING, config)
         self._layers = [layer for _, layer in meta_lora_layers(base.denoiser)]
         slotted = [
@@ -193,6 +198,7 @@ class MetaTraining:
         injection.copy_factors(denoiser, tensors, PUBLISHED)
         injection.remove_adapter(denoiser, _TRAINING)
         injection.activate(denoiser, [PUBLISHED])
+        uncompile(denoiser, config)
         denoiser.eval()
         kept = "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "resolution", "seed"
         facts = {
@@ -208,6 +214,16 @@ class MetaTraining:
             },
         }
         return DownResult(denoiser, PUBLISHED, facts, self.losses)
+
+    def down(self) -> DownSource:
+        """The Down as it is by now, a copy; its mean subject is where all start."""
+        tensors: dict[str, Tensor] = {}
+        for path, layer in meta_lora_layers(self.base.denoiser):
+            tensors[f"{path}.metalora_down"] = layer.metalora_down[_TRAINING].detach().clone()
+            tensors[f"{path}.metalora_mid_init"] = layer.metalora_mid_init[_TRAINING]
+            tensors[f"{path}.metalora_mid"] = layer.metalora_mid_init[_TRAINING][None]
+            tensors[f"{path}.metalora_up"] = torch.zeros_like(layer.metalora_up[_TRAINING][:1])
+        return DownSource(replace(self.adapter_config, num_slots=1), tensors, fingerprint(tensors))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the base, the examples and the settings."""
@@ -257,9 +273,7 @@ class MetaTraining:
         self.optimizer.see([rows[number] for number in own])
         with autocast(self.config.mixed_precision, device, adapter_casts=True):
             part = self.base.loss(latents, text, noise[own], times[own]).sum() / len(rows)
-        whole = part.detach().clone()
-        self.processes.sum_([whole])
-        return part + (whole - part.detach())
+        return self.processes.whole(part)
 
     def _finish_gradients(self) -> None:
         """Sum Down's gradient over the processes, then clip."""
@@ -288,6 +302,7 @@ def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, pr
         _run(run, progress)
     except BaseException:
         eject(base.denoiser)
+        uncompile(base.denoiser, config)
         raise
     return run.finish()
 
@@ -314,7 +329,8 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
     progress = progress and processes.is_main
-    subjects = read_subjects(config.train_data_dir)
+    trackers, whole = Trackers(config, processes), not wants_shards(processes, config)
+    subjects, others = split_subjects(read_subjects(config.train_data_dir), config)
     base = load_base(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -323,19 +339,26 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
         weighting_scheme=config.weighting_scheme,
         max_sequence_length=config.max_sequence_length,
     )
-    base.place(device, encoders=True)
+    base.place(device, encoders=True, denoiser=whole)
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
-    base.place(device, encoders=False)
+    held = encode_held_out(base, others, config, progress=progress) if others else None
+    base.place(device, encoders=held is not None and bool(config.validation_prompt), denoiser=whole)
+    shard(base, device, processes, config)
     run = MetaTraining(base, examples, config, processes)
     state = read_state(config, processes)
     if state is not None:
         run.load_state_dict(state)
+    done = len(run.losses)
+    validation = DownValidation(run, held, trackers, done) if held is not None else None
     try:
-        _run(run, progress, config.checkpointing_steps)
+        trackers.start(done)
+        _run(run, progress, config.checkpointing_steps, trackers, validation)
     except KeyboardInterrupt:
         if run.losses and processes.count == 1:  # the others may be gone already
             run.finish().save(config.output_dir, config.pretrained_model_name_or_path, config.revision)
         raise
+    finally:
+        trackers.finish()
     result = run.finish()
     if processes.is_main:
         result.save(config.output_dir, config.pretrained_model_name_or_path, config.revision)
@@ -343,12 +366,22 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     return result
 
 
-def _run(run: MetaTraining, progress: bool, checkpointing_steps: int | None = None) -> None:
+def _run(
+    run: MetaTraining,
+    progress: bool,
+    checkpointing_steps: int | None = None,
+    trackers: Trackers | None = None,
+    validation: DownValidation | None = None,
+) -> None:
     total, done = run.config.max_train_steps, len(run.losses)
     with tqdm(total=total, initial=done, desc="meta-training", unit="step", disable=not progress) as bar:
         for step in run.steps():
             bar.update()
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+            if trackers is not None:
+                trackers.step(step)
+            if validation is not None:
+                validation.look(step.number)
             if checkpointing_steps and step.number % checkpointing_steps == 0 and step.number < total:
                 folder = checkpoint_folder(run.config.output_dir, step.number)
                 write_state(folder, run.state_dict(), run.config, run.processes)

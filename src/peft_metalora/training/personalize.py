@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,15 @@ from .adapters import (
     targets,
 )
 from .bases import Base, load_base
+from .compiling import compile_blocks, uncompile
 from .examples import Examples, encode_subjects
 from .loop import Step, training_steps
+from .processes import ALONE, Processes
 from .settings import PersonalizeConfig
+from .sharding import shard, wants_shards
 from .slots import SlotOptimizer
 from .state import checkpoint_folder, read_state, write_state
+from .tracking import Trackers
 from .validation import Validation, held_out
 
 _ADAPTER = "default"
@@ -59,24 +62,38 @@ class Personalization:
         examples: views of one subject, or of several with method 'meta-lora'; subject s is trained in slot s.
         config: folders and `views_per_image` are not looked at.
         down: needed with method 'meta-lora'.
+        processes: those that share the run. Each takes its share of every batch, and gradients are summed over all,
+            so that all hold the same factors, those that one process would have (up to the order of sums).
 
     Raises:
-        ConfigError: no Down, or several subjects with method 'lora'.
+        ConfigError: no Down, several subjects with method 'lora', or more processes than samples in a batch.
         BaseModelMismatchError: the Down belongs to another base model; the denoiser is as it was.
     """
 
     def __init__(
-        self, base: Base, examples: Examples, config: PersonalizeConfig, down: DownSource | None = None
+        self,
+        base: Base,
+        examples: Examples,
+        config: PersonalizeConfig,
+        down: DownSource | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.base, self.config, self.down = base, config, down
+        self.base, self.config, self.down, self.processes = base, config, down, processes
         self.examples = examples.to(base.device)
         self.num_subjects = examples.num_subjects
         self._positions = examples.by_subject()
         empty = [subject for subject, positions in enumerate(self._positions) if not len(positions)]
         if empty:
             raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
+        samples = self.num_subjects * config.train_batch_size
+        if samples < processes.count:
+            raise ConfigError(
+                f"expected a sample for each of the {processes.count} processes in a batch, found {samples}: raise "
+                "train_batch_size, or start fewer processes"
+            )
         cls, options = optimizer_class(config.optimizer), optimizer_options(config)
         self._index = SubjectIndex()
+        compile_blocks(base.denoiser, config)
         self.parameters = parameters = self._inject()
         self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
         self.optimizer = SlotOptimizer(cls, parameters, **options) if self.uses_slots else cls(parameters, **options)
@@ -140,27 +157,32 @@ class Personalization:
     def steps(self) -> Iterator[Step]:
         """Train; yields each step when it is finished. With several subjects `loss` is their mean."""
         config = self.config
-        clip = None
-        if config.max_grad_norm:
-            clip = (
-                partial(self.optimizer.clip_grad_norm_, config.max_grad_norm)
-                if isinstance(self.optimizer, SlotOptimizer)
-                else partial(nn.utils.clip_grad_norm_, self.optimizer.param_groups[0]["params"], config.max_grad_norm)
-            )
         for step in training_steps(
             self._loss,
             self.optimizer,
             steps=config.max_train_steps,
             scheduler=self.scheduler,
             accumulation=config.gradient_accumulation_steps,
-            clip=clip,
+            clip=self._finish_gradients,
             done=self.steps_done,
         ):
             self.steps_done = step.number
             yield Step(step.number, step.loss / self.num_subjects, step.lr, step.seconds)
 
+    def _finish_gradients(self) -> None:
+        """Sum the gradients over the processes, then clip."""
+        self.processes.sum_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        limit = self.config.max_grad_norm
+        if limit and isinstance(self.optimizer, SlotOptimizer):
+            self.optimizer.clip_grad_norm_(limit)
+        elif limit:
+            nn.utils.clip_grad_norm_(self.parameters, limit)
+
     def _loss(self) -> Tensor:
-        """Sum over subjects of the mean over each one's samples, so that no subject feels the others' number."""
+        """Sum over subjects of the mean over each one's samples, so that no subject feels the others' number.
+
+        All processes draw the whole batch and compute their part of it; the value is that of the whole.
+        """
         base, size = self.base, self.config.train_batch_size
         index, noise, times = [], [], []
         like = self.examples.latents[:1]
@@ -168,16 +190,19 @@ class Personalization:
             index.append(positions[torch.randint(len(positions), (size,), generator=generator)])
             noise.append(torch.randn(size, *like.shape[1:], generator=generator))
             times.append(base.sample_times(like.expand(size, -1, -1, -1), generator))
-        latents, text = self.examples.pick(torch.cat(index).to(base.device))
+        own = slice(self.processes.rank, None, self.processes.count)
+        latents, text = self.examples.pick(torch.cat(index)[own].to(base.device))
         if isinstance(self.optimizer, SlotOptimizer):
             slots = range(self.num_subjects)
-            wanted = None if len(slots) == 1 else tuple(slot for slot in slots for _ in range(size))
+            wanted = None if len(slots) == 1 else tuple(slot for slot in slots for _ in range(size))[own]
             if self._index.values != wanted:  # to set it anew in each step would look at every module of the model
                 set_subjects(base.denoiser, wanted)
             self.optimizer.see(slots)
         with autocast(self.config.mixed_precision, base.device, adapter_casts=self.uses_slots):
-            losses = base.loss(latents, text, torch.cat(noise).to(base.device), torch.cat(times).to(base.device))
-        return losses.view(self.num_subjects, size).mean(1).sum()
+            losses = base.loss(
+                latents, text, torch.cat(noise)[own].to(base.device), torch.cat(times)[own].to(base.device)
+            )
+        return self.processes.whole(losses.sum() / size)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the base, the Down, the examples and the settings."""
@@ -246,6 +271,7 @@ class Personalization:
     def remove(self) -> None:
         """Take the adapter off; the denoiser is the one it was before."""
         eject(self.base.denoiser)
+        uncompile(self.base.denoiser, self.config)
 
 
 def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
@@ -269,6 +295,9 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
     subject = Subject("subject", read_photos(config.instance_data_dir))
     device = choose_device(config.device)
+    processes = Processes.of_environment(device)
+    progress = progress and processes.is_main
+    trackers, whole = Trackers(config, processes), not wants_shards(processes, config)
     down = None
     if config.method == "meta-lora" and config.down is not None:
         down = hub.load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
@@ -280,12 +309,13 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         weighting_scheme=config.weighting_scheme,
         max_sequence_length=config.max_sequence_length,
     )
-    base.place(device, encoders=True)
+    base.place(device, encoders=True, denoiser=whole)
     examples = encode_subjects(base, [subject], config, config.views_per_image, progress=progress)
     others = held_out(base, subject, config) if config.validation_steps else None
-    base.place(device, encoders=bool(config.validation_prompt))
-    run = Personalization(base, examples, config, down)
-    validation = Validation(run, *others) if others is not None else None
+    base.place(device, encoders=bool(config.validation_prompt), denoiser=whole)
+    shard(base, device, processes, config)
+    run = Personalization(base, examples, config, down, processes)
+    validation = Validation(run, *others, trackers) if others is not None else None
     state = read_state(config)
     if state is not None:
         run.load_state_dict(state["run"])
@@ -294,24 +324,31 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     output, total, every = Path(config.output_dir), config.max_train_steps, config.checkpointing_steps
     with tqdm(total=total, initial=run.steps_done, desc=config.method, unit="step", disable=not progress) as bar:
         try:
+            trackers.start(run.steps_done)
             for step in run.steps():
                 bar.update()
                 bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+                trackers.step(step)
                 if validation is not None and validation.look(step.number):
                     bar.set_postfix(loss=f"{step.loss:.4f}", best=f"{validation.best.score:.4f}", refresh=False)
                     if validation.best.finished:
                         break
-                if every and step.number % every == 0 and step.number < total:
+                if every and step.number % every == 0 and step.number < total and processes.is_main:
                     folder = run.save(checkpoint_folder(config.output_dir, step.number))
                     best = validation.best.state_dict() if validation is not None else None
                     write_state(folder, {"run": run.state_dict(), "best": best}, config)
         except KeyboardInterrupt:
-            if run.steps_done:
+            if run.steps_done and processes.is_main:
                 run.save(output)
             raise
+        finally:
+            trackers.finish()
     if validation is not None:
         validation.use_best()
-    return run.save(output)
+    if processes.is_main:
+        run.save(output)
+    processes.wait()
+    return output
 
 
 def personalize_many(

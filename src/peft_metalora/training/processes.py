@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes of one run (`accelerate launch`, `torchrun`), or the one process that there is.
 
-Only what stage 1 needs: a sum over processes, and an agreement on where to go on from.
+Only what the stages need: a sum over processes, the main one's word, an agreement on where to go on from.
 """
 
 from __future__ import annotations
@@ -49,6 +49,22 @@ class Processes:
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+    def whole(self, part: Tensor) -> Tensor:
+        """A loss of which every process has a part: its value is the sum, its gradient that of the part."""
+        if self.count == 1:
+            return part
+        total = part.detach().clone()
+        self.sum_([total])
+        return part + (total - part.detach())
+
+    def of_main(self, number: float) -> float:
+        """The main process's number, on every process."""
+        if self.count == 1:
+            return number
+        box = [number]
+        dist.broadcast_object_list(box)
+        return box[0]
 
     def common(self, numbers: set[int]) -> set[int]:
         """The numbers that every process has."""

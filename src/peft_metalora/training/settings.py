@@ -74,6 +74,11 @@ class TrainingConfig:
         "auto",
         choices=("auto", "no", "bf16"),
     )
+    dynamo_backend: str | None = setting(
+        "Compile the denoiser's blocks with this backend of torch.compile, for example 'inductor'; 'no': not. "
+        "Default: what accelerate launch was told.",
+        None,
+    )
     device: str | None = setting("Device to train on. Default: a GPU when there is one.", None)
     seed: int = setting("Seed of everything random.", 0)
     checkpointing_steps: int | None = setting(
@@ -85,6 +90,14 @@ class TrainingConfig:
         "Go on from a checkpoint folder, or from the 'latest' one in output_dir (from the start if there is none).",
         None,
     )
+
+    report_to: str | None = setting(
+        "Trackers, by accelerate's names and separated by commas (tensorboard, wandb, ...), or 'all' that are "
+        "installed: they get losses, learning rates, validation scores and images.",
+        None,
+    )
+    logging_dir: str = setting("Folder in output_dir for trackers that write files.", "logs")
+    tracker_project_name: str = setting("Name of the project, or of the run in logging_dir.", "metalora")
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -141,9 +154,37 @@ class MetaTrainConfig(TrainingConfig):
         None,
     )
     views_per_image: int = setting("Crops (and mirror images) of each photo that are encoded before training.", 1)
+    validation_steps: int | None = setting(
+        "Every so many steps, learn held-out subjects on the Down as it is by then, and score and draw them.", None
+    )
+    validation_data_dir: str | None = setting(
+        "Folder of subject folders that are held out: each one's reference photo is learned, the others score.", None
+    )
+    validation_subjects: int | None = setting(
+        "Subjects to validate on: the first ones of validation_data_dir (default: all), or, without it, the last ones "
+        "of train_data_dir, which are then not trained on (default: 4).",
+        None,
+    )
+    validation_train_steps: int = setting("Steps of stage 2 for each of these subjects.", 50)
+    validation_embedder: str | None = setting(
+        "Score by R-FaceSim with this face model: 'insightface', or module:function. Default: score by the loss on "
+        "what is not learned from.",
+        None,
+    )
+    validation_prompt: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Prompts to draw every held-out subject with, beside its reference, to "
+            "output_dir/validation/<step>.png."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.validation_steps is None and (self.validation_data_dir or self.validation_subjects):
+            raise ConfigError("held-out subjects need validation_steps, found none: say how often, for example 500")
+        if self.validation_embedder is not None and not (self.validation_steps and self.validation_prompt):
+            raise ConfigError("validation_embedder needs images: give validation_steps and validation_prompt too")
         if self.rank > self.meta_rank:
             raise ConfigError(f"rank must not be above meta_rank, found {self.rank} and {self.meta_rank}: lower rank")
         if self.warmup_steps < 0:
@@ -151,7 +192,8 @@ class MetaTrainConfig(TrainingConfig):
 
     def _at_least_one(self) -> tuple[str, ...]:
         own = "rank", "meta_rank", "max_train_steps", "bucket_size", "subjects_per_batch", "images_per_subject"
-        return *super()._at_least_one(), *own, "views_per_image", "shards"
+        looking = "validation_steps", "validation_subjects", "validation_train_steps"
+        return *super()._at_least_one(), *own, "views_per_image", "shards", *looking
 
     def _positive(self) -> tuple[str, ...]:
         return *super()._positive(), "lora_alpha", "down_learning_rate"

@@ -25,7 +25,11 @@ STATE_FILE = "training_state.safetensors"
 _HEADER = "training_state"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 # May differ between a run and the one that goes on with it.
-_FREE = {"output_dir", "device", "cache_dir", "local_files_only", "checkpointing_steps", "resume_from_checkpoint"}
+_FREE = {"output_dir", "device", "cache_dir", "local_files_only", "checkpointing_steps", "resume_from_checkpoint"} | {
+    "report_to",
+    "logging_dir",
+    "tracker_project_name",
+}
 
 
 def checkpoint_folder(output_dir: str, step: int) -> Path:

@@ -26,8 +26,10 @@ from ..metrics import Embedder, InsightFaceEmbedder, r_facesim
 from ..tuner import set_subjects
 from .adapters import autocast
 from .bases import Base
+from .compiling import eagerly
 from .examples import Examples, encode_subjects
 from .settings import PersonalizeConfig
+from .tracking import Trackers
 
 if TYPE_CHECKING:
     from .personalize import Personalization
@@ -143,8 +145,8 @@ class BestStep:
 class Validation:
     """Scores a run and draws its validation prompts every `validation_steps`; `best` knows the best step so far."""
 
-    def __init__(self, run: Personalization, photos: list[Photo], examples: Examples) -> None:
-        self.run, config = run, run.config
+    def __init__(self, run: Personalization, photos: list[Photo], examples: Examples, trackers: Trackers) -> None:
+        self.run, self.trackers, config = run, trackers, run.config
         self.painter = Painter(run.base, config.validation_prompt, resolution=config.resolution, seed=config.seed)
         self.loss = HeldOutLoss(run.base, examples, seed=config.seed)
         self.faces = None
@@ -160,11 +162,14 @@ class Validation:
         denoiser.eval()
         if self.run.uses_slots:
             set_subjects(denoiser, None)
-        with autocast(config.mixed_precision, self.run.base.device):
+        with autocast(config.mixed_precision, self.run.base.device), eagerly(config):
             images = self.painter.images()
-            score = self.loss() if self.faces is None else self.faces(images)
+            # All processes look, because a base that is divided needs them all; what counts is what one of them sees.
+            score = self.run.processes.of_main(self.loss() if self.faces is None else self.faces(images))
         self.best.offer(step, score)
-        for number, image in enumerate(images):
+        self.trackers.log(step, {"validation_score": score})
+        self.trackers.images(step, images)
+        for number, image in enumerate(images if self.run.processes.is_main else []):
             write_bytes(Path(config.output_dir) / "validation" / f"{step:05d}-{number:02d}.png", png(image))
         denoiser.train()
         return True

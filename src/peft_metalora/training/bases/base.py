@@ -74,9 +74,14 @@ class Base(ABC):
                 break
         return denoiser.dtype
 
-    def place(self, device: torch.device | str, *, encoders: bool) -> None:
-        """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way, on the CPU."""
-        self.denoiser.to(device)
+    def place(self, device: torch.device | str, *, encoders: bool, denoiser: bool = True) -> None:
+        """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way, on the CPU.
+
+        Args:
+            denoiser: False leaves it where it is, for example divided over processes.
+        """
+        if denoiser:
+            self.denoiser.to(device)
         for name in self.encoder_names:
             part = getattr(self.pipeline, name, None)
             if part is not None:
