@@ -2,7 +2,7 @@
 """Stage 2: a person from one photo, then images of them.
 
     python examples/personalize_and_draw.py --down down --photo ann.jpg --output ann     # FLUX.1-dev, one GPU of 80 GB
-    python examples/personalize_and_draw.py --demo --down down --photo people/0/0.png --output ann   # embedded base
+    python examples/personalize_and_draw.py --demo --down down --photo people/meta-0000/0.png --output ann
 
 Result: `ann/`, the subject (with `pytorch_lora_weights.safetensors`, the same as an ordinary LoRA), and `ann/*.png`.
 """

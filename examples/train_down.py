@@ -3,11 +3,12 @@
 
     python examples/train_down.py --data people --output down                      # FLUX.1-dev, one GPU of 80 GB
     accelerate launch --num_processes 4 examples/train_down.py --data people ...   # the same on four
-    metalora demo-data --output_dir people --subjects 32 && \
+    accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 examples/...   # the base divided over them
+    metalora demo-data people --subjects 32 && \
         python examples/train_down.py --demo --data people --output down --steps 200   # embedded base, a CPU, minutes
 
 `people` holds a folder for each person with photos and captions (docs/training.md). Result: a folder that
-`personalize.py` and `pipe.load_meta_lora` take.
+`personalize_and_draw.py` and `pipe.load_meta_lora` take.
 """
 
 from __future__ import annotations
