@@ -283,7 +283,7 @@ def on_processes(count: int, args: argparse.Namespace) -> float:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__]
     command += ["--stage-1", "--steps", str(args.steps), "--warmup", str(args.warmup)] + ["--small"] * args.small
     command += ["--subjects-per-process", str(args.subjects_per_process)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])["samples_per_second"]
 
 
