@@ -79,7 +79,6 @@ def test_bad_files_are_one_sentence(tmp_path, capsys, text, message):
         (["meta-train", *REQUIRED], "expected train_data_dir, found none"),
         (["personalize", *REQUIRED, "--down", "d", "--instance_data_dir", "/none"], "/none"),
         (["meta-train", *REQUIRED, "--train_data_dir", "/none"], "/none"),
-        (["meta-train", *REQUIRED, "--rank", "8", "--meta_rank", "4"], "rank must not be above meta_rank"),
         (["personalize", *REQUIRED, "--config", "/none.yaml"], "expected a YAML file at /none.yaml"),
     ],
 )

@@ -32,7 +32,14 @@ from .errors import (
     WrongKindError,
 )
 from .export import FOLD_FILE, LoraPair, component_name, fold_subject, module_alpha, save_diffusers
-from .factors import DOWN_PARTS, SUBJECT_PARTS, WEIGHTS_FILE, check_subject_on_down, read_factors
+from .factors import (
+    DOWN_PARTS,
+    SUBJECT_PARTS,
+    WEIGHTS_FILE,
+    check_subject_on_down,
+    holds_embeddings,
+    read_factors,
+)
 from .files import save_tensors, staged_folder
 from .tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
 
@@ -122,12 +129,14 @@ def load_subject(folder: str | os.PathLike[str], *, find_down: FindDown | None =
 def check_files(folder: Path, config: MetaLoraConfig) -> None:
     """Check the tensors' file of an adapter that PEFT is about to load, its configuration read already.
 
-    An adapter with further trained modules is left to PEFT: the format knows factors alone.
+    An adapter with further trained modules, or embeddings that PEFT saved along, is left to PEFT: the format knows
+    factors alone.
 
     Raises:
         As `load_down`.
     """
-    if not config.modules_to_save and config.bias == "none":
+    more = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
+    if not more and not holds_embeddings(folder):
         read_factors(folder, config, DOWN_PARTS if config.stage == "meta" else SUBJECT_PARTS)
 
 

@@ -106,6 +106,8 @@ def _check_values(values: Mapping[str, Any], path: Path) -> None:
         raise _bad_field(path, "lora_alpha", "a number that half precision can hold", values.get("lora_alpha"))
     if values.get("modules_to_save") or values.get("bias", "none") != "none":
         raise _bad_field(path, "modules_to_save and bias", "none", (values.get("modules_to_save"), values.get("bias")))
+    if values.get("trainable_token_indices"):
+        raise _bad_field(path, "trainable_token_indices", "none", values["trainable_token_indices"])
     named = values.get("down_fingerprint")
     if named is not None and not re.fullmatch(r"[0-9a-f]{64}", named):
         raise _bad_field(path, "down_fingerprint", "64 hexadecimal digits", named)

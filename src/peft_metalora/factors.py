@@ -14,13 +14,15 @@ from .base_model import PREFIX
 from .config_file import CONFIG_FILE
 from .errors import ForeignKeysError, MissingKeysError, NonFiniteError, RankMismatchError, ShapeMismatchError
 from .export import module_meta_rank, module_rank
-from .files import Header, read_tensors, require_safe_file
+from .files import Header, read_header, read_tensors, require_safe_file
 from .tuner import MetaLoraConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 DOWN_PARTS = ("metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up")
 SUBJECT_PARTS = ("metalora_mid", "metalora_up")
 MAGNITUDE = "metalora_magnitude"
+# Modules that PEFT saves beside an adapter by itself, after new tokens were added (save_embedding_layers).
+EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "token_embedding", "shared"}
 
 
 def read_factors(folder: Path, config: MetaLoraConfig, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -36,6 +38,12 @@ def read_factors(folder: Path, config: MetaLoraConfig, parts: tuple[str, ...]) -
                 "is damaged: use an earlier checkpoint, or fetch it again."
             )
     return tensors
+
+
+def holds_embeddings(folder: Path) -> bool:
+    """Whether PEFT saved a model's embeddings beside an adapter; raises as `read_tensors` does."""
+    path = folder / WEIGHTS_FILE
+    return path.exists() and any(EMBEDDINGS & set(name.split(".")[-2:-1]) for name in read_header(path).entries)
 
 
 def _check_header(header: Header, config: MetaLoraConfig, parts: tuple[str, ...], path: Path) -> None:

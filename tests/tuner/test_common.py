@@ -343,13 +343,18 @@ def process_group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["mlp", "mlp, dora", "images", "llama"])
+@pytest.mark.parametrize("stage", ["meta", "subject"])
+@pytest.mark.parametrize("kind", ["mlp", "mlp, dora", "images", "llama", "flux", "unet"])
 @pytest.mark.filterwarnings("ignore")
-def test_state_of_a_model_wrapped_by_fsdp(kind, process_group):
+def test_state_of_a_model_wrapped_by_fsdp(kind, stage, process_group):
     case = CASES[kind]
     torch.manual_seed(0)
     base, inputs = case.make().eval(), case.inputs(2)
     settings = {"target_modules": case.targets, **case.settings}
+    if stage == "subject":
+        source = down_source(get_peft_model(copy.deepcopy(base), config(**copy.deepcopy(settings))))
+        set_down_loader(lambda _: source)
+        settings.update(stage="subject", down="a/b")
     model = FullyShardedDataParallel(
         randomise(get_peft_model(copy.deepcopy(base), config(**settings))).eval(),
         use_orig_params=True,
@@ -383,6 +388,34 @@ def test_modules_to_save_train_save_and_load(tmp_path):
         model.base_model.model.head.modules_to_save["default"].weight.add_(1)
     model.eval().save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x))
+
+
+def test_trained_tokens_train_save_load_and_merge(tmp_path):
+    torch.manual_seed(0)
+    base, inputs = llama().eval(), {"input_ids": torch.tensor([[0, 7, 3, 1, 0, 9, 2]])}
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [0, 3]}
+    model = get_peft_model(copy.deepcopy(base), config(**settings)).eval()
+    output(model, inputs).sum().backward()
+    rows = model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"]
+    assert rows.grad.shape == (2, 16) and rows.grad.any()
+    rows.data.add_(1)
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), inputs), expected)
+    merged = model.merge_and_unload()
+    close(output(merged, inputs), expected)
+    torch.testing.assert_close(merged.model.embed_tokens.weight[[0, 3]], rows.detach())
+    assert torch.equal(merged.model.embed_tokens.weight[1], base.model.embed_tokens.weight[1])
+
+
+def test_embeddings_saved_along_are_loaded(tmp_path):
+    torch.manual_seed(0)
+    base, inputs = llama().eval(), tokens(2)
+    model = randomise(get_peft_model(copy.deepcopy(base), config(target_modules=["q_proj"]))).eval()
+    model.get_input_embeddings().weight.data.add_(1)
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert torch.equal(output(PeftModel.from_pretrained(base, tmp_path), inputs), expected)
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "meta_lora_only"])

@@ -33,14 +33,15 @@ def with_lora(base, lora_config, state):
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("slot", [0, 2])
-def test_to_lora_is_exact(kind, slot):
+@pytest.mark.parametrize(("slot", "r", "meta_r"), [(0, 2, 4), (2, 2, 4), (1, 16, 4), (0, 2, 99)])
+def test_to_lora_is_exact(kind, slot, r, meta_r):
     torch.manual_seed(0)
     make, shape = BASES[kind]
     base, x = nn.Sequential(make()).eval(), torch.randn(*shape)
-    model = randomise(adapted(base, target_modules=["0"], num_slots=3, lora_alpha=5, use_rslora=True))
+    settings = {"target_modules": ["0"], "num_slots": 3, "lora_alpha": 5, "use_rslora": True}
+    model = randomise(adapted(base, r=r, meta_r=meta_r, **settings))
     lora_config, state = to_lora(model, slot=slot)
-    assert (lora_config.r, lora_config.lora_alpha) == (2, 2)
+    assert (lora_config.r, lora_config.lora_alpha) == (r, r)
     with subjects(model, [slot]):
         torch.testing.assert_close(with_lora(base, lora_config, state)(x), model(x))
 
@@ -73,6 +74,17 @@ def test_a_lower_rank_is_the_best_one(rank):
     full = model.base_model.model.lin0.get_delta_weight("default")
     left, values, right = torch.linalg.svd(full)
     torch.testing.assert_close(product, values[0] * left[:, :1] @ right[:1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_subject_of_a_rank_above_the_weights_converts_exactly_and_within_it():
+    base, x = mlp(), torch.randn(3, 12)
+    model = randomise(adapted(base, r=14, meta_r=20, target_modules=["lin1"]))
+    for rank in (1.0, 10):
+        lora_config, state = convert_to_lora(model, rank)
+        state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+        torch.testing.assert_close(with_lora(base, lora_config, state)(x), model(x), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match=r"rank 14 is larger than the weight shape \(10\).*10 is exact"):
+        convert_to_lora(model, 14)
 
 
 def test_a_rank_above_the_weight_is_refused():

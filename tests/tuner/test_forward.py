@@ -32,7 +32,8 @@ def dense(layer, x, slot, name="default"):
 @given(
     d_in=st.integers(3, 9),
     d_out=st.integers(3, 9),
-    meta_r=st.integers(1, 3),
+    r=st.integers(1, 12),
+    meta_r=st.integers(1, 12),
     lead=st.sampled_from([(2,), (2, 3), (4, 2, 2)]),
     slots=st.integers(1, 3),
     alpha=st.sampled_from([1, 2.5]),
@@ -41,10 +42,9 @@ def dense(layer, x, slot, name="default"):
     grad=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_forward_is_the_dense_product(d_in, d_out, meta_r, lead, slots, alpha, rslora, dtype, grad, seed):
+def test_forward_is_the_dense_product(d_in, d_out, r, meta_r, lead, slots, alpha, rslora, dtype, grad, seed):
     torch.manual_seed(seed)
     base = nn.Sequential(nn.Linear(d_in, d_out)).to(dtype)
-    r = min(2, meta_r, d_out)
     model = adapted(
         base, target_modules=["0"], r=r, meta_r=meta_r, num_slots=slots, lora_alpha=alpha, use_rslora=rslora
     )

@@ -21,7 +21,6 @@ from tuner_models import adapted, config, down_source, layer_of, mlp, randomise
 from peft_metalora.errors import (
     AdapterNotFoundError,
     AdapterStateError,
-    ConfigError,
     FingerprintMismatchError,
     MissingDownError,
     NoTargetModulesError,
@@ -70,10 +69,6 @@ FAILURES = {
     "no module": ({"target_modules": ["nope"]}, NoTargetModulesError, r"Target modules \{'nope'\} not found"),
     "all excluded": ({"exclude_modules": ["lin0", "lin1"]}, NoTargetModulesError, "exclude_modules=.*lin0"),
     "no target set": ({"target_modules": None}, NoTargetModulesError, "Please specify `target_modules`"),
-    "meta_r above d_in": ({"meta_r": 13, "r": 1}, ConfigError, "meta_r=13 is above the 12 inputs of 'lin0'"),
-    "r above d_out": ({"r": 11, "meta_r": 12}, ConfigError, r"min\(12, 10\) of 'lin1'"),
-    "r above meta_r": ({"r": 5}, ConfigError, r"r=5 is above min\(meta_r, d_out\) = min\(4, 16\)"),
-    "one bad pattern": ({"rank_pattern": {"lin1": 9}}, ConfigError, "of 'lin1'"),
     "subject without Down": ({"stage": "subject"}, MissingDownError, "needs a Down, and the config names none"),
     "Down that nobody loads": (
         {"stage": "subject", "down": "a/b"},
@@ -340,7 +335,7 @@ def test_write_subject_copies_in_place_or_not_at_all():
 @settings(max_examples=20, deadline=None)
 @given(
     sizes=st.lists(st.integers(3, 9), min_size=3, max_size=3),
-    r=st.integers(1, 3),
+    r=st.integers(1, 5),
     slots=st.integers(1, 3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     use_dora=st.booleans(),

@@ -48,11 +48,12 @@ def wrapped(kind, dtype=torch.float32, seed=0, **settings):
 @given(
     kind=st.sampled_from(sorted(BASES)),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    ranks=st.sampled_from([(2, 4), (1, 1), (8, 3), (2, 40)]),
     slots=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_merge_and_fold_equal_the_forward_pass_and_undo_exactly(kind, dtype, slots, seed):
-    _, x, model = wrapped(kind, dtype, seed, num_slots=slots, lora_alpha=3)
+def test_merge_and_fold_equal_the_forward_pass_and_undo_exactly(kind, dtype, ranks, slots, seed):
+    _, x, model = wrapped(kind, dtype, seed, r=ranks[0], meta_r=ranks[1], num_slots=slots, lora_alpha=3)
     slot = seed % slots
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
     weight = layer_of(model, "0").get_base_layer().weight

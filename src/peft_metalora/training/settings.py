@@ -185,8 +185,6 @@ class MetaTrainConfig(TrainingConfig):
             raise ConfigError("held-out subjects need validation_steps, found none: say how often, for example 500")
         if self.validation_embedder is not None and not (self.validation_steps and self.validation_prompt):
             raise ConfigError("validation_embedder needs images: give validation_steps and validation_prompt too")
-        if self.rank > self.meta_rank:
-            raise ConfigError(f"rank must not be above meta_rank, found {self.rank} and {self.meta_rank}: lower rank")
         if self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be 0 or more, found {self.warmup_steps}")
 

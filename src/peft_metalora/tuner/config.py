@@ -84,6 +84,10 @@ class MetaLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train fully and save with the adapter."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Rows of the embedding to train beside the adapter: indices, or by name of the embedding."},
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Adapt only the layers with these indices."}
     )

@@ -86,7 +86,7 @@ def register_lora_conversion() -> None:
         if isinstance(rank, int) and rank > limit:
             raise ConfigError(
                 f"The chosen rank {rank} is larger than the weight shape ({limit}), please choose a lower rank: "
-                f"{a.shape[0]} is exact."
+                f"{min(a.shape[0], limit)} is exact."
             )
         return _with_rank(a, b, rank)
 

@@ -214,7 +214,7 @@ class MetaLoraLayer(Mergeable):
         if mode:  # what trains would leave a fold behind
             self.unfold()
         for key, down in self.metalora_down.items():
-            if down.requires_grad and not self.down_trains(key):
+            if down.requires_grad and down.is_leaf and not self.down_trains(key):
                 down.requires_grad_(False)
         return self
 
@@ -222,7 +222,7 @@ class MetaLoraLayer(Mergeable):
         """The Down for a forward pass: cut off from autograd wherever it must not train, whatever its flag says."""
         down = self.metalora_down[key]
         if down.requires_grad and not self.down_trains(key):
-            if not torch.compiler.is_compiling():
+            if down.is_leaf and not torch.compiler.is_compiling():  # FSDP hands out views of its flat parameter
                 down.requires_grad_(False)
             return down.detach()
         return down

@@ -137,6 +137,12 @@ class MetaLoraModel(BaseTuner):
                     layer.unmerge()
             raise
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloading: the base layer is whole, and PEFT would assign it weights that trained tokens compute
+            setattr(parent, child_name, new_module)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         # The layers are thrown away, so that nothing could ever be unmerged: no weight needs keeping.
         backups = [(layer, layer.merge_backup) for _, layer in meta_lora_layers(self.model)]

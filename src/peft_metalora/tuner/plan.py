@@ -6,7 +6,6 @@ Nothing here changes the model, so a config that cannot work fails here and leav
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -75,7 +74,7 @@ def plan_injection(
             raise ConfigError(
                 f"use_dora is for linear layers, and {key!r} is a convolution. Leave it out, or use_dora."
             )
-        ranks[key] = _ranks(config, key, module)
+        ranks[key] = _ranks(config, key)
     plan = Plan(adapter_name, ranks)
     if config.stage == "subject":
         _resolve_down(model, config, plan, targets)
@@ -118,22 +117,10 @@ def _matched_modules(
     return matched
 
 
-def _ranks(config: MetaLoraConfig, key: str, module: nn.Module) -> tuple[int, int, float]:
+def _ranks(config: MetaLoraConfig, key: str) -> tuple[int, int, float]:
     r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
     meta_r = config.meta_rank_pattern.get(get_pattern_key(list(config.meta_rank_pattern), key), config.meta_r)
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), key), config.lora_alpha)
-    row, d_out = factor_shape(base_of(module))
-    d_in = math.prod(row)
-    if meta_r > d_in:
-        raise ConfigError(
-            f"meta_r={meta_r} is above the {d_in} inputs of {key!r}. Lower meta_r, give this module a smaller one in "
-            "meta_rank_pattern, or exclude it."
-        )
-    if r > min(meta_r, d_out):
-        raise ConfigError(
-            f"r={r} is above min(meta_r, d_out) = min({meta_r}, {d_out}) of {key!r}. Lower r, give this module a "
-            "smaller one in rank_pattern, or exclude it."
-        )
     return r, meta_r, alpha
 
 

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's own tests, run on `MetaLoraConfig` in the place of `LoraConfig`, beside a run on LoRA itself.
+
+As a pytest plugin this file needs a checkout of PEFT and takes no line of it: in the modules of PEFT's tests the name
+`LoraConfig` becomes a Meta-LoRA config that understands LoRA's arguments, in the tables of tests the rows of LoRA
+become ours, and the rows of other methods are left out. As a script it runs both and says what only ours fails:
+
+    python benchmarks/peft_suite.py PEFT_CHECKOUT [--stage subject] [tests/test_custom_models.py ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from peft_metalora.tuner import DownSource, MetaLoraConfig, down, fingerprint, plan
+from peft_metalora.tuner.bases import base_of, factor_shape
+from peft_metalora.tuner.subjects import module_path
+
+KNOWN = {field.name for field in dataclasses.fields(MetaLoraConfig)}
+RENAMED = {"init_lora_weights": "init_weights", "lora_only": "meta_lora_only"}
+FILES = (
+    "test_custom_models.py",
+    "test_mixed.py",
+    "test_low_level_api.py",
+    "test_tuners_utils.py",
+    "test_lora_conversion.py",
+    "test_initialization.py",
+    "test_config.py",
+    "test_other.py",
+    "test_mapping.py",
+    "test_helpers.py",
+    "test_loraplus.py",
+)
+
+
+class NotOurs(TypeError):
+    """An argument of LoRA's that Meta-LoRA has no counterpart of."""
+
+
+class StandIn(MetaLoraConfig):
+    """A Meta-LoRA config that takes the place of LoraConfig and its arguments."""
+
+    stand_in = "meta"
+
+    def __init__(self, r: int = 8, **kwargs: Any) -> None:
+        # A fresh Mid, because adapters of one test may differ in rank and a stored Mid has the rank of its Down.
+        start = "fresh" if self.stand_in == "subject" else "stored"
+        super().__init__(**{"stage": self.stand_in, "start": start, **translated({"r": r, **kwargs})})
+
+
+def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """LoRA's arguments as ours.
+
+    Raises:
+        NotOurs: one is set that Meta-LoRA does not have.
+    """
+    ours: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name == "peft_type":
+            continue
+        key = RENAMED.get(name, name)
+        if key in KNOWN and not (name == "init_lora_weights" and not isinstance(value, bool)):
+            ours[key] = RENAMED.get(value, value) if name == "bias" else value
+        elif value:
+            raise NotOurs(f"MetaLoraConfig has no counterpart of {name}={value!r}")
+    return ours
+
+
+def draw_a_down(model: Any, config: Any, planned: Any, targets: dict[str, Any]) -> None:
+    """Before a subject looks for its Down: have one ready for these modules, always the same for the same modules."""
+    tensors: dict[str, torch.Tensor] = {}
+    for key, module in targets.items():
+        row, d_out = factor_shape(base_of(module))
+        r, meta_r, _ = planned.ranks[key]
+        generator = torch.Generator().manual_seed(len(module_path(key)) + d_out)
+        for part, shape in {
+            down.DOWN: (meta_r, *row),
+            down.MID_INIT: (r, meta_r),
+            down.MID: (1, r, meta_r),
+            down.UP: (1, d_out, r),
+        }.items():
+            tensors[f"{module_path(key)}.{part}"] = torch.randn(shape, generator=generator) * 0.3
+    source = DownSource(config, tensors, fingerprint(tensors))
+    config.down = config.down or "tests/a-down"
+    down.set_down_loader(lambda _: source)
+
+
+# ---- the plugin -------------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--config-of", choices=("lora", "meta", "subject"), default="meta")
+    parser.addoption("--outcomes", type=Path, help="file that the outcome of each test goes to, as JSON")
+
+
+def pytest_configure(config: Any) -> None:
+    config.outcomes = {}
+    StandIn.stand_in = config.getoption("--config-of")
+    if StandIn.stand_in == "subject":
+        resolve = plan._resolve_down
+
+        def with_a_down(*args: Any) -> None:
+            draw_a_down(*args)
+            resolve(*args)
+
+        plan._resolve_down = with_a_down
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report(collector: Any) -> None:
+    if isinstance(collector, pytest.Module) and StandIn.stand_in != "lora" and hasattr(collector.obj, "LoraConfig"):
+        collector.obj.LoraConfig = StandIn
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: Any) -> None:
+    marks = metafunc.definition.own_markers
+    for number, mark in enumerate(marks):
+        if mark.name != "parametrize":
+            continue
+        rows = [values(row) for row in mark.args[1]]
+        if not any(config_class(cell) for row in rows for cell in row):
+            continue
+        kept = [made for row in rows if (made := as_ours(row)) is not None]
+        single = isinstance(mark.args[0], str) and "," not in mark.args[0]
+        marks[number] = pytest.mark.parametrize(mark.args[0], [row[0] if single else row for row in kept]).mark
+
+
+def values(row: Any) -> tuple[Any, ...]:
+    """The cells of a row of a table of tests."""
+    row = getattr(row, "values", row) if not isinstance(row, dict) else row
+    return tuple(row) if isinstance(row, (list, tuple)) else (row,)
+
+
+def config_class(cell: Any) -> type | None:
+    """The class, if a cell is one of PEFT's configs or its class."""
+    kind = cell if isinstance(cell, type) else type(cell)
+    return kind if issubclass(kind, peft.PeftConfig) else None
+
+
+def as_ours(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A row of LoRA's as ours, in the run on LoRA itself; None for one of another method or without counterpart."""
+    if {config_class(cell) for cell in row} - {None} != {peft.LoraConfig}:
+        return None
+    try:
+        ours = tuple(cell_as_ours(cell) for cell in row)
+    except NotOurs:
+        return None
+    return row if StandIn.stand_in == "lora" else ours
+
+
+def cell_as_ours(cell: Any) -> Any:
+    if cell is peft.LoraConfig:
+        return StandIn
+    if isinstance(cell, peft.LoraConfig):
+        default = peft.LoraConfig()
+        changed = {name: value for name, value in vars(cell).items() if value != getattr(default, name)}
+        ours = translated(changed)
+        return cell if StandIn.stand_in == "lora" else StandIn(**ours)
+    return translated(cell) if isinstance(cell, dict) else cell
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    outcomes = _config.outcomes
+    if report.when == "call" or report.outcome != "passed":
+        name = report.nodeid.replace("StandIn", "LoraConfig")
+        outcomes[name] = report.outcome, (report.longreprtext.strip().splitlines() or [""])[-1]
+
+
+def pytest_sessionstart(session: Any) -> None:
+    global _config
+    _config = session.config
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    path = session.config.getoption("--outcomes")
+    if path is not None:
+        path.write_text(json.dumps(session.config.outcomes))
