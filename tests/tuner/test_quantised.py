@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from peft.utils import quantization_utils
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from tuner_models import config, layer_of, randomise
 
 from peft_metalora.errors import UnsupportedModuleError
-from peft_metalora.tuner import bases, fold, set_subjects, subjects, to_lora
+from peft_metalora.tuner import fold, set_subjects, subjects, to_lora
 
 
 def eight_bit(linear):
@@ -99,9 +100,10 @@ def test_all_factors_train(kind):
     assert x.grad.any()
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merge_is_near_and_unmerge_exact(kind):
-    model, x, before = wrapped(kind)
+def test_merge_is_near_and_unmerge_exact(kind, use_dora):
+    model, x, before = wrapped(kind, use_dora=use_dora)
     with torch.no_grad():
         expected = model(x)
         for _ in range(3):
@@ -114,9 +116,11 @@ def test_merge_is_near_and_unmerge_exact(kind):
             assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("kind", ["bnb 8 bit", "bnb 4 bit"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_dora_on_a_quantised_base(kind):
-    model, x, _ = wrapped(kind, use_dora=True)
+    model, x, before = wrapped(kind, use_dora=True)
+    fresh = get_peft_model(Quantised(kind), config(target_modules=["lin"], use_dora=True, init_weights=True)).eval()
+    torch.testing.assert_close(fresh(x), before, atol=1e-3, rtol=1e-3)
     layer = layer_of(model, "lin")
     layer.metalora_magnitude["default"].data.mul_(1.2)
     with torch.no_grad():
@@ -125,29 +129,75 @@ def test_dora_on_a_quantised_base(kind):
         torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
 
 
-def test_export_does_not_need_the_weight():
-    model, _, _ = wrapped("bnb 4 bit")
-    assert set(to_lora(model)[1]) == {"lin.lora_A.weight", "lin.lora_B.weight"}
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_export_is_the_same_function_on_the_same_base(kind):
+    model, x, before = wrapped(kind)
+    _, state = to_lora(model)
+    with torch.no_grad():
+        exported = before + x @ state["lin.lora_A.weight"].T @ state["lin.lora_B.weight"].T
+        torch.testing.assert_close(model(x), exported, atol=1e-4, rtol=1e-4)
 
 
-def test_torchao_without_its_recipe_serves_but_does_not_merge():
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"down_init": "pissa"}], ids=["plain", "dora", "pissa"])
+def test_torchao_without_its_recipe_serves_but_does_not_merge(more):
     base = Quantised("torchao int8 weight only")
     del base.hf_quantizer
-    model = get_peft_model(base, config(target_modules=["lin"], meta_r=8))
+    model = get_peft_model(base, config(target_modules=["lin"], meta_r=8, **more))
     model(torch.randn(2, 64)).sum().backward()
+    assert layer_of(model, "lin").metalora_down["default"].grad.any()
     with pytest.raises(UnsupportedModuleError, match="does not say how it was quantised"):
         model.merge_adapter()
 
 
-def test_other_backends_are_refused_before_the_model_changes(monkeypatch):
-    monkeypatch.setattr(bases, "quantization_backend", lambda model, base: ForwardOnlyQuantizationBackend("awq"))
-    model = nn.Sequential(nn.Linear(64, 32))
-    with pytest.raises(UnsupportedModuleError, match="quantised by 'awq'; tested are bnb 8bit, bnb 4bit, torchao"):
+class Foreign(nn.Module):
+    """Stands where another library keeps its class of quantised layers."""
+
+    SUPPORTS_METHODS: tuple = ()
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 64, 32
+
+
+class ForeignAwq(Foreign):
+    SUPPORTS_METHODS = (SimpleNamespace(value="awq"),)
+
+
+OTHERS = {
+    "hqq": ("is_hqq_available", "hqq.core.quantize", "HQQLinear"),
+    "aqlm": ("is_aqlm_available", "aqlm", "QuantizedLinear"),
+    "eetq": ("is_eetq_available", "eetq", "EetqLinear"),
+    "gptq": ("is_gptqmodel_available", "gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
+    "awq": ("is_gptqmodel_available", "gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
+    "inc": (
+        "is_inc_available",
+        "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules",
+        "PatchedLinear",
+    ),
+    "te": ("is_te_pytorch_available", "transformer_engine", "Linear"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_backends_are_refused_before_the_model_changes(name, monkeypatch):
+    available, path, cls = OTHERS[name]
+    for depth in range(path.count(".") + 1):
+        part = ".".join(path.split(".")[: depth + 1])
+        monkeypatch.setitem(sys.modules, part, ModuleType(part))
+    layer = ForeignAwq() if name == "awq" else Foreign()
+    kinds = {cls: type("Other", (), {}) if name == "awq" else Foreign}
+    vars(sys.modules[path]).update(kinds)
+    if name == "te":
+        sys.modules[path].pytorch = SimpleNamespace(Linear=Foreign, LayerNormLinear=Foreign, LayerNormMLP=Foreign)
+    monkeypatch.setattr(quantization_utils, available, lambda: True)
+    monkeypatch.setattr(quantization_utils, "is_gptqmodel_awq_layer", lambda module: isinstance(module, ForeignAwq))
+    model = nn.Sequential(layer)
+    with pytest.raises(UnsupportedModuleError, match=f"quantised by '{name}'; tested are bnb 8bit, bnb 4bit, torchao"):
         get_peft_model(model, config(target_modules=["0"]))
-    assert type(model[0]) is nn.Linear
+    assert model[0] is layer
 
 
-def test_integer_weights_of_unknown_make_are_refused():
+def test_integer_weights_of_unknown_make_are_refused():  # diffusers' GGUF layers are such
     model = nn.Sequential(nn.Linear(64, 32))
     model[0].weight = nn.Parameter(torch.zeros(32, 64, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UnsupportedModuleError, match=r"quantised \(Linear, torch.uint8\) in a way"):

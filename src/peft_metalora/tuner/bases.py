@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import (
     Bnb4bitBackend,
-    ForwardOnlyQuantizationBackend,
+    TorchaoBackend,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -41,6 +41,13 @@ def check_supported(model: nn.Module, key: str, module: nn.Module) -> None:
     base = base_of(module)
     if isinstance(base, nn.Embedding):
         _refuse(key, "an Embedding: there is no input for a shared Down to look at", "train it with modules_to_save")
+    backend = quantization_backend(model, base)
+    if backend is not None and backend.backend_name not in TESTED_BACKENDS:
+        _refuse(
+            key,
+            f"quantised by {backend.backend_name!r}; tested are {', '.join(TESTED_BACKENDS)} (docs/quantisation.md)",
+            "quantise the model with one of these",
+        )
     if isinstance(base, CONVOLUTIONS):
         if base.groups != 1:
             _refuse(
@@ -49,23 +56,22 @@ def check_supported(model: nn.Module, key: str, module: nn.Module) -> None:
     elif not isinstance(base, (nn.Linear, Conv1D)):
         kinds = "nn.Linear, Conv1d, Conv2d, Conv3d and transformers' Conv1D"
         _refuse(key, f"a {type(base).__module__}.{type(base).__name__}; Meta-LoRA adapts {kinds}", "exclude it")
-    backend = quantization_backend(model, base)
     if backend is None and not base.weight.is_floating_point():
         _refuse(
             key,
             f"quantised ({type(base).__name__}, {base.weight.dtype}) in a way that PEFT has no handler for",
             f"quantise the model with one of {', '.join(TESTED_BACKENDS)} (docs/quantisation.md)",
         )
-    if backend is not None and backend.backend_name not in TESTED_BACKENDS:
-        _refuse(
-            key,
-            f"quantised by {backend.backend_name!r}; tested are {', '.join(TESTED_BACKENDS)} (docs/quantisation.md)",
-            "quantise the model with one of these",
-        )
 
 
 def _refuse(key: str, what: str, remedy: str) -> NoReturn:
     raise UnsupportedModuleError(f"{key!r} is {what}. What to do: {remedy}, or leave it out of target_modules.")
+
+
+class ReadOnlyTorchaoBackend(TorchaoBackend):
+    """PEFT's handler of torchao's weights, for those whose recipe the model does not know: read, but not written."""
+
+    supports_merge = False
 
 
 def quantization_backend(model: nn.Module, base: nn.Module) -> Any:
@@ -78,5 +84,5 @@ def quantization_backend(model: nn.Module, base: nn.Module) -> Any:
     try:
         backend = resolve_quantization_backend(base, **arguments)
     except ValueError:
-        return ForwardOnlyQuantizationBackend("torchao")
+        return ReadOnlyTorchaoBackend(None)
     return PackedBnb4bitBackend() if isinstance(backend, Bnb4bitBackend) else backend
