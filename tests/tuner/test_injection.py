@@ -37,6 +37,7 @@ from peft_metalora.tuner import (
     subject_state,
     write_subject,
 )
+from peft_metalora.tuner.subjects import meta_lora_layers
 
 
 def picture(model):
@@ -210,6 +211,43 @@ def test_diffusers_add_adapter_scale_switch_and_recover_from_a_failure():
     model.delete_adapters("default")
     model.unload_lora()
     assert torch.equal(model(**inputs).sample, base)
+
+
+@pytest.mark.parametrize("adapter_first", [True, False])
+def test_diffusers_layerwise_casting_before_and_after_an_adapter(adapter_first):
+    settings, inputs = config(target_modules=["to_q", "to_v"]), flux_inputs()
+    plain = tiny_flux()
+    plain.add_adapter(copy.deepcopy(settings))
+    for _, layer in meta_lora_layers(randomise(plain)):
+        layer.metalora_up["default"].data.mul_(20)
+    expected = plain(**inputs).sample
+    model = tiny_flux()
+    if adapter_first:
+        model.add_adapter(settings)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    if not adapter_first:
+        model.add_adapter(settings)
+    for (_, layer), (_, original) in zip(meta_lora_layers(model), meta_lora_layers(plain), strict=True):
+        for part in ("metalora_down", "metalora_mid", "metalora_up"):
+            getattr(layer, part)["default"].data.copy_(getattr(original, part)["default"])
+    with torch.no_grad():
+        error = (model(**inputs).sample - expected).norm() / expected.norm()
+        off = (tiny_flux()(**inputs).sample - expected).norm() / expected.norm()
+    assert error < 0.1 < off, "the rounding of eight bits, not the loss of the adapter"
+
+
+@pytest.mark.parametrize("stage", ["meta", "subject"])
+def test_hotswap_puts_one_adapter_in_the_place_of_another(tmp_path, stage):
+    base, x = mlp(), torch.randn(3, 12)
+    source = down_source(adapted(base))
+    set_down_loader(lambda _: source)
+    settings = {} if stage == "meta" else {"stage": "subject", "down": "a/b"}
+    model, other = (randomise(adapted(base, **settings), seed) for seed in (3, 4))
+    other.save_pretrained(tmp_path)
+    up = layer_of(model).metalora_up["default"]
+    model.load_adapter(tmp_path, "default", hotswap=True)
+    assert torch.equal(model(x), other(x))
+    assert layer_of(model).metalora_up["default"] is up
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

@@ -51,6 +51,8 @@ class MetaLoraLayer(Mergeable):
         "warmup",
         "down_key",
     )
+    # PEFT's helpers and diffusers' hooks switch it; x follows the base's output here, never the dtype of a factor.
+    cast_input_dtype_enabled: bool = True
 
     def __init__(self, base_layer: nn.Module, subject_index: SubjectIndex, quantization_backend: Any = None) -> None:
         nn.Module.__init__(self)
