@@ -324,8 +324,12 @@ def test_injection_without_a_wrapper(row):
     assert torch.equal(output(injected, inputs), output(model, inputs))
 
 
-def test_layers_say_what_they_are(row):
-    _, model, _, _ = row
+def test_layers_say_what_they_are(row, tmp_path):
+    base, model, _, _ = row
+    own = sum(p.numel() for name, p in model.named_parameters() if "metalora_" in name)
+    assert model.get_nb_trainable_parameters() == (own, own + sum(p.numel() for p in base.parameters()))
+    model.create_or_update_model_card(tmp_path)
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()
     for _, layer in meta_lora_layers(model):
         assert set(layer.r) == set(layer.scaling) == {"default"}
         assert layer.in_features and layer.out_features

@@ -303,6 +303,23 @@ def test_sums_that_cannot_be_are_refused():
     assert sorted(model.peft_config) == ["ann", "default", "other"]
 
 
+def test_a_module_trained_whole_goes_into_a_sum_of_subjects_once():
+    base, x = mlp(), torch.randn(5, 12)
+    model = adapted(base, target_modules=["lin0"])
+    for name, more in (("ann", {"modules_to_save": ["lin1"]}), ("bob", {}), ("eve", {"modules_to_save": ["lin1"]})):
+        model.add_adapter(name, config(stage="subject", down="default", target_modules=["lin0"], **more))
+    randomise(model)
+    model.base_model.model.lin1.modules_to_save["ann"].weight.data.mul_(2)
+    with pytest.raises(AdapterStateError, match=r"'ann', 'eve' each trained a 'lin1' of their own"):
+        model.add_weighted_adapter(["ann", "eve"], [1, 1], "both")
+    model.add_weighted_adapter(["bob", "ann"], [0.0, 1.0], "sum")
+    model.set_adapter("ann")
+    expected = model(x)
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x), expected)
+    assert model.peft_config["sum"].modules_to_save == ["lin1"]
+
+
 def test_a_fold_does_not_outlive_training():
     model, x = randomise(adapted()), torch.randn(3, 12)
     fold(model)

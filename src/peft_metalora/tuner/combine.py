@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError
@@ -41,11 +42,13 @@ def add_weighted_subject(
 
     Raises:
         AdapterNotFoundError: an adapter that is not there.
-        AdapterStateError: different Downs, another count of weights, a name that is taken, an unknown combination.
+        AdapterStateError: different Downs, another count of weights, a name that is taken, an unknown combination, a
+            module that more than one of them trained whole (modules_to_save).
     """
     slots = list(slots) if slots is not None else [0] * len(adapters)
     layers = list(meta_lora_layers(model))
     _check(layers, adapters, weights, slots, adapter_name, combination_type, svd_rank)
+    whole = _trained_whole(model, adapters)
     plans: list[tuple[str, MetaLoraLayer, Tensor, Tensor]] = []
     for path, layer in layers:
         parts = [part for part in zip(adapters, weights, slots, strict=True) if part[0] in layer.metalora_mid]
@@ -65,6 +68,7 @@ def add_weighted_subject(
         alpha_pattern={path: rank for path, rank in ranks.items() if rank != max(ranks.values())},
         target_modules=sorted(ranks),
         start="fresh",
+        modules_to_save=sorted({name for one in adapters for name in peft_config[one].modules_to_save or ()}) or None,
     )
     if first.stage == "meta":
         config.down = adapters[0]
@@ -75,7 +79,27 @@ def add_weighted_subject(
         for container, value in ((layer.metalora_mid, mid), (layer.metalora_up, up)):
             container[adapter_name].data = value.unsqueeze(0).to(container[used].detach())
         layer.sync_down()
+    for wrapper, owner in whole:
+        wrapper.update(adapter_name)
+        wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[owner].state_dict())
+        wrapper.modules_to_save[adapter_name].requires_grad_(False)
     peft_config[adapter_name] = config
+
+
+def _trained_whole(model: nn.Module, adapters: Sequence[str]) -> list[tuple[ModulesToSaveWrapper, str]]:
+    """The modules that one of the adapters trained whole, with its name."""
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        owners = [name for name in dict.fromkeys(adapters) if name in module.modules_to_save]
+        if len(owners) > 1:
+            raise AdapterStateError(
+                f"{', '.join(map(repr, owners))} each trained a {path!r} of their own (modules_to_save), and whole "
+                "modules do not add up. Combine adapters of which one has it at most."
+            )
+        found += [(module, owner) for owner in owners]
+    return found
 
 
 def _check(

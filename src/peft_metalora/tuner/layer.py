@@ -224,7 +224,7 @@ class MetaLoraLayer(Mergeable):
         """The Down for a forward pass: cut off from autograd wherever it must not train, whatever its flag says."""
         down = self.metalora_down[key]
         if down.requires_grad and not self.down_trains(key):
-            if down.is_leaf and not torch.compiler.is_compiling():  # FSDP hands out views of its flat parameter
+            if not torch.compiler.is_compiling() and down.is_leaf:  # FSDP hands out views of its flat parameter
                 down.requires_grad_(False)
             return down.detach()
         return down
