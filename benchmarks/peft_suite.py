@@ -224,16 +224,18 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 def outcomes(checkout: Path, config_of: str, tests: list[str]) -> dict[str, tuple[str, str]]:
     """Run PEFT's tests with one config: the outcome and the last line of each test, by its name."""
-    here = Path(__file__).parent
+    plugin, checkout = Path(__file__).resolve(), checkout.resolve()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outcomes"
         path.touch()
-        command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={checkout}", "-p", here.stem]
+        command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={checkout}", "-p", plugin.stem]
         command += ["--tb=short", f"--config-of={config_of}", f"--outcomes={path}"]
         command += [str(checkout / "tests" / name) for name in tests]
-        paths = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
+        paths = os.pathsep.join(filter(None, [str(plugin.parent), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-        subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, check=False)
+        done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode not in (0, 1):  # 1: some tests failed
+            raise SystemExit(f"PEFT's tests did not run to their end:\n{done.stdout[-2000:]}")
         return {name: (outcome, last) for name, outcome, last in map(json.loads, path.read_text().splitlines())}
 
 
