@@ -48,7 +48,7 @@ FILES = (
 )
 # Why a test of LoRA's cannot pass on Meta-LoRA: what its name and last line hold, and the reason.
 REASONS = {
-    r"NotOurs": "uses an argument of LoRA's that Meta-LoRA has no counterpart of",
+    r"NotOursError": "uses an argument of LoRA's that Meta-LoRA has no counterpart of",
     r"UnsupportedModuleError|use_dora is for linear": "adapts a module that Meta-LoRA refuses",
     r"lora_A|lora_B|_magnitude_vector": "looks for LoRA's parameters by their names",
     r"_register_custom_module|target_parameters": "looks for an attribute of LoraConfig",
@@ -64,7 +64,7 @@ REASONS = {
 }
 
 
-class NotOurs(TypeError):
+class NotOursError(TypeError):
     """An argument of LoRA's that Meta-LoRA has no counterpart of."""
 
 
@@ -76,14 +76,16 @@ class StandIn(MetaLoraConfig):
     def __init__(self, r: int = 8, lora_alpha: float = 8, **kwargs: Any) -> None:
         # A fresh Mid, because adapters of one test may differ in rank and a stored Mid has the rank of its Down.
         start = "fresh" if self.stand_in == "subject" else "stored"
-        super().__init__(**{"stage": self.stand_in, "start": start, **translated({"r": r, "lora_alpha": lora_alpha, **kwargs})})
+        super().__init__(
+            **{"stage": self.stand_in, "start": start, **translated({"r": r, "lora_alpha": lora_alpha, **kwargs})}
+        )
 
 
 def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
     """LoRA's arguments as ours.
 
     Raises:
-        NotOurs: one is set that Meta-LoRA does not have.
+        NotOursError: one is set that Meta-LoRA does not have.
     """
     ours: dict[str, Any] = {}
     for name, value in kwargs.items():
@@ -93,7 +95,7 @@ def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
         if key in KNOWN and not (name == "init_lora_weights" and not isinstance(value, bool)):
             ours[key] = RENAMED.get(value, value) if name == "bias" else value
         elif value:
-            raise NotOurs(f"MetaLoraConfig has no counterpart of {name}={value!r}")
+            raise NotOursError(f"MetaLoraConfig has no counterpart of {name}={value!r}")
     return ours
 
 
@@ -116,7 +118,7 @@ def draw_a_down(model: Any, config: Any, planned: Any, targets: dict[str, Any]) 
     down.set_down_loader(lambda _: source)
 
 
-# ---- the plugin -------------------------------------------------------------------------------------------------------
+# ---- the plugin ------------------------------------------------------------------------------------------------------
 
 _outcomes: Path | None = None
 
@@ -178,13 +180,13 @@ def as_ours(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None
     try:
         ours = tuple(cell_as_ours(cell) for cell in row)
-    except NotOurs:
+    except NotOursError:
         return None
     return row if StandIn.stand_in == "lora" else ours
 
 
 def is_refused(row: tuple[Any, ...]) -> bool:
-    """Whether a row is about what Meta-LoRA refuses: attention modules, grouped and decomposed convolutions, embeddings.
+    """Whether a row is about what Meta-LoRA refuses: attention modules, embeddings, grouped or DoRA convolutions.
 
     Our own tests check that these are refused, with a sentence, before the model is changed.
     """
@@ -219,7 +221,7 @@ def pytest_runtest_logreport(report: Any) -> None:
             file.write(json.dumps([name, report.outcome, last]) + "\n")
 
 
-# ---- the script -------------------------------------------------------------------------------------------------------
+# ---- the script ------------------------------------------------------------------------------------------------------
 
 
 def outcomes(checkout: Path, config_of: str, tests: list[str]) -> dict[str, tuple[str, str]]:

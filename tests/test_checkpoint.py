@@ -223,6 +223,11 @@ REFUSALS = {
         "rank_pattern",
     ),
     "hostile fingerprint": (lambda f: edit_config(f, down_fingerprint="../x"), errors.ConfigFormatError, "hexadecimal"),
+    "trained tokens": (
+        lambda f: edit_config(f, trainable_token_indices=[1]),
+        errors.ConfigFormatError,
+        "trainable_token_indices",
+    ),
     "extra modules": (lambda f: edit_config(f, modules_to_save=["norm"]), errors.ConfigFormatError, "modules_to_save"),
     "cut off": (_truncate, errors.CorruptFileError, "cut off"),
     "something behind the end": (_append, errors.CorruptFileError, "behind its end"),

@@ -34,7 +34,7 @@ def test_a_subjects_own_fold_comes_back(pair, tmp_path, format):
         torch.testing.assert_close(other[module], one[module], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, 2, 3, 7])  # Down has 4
 def test_it_is_the_nearest_and_the_error_is_right(rank):
     torch.manual_seed(0)
     a, b, down = torch.randn(5, 8), torch.randn(6, 5), torch.randn(4, 8)
@@ -45,7 +45,8 @@ def test_it_is_the_nearest_and_the_error_is_right(rank):
     # The reference: project onto Down's rows with the pseudo-inverse, then truncate a full SVD.
     inside = target @ torch.linalg.pinv(down.double()) @ down.double()
     u, s, v = torch.linalg.svd(inside)
-    torch.testing.assert_close(reached, u[:, :rank] * s[:rank] @ v[:rank])
+    kept = min(rank, 4)
+    torch.testing.assert_close(reached, u[:, :kept] * s[:kept] @ v[:kept])
 
 
 def test_a_down_with_dependent_rows_serves_as_well():

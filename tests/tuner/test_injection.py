@@ -81,6 +81,16 @@ FAILURES = {
         UnsupportedModuleError,
         "'emb' is an Embedding: .* train it with modules_to_save",
     ),
+    "grouped convolution": (
+        {"target_modules": ["grouped", "lin0"]},
+        UnsupportedModuleError,
+        "'grouped' is a convolution with groups=2",
+    ),
+    "attention module": (
+        {"target_modules": ["mha"]},
+        UnsupportedModuleError,
+        "'mha' is a torch.nn.modules.activation.MultiheadAttention; Meta-LoRA adapts nn.Linear",
+    ),
     "dotted name": ({"name": "a.b"}, AdapterStateError, "cannot hold a dot"),
 }
 
@@ -89,6 +99,7 @@ class WithEmbedding(nn.Module):
     def __init__(self):
         super().__init__()
         self.lin0, self.lin1, self.emb = nn.Linear(12, 16), nn.Linear(16, 10), nn.Embedding(5, 12)
+        self.grouped, self.mha = nn.Conv2d(4, 4, 3, groups=2), nn.MultiheadAttention(12, 2)
 
 
 @pytest.mark.parametrize("case", FAILURES)
