@@ -33,6 +33,8 @@ def add_weighted_subject(
 ) -> None:
     """Add the weighted sum of subjects as a new adapter of one slot on the same Down; it is not made active.
 
+    A module that one of them trained whole comes along as it is; trained rows of an embedding do not.
+
     Args:
         adapters: which adapters to combine; all use one Down. weights: one factor each, any sign.
         combination_type: 'cat' is exact, its rank is the sum of the ranks; 'svd' is the best approximation of rank
@@ -69,6 +71,7 @@ def add_weighted_subject(
         target_modules=sorted(ranks),
         start="fresh",
         modules_to_save=sorted({name for one in adapters for name in peft_config[one].modules_to_save or ()}) or None,
+        trainable_token_indices=None,
     )
     if first.stage == "meta":
         config.down = adapters[0]
