@@ -94,7 +94,7 @@ class TestImports:
         assert touching == {"registration.py"}
 
     def test_the_probe_sees_relative_and_absolute_imports(self) -> None:
-        assert "peft_metalora.errors" in set(imports(PACKAGE / "data.py"))
+        assert "peft_metalora.errors" in set(imports(PACKAGE / "data" / "folders.py"))
         assert "peft_metalora.errors" in set(imports(PACKAGE / "metrics" / "scores.py"))
         assert "peft_metalora.tuner" in set(imports(PACKAGE / "__init__.py"))
         assert "transformers" in set(imports(PACKAGE / "metrics" / "embedders.py"))

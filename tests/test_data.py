@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from peft_metalora.data import Photo, Subject, augment, flip_caption, load_image, read_photos, read_subjects
+from peft_metalora.data import (
+    Photo,
+    Subject,
+    augment,
+    cut_mask,
+    decode_mask,
+    flip_caption,
+    load_image,
+    read_photos,
+    read_subjects,
+)
 from peft_metalora.errors import DataError, MetadataError, NoImagesError, TooFewImagesError, UnreadableImageError
 
 
@@ -68,6 +78,31 @@ class TestReadSubjects:
         ann, bob = read_subjects(tmp_path)
         assert ann == Subject("ann", [Photo(tmp_path / "ann" / "0.png", "of ann", True)])
         assert [photo.path.name for photo in bob.photos] == ["1.png", "flat.png"]
+
+    def test_a_mask_lies_beside_its_image_or_where_metadata_says(self, tmp_path: Path) -> None:
+        for name in ("a.png", "a.mask.png", "b.jpg", "b.mask.png", "c.png", "of-b.png"):
+            paint(tmp_path / "ann" / name)
+        describe(tmp_path / "ann", {"file_name": "b.jpg", "mask": "of-b.png"})
+        found = {photo.path.name: photo.mask and photo.mask.name for photo in read_subjects(tmp_path)[0].photos}
+        assert found == {"a.png": "a.mask.png", "b.jpg": "of-b.png", "c.png": None}
+        assert read_photos(tmp_path / "ann" / "a.png")[0].mask == tmp_path / "ann" / "a.mask.png"
+        describe(tmp_path / "ann", {"file_name": "b.jpg", "mask": "../b.png"})
+        with pytest.raises(MetadataError, match="expected a file inside"):
+            read_subjects(tmp_path)
+
+    def test_tags_are_what_is_said_of_a_person_and_not_of_a_photo(self, tmp_path: Path) -> None:
+        for name in ("ann", "bob"):
+            for number in range(2):
+                paint(tmp_path / name / f"{number}.png")
+        lines = [{"file_name": f"{number}.png", "sex": "female", "age": 30, "smile": number} for number in range(2)]
+        describe(tmp_path / "ann", *lines)
+        (tmp_path / "people.json").write_text('{"ann": {"age": 31}, "bob": {"sex": "male"}}')
+        ann, bob = read_subjects(tmp_path)
+        assert ann.tags == {"sex": "female", "age": "31"} and bob.tags == {"sex": "male"}
+        for broken in ("{", '["ann"]', '{"ann": 3}'):
+            (tmp_path / "people.json").write_text(broken)
+            with pytest.raises(MetadataError, match=r"people\.json: expected"):
+                read_subjects(tmp_path)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(NoImagesError, match="found no folder"):
@@ -138,6 +173,23 @@ class TestReadPhotos:
             read_photos(tmp_path / "gone.png")
         with pytest.raises(NoImagesError, match="found none: check the folder"):
             read_photos(tmp_path)
+
+
+class TestMasks:
+    def test_white_is_1_and_size_is_the_photo_s(self, tmp_path: Path) -> None:
+        half = Image.new("L", (4, 2))
+        half.paste(255, (0, 0, 2, 2))
+        half.save(tmp_path / "a.mask.png")
+        mask = decode_mask((tmp_path / "a.mask.png").read_bytes(), "a", (8, 4))
+        weights = cut_mask(mask, (0, 0, 8, 4), (4, 8))
+        assert weights.shape == (1, 4, 8)
+        assert weights[0, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+        assert torch.equal(cut_mask(mask, (0, 0, 8, 4), (4, 8), flip=True), weights.flip(-1))
+
+    def test_another_shape_is_refused(self, tmp_path: Path) -> None:
+        content = paint(tmp_path / "a.mask.png", size=(6, 8)).read_bytes()
+        with pytest.raises(UnreadableImageError, match=r"a mask of the shape of its photo, 8 x 6, found m\.png"):
+            decode_mask(content, "m.png", (8, 6))
 
 
 class TestSplit:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from peft_metalora.data import read_subjects
-from peft_metalora.evaluation.cells import read_tags
+from peft_metalora.data import read_subjects, read_tags
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "make_evaluation_folder.py"
 

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from .. import hub
-from ..data import Photo, Subject, load_image
+from ..data import Photo, Subject, load_image, read_tags
 from ..errors import MetricInputError, TrainingError
 from ..files import write_bytes
 from ..training.adapters import autocast, choose_device, choose_dtype
 from ..training.bases import Base, load_base
 from ..training.validation import png
 from ..tuner import DownSource
-from .cells import Cell, hash_of, home_of, is_complete, read_tags
+from .cells import Cell, hash_of, home_of, is_complete
 from .conditions import Condition, bad_reference
 from .judging import Judge, judge_for
 from .methods import down_name, run_method

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, CorruptFileError, MetaLoraError
+from ..errors import CorruptFileError, MetaLoraError
 from .settings import safe
 
 Cell = dict[str, Any]
@@ -47,24 +47,6 @@ def is_complete(output: Path, folder: Path, key: str) -> bool:
     return cell.get("key") == key and all(
         row["file"] is None or (output / row["file"]).is_file() for row in cell["rows"]
     )
-
-
-def read_tags(data: str | Path) -> dict[str, dict[str, str]]:
-    """What `DIR/people.json` says of the people, e.g. {"ann": {"sex": "female", "age": "30-39"}}; {} without it.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    path = Path(data) / "people.json"
-    if not path.is_file():
-        return {}
-    try:
-        tags = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected JSON, found: {error}") from error
-    if not isinstance(tags, dict) or not all(isinstance(one, dict) for one in tags.values()):
-        raise ConfigError(f'{path}: expected {{"person": {{"sex": "..."}}}}, found something else')
-    return {name: {str(k): str(v) for k, v in one.items()} for name, one in tags.items()}
 
 
 def hash_of(what: Path | Any) -> str:

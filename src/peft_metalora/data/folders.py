@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photos of people on disk: folders, captions, decoding and the random crops of training.
+"""Photos of people on disk: folders, captions, masks, and what is said of the people.
 
 The layout is `DIR/<subject>/*.{png,jpg,jpeg,webp}`. A caption comes from `metadata.jsonl` (in the subject's folder or
-in `DIR`; a line has `file_name` and optionally `text`, `subject`, `reference`), else from a `.txt` of the same name,
-else from a template. No model is known here, and nothing is written.
+in `DIR`; a line has `file_name` and optionally `text`, `subject`, `reference`, `mask`), else from a `.txt` of the same
+name, else from a template. A mask is `<name>.mask.png` beside `<name>.jpg`, unless `metadata.jsonl` names another. What
+else a line says (strings, numbers) is a tag of the photo's subject; so is what `DIR/people.json` says of people by
+name. Nothing is written.
 """
 
 from __future__ import annotations
@@ -11,42 +13,67 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
-from .errors import MetadataError, NoImagesError, TooFewImagesError, UnreadableImageError
+from ..errors import MetadataError, NoImagesError, TooFewImagesError, UnreadableImageError
+from .images import decode_image, read_file
 
 METADATA_FILE = "metadata.jsonl"
+PEOPLE_FILE = "people.json"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 TRIGGER_MARK = "{trigger}"
 
-_FIELDS: dict[str, type] = {"file_name": str, "text": str, "subject": str, "reference": bool}
-_SIDES = {"left": "right", "right": "left"}
-_SIDE = re.compile(r"\b(left|right)(?=\b|wards?\b|most\b)", re.IGNORECASE)
+_FIELDS: dict[str, type] = {"file_name": str, "text": str, "subject": str, "reference": bool, "mask": str}
+_MASK_SUFFIX = ".mask.png"
 
 
 @dataclass(frozen=True)
 class Photo:
-    """An image file, its caption (None if it has none) and whether it is the subject's reference."""
+    """An image and what is known of it.
+
+    Attributes:
+        path: the file; of an image that is none, a name for messages.
+        caption: None if it has none.
+        reference: whether it is the subject's reference.
+        mask: a file that is white where the subject is; None if there is none.
+        content: gives the bytes of an image that is no file of its own.
+    """
 
     path: Path
     caption: str | None = None
     reference: bool = False
+    mask: Path | None = None
+    content: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            NoImagesError, UnreadableImageError: it is not there, or cannot be read.
+        """
+        return read_file(self.path) if self.content is None else self.content()
+
+    def load(self) -> Image.Image:
+        """The image as `load_image` decodes it; raises as that does."""
+        return decode_image(self.read(), self.path)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One person (or thing) and their photos, in natural order of the file names."""
+    """One person (or thing) and their photos, in natural order of the file names.
+
+    Attributes:
+        tags: what is said of the person, e.g. {"sex": "female"}: in `people.json`, or alike in the lines of all photos.
+    """
 
     name: str
     photos: list[Photo] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
 
     def split(self) -> tuple[Photo, list[Photo]]:
         """The reference (the photo marked so, else the first) and the other photos, as R-FaceSim needs them.
@@ -70,6 +97,8 @@ class _Entry:
     text: str | None
     subject: str | None
     reference: bool
+    mask: Path | None
+    tags: dict[str, str]
 
 
 def read_subjects(
@@ -93,7 +122,7 @@ def read_subjects(
     Raises:
         NoImagesError: no such folder, no subject in it, or a subject without images.
         TooFewImagesError: a subject has fewer than `min_photos` images.
-        MetadataError: a `metadata.jsonl` cannot be understood.
+        MetadataError: a `metadata.jsonl` or `people.json` cannot be understood.
         UnreadableImageError: a caption file is no UTF-8 text.
     """
     root = Path(directory)
@@ -119,7 +148,15 @@ def read_subjects(
     if not people:
         hint = "put the photos of each person into a folder of their own" if _images_in(root) else "check the path"
         raise NoImagesError(f"expected {root}/<subject>/*.png (or .jpg, .webp), found no subject: {hint}")
-    subjects = [Subject(name, _photos(people[name], template, trigger)) for name in sorted(people, key=_natural)]
+    told = read_tags(root)
+    subjects = [
+        Subject(
+            name,
+            _photos(people[name], template, trigger),
+            {**_common_tags(list(people[name].values())), **told.get(name, {})},
+        )
+        for name in sorted(people, key=_natural)
+    ]
     for subject in subjects:
         if not subject.photos:
             raise NoImagesError(f"expected images in {root / subject.name}, found none: add some or remove the folder")
@@ -159,90 +196,49 @@ def read_photos(
     return _photos(found, template, trigger)
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image to RGB, upright as its EXIF data says, transparency on white.
+def read_tags(directory: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
+    """What `DIR/people.json` says of the people, e.g. {"ann": {"sex": "female", "age": "30-39"}}; {} without it.
 
     Raises:
-        NoImagesError: there is no such file.
-        UnreadableImageError: it is damaged, too large, or no image.
+        MetadataError: it is something else.
     """
+    path = Path(directory) / PEOPLE_FILE
+    if not path.is_file():
+        return {}
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except FileNotFoundError as error:
-        raise NoImagesError(f"expected an image, found no file {os.fspath(path)}: check the path") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(
-            f"expected an image, found {os.fspath(path)} which cannot be decoded ({error}): replace or remove it"
-        ) from error
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey at 255 instead of scaling it.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def augment(
-    image: Image.Image,
-    size: int | tuple[int, int],
-    generator: torch.Generator | None = None,
-    *,
-    flip: bool = False,
-    min_scale: float = 0.8,
-) -> Tensor:
-    """Cut a random crop of the target's aspect ratio out of an image and scale it to the target.
-
-    Meta-LoRA trains on several crops and mirror images of its one photo, against overfitting to pose, background and
-    light (https://arxiv.org/abs/2503.22352). The sizes of the crops are our choice.
-
-    Args:
-        image: RGB.
-        size: height and width of the result, in pixels; one number for a square.
-        generator: source of the crop's size and place; the same state gives the same crop.
-        flip: mirror the crop; use `flip_caption` on its caption.
-        min_scale: sides of the smallest crop as a share of the largest that fits, in (0, 1]; 1 varies only the place.
-
-    Returns:
-        (3, height, width) float32 in [-1, 1].
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    scale, x, y = torch.rand(3, generator=generator).tolist()
-    unit = min(image.width / width, image.height / height) * (min_scale + (1 - min_scale) * scale)
-    left, top = x * (image.width - width * unit), y * (image.height - height * unit)
-    # The sum may exceed the image by a rounding error, which Pillow refuses.
-    box = (left, top, min(left + width * unit, image.width), min(top + height * unit, image.height))
-    cut = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels.flip(-1) if flip else pixels.contiguous()
-
-
-def flip_caption(caption: str) -> str:
-    """The caption of the mirrored image: the words "left" and "right" change places.
-
-    >>> flip_caption("facing left, a bright lamp on the right")
-    'facing right, a bright lamp on the left'
-    """
-
-    def other(match: re.Match[str]) -> str:
-        word = match.group(1)
-        swapped = _SIDES[word.lower()]
-        return swapped.upper() if word.isupper() else swapped.capitalize() if word[0].isupper() else swapped
-
-    return _SIDE.sub(other, caption)
+        tags = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MetadataError(f"{path}: expected JSON, found: {error}") from error
+    if not isinstance(tags, dict) or not all(isinstance(one, dict) for one in tags.values()):
+        raise MetadataError(f'{path}: expected {{"person": {{"sex": "..."}}}}, found something else')
+    return {name: {str(k): str(v) for k, v in one.items()} for name, one in tags.items()}
 
 
 def _photos(found: dict[Path, _Entry | None], template: str | None, trigger: str | None) -> list[Photo]:
     photos = []
-    for path in sorted(found, key=_natural):
+    masks = {entry.mask for entry in found.values() if entry is not None}
+    for path in sorted(found.keys() - masks, key=_natural):
         entry = found[path]
         caption = (entry.text if entry else None) or _text_beside(path) or template
         if caption is not None and trigger is not None:
             caption = caption.replace(TRIGGER_MARK, trigger)
-        photos.append(Photo(path, caption, bool(entry and entry.reference)))
+        mask = entry.mask if entry is not None and entry.mask is not None else _mask_beside(path)
+        photos.append(Photo(path, caption, bool(entry and entry.reference), mask))
     return photos
+
+
+def _mask_beside(path: Path) -> Path | None:
+    mask = path.with_suffix(_MASK_SUFFIX)
+    return mask if mask.is_file() else None
+
+
+def _common_tags(entries: list[_Entry | None]) -> dict[str, str]:
+    """What all lines that say it say alike; what differs is said of photos and not of the person."""
+    said: dict[str, set[str]] = {}
+    for entry in entries:
+        for key, value in (entry.tags if entry is not None else {}).items():
+            said.setdefault(key, set()).add(value)
+    return {key: values.pop() for key, values in said.items() if len(values) == 1}
 
 
 def _text_beside(path: Path) -> str | None:
@@ -286,17 +282,29 @@ def _read_line(folder: Path, where: str, line: str) -> tuple[Path, _Entry]:
         value = row.get(key)
         if not isinstance(value, kind) and (key == "file_name" or value is not None):
             raise MetadataError(f'{where}: expected "{key}" to be a {kind.__name__}, found {value!r}: correct it')
-    name = PurePosixPath(row["file_name"].replace("\\", "/"))
+    mask = _file_inside(folder, where, row["mask"]) if row.get("mask") else None
+    tags = {key: str(value) for key, value in row.items() if key not in _FIELDS and isinstance(value, (str, int))}
+    return _file_inside(folder, where, row["file_name"]), _Entry(
+        row.get("text") or None, row.get("subject") or None, bool(row.get("reference")), mask, tags
+    )
+
+
+def _file_inside(folder: Path, where: str, given: str) -> Path:
+    name = PurePosixPath(given.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or not name.parts:
-        raise MetadataError(f"{where}: expected a file inside {folder}, found {row['file_name']!r}: correct the path")
+        raise MetadataError(f"{where}: expected a file inside {folder}, found {given!r}: correct the path")
     path = folder / name
     if not path.is_file():
         raise MetadataError(f"{where}: expected an image, found no file {path}: add it or remove the line")
-    return path, _Entry(row.get("text") or None, row.get("subject") or None, bool(row.get("reference")))
+    return path
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if _visible(path) and path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and _is_photo(path)]
+
+
+def _is_photo(path: Path) -> bool:
+    return _visible(path) and not path.name.endswith(_MASK_SUFFIX)
 
 
 def _visible(path: Path) -> bool:

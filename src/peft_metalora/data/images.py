@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One photo: decoding, and the random crops and mirror images of training, of the photo and its mask alike."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import NoImagesError, UnreadableImageError
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+_SIDES = {"left": "right", "right": "left"}
+_SIDE = re.compile(r"\b(left|right)(?=\b|wards?\b|most\b)", re.IGNORECASE)
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image to RGB, upright as its EXIF data says, transparency on white.
+
+    Raises:
+        NoImagesError: there is no such file.
+        UnreadableImageError: it is damaged, too large, or no image.
+    """
+    return decode_image(read_file(path), path)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        NoImagesError: there is no such file.
+        UnreadableImageError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise NoImagesError(f"expected an image, found no file {os.fspath(path)}: check the path") from error
+    except OSError as error:
+        raise UnreadableImageError(
+            f"expected an image, found {os.fspath(path)} which cannot be read: {error}"
+        ) from error
+
+
+def decode_image(content: bytes, name: str | os.PathLike[str]) -> Image.Image:
+    """As `load_image`, of bytes; `name` is for the message.
+
+    Raises:
+        UnreadableImageError: they are damaged, too large, or no image.
+    """
+    stream = io.BytesIO(content)
+    try:
+        with Image.open(stream) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(repr(stream), os.fspath(name))
+        raise UnreadableImageError(
+            f"expected an image, found {os.fspath(name)} which cannot be decoded ({reason}): replace or remove it"
+        ) from error
+    if image.mode.startswith("I;16"):
+        # Pillow clips 16-bit grey at 255 instead of scaling it.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def decode_mask(content: bytes, name: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image:
+    """Decode a mask to grey, white where the subject is, and bring it to the size of its photo.
+
+    Args:
+        size: width and height of the photo, upright.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded, or has not the shape of the photo.
+    """
+    mask = decode_image(content, name).convert("L")
+    if abs(mask.width * size[1] - mask.height * size[0]) > 0.02 * mask.width * size[1]:
+        raise UnreadableImageError(
+            f"expected a mask of the shape of its photo, {size[0]} x {size[1]}, found {os.fspath(name)} of "
+            f"{mask.width} x {mask.height}: draw it on the upright photo"
+        )
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BOX)
+
+
+def augment(
+    image: Image.Image,
+    size: int | tuple[int, int],
+    generator: torch.Generator | None = None,
+    *,
+    flip: bool = False,
+    min_scale: float = 0.8,
+) -> Tensor:
+    """Cut a random crop of the target's aspect ratio out of an image and scale it to the target.
+
+    Meta-LoRA trains on several crops and mirror images of its one photo, against overfitting to pose, background and
+    light (https://arxiv.org/abs/2503.22352). The sizes of the crops are our choice.
+
+    Args:
+        image: RGB.
+        size: height and width of the result, in pixels; one number for a square.
+        generator: source of the crop's size and place; the same state gives the same crop.
+        flip: mirror the crop; use `flip_caption` on its caption.
+        min_scale: sides of the smallest crop as a share of the largest that fits, in (0, 1]; 1 varies only the place.
+
+    Returns:
+        (3, height, width) float32 in [-1, 1].
+    """
+    target = (size, size) if isinstance(size, int) else size
+    return cut(image, random_box(image.size, target, generator, min_scale=min_scale), target, flip=flip)
+
+
+def random_box(
+    image_size: tuple[int, int], size: tuple[int, int], generator: torch.Generator | None = None, min_scale: float = 0.8
+) -> Box:
+    """A random crop of the target's aspect ratio; arguments as `augment` has them.
+
+    Args:
+        image_size: width and height of the image, in pixels.
+        size: height and width of the target.
+    """
+    (image_width, image_height), (height, width) = image_size, size
+    scale, x, y = torch.rand(3, generator=generator).tolist()
+    unit = min(image_width / width, image_height / height) * (min_scale + (1 - min_scale) * scale)
+    left, top = x * (image_width - width * unit), y * (image_height - height * unit)
+    # The sum may exceed the image by a rounding error, which Pillow refuses.
+    return left, top, min(left + width * unit, image_width), min(top + height * unit, image_height)
+
+
+def cut(image: Image.Image, box: Box, size: tuple[int, int], *, flip: bool = False) -> Tensor:
+    """Cut a box out of an RGB image and scale it to height and width `size`: (3, height, width) in [-1, 1]."""
+    part = image.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box)
+    pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.flip(-1) if flip else pixels.contiguous()
+
+
+def cut_mask(mask: Image.Image, box: Box, size: tuple[int, int], *, flip: bool = False) -> Tensor:
+    """As `cut`, of a grey image: (1, height, width) in [0, 1]."""
+    part = mask.resize((size[1], size[0]), Image.Resampling.BOX, box=box)
+    weights = torch.from_numpy(np.array(part))[None].float() / 255
+    return weights.flip(-1) if flip else weights
+
+
+def flip_caption(caption: str) -> str:
+    """The caption of the mirrored image: the words "left" and "right" change places.
+
+    >>> flip_caption("facing left, a bright lamp on the right")
+    'facing right, a bright lamp on the left'
+    """
+
+    def other(match: re.Match[str]) -> str:
+        word = match.group(1)
+        swapped = _SIDES[word.lower()]
+        return swapped.upper() if word.isupper() else swapped.capitalize() if word[0].isupper() else swapped
+
+    return _SIDE.sub(other, caption)
