@@ -120,6 +120,28 @@ def test_flux2():
     assert base.time_shift(torch.zeros(1, 16, 32, 32)) > math.exp(0.5)
 
 
+def test_a_masked_loss_is_the_weighted_mean_and_nothing_outside_counts(base, monkeypatch):
+    (latents, text, noise), generator = encoded(base), torch.Generator().manual_seed(1)
+    times = base.sample_times(latents, generator)
+    mask = torch.rand(2, 1, *latents.shape[-2:], generator=generator)
+    mask[:, :, :, -1] = 0
+    with torch.no_grad():
+        said = base.predict(base.add_noise(latents, noise, times), text, times)
+        errors = (said - base.target(latents, noise, times)).square().mean(1, keepdim=True)
+        plain = base.loss(latents, text, noise, times)
+        found = base.loss(latents, text, noise, times, mask)
+        white = base.loss(latents, text, noise, times, torch.ones_like(mask))
+        nothing = base.loss(latents, text, noise, times, torch.zeros_like(mask))
+    expected = (errors * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+    assert torch.allclose(plain, errors.mean((1, 2, 3)), rtol=1e-4)
+    assert torch.allclose(found, expected, rtol=1e-4) and not torch.allclose(found, plain, rtol=1e-3)
+    assert torch.allclose(white, plain, rtol=1e-5) and nothing.tolist() == [0, 0]
+    said.requires_grad_()
+    monkeypatch.setattr(base, "predict", lambda *args: said)
+    base.loss(latents, text, noise, times, mask).sum().backward()
+    assert not said.grad[..., -1].any() and said.grad[..., 0].abs().min() > 0
+
+
 def test_latents_decode_to_what_the_vae_makes_of_the_image(base):
     """The pipeline's own decoding is the inverse of our encoding."""
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1

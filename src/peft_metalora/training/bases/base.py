@@ -74,18 +74,21 @@ class Base(ABC):
                 break
         return denoiser.dtype
 
-    def place(self, device: torch.device | str, *, encoders: bool, denoiser: bool = True) -> None:
+    def place(
+        self, device: torch.device | str, *, encoders: bool, denoiser: bool = True, vae: bool = False
+    ) -> None:
         """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way, on the CPU.
 
         Args:
             denoiser: False leaves it where it is, for example divided over processes.
+            vae: True keeps the VAE there without the text encoders.
         """
         if denoiser:
             self.denoiser.to(device)
         for name in self.encoder_names:
             part = getattr(self.pipeline, name, None)
             if part is not None:
-                part.to(device if encoders else "cpu")
+                part.to(device if encoders or (vae and name == "vae") else "cpu")
 
     @property
     def takes_sequence_length(self) -> bool:
@@ -150,13 +153,32 @@ class Base(ABC):
         """Draw a noise level for each of n latents: (n,)."""
 
     @abstractmethod
-    def loss(self, latents: Tensor, text: Text, noise: Tensor, times: Tensor) -> Tensor:
-        """Training loss of each sample: (n,) float32.
+    def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """x_t: `latents` (n, c, h, w) with `noise` of the levels `times` (n,)."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What `predict` should give for x_t: (n, c, h, w)."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
+        """The denoiser's output for x_t: as `noisy`, (n, c, h, w)."""
+
+    def loss(self, latents: Tensor, text: Text, noise: Tensor, times: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Training loss of each sample: (n,) float32, the mean square of what the denoiser gets wrong.
 
         Args:
             latents: (n, c, h, w) clean latents. text: as `encode_text` returns, n rows. noise: as `latents`.
             times: (n,) as `sample_times` returns.
+            mask: (n, 1, h, w) in [0, 1], the weight of each place in the mean. Where it is 0 nothing is learned; a
+                sample without any weight has loss 0.
         """
+        predicted = self.predict(self.add_noise(latents, noise, times), text, times)
+        errors = F.mse_loss(predicted.float(), self.target(latents, noise, times), reduction="none")
+        if mask is None:
+            return errors.flatten(1).mean(1)
+        total = mask.flatten(1).sum(1) * errors.shape[1]
+        return (errors * mask).flatten(1).sum(1) / total.clamp(min=1e-6)
 
 
 class FlowBase(Base):
@@ -185,11 +207,9 @@ class FlowBase(Base):
         """Image tokens of one latent."""
         return latents.shape[-2] * latents.shape[-1] // 4
 
-    def loss(self, latents: Tensor, text: Text, noise: Tensor, times: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         t = times.view(-1, 1, 1, 1)
-        velocity = self.predict((1 - t) * latents + t * noise, text, times)
-        return F.mse_loss(velocity.float(), noise - latents, reduction="none").flatten(1).mean(1)
+        return (1 - t) * latents + t * noise
 
-    @abstractmethod
-    def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
-        """The denoiser's velocity for x_t: as `noisy`, (n, c, h, w)."""
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return noise - latents

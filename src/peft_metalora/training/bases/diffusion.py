@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ...errors import BaseModelMismatchError
-from .base import Base, Text
+from .base import Base
 
 # Of a UNet: self- and cross-attention, and the feed-forward layers beside them. Convolutions are left alone: they hold
 # texture, and their Down would be nine times as wide.
@@ -41,11 +39,8 @@ class DiffusionBase(Base):
         count = self.schedule.config.num_train_timesteps
         return (self.density(latents, generator) * count).long().clamp(max=count - 1)
 
-    def loss(self, latents: Tensor, text: Text, noise: Tensor, times: Tensor) -> Tensor:
-        noisy = self.schedule.add_noise(latents, noise, times)
-        target = noise if self.prediction == "epsilon" else self.schedule.get_velocity(latents, noise, times)
-        return F.mse_loss(self.predict(noisy, text, times).float(), target, reduction="none").flatten(1).mean(1)
+    def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return self.schedule.add_noise(latents, noise, times)
 
-    @abstractmethod
-    def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
-        """The denoiser's output for x_t: as `noisy`, (n, c, h, w)."""
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return noise if self.prediction == "epsilon" else self.schedule.get_velocity(latents, noise, times)
