@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from peft_metalora.errors import ConfigError
-from peft_metalora.training.sampler import SubjectSampler
+from peft_metalora.training.sampler import SubjectSampler, balanced_buckets
 
 # Subject s has s + 1 images.
 POSITIONS = [list(range(10 * subject, 10 * subject + subject + 1)) for subject in range(6)]
@@ -57,3 +57,80 @@ def test_shards_that_do_not_work_out():
         SubjectSampler(POSITIONS, 5, 1, 2, seed=0)
     with pytest.raises(ConfigError, match="found 2"):
         SubjectSampler(POSITIONS, 3, 1, 3, seed=0).start(range(2))
+
+
+# Position p has shape SHAPES[p]: subject 0 and 5 have one image of shape 1 only, the others have both kinds.
+SHAPES = {position: int(position in (0, 50, 55) or position % 3 == 1) for one in POSITIONS for position in one}
+
+
+@pytest.mark.parametrize(("per_batch", "shards", "images"), [(4, 1, 1), (4, 2, 2), (6, 3, 1), (1, 1, 2)])
+def test_with_shapes_a_shard_s_batch_has_one_and_subjects_are_still_equally_often_seen(per_batch, shards, images):
+    sampler = SubjectSampler(POSITIONS, per_batch, images, shards, seed=0, shapes=SHAPES)
+    sampler.start(range(6))
+    seen, shapes = Counter(), Counter()
+    for _ in range(300):
+        rows, index = sampler.draw()
+        assert len(rows) == len(index) == images * per_batch
+        for shard in range(shards):
+            found = {SHAPES[position] for slot, position in zip(rows, index, strict=True) if slot % shards == shard}
+            assert len(found) == 1
+            shapes.update(found)
+        assert Counter(slot % shards for slot in rows) == dict.fromkeys(range(shards), images * per_batch // shards)
+        assert all(position in POSITIONS[slot] for slot, position in zip(rows, index, strict=True))
+        seen.update(rows)
+    assert shapes[0] > 60 and shapes[1] > 60
+    # What waits at the end is all that they differ by: less than a batch of each shape and shard.
+    share = 300 * images * per_batch / 6
+    assert all(abs(count - share) <= 2 * images * per_batch for count in seen.values())
+    assert sum(len(visits) for waiting in sampler._waiting for visits in waiting.values()) <= 2 * per_batch
+
+
+# Subject 5 and 6 are alone in their group with seven others.
+GROUPS = ["f", "f", "m", "f", "f", "f", "m", "f", "f"]
+NINE = [[subject] for subject in range(9)]
+
+
+@pytest.mark.parametrize(("per_batch", "shards"), [(4, 1), (4, 2), (2, 2), (6, 1), (3, 1)])
+def test_groups_are_seen_equally_often_and_subjects_within_them(per_batch, shards):
+    (bucket,) = balanced_buckets(GROUPS, 9, shards)
+    assert sorted(bucket) == list(range(9))
+    sampler = SubjectSampler(NINE, per_batch, 1, shards, seed=0, groups=GROUPS)
+    sampler.start(bucket)
+    seen = Counter()
+    for _ in range(84):
+        rows, index = sampler.draw()
+        assert [[bucket[slot]] for slot in rows] == [[position] for position in index]
+        seen.update(index)
+    groups = Counter()
+    for subject, count in seen.items():
+        groups[GROUPS[subject]] += count
+    assert groups["f"] == groups["m"] == 84 * per_batch / 2
+    if shards == 1:
+        assert len({seen[2], seen[6]}) == 1
+        women = [count for subject, count in seen.items() if GROUPS[subject] == "f"]
+        assert max(women) - min(women) <= 1
+
+
+def test_buckets_hold_their_share_of_every_group():
+    groups = ["m" if subject % 5 == 0 else "f" for subject in range(50)]
+    buckets = balanced_buckets(groups, 12, 2)
+    assert sorted(subject for bucket in buckets for subject in bucket) == list(range(50))
+    assert all(len(bucket) <= 12 for bucket in buckets)
+    for bucket in buckets:
+        assert sum(groups[subject] == "m" for subject in bucket) == 2
+        for shard in range(2):
+            assert {groups[bucket[slot]] for slot in range(shard, len(bucket), 2)} == {"f", "m"}
+    with pytest.raises(ConfigError, match="at least 4 subject\\(s\\) of the group 'm' in every bucket"):
+        balanced_buckets(groups, 12, 4)
+
+
+def test_state_with_groups_and_shapes():
+    shapes = {position: position % 2 for position in range(9)}
+    first, second = (SubjectSampler(NINE, 4, 1, 2, seed=seed, shapes=shapes, groups=GROUPS) for seed in (0, 1))
+    (bucket,) = balanced_buckets(GROUPS, 9, 2)
+    for sampler in (first, second):
+        sampler.start(bucket)
+    for _ in range(3):
+        first.draw()
+    second.load_state_dict(first.state_dict())
+    assert [first.draw() for _ in range(9)] == [second.draw() for _ in range(9)]
