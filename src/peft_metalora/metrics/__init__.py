@@ -2,6 +2,7 @@
 """Is it the person, and does it do what the prompt says? Embedders turn images into vectors, scores compare them."""
 
 from .embedders import ClipEmbedder, DinoEmbedder, Embedder, Embeddings, InsightFaceEmbedder
+from .faces import Face, FaceDetector, InsightFaceDetector
 from .perceptual import Lpips
 from .scores import (
     Interval,
@@ -25,6 +26,9 @@ __all__ = [
     "DinoEmbedder",
     "Embedder",
     "Embeddings",
+    "Face",
+    "FaceDetector",
+    "InsightFaceDetector",
     "InsightFaceEmbedder",
     "Interval",
     "Lpips",
