@@ -50,7 +50,7 @@ clean:
 	touch $@
 
 .venv/.installed-test: .venv/.installed
-	$(PIP) install -q -c constraints.txt -e '.[face,test]'
+	$(PIP) install -q -c constraints.txt -e '.[data,face,test]'
 	touch $@
 
 .venv/.installed-docs: .venv/.installed

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,18 @@ def tiny_examples(base: Base, subjects: int = 3, each: int = 2, seed: int = 0) -
     return Examples(latents, encode_captions(base, CAPTIONS), torch.arange(count) % len(CAPTIONS), owners)
 
 
-def write_people(folder: Path, subjects: int = 3, each: int = 2) -> Path:
-    """Noise images in the layout of real data."""
+def write_people(
+    folder: Path, subjects: int = 3, each: int = 2, sizes: Sequence[tuple[int, int]] = ((20, 24),)
+) -> Path:
+    """Noise images in the layout of real data; their sizes (width, height) come in turn."""
     generator = torch.Generator().manual_seed(0)
     for subject in range(subjects):
         place = folder / f"person-{subject}"
         place.mkdir(parents=True)
         lines = []
         for number in range(each):
-            pixels = torch.randint(0, 256, (24, 20, 3), generator=generator, dtype=torch.uint8)
+            width, height = sizes[(subject * each + number) % len(sizes)]
+            pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(place / f"{number}.png")
             lines.append(json.dumps({"file_name": f"{number}.png", "text": CAPTIONS[number % 2]}))
         (place / "metadata.jsonl").write_text("\n".join(lines))

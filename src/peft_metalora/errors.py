@@ -42,6 +42,8 @@ A message says what was expected, what was found and what to do.
     |   +-- TooFewImagesError (ValueError)
     |   +-- MetadataError (ValueError)            metadata.jsonl that cannot be understood
     |   +-- NoCaptionError (ValueError)           an image without a caption, and no template to make one
+    |   +-- NoFaceError (ValueError)              a photo to be cut around a face that is not found
+    |   +-- DatasetUnavailableError (ImportError)   the extra for data sets of the Hub is not installed
     +-- MetricError
         +-- EmbedderUnavailableError (ImportError)  an extra is not installed, or its weights are not there
         +-- MetricInputError (ValueError)           vectors, images or groups of the wrong shape
@@ -204,6 +206,14 @@ class MetadataError(DataError, ValueError):
 
 class NoCaptionError(DataError, ValueError):
     """An image without a caption, and no template to make one from."""
+
+
+class NoFaceError(DataError, ValueError):
+    """A photo that is to be cut around a face, in which none is found."""
+
+
+class DatasetUnavailableError(DataError, ImportError):
+    """The `datasets` library is not installed."""
 
 
 class MetricError(MetaLoraError):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 from dataclasses import replace
 
@@ -83,6 +84,32 @@ def test_published_mean_is_the_mean_of_all_subjects_last_states(base):
         assert torch.allclose(state[f"{path}.metalora_up"], up, atol=1e-6)
     assert result.facts["subjects"] == 4
     assert set(base.denoiser.peft_config) == {"default"}
+
+
+def test_groups_are_seen_equally_often_and_the_run_goes_on_where_it_was():
+    tags = [{"sex": "male" if number in (1, 4) else "female"} for number in range(8)]
+
+    def make(**changes):
+        base = tiny_base()
+        examples = replace(tiny_examples(base, subjects=8), tags=tags)
+        config = meta_config(**{"balance_by": "sex", "max_train_steps": 12, "warmup_steps": 0, **changes})
+        return MetaTraining(base, examples, config)
+
+    run, seen = make(), []
+    original = run.sampler.draw
+    run.sampler.draw = lambda: (seen.append(original()), seen[-1])[1]
+    for step in run.steps():
+        if step.number == 5:
+            resumed = make(seed=1)
+            resumed.load_state_dict(copy.deepcopy(run.state_dict()))
+    subjects = [position // 2 for _, batch in seen for position in batch]
+    assert subjects.count(1) == subjects.count(4) == len(subjects) / 4 == 6
+    assert [step.number for step in resumed.steps()] == list(range(6, 13))
+    assert all(torch.equal(one, other) for one, other in zip(run._factors(), resumed._factors(), strict=True))
+    with pytest.raises(ConfigError, match=r"the tag 'age' of every subject, found none of subject\(s\) \[0, 1"):
+        make(balance_by="age")
+    with pytest.raises(ConfigError, match=r"at least 2 subject\(s\) of the group 'male' in every bucket"):
+        make(shards=2, bucket_size=4)
 
 
 def test_more_training_of_the_same_run_lowers_the_loss(base):

@@ -189,6 +189,15 @@ def test_interrupt_leaves_a_usable_subject_or_nothing(place, tmp_path, monkeypat
         assert list(tmp_path.iterdir()) == []
 
 
+def test_unreadable_images_are_left_out_and_named(place, tmp_path):
+    people = write_people(tmp_path / "people", subjects=1, each=3)
+    (people / "person-0" / "1.png").write_bytes(b"no image")
+    config = file_config(place, tmp_path / "ann", instance_data_dir=str(people / "person-0"), instance_prompt="a photo")
+    with pytest.warns(match=r"skipped 1 of 3 images: .*person-0/1\.png which cannot be decoded"):
+        personalize(config, progress=False)
+    assert hub.load_subject(tmp_path / "ann").config.facts["steps"] == 3
+
+
 @pytest.mark.parametrize("method", ["meta-lora", "lora"])
 def test_full_disk_leaves_nothing(place, tmp_path, monkeypatch, method):
     def full(*args, **kwargs):

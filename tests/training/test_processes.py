@@ -153,6 +153,24 @@ def test_two_processes_give_what_one_gives(place, tmp_path, launcher):
         assert own == whole if launcher == "plain" else 0.45 * whole < own < 0.55 * whole
 
 
+def test_same_down_from_photos_of_several_shapes_and_balanced_groups(place, tmp_path):
+    people = write_people(tmp_path / "people", subjects=5, each=3, sizes=[(24, 24), (40, 24)])
+    tags = {f"person-{number}": {"sex": "male" if number < 2 else "female"} for number in range(5)}
+    (people / "people.json").write_text(json.dumps(tags))
+    settings = {
+        "pretrained_model_name_or_path": str(place / "base"),
+        "train_data_dir": str(people),
+        "max_train_steps": 6,
+    }
+    settings |= {"shards": 2, "subjects_per_batch": 4, "optimizer": "SGD", "learning_rate": 0.1, "resolution": 32}
+    settings |= {"aspect_ratio_buckets": "auto", "balance_by": "sex"}
+    meta_train(meta_config(**settings, output_dir=str(tmp_path / "one")), progress=False)
+    on_two_processes(meta_config(**settings, output_dir=str(tmp_path / "two")))
+    one, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name in one:
+        assert torch.allclose(one[name], both[name], atol=1e-5 * one[name].abs().max().item() + 1e-9), name
+
+
 def test_a_run_of_two_processes_resumes(place, tmp_path):
     adam = {"optimizer": "AdamW", "learning_rate": 0.01}
     looking = {"validation_steps": 2, "patience": 9}

@@ -70,6 +70,6 @@ def identity(*modules: nn.Module | None) -> str:
     return digest.hexdigest()
 
 
-def file_hash(path: Path) -> str:
+def content_hash(content: bytes) -> str:
     """Hash of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(content).hexdigest()

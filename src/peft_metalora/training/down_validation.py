@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageOps
 
-from ..data import Photo, Subject, load_image, read_subjects
+from ..data import Photo, Subject, read_subjects
 from ..errors import ConfigError
 from ..files import write_bytes
 from ..tuner import set_subjects
@@ -86,6 +86,8 @@ def encode_held_out(
         references.append(reference)
         others.append(rest)
     alone = [Subject(one.name, [photo]) for one, photo in zip(subjects, references, strict=True)]
+    # They are learned side by side, in slots, which takes views of one shape.
+    config = replace(config, aspect_ratio_buckets=None)
     learned = encode_subjects(base, alone, config, _VIEWS, progress=progress)
     # Another seed gives other crops.
     other = replace(config, seed=config.seed + 1)
@@ -151,7 +153,7 @@ class DownValidation:
         write_bytes(self.folder / SCORES_FILE, text.encode())
         self.trackers.log(step, {"validation_score": score})
         if self.painter.prompts:
-            sheet = contact_sheet([load_image(photo.path) for photo in self.held.references], pictures)
+            sheet = contact_sheet([photo.load() for photo in self.held.references], pictures)
             write_bytes(self.folder / f"{step:05d}.png", png(sheet))
             self.trackers.images(step, [sheet])
 

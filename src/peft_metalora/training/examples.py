@@ -4,62 +4,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import TRIGGER_MARK, Photo, Subject, augment, flip_caption, load_image
-from ..errors import ConfigError, NoCaptionError, NoImagesError, UnreadableImageError
+from ..data import TRIGGER_MARK, Photo, Subject, flip_caption
+from ..errors import ConfigError, NoCaptionError, NoFaceError, NoImagesError, UnreadableImageError
 from .bases import Base, Text
-from .cache import Cache, file_hash, identity
+from .batches import Batch, Examples
+from .cache import Cache, content_hash, identity
+from .fresh import FreshExamples
+from .prior import class_prompt
 from .settings import TrainingConfig
+from .views import ViewCutter, latent_mask, mask_content
 
+__all__ = ["Batch", "Examples", "PhotoEncoder", "encode_captions", "encode_subjects"]
 
-@dataclass(frozen=True)
-class Examples:
-    """Encoded images of some subjects; equal captions are stored once.
-
-    Attributes:
-        latents: (n, c, h, w) as `Base.encode_images` gives them.
-        text: embeddings of m captions, m rows in each tensor.
-        caption: (n,) int64, the row of `text` that belongs to each latent.
-        subject: (n,) int64, 0 to the number of subjects - 1.
-    """
-
-    latents: Tensor
-    text: Text
-    caption: Tensor
-    subject: Tensor
-
-    @property
-    def num_subjects(self) -> int:
-        """Number of subjects."""
-        return int(self.subject.max()) + 1
-
-    def by_subject(self) -> list[Tensor]:
-        """For each subject, the positions (k,) of its latents."""
-        return [(self.subject == subject).nonzero().flatten() for subject in range(self.num_subjects)]
-
-    def pick(self, index: Tensor) -> tuple[Tensor, Text]:
-        """Latents and text of the examples `index` (b,)."""
-        rows = self.caption[index]
-        return self.latents[index], {name: tensor[rows] for name, tensor in self.text.items()}
-
-    def to(self, device: torch.device | str) -> Examples:
-        """The same examples on a device."""
-        text = {name: tensor.to(device) for name, tensor in self.text.items()}
-        return replace(
-            self,
-            latents=self.latents.to(device),
-            text=text,
-            caption=self.caption.to(device),
-            subject=self.subject.to(device),
-        )
+_Seen = TypeVar("_Seen")
 
 
 def encode_subjects(
@@ -77,83 +42,128 @@ def encode_subjects(
     encoded is kept on disk, and looked up there.
 
     Args:
-        skip_unreadable: go on without images that cannot be decoded, and warn with their names and number.
+        views: 0: none is encoded before training; every batch cuts and encodes new ones (see `fresh`).
+        skip_unreadable: go on without photos that cannot be decoded or show no face where one is needed, and warn with
+            their names and number. The only photo there is is an error.
 
     Raises:
         NoImagesError: no subject, or one without photos.
         NoCaptionError: a photo has no caption and there is no `instance_prompt`.
         ConfigError: the resolution does not fit the base, or a caption asks for a trigger and there is none.
-        UnreadableImageError: a file that is no image.
+        UnreadableImageError: a file that is no image. NoFaceError: a photo without a face, with `face_crop`.
     """
-    if config.resolution % base.pixel_multiple:
-        raise ConfigError(
-            f"resolution must be a multiple of {base.pixel_multiple} for this base model, found {config.resolution}"
-        )
+    cutter = ViewCutter(base, config)
     if not subjects or any(not subject.photos for subject in subjects):
         raise NoImagesError("expected at least one image of each subject, found none: check the folder")
     photos = [(number, photo) for number, subject in enumerate(subjects) for photo in subject.photos]
+    prior = class_prompt(config)
     for _, photo in photos:
-        _caption(photo, config)  # before the long work
-    encoder = PhotoEncoder(base, config, views)
-    captions: dict[str, int] = {}
-    latents, rows, owners, unreadable = [], [], [], []
-    for number, photo in tqdm(photos, desc="encoding", unit="image", disable=not progress):
-        try:
-            encoded, texts = encoder(photo)
-        except UnreadableImageError as error:
-            if not skip_unreadable:
-                raise
-            unreadable.append(str(error))
-            continue
-        latents.append(encoded)
-        rows += [captions.setdefault(text, len(captions)) for text in texts]
-        owners += [number] * len(texts)
-    if unreadable:
-        warnings.warn(f"skipped {len(unreadable)} of {len(photos)} images: {'; '.join(unreadable)}", stacklevel=2)
-    lost = [subject.name for number, subject in enumerate(subjects) if number not in set(owners)]
+        caption_of(photo, config)  # before the long work
+    progress_bar = tqdm(photos, desc="encoding", unit="image", disable=not progress)
+    if views:
+        encoder = PhotoEncoder(base, config, views, cutter)
+        encoded = _see(progress_bar, encoder, skip_unreadable)
+        owners = [number for number, one in encoded for _ in one[1]]
+        texts = [text for _, (_, captions, _) in encoded for text in captions]
+        latents, mask = _join([one[0] for _, one in encoded], [one[2] for _, one in encoded])
+    else:
+        opened = _see(progress_bar, lambda photo: (photo, cutter.open(photo).plan), skip_unreadable)
+        owners = [number for number, _ in opened]
+        plain = [caption_of(photo, config) for _, (photo, _) in opened]
+        texts = [text for one in plain for text in (one, flip_caption(one) if config.random_flip else one)]
+        latents, mask = [], None
+    present = set(owners)
+    lost = [subject.name for number, subject in enumerate(subjects) if number not in present]
     if lost:
         raise NoImagesError(f"expected a readable image of each subject, found none of {', '.join(lost[:5])}")
-    text = encode_captions(base, list(captions), cache_dir=config.cache_dir)
-    return Examples(torch.cat(latents), text, torch.tensor(rows), torch.tensor(owners))
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    examples = Examples(
+        latents,
+        encode_captions(base, list(rows), cache_dir=config.cache_dir),
+        torch.tensor([rows[text] for text in texts]),
+        torch.tensor(owners),
+        mask,
+        None if prior is None else encode_captions(base, [prior], cache_dir=config.cache_dir),
+        [subject.tags for subject in subjects],
+    )
+    return examples if views else FreshExamples.of(examples, base, cutter, [one for _, one in opened])
+
+
+def _see(
+    photos: Iterable[tuple[int, Photo]], look: Callable[[Photo], _Seen], skip_unreadable: bool
+) -> list[tuple[int, _Seen]]:
+    """What `look` gives of each photo, with its subject; see `encode_subjects` for those that cannot be used."""
+    seen, unusable, count = [], [], 0
+    for number, photo in photos:
+        count += 1
+        try:
+            seen.append((number, look(photo)))
+        except (UnreadableImageError, NoFaceError) as error:
+            if not skip_unreadable:
+                raise
+            unusable.append(error)
+    if unusable and count == 1:
+        raise unusable[0]
+    if unusable:
+        text = "; ".join(map(str, unusable))
+        warnings.warn(f"skipped {len(unusable)} of {count} images: {text}", stacklevel=3)
+    return seen
+
+
+def _join(
+    latents: list[Tensor], masks: list[Tensor | None]
+) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor] | None]:
+    """Latents (k, c, h, w) and masks (k, 1, h, w) of photos, as `Examples` holds them; no mask is a white one."""
+    filled = [
+        latent.new_ones(len(latent), 1, *latent.shape[-2:]) if mask is None else mask
+        for latent, mask in zip(latents, masks, strict=True)
+    ]
+    masked = any(mask is not None for mask in masks)
+    if len({latent.shape[1:] for latent in latents}) == 1:
+        return torch.cat(latents), torch.cat(filled) if masked else None
+    return [one for part in latents for one in part], [one for part in filled for one in part] if masked else None
 
 
 class PhotoEncoder:
     """Encodes the views of one photo after another."""
 
-    def __init__(self, base: Base, config: TrainingConfig, views: int) -> None:
-        self.base, self.config, self.views = base, config, views
+    def __init__(self, base: Base, config: TrainingConfig, views: int, cutter: ViewCutter) -> None:
+        self.base, self.config, self.views, self.cutter = base, config, views, cutter
         self._cache = Cache(config.cache_dir)
         self._vae = identity(base.pipeline.vae) if config.cache_dir is not None else ""
 
-    def __call__(self, photo: Photo) -> tuple[Tensor, list[str]]:
-        """Latents (views, c, h, w) and captions of a photo.
+    def __call__(self, photo: Photo) -> tuple[Tensor, list[str], Tensor | None]:
+        """Latents (views, c, h, w), captions, and masks (views, 1, h, w) of a photo that has one.
 
         Raises:
             NoImagesError, UnreadableImageError: it is not there, or cannot be decoded.
+            NoFaceError: it is to be cut around a face, and shows none.
         """
-        config, image = self.config, load_image(photo.path)
-        content = file_hash(photo.path)
+        content, mask = photo.read(), mask_content(photo)
+        digest = content_hash(content)
         made_from = {
             "vae": self._vae,
-            "photo": content,
+            "photo": digest,
+            "mask": None if mask is None else content_hash(mask),
             "views": self.views,
-            "resolution": config.resolution,
-            "random_flip": config.random_flip,
-            "seed": config.seed,
-            "format": 1,
+            "seed": self.config.seed,
+            "format": 2,
+            **self.cutter.settings,
         }
-        found = self._cache.get(made_from, lambda: self._encode(image, content))
-        caption = _caption(photo, config)
-        return found["latents"], [flip_caption(caption) if flip else caption for flip in found["flip"].tolist()]
+        found = self._cache.get(made_from, lambda: self._encode(photo, content, int(digest[:12], 16)))
+        caption = caption_of(photo, self.config)
+        captions = [flip_caption(caption) if flip else caption for flip in found["flip"].tolist()]
+        return found["latents"], captions, found.get("mask")
 
-    def _encode(self, image: Image.Image, content: str) -> dict[str, Tensor]:
-        pixels, flips = [], []
-        generator = torch.Generator().manual_seed(self.config.seed + int(content[:12], 16))
-        for _ in range(self.views):
-            flip = self.config.random_flip and bool(torch.rand((), generator=generator) < 0.5)
-            pixels.append(augment(image, self.config.resolution, generator, flip=flip))
-            flips.append(flip)
-        return {"latents": self.base.encode_images(torch.stack(pixels)), "flip": torch.tensor(flips)}
+    def _encode(self, photo: Photo, content: bytes, number: int) -> dict[str, Tensor]:
+        opened = self.cutter.open(photo, content)
+        generator = torch.Generator().manual_seed(self.config.seed + number)
+        views = [self.cutter.cut(opened, generator) for _ in range(self.views)]
+        latents = self.base.encode_images(torch.stack([view.pixels for view in views]))
+        found = {"latents": latents, "flip": torch.tensor([view.flip for view in views])}
+        if opened.mask is not None:
+            found["mask"] = latent_mask(views, latents)
+        return found
 
 
 def encode_captions(base: Base, captions: Sequence[str], *, cache_dir: str | None = None, batch_size: int = 64) -> Text:
@@ -169,7 +179,13 @@ def encode_captions(base: Base, captions: Sequence[str], *, cache_dir: str | Non
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _caption(photo: Photo, config: TrainingConfig) -> str:
+def caption_of(photo: Photo, config: TrainingConfig) -> str:
+    """The caption that a photo is trained with.
+
+    Raises:
+        NoCaptionError: it has none and there is no `instance_prompt`.
+        ConfigError: it asks for a trigger and there is none.
+    """
     caption = photo.caption or config.instance_prompt
     if caption is None:
         raise NoCaptionError(

@@ -10,7 +10,7 @@ start.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import checkpoint, injection
-from ..data import read_subjects
 from ..errors import ConfigError, TooFewImagesError
 from ..tuner import DownSource, MetaLoraConfig, fingerprint, reset_slots, set_subjects, set_warmup
 from ..tuner.subjects import meta_lora_layers
@@ -40,10 +39,11 @@ from .down_validation import DownValidation, encode_held_out, split_subjects
 from .examples import Examples, encode_subjects
 from .loop import Step, training_steps
 from .processes import ALONE, Processes
-from .sampler import SubjectSampler
+from .sampler import SubjectSampler, balanced_buckets
 from .settings import MetaTrainConfig
 from .sharding import shard, wants_shards
 from .slots import SlotOptimizer
+from .sources import training_subjects
 from .state import checkpoint_folder, read_state, write_state
 from .tracking import Trackers
 
@@ -103,7 +103,13 @@ class MetaTraining:
             raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
         subjects = len(all_positions)
         slots = min(config.bucket_size or subjects, subjects)
-        self.buckets = [range(start, min(start + slots, subjects)) for start in range(0, subjects, slots)]
+        shards = config.shards or processes.count
+        groups = None if config.balance_by is None else examples.groups(config.balance_by)
+        self.buckets: list[Sequence[int]] = (
+            [range(start, min(start + slots, subjects)) for start in range(0, subjects, slots)]
+            if groups is None
+            else list(balanced_buckets(groups, slots, shards))
+        )
         # The first buckets get the odd steps, so that the sum is what was asked for.
         share, rest = divmod(config.max_train_steps, len(self.buckets))
         self.bucket_steps = [share + (number < rest) for number in range(len(self.buckets))]
@@ -113,12 +119,22 @@ class MetaTraining:
                 f"({config.max_train_steps} steps, {len(self.buckets)} buckets): raise max_train_steps or bucket_size, "
                 "or lower warmup_steps"
             )
-        shards = config.shards or processes.count
         if shards % processes.count:
             raise ConfigError(f"shards must be a multiple of the {processes.count} processes, found {shards}")
+        shapes = examples.shapes()
+        self._many_shapes = len(set(shapes)) > 1
         self.sampler = SubjectSampler(
-            all_positions, config.subjects_per_batch, config.images_per_subject, shards, config.seed
+            all_positions,
+            config.subjects_per_batch,
+            config.images_per_subject,
+            shards,
+            config.seed,
+            shapes=shapes if self._many_shapes else None,
+            groups=groups,
         )
+        # Shapes differ between shards, not within one: then each shard of this process is a pass of its own.
+        self._passes = shards // processes.count if self._many_shapes else 1
+        self._parts: list[_Part] = []
         self.sampler.start(self.buckets[-1])  # the smallest: fails here or never
         cls, options = optimizer_class(config.optimizer), optimizer_options(config)
         self.adapter_config = MetaLoraConfig(
@@ -148,7 +164,8 @@ class MetaTraining:
         self._sums: list[Tensor] = [torch.zeros_like(part[0]) for part in slotted]
         self._slotted, self._counted = slotted, 0
         # The bucket in training, and whether its subjects are still to be added to the mean.
-        self._number, self._bucket, self._open = 0, range(0), False
+        self._number, self._open = 0, False
+        self._bucket: Sequence[int] = range(0)
         self.losses: list[float] = []
         self._start = time.perf_counter()
 
@@ -167,7 +184,7 @@ class MetaTraining:
                 self.optimizer,
                 steps=first + self.bucket_steps[number],
                 scheduler=self.scheduler,
-                accumulation=config.gradient_accumulation_steps,
+                accumulation=config.gradient_accumulation_steps * self._passes,
                 clip=self._finish_gradients,
                 done=len(self.losses),
             )
@@ -205,7 +222,7 @@ class MetaTraining:
             **({"domain": config.domain} if config.domain else {}),
             "steps": len(self.losses),
             "subjects": self._counted,
-            "images": len(self.examples.latents),
+            "images": len(self.examples),
             "recipe": {
                 "buckets": len(self.buckets),
                 "down_learning_rate": config.down_learning_rate or config.learning_rate,
@@ -261,19 +278,39 @@ class MetaTraining:
     def _owns(self, slot: int) -> bool:
         return slot % self.sampler.shards % self.processes.count == self.processes.rank
 
+    def _draw(self) -> list[_Part]:
+        """The next batch, in as many parts as it takes passes; all processes draw all of it."""
+        rows, index = self.sampler.draw()
+        shards, device = self.sampler.shards, self.base.device
+        batch = list(range(len(rows)))
+        alike = [[n for n in batch if rows[n] % shards == shard] for shard in range(shards)]
+        parts = []
+        for members in alike if self._many_shapes else [batch]:
+            like = self.examples.like(index[members[0]], len(members))
+            noise = torch.randn(like.shape, generator=self._generator, device=device)
+            times = self.base.sample_times(like, self._generator)
+            seeds = None
+            if self.examples.fresh:
+                drawn = torch.randint(1 << 62, (len(members),), generator=self._generator, device=device)
+                seeds = drawn.tolist()
+            own = [place for place, n in enumerate(members) if self._owns(rows[n])]
+            if own:
+                slots, picks = [rows[members[place]] for place in own], [index[members[place]] for place in own]
+                own_seeds = seeds and [seeds[place] for place in own]
+                parts.append(_Part(slots, picks, own_seeds, noise[own], times[own], len(rows) / self._passes))
+        return parts
+
     def _loss(self) -> Tensor:
         """This process's part of the mean over the whole batch; its value, not its gradient, is the whole mean."""
-        rows, index = self.sampler.draw()
-        own = [number for number, slot in enumerate(rows) if self._owns(slot)]
-        like, device = self.examples.latents, self.base.device
-        noise = torch.randn(len(rows), *like.shape[1:], generator=self._generator, device=device)
-        times = self.base.sample_times(like[:1].expand(len(rows), -1, -1, -1), self._generator)
-        latents, text = self.examples.pick(torch.tensor([index[number] for number in own], device=device))
-        set_subjects(self.base.denoiser, [rows[number] for number in own])
-        self.optimizer.see([rows[number] for number in own])
+        if not self._parts:
+            self._parts = self._draw()
+        part, device = self._parts.pop(0), self.base.device
+        latents, text, mask = self.examples.batch(torch.tensor(part.index, device=device), part.seeds)
+        set_subjects(self.base.denoiser, part.slots)
+        self.optimizer.see(part.slots)
         with autocast(self.config.mixed_precision, device, adapter_casts=True):
-            part = self.base.loss(latents, text, noise[own], times[own]).sum() / len(rows)
-        return self.processes.whole(part)
+            loss = self.base.loss(latents, text, part.noise, part.times, mask).sum() / part.divisor
+        return self.processes.whole(loss)
 
     def _finish_gradients(self) -> None:
         """Sum Down's gradient over the processes, then clip."""
@@ -289,6 +326,18 @@ class MetaTraining:
             total += part[own].sum(0)
         self._counted += len(self._bucket)
         self._open = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one pass of this process sees of a batch; the sum of its losses over `divisor` is its part of the mean."""
+
+    slots: list[int]
+    index: list[int]
+    seeds: list[int] | None
+    noise: Tensor
+    times: Tensor
+    divisor: float
 
 
 def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
@@ -308,7 +357,7 @@ def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, pr
 
 
 def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
-    """Stage 1 from a folder of subjects: trains a Down and writes it to `output_dir`.
+    """Stage 1 from a folder or a data set of subjects: trains a Down and writes it to `output_dir`.
 
     Ctrl-C writes the Down as it is by then (nothing before the first step, nor in a run of several processes) and
     raises KeyboardInterrupt. With `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint`
@@ -317,20 +366,19 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     Returns:
         The result that was written.
 
-    Images that cannot be decoded are left out, with a warning that names them.
+    Images that cannot be decoded, or show no face where one is needed, are left out, with a warning that names them.
 
     Raises:
         NoImagesError, NoCaptionError, MetadataError: the data cannot be used.
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
-    if config.train_data_dir is None:
-        raise ConfigError("expected train_data_dir, found none: give a folder that holds a folder for each subject")
+    subjects = training_subjects(config)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
     progress = progress and processes.is_main
     trackers, whole = Trackers(config, processes), not wants_shards(processes, config)
-    subjects, others = split_subjects(read_subjects(config.train_data_dir), config)
+    subjects, others = split_subjects(subjects, config)
     base = load_base(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -342,7 +390,12 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     base.place(device, encoders=True, denoiser=whole)
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
     held = encode_held_out(base, others, config, progress=progress) if others else None
-    base.place(device, encoders=held is not None and bool(config.validation_prompt), denoiser=whole)
+    base.place(
+        device,
+        encoders=held is not None and bool(config.validation_prompt),
+        denoiser=whole,
+        vae=not config.views_per_image,
+    )
     shard(base, device, processes, config)
     run = MetaTraining(base, examples, config, processes)
     state = read_state(config, processes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .. import checkpoint, hub
 from ..base_model import check_fits
-from ..data import TRIGGER_MARK, Subject, read_photos
+from ..data import TRIGGER_MARK
 from ..errors import ConfigError, TooFewImagesError
 from ..files import staged_folder
 from ..tuner import DownSource, MetaLoraConfig, set_subjects
@@ -40,10 +41,12 @@ from .bases import Base, load_base
 from .compiling import compile_blocks, uncompile
 from .examples import Examples, encode_subjects
 from .loop import Step, training_steps
+from .prior import distance_from_base
 from .processes import ALONE, Processes
 from .settings import PersonalizeConfig
 from .sharding import shard, wants_shards
 from .slots import SlotOptimizer
+from .sources import instance_subject
 from .state import checkpoint_folder, read_state, write_state
 from .tracking import Trackers
 from .validation import Validation, held_out
@@ -81,7 +84,19 @@ class Personalization:
         self.base, self.config, self.down, self.processes = base, config, down, processes
         self.examples = examples.to(base.device)
         self.num_subjects = examples.num_subjects
-        self._positions = examples.by_subject()
+        self._positions = [positions.cpu() for positions in examples.by_subject()]
+        self._shapes = torch.tensor(examples.shapes())
+        self._many_shapes = len(self._shapes.unique()) > 1
+        if self._many_shapes and self.num_subjects > 1:
+            raise ConfigError(
+                f"expected views of one shape for {self.num_subjects} subjects that share batches, found several: "
+                "leave aspect_ratio_buckets out, or learn the subjects one by one"
+            )
+        if config.prior_loss_weight and examples.prior is None:
+            raise ConfigError(
+                "prior_loss_weight needs examples with the embedding of the class prompt, found none: encode them with "
+                "these settings"
+            )
         empty = [subject for subject, positions in enumerate(self._positions) if not len(positions)]
         if empty:
             raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
@@ -183,25 +198,37 @@ class Personalization:
 
         All processes draw the whole batch and compute their part of it; the value is that of the whole.
         """
-        base, size = self.base, self.config.train_batch_size
+        base, size, config = self.base, self.config.train_batch_size, self.config
         index, noise, times = [], [], []
-        like = self.examples.latents[:1]
+        seeds: list[int] = []
         for positions, generator in zip(self._positions, self._generators, strict=True):
+            if self._many_shapes:  # those of one view, so that each view is seen equally often
+                first = positions[torch.randint(len(positions), (), generator=generator)]
+                positions = positions[self._shapes[positions] == self._shapes[first]]
             index.append(positions[torch.randint(len(positions), (size,), generator=generator)])
-            noise.append(torch.randn(size, *like.shape[1:], generator=generator))
-            times.append(base.sample_times(like.expand(size, -1, -1, -1), generator))
+            like = self.examples.like(int(index[-1][0]), size)
+            noise.append(torch.randn(like.shape, generator=generator))
+            times.append(base.sample_times(like, generator))
+            if self.examples.fresh:
+                seeds += torch.randint(1 << 62, (size,), generator=generator).tolist()
         own = slice(self.processes.rank, None, self.processes.count)
-        latents, text = self.examples.pick(torch.cat(index)[own].to(base.device))
+        latents, text, mask = self.examples.batch(torch.cat(index)[own].to(base.device), seeds[own] or None)
+        spread, levels = torch.cat(noise)[own].to(base.device), torch.cat(times)[own].to(base.device)
+        cast = partial(autocast, config.mixed_precision, base.device, adapter_casts=self.uses_slots)
+        prior = None
+        if config.prior_loss_weight and self.examples.prior is not None:
+            with cast():
+                prior = distance_from_base(base, self.examples.prior, latents, spread, levels)
         if isinstance(self.optimizer, SlotOptimizer):
             slots = range(self.num_subjects)
             wanted = None if len(slots) == 1 else tuple(slot for slot in slots for _ in range(size))[own]
             if self._index.values != wanted:  # to set it anew in each step would look at every module of the model
                 set_subjects(base.denoiser, wanted)
             self.optimizer.see(slots)
-        with autocast(self.config.mixed_precision, base.device, adapter_casts=self.uses_slots):
-            losses = base.loss(
-                latents, text, torch.cat(noise)[own].to(base.device), torch.cat(times)[own].to(base.device)
-            )
+        with cast():
+            losses = base.loss(latents, text, spread, levels, mask)
+            if prior is not None:
+                losses = losses + config.prior_loss_weight * prior()
         return self.processes.whole(losses.sum() / size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -275,7 +302,7 @@ class Personalization:
 
 
 def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
-    """Stage 2 from an image or a folder of images of one subject: trains and writes `output_dir`.
+    """Stage 2 from an image, a folder of images or a data set of one subject: trains and writes `output_dir`.
 
     Ctrl-C writes the subject as it is by then (nothing before the first step) and raises KeyboardInterrupt. With
     `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint` as if nothing had happened.
@@ -283,17 +310,18 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     Returns:
         The folder that was written: a subject, or a plain LoRA that diffusers loads.
 
+    Of several images, those that cannot be decoded, or show no face where one is needed, are left out, with a warning
+    that names them.
+
     Raises:
         NoImagesError, NoCaptionError, UnreadableImageError, MetadataError: the data cannot be used.
         CheckpointError: the Down cannot be read, or belongs to another base model.
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot be used.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
-    if config.instance_data_dir is None:
-        raise ConfigError("expected instance_data_dir, found none: give an image, or a folder of images of one subject")
     if config.method == "meta-lora" and config.down is None:
         raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
-    subject = Subject("subject", read_photos(config.instance_data_dir))
+    subject = instance_subject(config)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
     progress = progress and processes.is_main
@@ -310,9 +338,9 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         max_sequence_length=config.max_sequence_length,
     )
     base.place(device, encoders=True, denoiser=whole)
-    examples = encode_subjects(base, [subject], config, config.views_per_image, progress=progress)
+    examples = encode_subjects(base, [subject], config, config.views_per_image, progress=progress, skip_unreadable=True)
     others = held_out(base, subject, config) if config.validation_steps else None
-    base.place(device, encoders=bool(config.validation_prompt), denoiser=whole)
+    base.place(device, encoders=bool(config.validation_prompt), denoiser=whole, vae=not config.views_per_image)
     shard(base, device, processes, config)
     run = Personalization(base, examples, config, down, processes)
     validation = Validation(run, *others, trackers) if others is not None else None

@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .shapes import parse_shapes
 
 
 def setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
     """A field of a settings dataclass: its one description, its default, the values it may have."""
     metadata = {"help": help, "choices": choices} if choices else {"help": help}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+_VIEWS = (
+    "Crops (and mirror images) of each photo that are encoded before training. 0: every batch cuts and encodes new "
+    "ones, and the VAE stays on the device."
+)
 
 
 @dataclass(kw_only=True)
@@ -38,7 +45,28 @@ class TrainingConfig:
     )
     instance_prompt: str | None = setting("Caption of images that have none of their own.", None)
     trigger: str | None = setting("Word that takes the place of {trigger} in captions and in instance_prompt.", None)
+    dataset_name: str | None = setting(
+        "Instead of a folder: a data set of the Hub, or a local folder or parquet file that the datasets library loads "
+        "(needs the extra [data]).",
+        None,
+    )
+    dataset_config_name: str | None = setting("Configuration of the data set.", None)
+    image_column: str = setting("Column of the data set that holds the images.", "image")
+    caption_column: str = setting("Column that holds the captions, if there is one.", "text")
+    subject_column: str = setting("Column that says whom an image shows; stage 2 does without.", "subject")
     resolution: int = setting("Height and width of the training crops, in pixels.", 512)
+    aspect_ratio_buckets: str | None = setting(
+        "Cut each photo to the bucket nearest to its own ratio of sides: 'auto' (areas near resolution²), or "
+        "'height,width;height,width'. Default: squares of resolution.",
+        None,
+    )
+    face_crop: str | None = setting(
+        "Cut the views around the largest face of a photo, found by this detector: 'insightface' (needs the extra "
+        "[face]), or module:function. Photos without a face are left out. Default: cut from the whole photo.",
+        None,
+    )
+    face_margin: float = setting("Room around the face on every side, as a share of the longer side of its box.", 0.5)
+    face_align: bool = setting("With face_crop, turn photos so that the eyes are level.", False)
     random_flip: bool = setting("Mirror half of the views; 'left' and 'right' in captions are swapped with them.", True)
     cache_dir: str | None = setting(
         "Keep encoded photos and captions in this folder for later runs. Default: in memory only.", None
@@ -113,7 +141,11 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0, found {value!r}")
-        for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm"):
+        if self.aspect_ratio_buckets is not None:
+            parse_shapes(self.aspect_ratio_buckets)
+        if self.face_align and self.face_crop is None:
+            raise ConfigError("face_align needs face_crop, found none: give face_crop 'insightface'")
+        for name in self._zero_or_more():
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be 0 or more, found {getattr(self, name)!r}")
         if Path(self.output_dir).is_file():
@@ -124,6 +156,9 @@ class TrainingConfig:
 
     def _positive(self) -> tuple[str, ...]:
         return ("learning_rate",)
+
+    def _zero_or_more(self) -> tuple[str, ...]:
+        return "lr_warmup_steps", "weight_decay", "max_grad_norm", "views_per_image", "face_margin"
 
 
 @dataclass(kw_only=True)
@@ -153,7 +188,12 @@ class MetaTrainConfig(TrainingConfig):
         "the same batches on any number of processes. Default: the number of processes.",
         None,
     )
-    views_per_image: int = setting("Crops (and mirror images) of each photo that are encoded before training.", 1)
+    balance_by: str | None = setting(
+        "A tag of the subjects ('sex'), from people.json, metadata.jsonl or a column of the data set: subjects of each "
+        "of its values are seen equally often, however many they are.",
+        None,
+    )
+    views_per_image: int = setting(_VIEWS, 1)
     validation_steps: int | None = setting(
         "Every so many steps, learn held-out subjects on the Down as it is by then, and score and draw them.", None
     )
@@ -185,16 +225,17 @@ class MetaTrainConfig(TrainingConfig):
             raise ConfigError("held-out subjects need validation_steps, found none: say how often, for example 500")
         if self.validation_embedder is not None and not (self.validation_steps and self.validation_prompt):
             raise ConfigError("validation_embedder needs images: give validation_steps and validation_prompt too")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps must be 0 or more, found {self.warmup_steps}")
 
     def _at_least_one(self) -> tuple[str, ...]:
         own = "rank", "meta_rank", "max_train_steps", "bucket_size", "subjects_per_batch", "images_per_subject"
         looking = "validation_steps", "validation_subjects", "validation_train_steps"
-        return *super()._at_least_one(), *own, "views_per_image", "shards", *looking
+        return *super()._at_least_one(), *own, "shards", *looking
 
     def _positive(self) -> tuple[str, ...]:
         return *super()._positive(), "lora_alpha", "down_learning_rate"
+
+    def _zero_or_more(self) -> tuple[str, ...]:
+        return *super()._zero_or_more(), "warmup_steps"
 
 
 @dataclass(kw_only=True)
@@ -219,7 +260,15 @@ class PersonalizeConfig(TrainingConfig):
     lora_alpha: float | None = setting("Scale of a plain LoRA, lora_alpha / rank. Default: rank.", None)
     max_train_steps: int = setting("Steps.", 375)
     train_batch_size: int = setting("Views in a batch.", 4)
-    views_per_image: int = setting("Crops (and mirror images) of each image that are encoded before training.", 32)
+    views_per_image: int = setting(_VIEWS, 32)
+    prior_loss_weight: float = setting(
+        "Prior preservation without class images: weight of the distance between what the adapted model and the base "
+        "predict for class_prompt. A step then costs a pass of the base and a second training pass.",
+        0.0,
+    )
+    class_prompt: str | None = setting(
+        "Prompt whose meaning prior_loss_weight keeps. Default: instance_prompt without the trigger.", None
+    )
     validation_steps: int | None = setting(
         "Compute a score, and draw the validation prompts, every so many steps; the best step is what is written.", None
     )
@@ -251,11 +300,14 @@ class PersonalizeConfig(TrainingConfig):
             raise ConfigError("lora_alpha belongs to method 'lora': with 'meta-lora' the Down's own scale is used")
 
     def _at_least_one(self) -> tuple[str, ...]:
-        own = "rank", "max_train_steps", "train_batch_size", "views_per_image", "validation_steps", "patience"
+        own = "rank", "max_train_steps", "train_batch_size", "validation_steps", "patience"
         return *super()._at_least_one(), *own
 
     def _positive(self) -> tuple[str, ...]:
         return *super()._positive(), "lora_alpha"
+
+    def _zero_or_more(self) -> tuple[str, ...]:
+        return *super()._zero_or_more(), "prior_loss_weight"
 
 
 def settings_table(cls: type) -> str:

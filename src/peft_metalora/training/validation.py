@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import Photo, Subject, load_image, read_photos
+from ..data import Photo, Subject, read_photos
 from ..errors import ConfigError
 from ..files import write_bytes
 from ..metrics import Embedder, InsightFaceEmbedder, r_facesim
@@ -46,23 +46,29 @@ class HeldOutLoss:
     """
 
     def __init__(self, base: Base, examples: Examples, *, seed: int, draws: int = 8) -> None:
-        self.base = base
-        index = torch.arange(len(examples.latents)).repeat_interleave(draws)
+        self.base, self._count = base, len(examples) * draws
         generator = torch.Generator().manual_seed(seed)
-        latents, text = examples.pick(index)
-        self._noise = torch.randn(latents.shape, generator=generator).to(base.device)
-        self._times = base.sample_times(latents, generator).to(base.device)
-        self._latents = latents.to(base.device)
-        self._text = {name: tensor.to(base.device) for name, tensor in text.items()}
+        shapes = torch.tensor(examples.shapes())
+        self._parts = []
+        for shape in shapes.unique():
+            index = (shapes == shape).nonzero().flatten().repeat_interleave(draws)
+            latents, text, mask = examples.batch(index)
+            noise = torch.randn(latents.shape, generator=generator).to(base.device)
+            times = base.sample_times(latents, generator).to(base.device)
+            moved = {name: tensor.to(base.device) for name, tensor in text.items()}
+            weights = None if mask is None else mask.to(base.device)
+            self._parts.append((latents.to(base.device), moved, noise, times, weights))
 
     @torch.no_grad()
     def __call__(self) -> float:
         total, size = 0.0, 8
-        for start in range(0, len(self._latents), size):
-            part = slice(start, start + size)
-            text = {name: tensor[part] for name, tensor in self._text.items()}
-            total += self.base.loss(self._latents[part], text, self._noise[part], self._times[part]).sum().item()
-        return -total / len(self._latents)
+        for latents, text, noise, times, mask in self._parts:
+            for start in range(0, len(latents), size):
+                part = slice(start, start + size)
+                some = {name: tensor[part] for name, tensor in text.items()}
+                weights = None if mask is None else mask[part]
+                total += self.base.loss(latents[part], some, noise[part], times[part], weights).sum().item()
+        return -total / self._count
 
 
 class FaceScore:
@@ -70,7 +76,7 @@ class FaceScore:
 
     def __init__(self, photos: Sequence[Photo], embedder: Embedder) -> None:
         self.embedder = embedder
-        self._others = embedder.embed([load_image(photo.path) for photo in photos])
+        self._others = embedder.embed([photo.load() for photo in photos])
 
     def __call__(self, images: list[Image.Image]) -> float:
         return r_facesim(self.embedder.embed(images), self._others).mean
@@ -187,7 +193,8 @@ def held_out(base: Base, subject: Subject, config: PersonalizeConfig) -> tuple[l
     # Another seed gives other crops.
     other = replace(config, seed=config.seed + 1)
     views = max(1, 8 // len(photos))
-    return photos, encode_subjects(base, [Subject("held out", photos)], other, views, progress=False)
+    people = [Subject("held out", photos)]
+    return photos, encode_subjects(base, people, other, views, progress=False, skip_unreadable=True)
 
 
 def png(image: Image.Image) -> bytes:

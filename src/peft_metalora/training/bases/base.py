@@ -74,9 +74,7 @@ class Base(ABC):
                 break
         return denoiser.dtype
 
-    def place(
-        self, device: torch.device | str, *, encoders: bool, denoiser: bool = True, vae: bool = False
-    ) -> None:
+    def place(self, device: torch.device | str, *, encoders: bool, denoiser: bool = True, vae: bool = False) -> None:
         """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way, on the CPU.
 
         Args:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`views_per_image 0`: every batch cuts and encodes new views, runs repeat and resume, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from peft_metalora.data import read_subjects
+from peft_metalora.errors import UnreadableImageError
+from peft_metalora.training.bases import Base
+from peft_metalora.training.examples import encode_captions, encode_subjects
+from peft_metalora.training.meta_train import meta_train, meta_train_on
+from peft_metalora.training.personalize import personalize
+from pipelines_tiny import save_tiny_flux
+from training_tiny import CAPTIONS, meta_config, personal_config, tiny_base, tiny_examples, write_people
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fresh")
+    save_tiny_flux(folder / "base")
+    write_people(folder / "people", sizes=[(24, 24), (40, 24)])
+    base = tiny_base()
+    meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(folder / "down"))
+    return folder
+
+
+def test_a_seed_is_a_view_and_another_another(place):
+    base = tiny_base()
+    examples = encode_subjects(base, read_subjects(place / "people"), personal_config(), 0, progress=False)
+    assert len(examples) == 6 and examples.subject.tolist() == [0, 0, 1, 1, 2, 2]
+    index = torch.tensor([0, 0, 0, 3])
+    latents, _, mask = examples.batch(index, [7, 7, 8, 7])
+    assert latents.shape == (4, 4, 4, 4) and mask is None
+    assert torch.equal(latents[0], latents[1])
+    assert not torch.equal(latents[0], latents[2]) and not torch.equal(latents[0], latents[3])
+    assert torch.equal(latents, examples.batch(index, [7, 7, 8, 7]).latents)
+    assert examples.like(0, 3).shape == (3, 4, 4, 4) and not examples.like(0, 3).is_meta
+
+
+def test_captions_and_masks_follow_the_mirror(place, tmp_path):
+    folder = write_people(tmp_path / "people", subjects=1, each=1)
+    half = Image.new("L", (20, 24))
+    half.paste(255, (0, 0, 10, 24))
+    half.save(folder / "person-0" / "0.mask.png")
+    base = tiny_base()
+    examples = encode_subjects(base, read_subjects(folder), personal_config(), 0, progress=False)
+    _, text, mask = examples.batch(torch.zeros(16, dtype=torch.int64), list(range(16)))
+    both = encode_captions(base, [CAPTIONS[0], CAPTIONS[0].replace("left", "right")])["sequence"]
+    says_left = [bool((row - both[0]).abs().max() < (row - both[1]).abs().max()) for row in text["sequence"]]
+    assert says_left == [bool(one[0, :, 0].mean() > one[0, :, -1].mean()) for one in mask]
+    assert set(says_left) == {True, False}
+
+
+@pytest.mark.parametrize("stage", ["meta", "meta-lora"])
+def test_runs_see_new_views_repeat_and_resume(place, tmp_path, stage, monkeypatch):
+    seen, original = [], Base.encode_images
+
+    def encode_images(self, pixels, batch_size=16):
+        seen.append(pixels.clone())
+        return original(self, pixels, batch_size)
+
+    monkeypatch.setattr(Base, "encode_images", encode_images)
+
+    def run(output, **changes):
+        shared = {"pretrained_model_name_or_path": str(place / "base"), "output_dir": str(output), "views_per_image": 0}
+        shared |= {"max_train_steps": 6, "resolution": 32, "aspect_ratio_buckets": "auto", **changes}
+        if stage == "meta":
+            meta_train(meta_config(train_data_dir=str(place / "people"), **shared), progress=False)
+        else:
+            photos = str(place / "people" / "person-0")
+            personalize(personal_config(instance_data_dir=photos, down=str(place / "down"), **shared), progress=False)
+        return {path.name: load_file(path) for path in output.glob("*.safetensors")}
+
+    whole = run(tmp_path / "whole", checkpointing_steps=2)
+    batches = [pixels for pixels in seen if len(pixels) == 2]
+    assert len(batches) == 6
+    assert len({view.numpy().tobytes() for pixels in batches for view in pixels}) == 12
+    again = run(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert all(torch.equal(whole[file][name], again[file][name]) for file in whole for name in whole[file])
+    facts = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    assert facts["facts"]["steps"] == 6
+
+
+def test_the_vae_stays_and_the_text_encoders_leave():
+    base = tiny_base()
+    base.place("meta", encoders=False, vae=True)
+    assert {one.device.type for one in base.pipeline.vae.parameters()} == {"meta"}
+    assert {one.device.type for one in base.pipeline.text_encoder.parameters()} == {"cpu"}
+
+
+def test_photos_that_cannot_be_used_are_found_before_training(place, tmp_path):
+    folder = write_people(tmp_path / "people", subjects=2)
+    (folder / "person-1" / "1.png").write_bytes(b"no image")
+    with pytest.raises(UnreadableImageError, match=r"person-1/1\.png"):
+        encode_subjects(tiny_base(), read_subjects(folder), personal_config(), 0, progress=False)
+    with pytest.warns(match="skipped 1 of 4 images"):
+        found = encode_subjects(
+            tiny_base(), read_subjects(folder), personal_config(), 0, progress=False, skip_unreadable=True
+        )
+    assert found.subject.tolist() == [0, 0, 1]
