@@ -124,13 +124,14 @@ def test_buckets_hold_their_share_of_every_group():
         balanced_buckets(groups, 12, 4)
 
 
-def test_state_with_groups_and_shapes():
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_state_with_groups_and_shapes(draws):
     shapes = {position: position % 2 for position in range(9)}
-    first, second = (SubjectSampler(NINE, 4, 1, 2, seed=seed, shapes=shapes, groups=GROUPS) for seed in (0, 1))
+    first, second = (SubjectSampler(NINE, 6, 1, 2, seed=seed, shapes=shapes, groups=GROUPS) for seed in (0, 1))
     (bucket,) = balanced_buckets(GROUPS, 9, 2)
     for sampler in (first, second):
         sampler.start(bucket)
-    for _ in range(3):
+    for _ in range(draws):
         first.draw()
     second.load_state_dict(first.state_dict())
     assert [first.draw() for _ in range(9)] == [second.draw() for _ in range(9)]
