@@ -30,7 +30,7 @@ LAYERS = (
     {"app", "artefact_commands", "cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-HEAVY = {"accelerate", "diffusers", "huggingface_hub", "insightface", "matplotlib", "transformers"}
+HEAVY = {"accelerate", "datasets", "diffusers", "huggingface_hub", "insightface", "matplotlib", "transformers"}
 NETWORK = {"ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "ssl", "urllib"}
 # What each room does without, beyond the layers.
 FORBIDDEN = {
@@ -100,7 +100,15 @@ class TestImports:
         assert "transformers" in set(imports(PACKAGE / "metrics" / "embedders.py"))
 
 
-HEAVY_AT_RUN_TIME = ("diffusers", "transformers.pipelines", "insightface", "matplotlib", "onnxruntime", "cv2")
+HEAVY_AT_RUN_TIME = (
+    "datasets",
+    "diffusers",
+    "transformers.pipelines",
+    "insightface",
+    "matplotlib",
+    "onnxruntime",
+    "cv2",
+)
 PROBE = f"""
 import sys
 def show(): print(*(name for name in {HEAVY_AT_RUN_TIME} if name in sys.modules), sep=",")

@@ -48,7 +48,7 @@ def read_dataset(config: TrainingConfig, *, one_subject: bool = False) -> list[S
             f"expected images in the column {config.image_column!r} of {name}, found {features[config.image_column]}: "
             "name another image_column"
         )
-    table = table.cast_column(config.image_column, Image(decode=False))
+    images = table.select_columns([config.image_column]).cast_column(config.image_column, Image(decode=False))
     others = [column for column in features if column != config.image_column]
     texts = {column: values for column in others if (values := _as_text(table, column)) is not None}
     if config.subject_column in features and config.subject_column not in texts:
@@ -71,7 +71,7 @@ def read_dataset(config: TrainingConfig, *, one_subject: bool = False) -> list[S
                 Photo(
                     Path(f"{name}[{_SPLIT}][{row}]"),
                     captions[row] if captions else None,
-                    content=_content(table, config.image_column, row, f"{name}[{_SPLIT}][{row}]"),
+                    content=_content(images, config.image_column, row, f"{name}[{_SPLIT}][{row}]"),
                 )
                 for row in rows
             ],
@@ -119,11 +119,11 @@ def _as_text(table: Any, column: str) -> list[str | None] | None:
     return [None if value is None or (name is not str and value < 0) else name(value) for value in table[column]]
 
 
-def _content(table: Any, column: str, row: int, name: str) -> Callable[[], bytes]:
+def _content(images: Any, column: str, row: int, name: str) -> Callable[[], bytes]:
     """Gives the bytes of an image, which the data set holds or has as a file."""
 
     def read() -> bytes:
-        image = table[row][column]
+        image = images[row][column]
         if image and image.get("bytes"):
             return bytes(image["bytes"])
         try:
