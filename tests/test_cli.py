@@ -74,9 +74,9 @@ def test_bad_files_are_one_sentence(tmp_path, capsys, text, message):
     ("arguments", "message"),
     [
         (["personalize", "--output_dir", "out"], "expected --pretrained_model_name_or_path, found nothing"),
-        (["personalize", *REQUIRED], "expected instance_data_dir, found none"),
+        (["personalize", *REQUIRED], "expected instance_data_dir or dataset_name, found none"),
         (["personalize", *REQUIRED, "--instance_data_dir", "x"], "needs a Down"),
-        (["meta-train", *REQUIRED], "expected train_data_dir, found none"),
+        (["meta-train", *REQUIRED], "expected train_data_dir or dataset_name, found none"),
         (["personalize", *REQUIRED, "--down", "d", "--instance_data_dir", "/none"], "/none"),
         (["meta-train", *REQUIRED, "--train_data_dir", "/none"], "/none"),
         (["personalize", *REQUIRED, "--config", "/none.yaml"], "expected a YAML file at /none.yaml"),
