@@ -46,7 +46,7 @@ from .processes import ALONE, Processes
 from .settings import PersonalizeConfig
 from .sharding import shard, wants_shards
 from .slots import SlotOptimizer
-from .sources import instance_subject
+from .sources import check_instance_source, instance_subject
 from .state import checkpoint_folder, read_state, write_state
 from .tracking import Trackers
 from .validation import Validation, held_out
@@ -319,6 +319,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot be used.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
+    check_instance_source(config)
     if config.method == "meta-lora" and config.down is None:
         raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
     subject = instance_subject(config)

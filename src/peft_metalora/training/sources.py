@@ -32,18 +32,21 @@ def training_subjects(config: MetaTrainConfig) -> list[Subject]:
     return subjects
 
 
-def instance_subject(config: PersonalizeConfig) -> Subject:
-    """The subject of stage 2.
-
-    Raises:
-        ConfigError: no source, two, or a data set of several subjects.
-        What `read_photos` and `read_dataset` raise.
-    """
+def check_instance_source(config: PersonalizeConfig) -> None:
+    """Raise ConfigError unless stage 2 has one source of photos."""
     if (config.instance_data_dir is None) == (config.dataset_name is None):
         raise ConfigError(
             f"expected instance_data_dir or dataset_name, found {'none' if config.dataset_name is None else 'both'}: "
             "give an image, a folder of images or a data set of one subject"
         )
+
+
+def instance_subject(config: PersonalizeConfig) -> Subject:
+    """The subject of stage 2, from the source that `check_instance_source` found.
+
+    Raises:
+        ConfigError: a data set of several subjects. What `read_photos` and `read_dataset` raise.
+    """
     if config.instance_data_dir is not None:
         return Subject("subject", read_photos(config.instance_data_dir))
     subjects = read_dataset(config, one_subject=True)
