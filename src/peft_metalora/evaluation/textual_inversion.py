@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from ..data import Photo
 from ..errors import ConfigError
-from ..training.bases import Base, Text
-from ..training.examples import Examples, PhotoEncoder
+from ..training.bases import Base
+from ..training.examples import Batch, Examples, PhotoEncoder
 from ..training.settings import PersonalizeConfig
 
 
@@ -114,11 +115,12 @@ class SpokenExamples(Examples):
     base: Any = None
     captions: list[str] = field(default_factory=list)
 
-    def pick(self, index: Tensor) -> tuple[Tensor, Text]:
-        """Latents and text of the examples `index` (b,)."""
+    def batch(self, index: Tensor, seeds: Sequence[int] | None = None) -> Batch:
+        """The examples `index` (b,), all of one shape."""
+        latents, _, mask = super().batch(index)
         rows, back = self.caption[index].unique(return_inverse=True)
         text = self.base.text_of([self.captions[row] for row in rows.tolist()])
-        return self.latents[index], {name: tensor[back] for name, tensor in text.items()}
+        return Batch(latents, {name: tensor[back] for name, tensor in text.items()}, mask)
 
 
 def spoken_examples(base: Base, reference: Photo, config: PersonalizeConfig, noun: str, word: str) -> SpokenExamples:
@@ -130,11 +132,11 @@ def spoken_examples(base: Base, reference: Photo, config: PersonalizeConfig, nou
     Raises:
         As `training.examples.PhotoEncoder`.
     """
-    latents, captions = PhotoEncoder(base, config, config.views_per_image)(reference)
+    latents, captions, mask = PhotoEncoder(base, config, config.views_per_image)(reference)
     said = [replace_word(caption, noun, word) for caption in captions]
     unique = list(dict.fromkeys(said))
     rows = torch.tensor([unique.index(caption) for caption in said])
-    return SpokenExamples(latents, {}, rows, torch.zeros_like(rows), base, unique)
+    return SpokenExamples(latents, {}, rows, torch.zeros_like(rows), mask, base=base, captions=unique)
 
 
 def replace_word(caption: str, noun: str, word: str) -> str:

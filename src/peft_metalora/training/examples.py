@@ -127,8 +127,9 @@ def _join(
 class PhotoEncoder:
     """Encodes the views of one photo after another."""
 
-    def __init__(self, base: Base, config: TrainingConfig, views: int, cutter: ViewCutter) -> None:
-        self.base, self.config, self.views, self.cutter = base, config, views, cutter
+    def __init__(self, base: Base, config: TrainingConfig, views: int, cutter: ViewCutter | None = None) -> None:
+        self.base, self.config, self.views = base, config, views
+        self.cutter = ViewCutter(base, config) if cutter is None else cutter
         self._cache = Cache(config.cache_dir)
         self._vae = identity(base.pipeline.vae) if config.cache_dir is not None else ""
 
