@@ -113,7 +113,9 @@ def source(data: Data, command: str = "", note: str = "") -> str:
     versions = data.get("versions", {"torch": data.get("torch", "")})
     shown = ", ".join(f"{name} {value}" for name, value in versions.items())
     notes = "".join(f" {text}" for text in data.get("notes", ()))
-    return f"\n{data['machine']}, {shown}, {data['date']}; `{command}`{note}{'.' if notes and not note else ''}{notes}\n"
+    return (
+        f"\n{data['machine']}, {shown}, {data['date']}; `{command}`{note}{'.' if notes and not note else ''}{notes}\n"
+    )
 
 
 def goals(data: Data, rows: Sequence[Goal]) -> str:

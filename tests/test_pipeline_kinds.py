@@ -10,6 +10,7 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     ControlNetModel,
+    DDPMWuerstchenScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
@@ -17,17 +18,29 @@ from diffusers import (
     FluxInpaintPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    StableCascadePriorPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
 )
+from diffusers.models import StableCascadeUNet
 from peft import inject_adapter_in_model
 from PIL import Image
+from transformers import CLIPTextModelWithProjection
 
-from families_tiny import denoiser
 from peft_metalora import MetaLoraConfig, enable_meta_lora, save_down, save_subject
-from pipelines_tiny import tiny_flux_pipeline, tiny_sd15_pipeline, tiny_sdxl_pipeline, tiny_t5, tiny_vae, word_tokenizer
+from peft_metalora.denoiser import denoiser
+from peft_metalora.errors import PipelineError
+from pipelines_tiny import (
+    tiny_clip,
+    tiny_flux_pipeline,
+    tiny_sd15_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_t5,
+    tiny_vae,
+    word_tokenizer,
+)
 
 SIZE = 32
 PROMPTS = ("a photo of a person", "a portrait of a woman in a red coat", "a person facing left")
@@ -126,6 +139,38 @@ def hole():
     return Image.fromarray(mask)
 
 
+def cascade_prior():
+    """A pipeline whose denoiser is called neither transformer nor unet, and which gives embeddings, not images."""
+
+    def make():
+        tokenizer = word_tokenizer()
+        return StableCascadePriorPipeline(
+            tokenizer=tokenizer,
+            text_encoder=tiny_clip(len(tokenizer), tokenizer.eos_token_id, cls=CLIPTextModelWithProjection),
+            prior=StableCascadeUNet(
+                in_channels=4,
+                out_channels=4,
+                timestep_ratio_embedding_dim=8,
+                conditioning_dim=16,
+                block_out_channels=(16, 16),
+                num_attention_heads=(2, 2),
+                down_num_layers_per_block=(1, 1),
+                up_num_layers_per_block=(1, 1),
+                down_blocks_repeat_mappers=(1, 1),
+                up_blocks_repeat_mappers=(1, 1),
+                block_types_per_layer=(("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2,
+                clip_text_in_channels=16,
+                clip_text_pooled_in_channels=16,
+                clip_image_in_channels=16,
+                dropout=(0.0, 0.0),
+                switch_level=(False,),
+            ),
+            scheduler=DDPMWuerstchenScheduler(),
+        )
+
+    return seeded(make)
+
+
 def pictures(count):
     return {"image": [scene(seed=row) for row in range(count)], "strength": 0.8, "num_inference_steps": 4}
 
@@ -165,6 +210,7 @@ KINDS = {
     ),
     "PixArt": (pixart, lambda count: {**sized(count), **PLAIN}),
     "AuraFlow": (auraflow, lambda count: {**sized(count), "max_sequence_length": 16}),
+    "Stable Cascade's prior": (cascade_prior, lambda count: {"height": 128, "width": 128, "guidance_scale": 2.0}),
 }
 
 
@@ -175,7 +221,10 @@ def images(pipe, extras, rows, subjects=None):
     noise = [torch.Generator().manual_seed(row) for row in rows]
     options = {"num_inference_steps": 2, "output_type": "np", "generator": noise, **options}
     named = {} if subjects is None else {"subjects": subjects}
-    return pipe(prompt=[PROMPTS[row] for row in rows], **options, **named).images
+    output = pipe(prompt=[PROMPTS[row] for row in rows], **options, **named)
+    if hasattr(output, "images"):
+        return output.images
+    return output.image_embeddings / 100  # of the size of a pixel, as the tolerances are
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,3 +264,17 @@ def test_each_sample_shows_its_subject_as_if_alone(tmp_path, kind):
     assert np.array_equal(images(pipe, extras, (1,), [None]), base_alone)
     pipe.unload_meta_lora()
     assert np.array_equal(images(pipe, extras, (0, 1, 2)), base)
+
+
+def test_a_pipeline_without_a_denoiser_or_with_several_is_refused():
+    class Other:
+        def __init__(self, **components):
+            self.components = components
+
+    pipe = cascade_prior()
+    for components, found in (
+        ({"vae": tiny_vae()}, "none"),
+        ({"prior": pipe.prior, "decoder": pipe.prior, "vae": tiny_vae()}, "prior, decoder"),
+    ):
+        with pytest.raises(PipelineError, match=f"a Other with {found}"):
+            enable_meta_lora(Other(**components))

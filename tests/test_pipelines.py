@@ -89,7 +89,7 @@ def test_a_class_may_inherit_the_methods(artefacts):
 
 
 def test_a_pipeline_without_a_denoiser_is_refused():
-    with pytest.raises(errors.PipelineError, match="transformer or unet"):
+    with pytest.raises(errors.PipelineError, match="a transformer, a unet"):
         enable_meta_lora(object())
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+from diffusers import ModelMixin
 from diffusers.hooks.group_offloading import (
     _GROUP_OFFLOADING,
     _get_top_level_group_offload_hook,
@@ -24,19 +26,32 @@ from .tuner.subjects import meta_lora_layers
 
 
 def named_denoiser(pipe: Any) -> tuple[str, nn.Module]:
-    """A pipeline's transformer or UNet, out of torch.compile's wrapper, with the name of the component.
+    """The model of a pipeline that denoises, out of torch.compile's wrapper, with the name of the component.
+
+    It is `pipe.transformer` or `pipe.unet`, or else the one ModelMixin among the components that is asked with a time.
 
     Raises:
-        PipelineError: it has neither.
+        PipelineError: there is none, or there are several.
     """
     for component in ("transformer", "unet"):
         model = getattr(pipe, component, None)
         if isinstance(model, nn.Module):
             return component, getattr(model, "_orig_mod", model)
-    raise PipelineError(
-        f"expected a pipeline with a denoiser named transformer or unet, found a {type(pipe).__name__}. "
-        "Put the adapter on its model with model.add_adapter(MetaLoraConfig(...)) instead."
-    )
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in getattr(pipe, "components", {}).items()}
+    found = {name: part for name, part in parts.items() if isinstance(part, ModelMixin) and _takes_a_time(part)}
+    if len(found) != 1:
+        raise PipelineError(
+            "expected a pipeline with a denoiser: a transformer, a unet, or one other model that takes a time, found a "
+            f"{type(pipe).__name__} with {', '.join(found) or 'none'}. Put the adapter on its model with "
+            "model.add_adapter(MetaLoraConfig(...)) instead."
+        )
+    return next(iter(found.items()))
+
+
+def _takes_a_time(model: nn.Module) -> bool:
+    """Whether a model denoises; a ControlNet is asked with a time as well, but serves a denoiser."""
+    names = inspect.signature(model.forward).parameters
+    return any(name.startswith("timestep") for name in names) and "ControlNet" not in type(model).__name__
 
 
 def denoiser(pipe: Any) -> nn.Module:

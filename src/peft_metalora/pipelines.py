@@ -47,7 +47,8 @@ def enable_meta_lora(pipe: Pipeline) -> Pipeline:
     """Give a pipeline object the methods of `MetaLoraLoaderMixin`; calling it again changes nothing.
 
     Args:
-        pipe: any diffusers pipeline whose denoiser is `pipe.transformer` or `pipe.unet`.
+        pipe: any diffusers pipeline with a denoiser: `pipe.transformer`, `pipe.unet`, or the only model that takes a
+            time.
 
     Returns:
         The same object, its class now a subclass of what it was, of the same name.

@@ -187,7 +187,6 @@ def test_bad_input_leaves_the_denoiser_alone(base):
     names = [name for name, _ in base.denoiser.named_modules()]
     cases = [
         (meta_config(target_modules="no_such_layer"), NoTargetModulesError, "no_such_layer"),
-        (meta_config(meta_rank=1000, rank=2), ConfigError, "meta_r=1000"),
         (meta_config(bucket_size=1, max_train_steps=3), ConfigError, "raise max_train_steps"),
         (meta_config(optimizer="NoSuch"), ConfigError, "optimizer must be a class of torch.optim"),
         (meta_config(learning_rate=1e30, max_train_steps=40, warmup_steps=0), TrainingError, "finite loss"),

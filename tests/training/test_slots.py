@@ -109,16 +109,42 @@ def test_reset_drops_the_state_of_a_slot_and_reads_it_anew():
 
 def test_clips_each_slot_by_its_own_norm():
     parameters = make()
-    optimizer = SlotOptimizer(torch.optim.SGD, parameters, lr=0.1)
+    optimizer = SlotOptimizer(torch.optim.SGD, parameters, lr=1.0)
     gradients(parameters, 0)
     for parameter in parameters:
         parameter.grad[1] *= 1e-4
-    small = [parameter.grad[1].clone() for parameter in parameters]
+    before, small = flat(parameters), flat([parameter.grad for parameter in parameters])[1]
     norms = optimizer.clip_grad_norm_(1.0)
-    after = torch.stack([torch.cat([p.grad[slot].flatten() for p in parameters]).norm() for slot in range(SLOTS)])
     assert norms[0] > 1 > norms[1]
-    assert torch.allclose(after[[0, 2, 3]], torch.ones(3), atol=1e-5)
-    assert all(torch.equal(parameter.grad[1], old) for parameter, old in zip(parameters, small, strict=True))
+    optimizer.see(range(SLOTS))
+    optimizer.step()
+    moved = before - flat(parameters)
+    assert torch.allclose(moved[[0, 2, 3]].norm(dim=1), torch.ones(3), atol=1e-5)
+    assert torch.allclose(moved[1], small, rtol=0, atol=1e-6)
+
+    gradients(parameters, 1)  # the next step has its own gradients, not those that were clipped before
+    before, fresh = flat(parameters), flat([parameter.grad for parameter in parameters])
+    optimizer.see(range(SLOTS))
+    optimizer.step()
+    assert torch.allclose(before - flat(parameters), fresh, atol=1e-5)
+
+
+def test_follows_parameters_that_were_moved():
+    parameters = make()
+    optimizer = SlotOptimizer(torch.optim.SGD, parameters, lr=1.0)
+    for turn in range(2):
+        gradients(parameters, turn)
+        before, expected = flat(parameters), flat([parameter.grad for parameter in parameters])
+        optimizer.see(range(SLOTS))
+        optimizer.step()
+        assert torch.allclose(before - flat(parameters), expected, atol=1e-5)
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+
+
+def flat(tensors):
+    """(SLOTS, numbers of a slot), a copy."""
+    return torch.cat([tensor.detach().flatten(1) for tensor in tensors], dim=1).clone()
 
 
 @pytest.mark.parametrize(("optimizer_class", "options"), OPTIMIZERS)

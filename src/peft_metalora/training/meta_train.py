@@ -306,7 +306,8 @@ class MetaTraining:
             self._parts = self._draw()
         part, device = self._parts.pop(0), self.base.device
         latents, text, mask = self.examples.batch(torch.tensor(part.index, device=device), part.seeds)
-        set_subjects(self.base.denoiser, part.slots)
+        # All layers share one index; set_subjects would look at every module of the model in each step.
+        self._layers[0].subject_index.write(tuple(part.slots), device)
         self.optimizer.see(part.slots)
         with autocast(self.config.mixed_precision, device, adapter_casts=True):
             loss = self.base.loss(latents, text, part.noise, part.times, mask).sum() / part.divisor

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,9 @@ class Processes:
         """Replace each tensor by its sum over the processes, in one exchange."""
         if self.count == 1 or not tensors:
             return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = _flatten_dense_tensors(tensors)
         dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(total.view_as(tensor))
+        torch._foreach_copy_(list(tensors), list(_unflatten_dense_tensors(flat, tensors)))
 
     def whole(self, part: Tensor) -> Tensor:
         """A loss of which every process has a part: its value is the sum, its gradient that of the part."""

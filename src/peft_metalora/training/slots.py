@@ -70,6 +70,10 @@ class SlotOptimizer(Optimizer):
         self._sizes = [parameter[0].numel() for parameter in slotted]
         self._flat = optimizer_class in _ELEMENTWISE
         self._rows = torch.cat([parameter.detach().flatten(1) for parameter in slotted], dim=1)
+        self._pieces = list(self._rows.split(self._sizes, dim=1))
+        self._places: list[int] = []
+        self._views_of_parameters: list[torch.Tensor] = []
+        self._grads: torch.Tensor | None = None  # clipped, until the next step
         self._optimizers: dict[int, Optimizer] = {}
         self._seen: set[int] = set()
         groups: list[dict[str, Any]] = [{"params": slotted, "lr": options["lr"]}]
@@ -102,19 +106,25 @@ class SlotOptimizer(Optimizer):
             self._seen.discard(slot)
             self._rows[slot] = torch.cat([parameter.detach()[slot].flatten() for parameter in self._slotted])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, those that were clipped too."""
+        self._grads = None
+        super().zero_grad(set_to_none)
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Clip the gradient of each slot by its own norm, and of the shared parameters by theirs.
+        """Clip the gradient of each slot by its own norm for the next `step`, and of the shared parameters by theirs.
+
+        The `grad` of slotted parameters stays as it is: `step` takes the clipped numbers from here.
 
         Returns:
             (num_slots,) norms before clipping; zero for slots without a gradient.
         """
-        grads = [parameter.grad for parameter in self._slotted if parameter.grad is not None]
+        self._grads = self._gradients()
         norms = torch.zeros(self.num_slots, device=self._rows.device)
-        if grads:
-            norms = torch.cat([grad.flatten(1) for grad in grads], dim=1).to(norms.dtype).norm(dim=1)
-            factor = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, [factor.view(-1, *[1] * (grad.ndim - 1)).to(grad.dtype) for grad in grads])
+        if self._grads is not None:
+            norms = self._grads.norm(dim=1)
+            self._grads *= (max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]
         if self._shared is not None:
             nn.utils.clip_grad_norm_(self.param_groups[1]["params"], max_norm)
         return norms
@@ -125,23 +135,36 @@ class SlotOptimizer(Optimizer):
         if self._shared is not None:
             self._shared.param_groups[0]["lr"] = self.param_groups[1]["lr"]
             self._shared.step()
-        live = [parameter.grad is not None for parameter in self._slotted]
-        if self._seen and any(live):
-            grads = torch.cat(
-                [
-                    parameter.grad.flatten(1)
-                    if parameter.grad is not None
-                    else self._rows.new_zeros(self.num_slots, size)
-                    for parameter, size in zip(self._slotted, self._sizes, strict=True)
-                ],
-                dim=1,
-            ).to(self._rows.dtype)
+        grads = self._gradients() if self._grads is None else self._grads
+        if self._seen and grads is not None:
+            live = [parameter.grad is not None for parameter in self._slotted]
             for slot in sorted(self._seen):
                 self._step_slot(slot, grads[slot], live)
             # Slots that were not seen get the numbers that they have.
-            flat = [parameter.detach().view(self.num_slots, -1) for parameter in self._slotted]
-            torch._foreach_copy_(flat, list(self._rows.split(self._sizes, dim=1)))
+            torch._foreach_copy_(self._flat_parameters(), self._pieces)
         self._seen.clear()
+        self._grads = None
+
+    def _gradients(self) -> torch.Tensor | None:
+        """All gradients as (num_slots, numbers of a slot), zero where a parameter has none; None if none has any.
+
+        One tensor for clipping and stepping: hundreds of small ones would take the host longer than the GPU.
+        """
+        if all(parameter.grad is None for parameter in self._slotted):
+            return None
+        pieces = [
+            self._rows.new_zeros(self.num_slots, size) if parameter.grad is None else parameter.grad.flatten(1)
+            for parameter, size in zip(self._slotted, self._sizes, strict=True)
+        ]
+        return torch.cat(pieces, dim=1).to(self._rows.dtype)
+
+    def _flat_parameters(self) -> list[torch.Tensor]:
+        """The parameters as (num_slots, numbers of a slot), made anew only when somebody has moved or cast them."""
+        places = [parameter.data_ptr() for parameter in self._slotted]
+        if places != self._places:
+            self._places = places
+            self._views_of_parameters = [parameter.detach().view(self.num_slots, -1) for parameter in self._slotted]
+        return self._views_of_parameters
 
     def _step_slot(self, slot: int, grad: torch.Tensor, live: list[bool]) -> None:
         if slot not in self._optimizers:

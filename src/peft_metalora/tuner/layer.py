@@ -374,12 +374,15 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def gather(stacked: Tensor, chosen: Chosen | None) -> Tensor:
+def gather(stacked: Tensor, chosen: Chosen | None, complete: bool = False) -> Tensor:
     """Each sample's slot of a stacked factor (slots, ...) -> (rows, ...), zero where there is no subject.
+
+    `complete` says that each sample has one, which saves a kernel in each direction.
 
     Without an index (1, ...): the first slot, or the factor itself where there is only one, which costs nothing.
     """
     if chosen is None:
         return stacked if stacked.shape[0] == 1 else stacked[:1]
     slot, present = chosen
-    return torch.where(present, stacked[slot], 0)
+    own = stacked.index_select(0, slot)  # the gradient of stacked[slot] is a sort and more
+    return own if complete else torch.where(present, own, 0)

@@ -107,9 +107,10 @@ class Linear(MetaLoraLayer):
         chosen = self._chosen(x)
         rows = 1 if chosen is None else chosen[0].shape[0]
         deep = x.reshape(rows, -1, self.in_features)
-        up = gather(self.metalora_up[name], chosen)
+        complete = self.subject_index.complete
+        up = gather(self.metalora_up[name], chosen, complete)
         if torch.is_grad_enabled():
-            down, mid = self._down(self.down_key[name]), gather(self.metalora_mid[name], chosen)
+            down, mid = self._down(self.down_key[name]), gather(self.metalora_mid[name], chosen, complete)
             y = FusedLinear.apply(deep, base.weight, base.bias, down, mid, up, self.scaling[name])
         else:
             # The base goes first: a sample without subject is then exactly the base.

@@ -26,17 +26,19 @@ class SubjectIndex:
     """The subject of each sample; every Meta-LoRA layer of a model holds the same object.
 
     `slot` (n,) int64 is the slot to read, 0 where there is no subject, and `present` (n, 1, 1) bool says whether there
-    is one. Both are None while every sample uses slot 0, which costs no gather.
+    is one. Both are None while every sample uses slot 0, which costs no gather. `complete`: no sample is without one.
     """
 
     def __init__(self) -> None:
         self.slot: Tensor | None = None
         self.present: Tensor | None = None
         self.values: tuple[int, ...] | None = None
+        self.complete = True
 
     def write(self, values: tuple[int, ...] | None, device: torch.device) -> None:
         """Set the index; the tensors are overwritten in place if their length and device stay."""
         self.values = values
+        self.complete = values is None or NO_SUBJECT not in values
         if values is None:
             self.slot = self.present = None
             return
