@@ -33,6 +33,7 @@ from peft_metalora.tuner import (
     down_fingerprint,
     down_state,
     fingerprint,
+    fold,
     set_down_loader,
     subject_state,
     write_subject,
@@ -247,18 +248,24 @@ def test_diffusers_layerwise_casting_before_and_after_an_adapter(adapter_first):
     assert error < 0.1 < off, "the rounding of eight bits, not the loss of the adapter"
 
 
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("stage", ["meta", "subject"])
-def test_hotswap_puts_one_adapter_in_the_place_of_another(tmp_path, stage):
+def test_a_file_loaded_over_an_adapter_takes_its_place(tmp_path, stage, folded):
     base, x = mlp(), torch.randn(3, 12)
     source = down_source(adapted(base))
     set_down_loader(lambda _: source)
     settings = {} if stage == "meta" else {"stage": "subject", "down": "a/b"}
     model, other = (randomise(adapted(base, **settings), seed) for seed in (3, 4))
     other.save_pretrained(tmp_path)
+    if folded:
+        fold(model)
+        fold(other)
     up = layer_of(model).metalora_up["default"]
     model.load_adapter(tmp_path, "default", hotswap=True)
-    assert torch.equal(model(x), other(x))
+    with torch.no_grad():
+        assert torch.equal(model(x), other(x))
     assert layer_of(model).metalora_up["default"] is up
+    assert ("default" in layer_of(model).metalora_folded) == folded
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -305,6 +312,15 @@ def test_injected_state_dict_round_trip():
     assert not result.unexpected_keys
     x = torch.randn(2, 12)
     assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("state_of_compiled", [False, True])
+def test_a_state_dict_says_what_to_adapt_in_a_compiled_model(state_of_compiled):
+    first = torch.compile(mlp()) if state_of_compiled else mlp()
+    state = get_peft_model_state_dict(inject_adapter_in_model(config(target_modules=["lin1"]), first))
+    assert all(key.startswith("_orig_mod.") == state_of_compiled for key in state)
+    model = inject_adapter_in_model(config(), torch.compile(mlp()), state_dict=state)
+    assert [path for path, _ in meta_lora_layers(model)] == ["lin1"]
 
 
 def test_subjects_of_one_down_share_its_tensors_and_the_last_takes_them_along():

@@ -86,6 +86,7 @@ class MetaLoraLayer(Mergeable):
         self.metalora_kept = BufferDict()
         self.merge_backup = "device"
         self._kept_quantised: Any = None
+        self.register_load_state_dict_post_hook(_fold_again)
 
     # ---- factors -------------------------------------------------------------------------------------------------
 
@@ -362,6 +363,12 @@ class MetaLoraLayer(Mergeable):
         Tokens without a subject keep the base's output bit for bit.
         """
         raise NotImplementedError
+
+
+def _fold_again(layer: MetaLoraLayer, _: Any) -> None:
+    """After `load_state_dict`: a fold of what was there before would show the old subject."""
+    for name in layer.metalora_folded:
+        layer.fold(name)
 
 
 def _own_copy(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:

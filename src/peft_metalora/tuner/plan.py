@@ -103,10 +103,9 @@ def _matched_modules(
             continue
         if isinstance(module, BaseTunerLayer):
             inside.append(key + ".")
-        wanted = (
-            tuner._check_target_module_exists(trial, key) if named is None else key.removeprefix("_orig_mod.") in named
-        )
-        if wanted:
+        if named is not None:  # PEFT hands over the key of a compiled model without its wrapper then
+            key = key.removeprefix("_orig_mod.")
+        if tuner._check_target_module_exists(trial, key) if named is None else key in named:
             matched[key] = module
     if not matched:
         raise NoTargetError(
