@@ -17,7 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from tuner_models import Mlp, config, down_source, randomise
 
 from peft_metalora.tuner import MetaLoraConfig, set_down_loader, set_subjects
@@ -254,6 +261,38 @@ def test_a_batch_of_several_adapters_by_name(row):
         output(model, inputs, adapter_names=["nobody"] * 3)
     with pytest.raises(ValueError, match="in training mode"):
         output(model.train(), inputs, adapter_names=names)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder and decoder"])
+def test_beams_of_a_batch_of_several_adapters(kind):
+    torch.manual_seed(0)
+    if kind == "decoder":
+        base = LlamaForCausalLM(
+            LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        )
+        targets = ["q_proj", "v_proj"]
+    else:
+        sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+        targets = ["q", "v"]
+    settings = {"r": 2, "meta_r": 4, "init_weights": False, "target_modules": targets}
+    model = get_peft_model(base, MetaLoraConfig(**settings)).eval()
+    model.add_adapter("other", MetaLoraConfig(**settings))
+    for _, layer in meta_lora_layers(randomise(model, 9)):
+        for up in layer.metalora_up.values():
+            up.data.mul_(20)
+    tokens = torch.tensor([[3, 4, 5], [3, 4, 5], [3, 4, 5]])
+    options = {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model.generate(input_ids=tokens, **options)[0]
+    with model.disable_adapter():
+        alone["__base__"] = model.generate(input_ids=tokens, **options)[0]
+    assert len({tuple(text.tolist()) for text in alone.values()}) == 3
+    names = ["other", "__base__", "default"]
+    mixed = model.generate(input_ids=tokens, adapter_names=names, **options)
+    assert [text.tolist() for text in mixed] == [alone[name].tolist() for name in names]
 
 
 def test_copies_and_pickles_are_independent_and_equal(row):

@@ -184,10 +184,12 @@ class MetaLoraModel(BaseTuner):
                 f"{', '.join(self.peft_config)}; '__base__' stands for no adapter."
             )
         num_beams = kwargs.get("num_beams")
-        if isinstance(num_beams, int) and num_beams > 1:
-            adapter_names = [name for name in adapter_names for _ in range(num_beams)]
+        by_beam = [name for name in adapter_names for _ in range(num_beams if isinstance(num_beams, int) else 1)]
+        encoder = _encoder_modules(self.model)
         handles = [
-            module.register_forward_pre_hook(partial(_pass_adapter_names, list(adapter_names)), with_kwargs=True)
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, list(adapter_names) if module in encoder else by_beam), with_kwargs=True
+            )
             for module in self.modules()
             if isinstance(module, (MetaLoraLayer, AuxiliaryTrainingWrapper))
         ]
@@ -248,6 +250,13 @@ def replace_target(
     if adapter_name not in tuner.active_adapters:
         layer.requires_grad_(False)
     tuner._replace_module(parent, target_name, layer, target)
+
+
+def _encoder_modules(model: nn.Module) -> set[nn.Module]:
+    """What sees each sample once where a decoder sees it once for each beam."""
+    encoder = model.get_encoder() if callable(getattr(model, "get_encoder", None)) else None
+    # transformers' models without an encoder name themselves
+    return set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
 
 
 def _pass_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
