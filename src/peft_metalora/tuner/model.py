@@ -254,7 +254,8 @@ def replace_target(
 
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:
     """What sees each sample once where a decoder sees it once for each beam."""
-    encoder = model.get_encoder() if callable(getattr(model, "get_encoder", None)) else None
+    get_encoder: Any = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if callable(get_encoder) else None
     # transformers' models without an encoder name themselves
     return set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
 
