@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -156,6 +157,13 @@ def stable_diffusion() -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def quotes() -> Any:
+    """A data set in the form of the one that PEFT's tests download."""
+    texts = [f"Sentence {number} of a few that a model learns." for number in range(32)]
+    columns = {"quote": texts, "author": ["nobody"] * len(texts), "tags": [["one"]] * len(texts)}
+    return datasets.DatasetDict(train=datasets.Dataset.from_dict(columns))
 
 
 def fill(cache: Path) -> None:
