@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -135,11 +135,11 @@ class Service:
         found: dict[str, Any] = json.loads(self.ask("GET", "/statistics")[1])
         return found
 
-    def kill_a_replica(self) -> dict[str, Any]:
-        """SIGKILL for the busiest replica; returns its last statistics."""
-        victim: dict[str, Any] = max(self.statistics()["replicas"], key=lambda each: each["images"])
-        os.kill(victim["pid"], signal.SIGKILL)
-        return victim
+    def kill(self, pid: int) -> None:
+        """SIGKILL for a replica that surely holds requests: for a moment it takes them and cannot answer."""
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGKILL)
 
     def wait_for_replicas(self, count: int) -> None:
         """Until as many replicas as this answer."""
@@ -161,9 +161,10 @@ class Answer:
 
 
 def load(service: Service, people: Sequence[str], requests: int, clients: int) -> tuple[list[Answer], dict[str, Any]]:
-    """Send all requests, kill a replica when half are answered; gives the answers and that replica's statistics."""
+    """Send all requests, kill a replica when half are answered; gives the answers and its statistics from before."""
     orders = [Answer(people[number % len(people)], number) for number in range(requests)]
     random.Random(0).shuffle(orders)
+    victim = service.statistics()["replicas"][0]
 
     def send(order: Answer) -> Answer:
         start = time.monotonic()
@@ -175,11 +176,15 @@ def load(service: Service, people: Sequence[str], requests: int, clients: int) -
         order.seconds = time.monotonic() - start
         return order
 
-    with ThreadPoolExecutor(clients) as pool:
+    with ThreadPoolExecutor(clients) as pool, ThreadPoolExecutor(1) as observer:
+        looks: list[Future[dict[str, Any]]] = []
         for number, _ in enumerate(as_completed([pool.submit(send, order) for order in orders])):
+            if number == requests // 3:  # the replicas answer this among their images: whenever they come to it
+                looks.append(observer.submit(service.statistics))
             if number == requests // 2:
-                victim = service.kill_a_replica()
-    return orders, victim
+                service.kill(victim["pid"])
+    seen = [each for look in looks for each in look.result()["replicas"] if each["pid"] == victim["pid"]]
+    return orders, (seen or [victim])[-1]
 
 
 def compare(folder: Path, answers: Sequence[Answer]) -> tuple[int, int]:
