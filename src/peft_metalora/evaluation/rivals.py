@@ -22,7 +22,7 @@ from .. import hub
 from ..training.adapters import eject
 from ..training.bases import Base
 from ..training.settings import TrainingConfig
-from ..tuner import MetaLoraConfig, linear
+from ..tuner import MetaLoraConfig
 from ..tuner.down import DownSource
 from .adapters import adapter_config, put_adapter
 from .batched import AdapterStack
@@ -146,12 +146,11 @@ def take_off(base: Base) -> None:
 
 @contextmanager
 def vmap_ready() -> Iterator[None]:
-    """While open, LoHa, OFT and Meta-LoRA run without custom autograd and in-place arithmetic, with equal values."""
+    """While open, LoHa and OFT run without custom autograd and in-place arithmetic, with equal values."""
     replaced = [
         (loha, "make_weight", _loha_weight),
         (OFTRotationModule, "_pytorch_skew_symmetric", _skew_symmetric),
         (OFTRotationModule, "_cayley_batch", _cayley),
-        (linear, "add_outer_", _add_outer_),
     ]
     kept = [getattr(owner, name) for owner, name, _ in replaced]
     for owner, name, function in replaced:
@@ -161,11 +160,6 @@ def vmap_ready() -> Iterator[None]:
     finally:
         for (owner, name, _), function in zip(replaced, kept, strict=True):
             setattr(owner, name, function)
-
-
-def _add_outer_(total: Tensor, z: Tensor, up: Tensor, scaling: float) -> None:
-    # vmap has no rule for a product that adds onto its output: it would go through the rows one by one.
-    total.add_(z @ up.mT, alpha=scaling)
 
 
 def _loha_weight(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, scale: Tensor) -> Tensor:

@@ -81,24 +81,11 @@ class InsightFaceEmbedder:
         det_threshold: float = 0.5,
         batch_size: int = 32,
     ) -> None:
-        try:
-            from insightface.app import FaceAnalysis
-            from insightface.utils.face_align import norm_crop
-        except ImportError as error:
-            raise EmbedderUnavailableError(
-                f"expected insightface, found none ({error}): pip install 'peft-metalora[face]'"
-            ) from error
-        given = {} if providers is None else {"providers": list(providers)}
-        try:
-            self._app = FaceAnalysis(
-                name=pack, root=os.fspath(root), allowed_modules=["detection", "recognition"], **given
-            )
-        except Exception as error:  # insightface raises whatever its downloader, assertions or onnxruntime raise
-            raise EmbedderUnavailableError(_pack_problem(pack, os.fspath(root), repr(error))) from error
+        self._app = open_pack(pack, ["detection", "recognition"], providers, root, det_size, det_threshold)
         if "recognition" not in self._app.models:
             raise EmbedderUnavailableError(_pack_problem(pack, os.fspath(root), "no recognition model"))
-        cpu_only = providers is not None and list(providers) == ["CPUExecutionProvider"]
-        self._app.prepare(ctx_id=-1 if cpu_only else 0, det_thresh=det_threshold, det_size=det_size)
+        from insightface.utils.face_align import norm_crop
+
         self._recogniser, self._align = self._app.models["recognition"], norm_crop
         self.dim = int(self._recogniser.output_shape[-1])
         # A file that was exported for one image names the number 1, any other a symbol.
@@ -298,6 +285,35 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
         raise EmbedderUnavailableError(
             f"expected the weights of {name!r}, found none ({error}): give a repository or a folder that can be read"
         ) from error
+
+
+def open_pack(
+    pack: str,
+    modules: list[str],
+    providers: Sequence[str] | None,
+    root: str | os.PathLike[str],
+    det_size: tuple[int, int],
+    det_threshold: float,
+) -> Any:
+    """insightface's `FaceAnalysis` with some modules of a pack, ready; the arguments are `InsightFaceEmbedder`'s.
+
+    Raises:
+        EmbedderUnavailableError: insightface is not installed, or the pack is missing or incomplete.
+    """
+    try:
+        from insightface.app import FaceAnalysis
+    except ImportError as error:
+        raise EmbedderUnavailableError(
+            f"expected insightface, found none ({error}): pip install 'peft-metalora[face]'"
+        ) from error
+    given = {} if providers is None else {"providers": list(providers)}
+    try:
+        app = FaceAnalysis(name=pack, root=os.fspath(root), allowed_modules=modules, **given)
+    except Exception as error:  # insightface raises whatever its downloader, assertions or onnxruntime raise
+        raise EmbedderUnavailableError(_pack_problem(pack, os.fspath(root), repr(error))) from error
+    cpu_only = providers is not None and list(providers) == ["CPUExecutionProvider"]
+    app.prepare(ctx_id=-1 if cpu_only else 0, det_thresh=det_threshold, det_size=det_size)
+    return app
 
 
 def _pack_problem(pack: str, root: str, found: str) -> str:

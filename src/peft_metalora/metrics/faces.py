@@ -11,8 +11,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from ..errors import EmbedderUnavailableError
-from .embedders import _pack_problem
+from .embedders import open_pack
 
 Point = tuple[float, float]
 
@@ -63,19 +62,7 @@ class InsightFaceDetector:
         det_size: tuple[int, int] = (640, 640),
         det_threshold: float = 0.5,
     ) -> None:
-        try:
-            from insightface.app import FaceAnalysis
-        except ImportError as error:
-            raise EmbedderUnavailableError(
-                f"expected insightface, found none ({error}): pip install 'peft-metalora[face]'"
-            ) from error
-        given = {} if providers is None else {"providers": list(providers)}
-        try:
-            self._app = FaceAnalysis(name=pack, root=os.fspath(root), allowed_modules=["detection"], **given)
-        except Exception as error:  # insightface raises whatever its downloader, assertions or onnxruntime raise
-            raise EmbedderUnavailableError(_pack_problem(pack, os.fspath(root), repr(error))) from error
-        cpu_only = providers is not None and list(providers) == ["CPUExecutionProvider"]
-        self._app.prepare(ctx_id=-1 if cpu_only else 0, det_thresh=det_threshold, det_size=det_size)
+        self._app = open_pack(pack, ["detection"], providers, root, det_size, det_threshold)
 
     def detect(self, image: Image.Image) -> Face | None:
         """The largest face of an RGB image; None if there is none."""

@@ -29,6 +29,7 @@ from .packed import is_packed, unpack
 from .subjects import Positions, SubjectIndex, TokenSlots
 from .variants import decomposed_norms, start_down
 
+transformed = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks: vmap, grad and their kin
 Chosen = tuple[Tensor, Tensor]  # slot (rows,) int64, present (rows, 1, 1) bool
 
 
@@ -341,9 +342,9 @@ class MetaLoraLayer(Mergeable):
 
     def _may_overwrite(self) -> bool:
         # With autograd an in-place sum on a view copies the gradient; a hook may have kept the base's output.
-        # DoRA reads it again.
+        # DoRA reads it again. torch.func's vmap has no rule for a product that adds onto its output.
         kept = self.base_layer._forward_hooks or self.quantization_backend is not None or len(self.metalora_magnitude)
-        return not torch.is_grad_enabled() and not kept
+        return not torch.is_grad_enabled() and not kept and not transformed()
 
     def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         """Return result + the adapter's contribution for x.
