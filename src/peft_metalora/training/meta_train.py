@@ -25,15 +25,15 @@ from ..tuner.subjects import meta_lora_layers
 from .adapters import (
     autocast,
     choose_device,
-    choose_dtype,
     eject,
     inject,
+    load_training_base,
     make_scheduler,
     optimizer_class,
     optimizer_options,
     targets,
 )
-from .bases import Base, load_base
+from .bases import Base
 from .compiling import compile_blocks, uncompile
 from .down_validation import DownValidation, encode_held_out, split_subjects
 from .examples import Examples, encode_subjects
@@ -380,14 +380,7 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     progress = progress and processes.is_main
     trackers, whole = Trackers(config, processes), not wants_shards(processes, config)
     subjects, others = split_subjects(subjects, config)
-    base = load_base(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        dtype=choose_dtype(config.mixed_precision, device),
-        local_files_only=config.local_files_only,
-        weighting_scheme=config.weighting_scheme,
-        max_sequence_length=config.max_sequence_length,
-    )
+    base = load_training_base(config, device)
     base.place(device, encoders=True, denoiser=whole)
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
     held = encode_held_out(base, others, config, progress=progress) if others else None

@@ -29,15 +29,15 @@ from ..tuner.subjects import SubjectIndex, meta_lora_layers
 from .adapters import (
     autocast,
     choose_device,
-    choose_dtype,
     eject,
     inject,
+    load_training_base,
     make_scheduler,
     optimizer_class,
     optimizer_options,
     targets,
 )
-from .bases import Base, load_base
+from .bases import Base
 from .compiling import compile_blocks, uncompile
 from .examples import Examples, encode_subjects
 from .loop import Step, training_steps
@@ -330,14 +330,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     down = None
     if config.method == "meta-lora" and config.down is not None:
         down = hub.load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
-    base = load_base(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        dtype=choose_dtype(config.mixed_precision, device),
-        local_files_only=config.local_files_only,
-        weighting_scheme=config.weighting_scheme,
-        max_sequence_length=config.max_sequence_length,
-    )
+    base = load_training_base(config, device)
     base.place(device, encoders=True, denoiser=whole)
     examples = encode_subjects(base, [subject], config, config.views_per_image, progress=progress, skip_unreadable=True)
     others = held_out(base, subject, config) if config.validation_steps else None
