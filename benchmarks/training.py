@@ -12,7 +12,8 @@ Writes `benchmarks/results/training.json` (`--output`) after each part: `steps` 
 checkpointing, batch 1: its peak of memory). Compared are, each step with forward, backward, clipping and
 AdamW: stage 2 of Meta-LoRA (r = 1, meta_r = 128, this package's loop) and what diffusers'
 `train_dreambooth_lora_flux.py` does with `--rank 1 --cache_latents` (float32 adapter under bf16 autocast, uniform noise
-levels). Both are timed in turns, so that a drifting clock cancels; figures are medians of all steps after a warm-up.
+levels). Both are timed in turns, so that a drifting clock cancels. A turn's time is that of its steps after a warm-up,
+one after another as a run does them, until the GPU has finished; figures are medians of the turns.
 """
 
 from __future__ import annotations
@@ -156,6 +157,22 @@ def diffusers_steps(base: Base, args: argparse.Namespace, batch: int) -> Iterato
         yield loss.item()
 
 
+def seconds_a_step(steps: Iterator[Any], warmup: int, count: int, device: torch.device) -> float:
+    """Mean time of `count` steps after `warmup` others, with all that they leave to the GPU."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    for _ in range(warmup):
+        next(steps)
+    start = now()
+    for _ in range(count):
+        next(steps)
+    return (now() - start) / count
+
+
 class Clock:
     """Times steps and watches the peak of GPU memory."""
 
@@ -171,15 +188,8 @@ class Clock:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         steps = make()
-        for number in range(self.args.warmup + self.args.steps):
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            next(steps)
-            if cuda:
-                torch.cuda.synchronize()
-            if number >= self.args.warmup:
-                self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        seconds = seconds_a_step(steps, self.args.warmup, self.args.steps, self.base.device)
+        self.seconds.setdefault(name, []).append(seconds)
         if cuda:
             self.peak[name] = max(self.peak.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
         del steps
@@ -268,15 +278,10 @@ def stage_1(args: argparse.Namespace) -> None:
         )
     )
     run = MetaTraining(base, make_examples(base, 2 * subjects, args.small), config, processes)
-    times = []
-    for _ in run.steps():
-        if not args.small:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
+    seconds = seconds_a_step(run.steps(), args.warmup, args.steps, device)
     processes.wait()
     if processes.is_main:
-        spans = [after - before for before, after in zip(times[args.warmup - 1 :], times[args.warmup :], strict=False)]
-        print(json.dumps({"samples_per_second": subjects / statistics.median(spans)}))
+        print(json.dumps({"samples_per_second": subjects / seconds}))
 
 
 def on_processes(count: int, args: argparse.Namespace) -> float:

@@ -169,9 +169,14 @@ def optimizer_class(name: str) -> type[Optimizer]:
     return found
 
 
-def optimizer_options(config: TrainingConfig) -> dict[str, Any]:
+_FUSED = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+"""Optimisers with one kernel for all of a step on a GPU: a fraction of the launches and of the memory moved."""
+
+
+def optimizer_options(cls: type[Optimizer], config: TrainingConfig, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of every optimiser of a run."""
-    return {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    fused = {"fused": True} if cls in _FUSED and device.type == "cuda" else {}
+    return {"lr": config.learning_rate, "weight_decay": config.weight_decay, **fused}
 
 
 def make_scheduler(optimizer: Optimizer, config: TrainingConfig, steps: int) -> LRScheduler:

@@ -79,9 +79,13 @@ class Examples:
         found = sorted({tuple(latent.shape) for latent in self.latents})
         return [found.index(tuple(latent.shape)) for latent in self.latents]
 
-    def like(self, position: int, count: int) -> Tensor:
-        """A stand-in for `count` latents of the shape of the one at `position`: (count, c, h, w) without content."""
-        return torch.empty((), device=self.subject.device).expand(count, *self.latents[position].shape)
+    def like(self, position: int, count: int, device: torch.device | str | None = None) -> Tensor:
+        """A stand-in for `count` latents of the shape of the one at `position`: (count, c, h, w) without content.
+
+        Args:
+            device: None: that of the examples.
+        """
+        return torch.empty((), device=device or self.subject.device).expand(count, *self.latents[position].shape)
 
     def pick(self, index: Tensor) -> tuple[Tensor, Text]:
         """Latents and text of the examples `index` (b,), all of one shape."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import TrainingError
+from .processes import ALONE
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def training_steps(
     scheduler: LRScheduler | None = None,
     accumulation: int = 1,
     clip: Callable[[], Any] | None = None,
+    read: Callable[[torch.Tensor], Callable[[], float]] = ALONE.later,
     done: int = 0,
 ) -> Iterator[Step]:
     """Run steps `done + 1` to `steps` and yield each when it is finished.
@@ -53,6 +55,8 @@ def training_steps(
         compute_loss: draws a micro-batch and returns its scalar loss; called `accumulation` times a step.
         scheduler: advanced once a step, after the optimiser.
         clip: called when the gradients of a step are complete, before the optimiser uses them.
+        read: starts to read a loss and returns what waits for its value (`Processes.later`); asked for before the
+            optimiser moves, when a GPU still has the backward pass to do.
         done: steps that were finished before (resume).
 
     Raises:
@@ -60,19 +64,20 @@ def training_steps(
     """
     for number in range(done + 1, steps + 1):
         start = time.perf_counter()
-        total = 0.0
+        parts = []
         optimizer.zero_grad(set_to_none=True)
         for _ in range(accumulation):
             loss = compute_loss() / accumulation
+            parts.append(read(loss))
             loss.backward()
-            total += loss.item()
+        if clip is not None:
+            clip()
+        total = sum(part() for part in parts)
         if not math.isfinite(total):
             raise TrainingError(
                 f"expected a finite loss, found {total} in step {number}: lower the learning rate, or train in "
                 "float32. The weights are those of the step before."
             )
-        if clip is not None:
-            clip()
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         if scheduler is not None:

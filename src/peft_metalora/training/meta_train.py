@@ -33,7 +33,7 @@ from .adapters import (
     optimizer_options,
     targets,
 )
-from .bases import Base
+from .bases import Base, send
 from .compiling import compile_blocks, uncompile
 from .down_validation import DownValidation, encode_held_out, split_subjects
 from .examples import Examples, encode_subjects
@@ -136,7 +136,8 @@ class MetaTraining:
         self._passes = shards // processes.count if self._many_shapes else 1
         self._parts: list[_Part] = []
         self.sampler.start(self.buckets[-1])  # the smallest: fails here or never
-        cls, options = optimizer_class(config.optimizer), optimizer_options(config)
+        cls = optimizer_class(config.optimizer)
+        options = optimizer_options(cls, config, base.device)
         self.adapter_config = MetaLoraConfig(
             r=config.rank,
             meta_r=config.meta_rank,
@@ -186,6 +187,7 @@ class MetaTraining:
                 scheduler=self.scheduler,
                 accumulation=config.gradient_accumulation_steps * self._passes,
                 clip=self._finish_gradients,
+                read=self.processes.later,
                 done=len(self.losses),
             )
             set_warmup(denoiser, len(self.losses) - first < config.warmup_steps, _TRAINING)
@@ -297,21 +299,23 @@ class MetaTraining:
             if own:
                 slots, picks = [rows[members[place]] for place in own], [index[members[place]] for place in own]
                 own_seeds = seeds and [seeds[place] for place in own]
-                parts.append(_Part(slots, picks, own_seeds, noise[own], times[own], len(rows) / self._passes))
+                if len(own) < len(members):
+                    where = send(torch.tensor(own), device)
+                    noise, times = noise[where], times[where]
+                parts.append(_Part(slots, picks, own_seeds, noise, times, len(rows) / self._passes))
         return parts
 
     def _loss(self) -> Tensor:
-        """This process's part of the mean over the whole batch; its value, not its gradient, is the whole mean."""
+        """This process's part of the mean over the whole batch."""
         if not self._parts:
             self._parts = self._draw()
         part, device = self._parts.pop(0), self.base.device
-        latents, text, mask = self.examples.batch(torch.tensor(part.index, device=device), part.seeds)
+        latents, text, mask = self.examples.batch(send(torch.tensor(part.index), device), part.seeds)
         # All layers share one index; set_subjects would look at every module of the model in each step.
         self._layers[0].subject_index.write(tuple(part.slots), device)
         self.optimizer.see(part.slots)
         with autocast(self.config.mixed_precision, device, adapter_casts=True):
-            loss = self.base.loss(latents, text, part.noise, part.times, mask).sum() / part.divisor
-        return self.processes.whole(loss)
+            return self.base.loss(latents, text, part.noise, part.times, mask).sum() / part.divisor
 
     def _finish_gradients(self) -> None:
         """Sum Down's gradient over the processes, then clip."""

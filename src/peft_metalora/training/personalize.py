@@ -37,7 +37,7 @@ from .adapters import (
     optimizer_options,
     targets,
 )
-from .bases import Base
+from .bases import Base, send
 from .compiling import compile_blocks, uncompile
 from .examples import Examples, encode_subjects
 from .loop import Step, training_steps
@@ -106,7 +106,8 @@ class Personalization:
                 f"expected a sample for each of the {processes.count} processes in a batch, found {samples}: raise "
                 "train_batch_size, or start fewer processes"
             )
-        cls, options = optimizer_class(config.optimizer), optimizer_options(config)
+        cls = optimizer_class(config.optimizer)
+        options = optimizer_options(cls, config, base.device)
         self._index = SubjectIndex()
         compile_blocks(base.denoiser, config)
         self.parameters = parameters = self._inject()
@@ -179,6 +180,7 @@ class Personalization:
             scheduler=self.scheduler,
             accumulation=config.gradient_accumulation_steps,
             clip=self._finish_gradients,
+            read=self.processes.later,
             done=self.steps_done,
         ):
             self.steps_done = step.number
@@ -196,7 +198,7 @@ class Personalization:
     def _loss(self) -> Tensor:
         """Sum over subjects of the mean over each one's samples, so that no subject feels the others' number.
 
-        All processes draw the whole batch and compute their part of it; the value is that of the whole.
+        All processes draw the whole batch, on the CPU, and compute their part of it.
         """
         base, size, config = self.base, self.config.train_batch_size, self.config
         index, noise, times = [], [], []
@@ -206,14 +208,14 @@ class Personalization:
                 first = positions[torch.randint(len(positions), (), generator=generator)]
                 positions = positions[self._shapes[positions] == self._shapes[first]]
             index.append(positions[torch.randint(len(positions), (size,), generator=generator)])
-            like = self.examples.like(int(index[-1][0]), size)
+            like = self.examples.like(int(index[-1][0]), size, device="cpu")
             noise.append(torch.randn(like.shape, generator=generator))
             times.append(base.sample_times(like, generator))
             if self.examples.fresh:
                 seeds += torch.randint(1 << 62, (size,), generator=generator).tolist()
         own = slice(self.processes.rank, None, self.processes.count)
-        latents, text, mask = self.examples.batch(torch.cat(index)[own].to(base.device), seeds[own] or None)
-        spread, levels = torch.cat(noise)[own].to(base.device), torch.cat(times)[own].to(base.device)
+        picks, spread, levels = (send(torch.cat(drawn)[own], base.device) for drawn in (index, noise, times))
+        latents, text, mask = self.examples.batch(picks, seeds[own] or None)
         cast = partial(autocast, config.mixed_precision, base.device, adapter_casts=self.uses_slots)
         prior = None
         if config.prior_loss_weight and self.examples.prior is not None:
@@ -229,7 +231,7 @@ class Personalization:
             losses = base.loss(latents, text, spread, levels, mask)
             if prior is not None:
                 losses = losses + config.prior_loss_weight * prior()
-        return self.processes.whole(losses.sum() / size)
+        return losses.sum() / size
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the base, the Down, the examples and the settings."""

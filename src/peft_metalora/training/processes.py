@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes of one run (`accelerate launch`, `torchrun`), or the one process that there is.
 
-Only what the stages need: a sum over processes, the main one's word, an agreement on where to go on from.
+Only what the stages need: sums over processes, the main one's word, an agreement on where to go on from.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -50,13 +51,33 @@ class Processes:
         dist.all_reduce(flat)
         torch._foreach_copy_(list(tensors), list(_unflatten_dense_tensors(flat, tensors)))
 
-    def whole(self, part: Tensor) -> Tensor:
-        """A loss of which every process has a part: its value is the sum, its gradient that of the part."""
-        if self.count == 1:
-            return part
+    def later(self, part: Tensor) -> Callable[[], float]:
+        """Sum a number over the processes and bring it to the host; what is returned waits for it and gives it.
+
+        On a GPU this goes on beside what is queued next, such as a backward pass: to wait for a loss takes no longer
+        than its forward pass, and the host has time to queue what comes after the backward pass.
+        """
         total = part.detach().clone()
-        self.sum_([total])
-        return part + (total - part.detach())
+        if not total.is_cuda:
+            if self.count > 1:
+                dist.all_reduce(total)
+            return total.item
+        stream = _side_stream(total.device)
+        stream.wait_stream(torch.cuda.current_stream(total.device))
+        with torch.cuda.stream(stream):
+            if self.count > 1:
+                dist.all_reduce(total)
+            box = torch.empty_like(total, device="cpu", pin_memory=True)
+            box.copy_(total, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(stream)
+        total.record_stream(stream)
+
+        def wait() -> float:
+            arrived.synchronize()
+            return box.item()
+
+        return wait
 
     def of_main(self, number: float) -> float:
         """The main process's number, on every process."""
@@ -78,6 +99,11 @@ class Processes:
         """Go on when all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 ALONE = Processes()

@@ -73,7 +73,8 @@ class FusedLinear(torch.autograd.Function):
                 dmid = transposed_times(dz, h)
         mid = mid.to(down.dtype)
         if need_down:
-            ddown = transposed_times(mid, transposed_times(dz.to(down.dtype), x)).sum(0).to(ctx.down_dtype)
+            gathered = transposed_times(dz.to(down.dtype), x)
+            ddown = torch.mm(mid.flatten(0, 1).t(), gathered.flatten(0, 1)).to(ctx.down_dtype)  # sums over rows too
         if need_x:
             dx = torch.matmul(dy, weight)
             factor = torch.matmul(mid, down).mT

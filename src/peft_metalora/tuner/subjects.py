@@ -43,10 +43,12 @@ class SubjectIndex:
             self.slot = self.present = None
             return
         with torch.inference_mode(False):  # or tensors made inside inference_mode could not be overwritten outside
-            index = torch.tensor(values, dtype=torch.int64)
+            # Pinned, or the host would wait here until the GPU has done all that is queued.
+            index = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+            index = index.to(device, non_blocking=True)
             slot, present = index.clamp(min=0), (index >= 0).view(-1, 1, 1)
             if self.slot is None or self.present is None or self.slot.shape != slot.shape or self.slot.device != device:
-                self.slot, self.present = slot.to(device), present.to(device)
+                self.slot, self.present = slot, present
             else:
                 self.slot.copy_(slot)
                 self.present.copy_(present)

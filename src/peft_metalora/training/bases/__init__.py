@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import BaseModelMismatchError
-from .base import Base, FlowBase, Text
+from .base import Base, FlowBase, Text, send
 
 # Pipeline class -> (file beside this one, class in it); loaded when a pipeline of that class is.
 FAMILIES = {
@@ -21,7 +21,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
 }
 
-__all__ = ["FAMILIES", "Base", "FlowBase", "Text", "base_for", "load_base"]
+__all__ = ["FAMILIES", "Base", "FlowBase", "Text", "base_for", "load_base", "send"]
 
 
 def base_for(pipeline: Any, **options: Any) -> Base:

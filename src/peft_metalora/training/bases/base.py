@@ -22,6 +22,16 @@ Text = dict[str, Tensor]
 _COMPUTES = torch.float32, torch.bfloat16, torch.float16  # what weights compute in; others are only stored
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, in its turn: a GPU queues the copy, and the host goes on.
+
+    An ordinary copy waits until the GPU has done all that is queued, so that it then has nothing to do.
+    """
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Base(ABC):
     """A pipeline seen as something that can be trained.
 
