@@ -92,6 +92,11 @@ TRAINING: tuple[Goal, ...] = (
     ("people_per_gpu_hour_slots", "people an hour and GPU, in slots", None, True),
     ("stage1_scaling_2gpu", "samples a second of stage 1, two GPUs / one", 1.9, True),
     ("flux_24gb_peak_gib", "peak memory of the recipe for 24 GB, GiB", 24.0, False),
+    ("compiled_over_eager_b4", "step of stage 2, compiled / eager, batch 4", None, False),
+    ("compiled_over_eager_b1", "step of stage 2, compiled / eager, batch 1", None, False),
+    ("whole_peak_gib_2gpu", "peak memory of stage 1 on each of two GPUs, base whole, GiB", None, False),
+    ("divided_peak_gib_2gpu", "the same, base divided by FSDP 2, GiB", None, False),
+    ("divided_step_over_whole_2gpu", "step of stage 1 on two GPUs, base divided / whole", None, False),
 )
 
 

@@ -8,12 +8,14 @@ Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on
     python benchmarks/training.py --small      a toy transformer on a CPU, to check the script
 
 Writes `benchmarks/results/training.json` (`--output`) after each part: `steps` (stage 2 beside diffusers' recipe),
-`scaling` (stage 1 on one and two GPUs) and `recipe24` (stage 2 on a base of int8 weights, cached text, gradient
-checkpointing, batch 1: its peak of memory). Compared are, each step with forward, backward, clipping and
+`scaling` (stage 1 on one and two GPUs), `divided` (stage 1 on two GPUs, the base whole on each and divided by FSDP 2),
+`recipe24` (stage 2 on a base of int8 weights, cached text, gradient checkpointing, batch 1: its peak of memory) and
+`compiled` (stage 2 beside itself with `dynamo_backend`). Compared are, each step with forward, backward, clipping and
 AdamW: stage 2 of Meta-LoRA (r = 1, meta_r = 128, this package's loop) and what diffusers'
 `train_dreambooth_lora_flux.py` does with `--rank 1 --cache_latents` (float32 adapter under bf16 autocast, uniform noise
 levels). Both are timed in turns, so that a drifting clock cancels. A turn's time is that of its steps after a warm-up,
-one after another as a run does them, until the GPU has finished; figures are medians of the turns.
+one after another as a run does them, until the GPU has finished; figures are medians of the turns. Where the GPU is
+busy for less than a step takes (`kernel_ms`, profiled in one more step), the host is the limit.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from peft_metalora.training.adapters import eject
 from peft_metalora.training.bases import Base, base_for
@@ -44,6 +49,7 @@ from peft_metalora.training.meta_train import MetaTraining
 from peft_metalora.training.personalize import Personalization
 from peft_metalora.training.processes import Processes
 from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
+from peft_metalora.training.sharding import shard, wants_shards
 from peft_metalora.tuner import DownSource, MetaLoraConfig, down_state, fingerprint
 
 ATTENTION = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -114,7 +120,10 @@ def meta_lora_steps(
     """Stage 2 of this package, `batch` samples a person."""
     config = PersonalizeConfig(**settings(args, train_batch_size=batch, max_train_steps=10_000, **changes))
     run = Personalization(base, make_examples(base, people, args.small), config, down)
-    yield from run.steps()
+    try:
+        yield from run.steps()
+    finally:
+        run.remove()
 
 
 def diffusers_steps(base: Base, args: argparse.Namespace, batch: int) -> Iterator[Any]:
@@ -173,6 +182,15 @@ def seconds_a_step(steps: Iterator[Any], warmup: int, count: int, device: torch.
     return (now() - start) / count
 
 
+def kernel_milliseconds(steps: Iterator[Any]) -> float:
+    """How long the GPU computes in one more step, all of its kernels together."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        next(steps)
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1000
+
+
 class Clock:
     """Times steps and watches the peak of GPU memory."""
 
@@ -180,6 +198,7 @@ class Clock:
         self.base, self.args = base, args
         self.seconds: dict[str, list[float]] = {}
         self.peak: dict[str, float] = {}
+        self.kernel_ms: dict[str, float] = {}
 
     def turn(self, name: str, make: Callable[[], Iterator[Any]]) -> None:
         """Warm up and time a few steps of a recipe; the denoiser is bare again afterwards."""
@@ -192,6 +211,7 @@ class Clock:
         self.seconds.setdefault(name, []).append(seconds)
         if cuda:
             self.peak[name] = max(self.peak.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+            self.kernel_ms[name] = kernel_milliseconds(steps)
         del steps
         eject(self.base.denoiser)
         self.base.denoiser.requires_grad_(False)
@@ -220,7 +240,7 @@ def stage_2(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         "people_per_gpu_hour_slots": hour * people / clock.median("meta_lora_slots"),
     }
     step_ms = {name: 1000 * clock.median(name) for name in clock.seconds}
-    return figures, {"step_ms": step_ms, "peak_gib": clock.peak, "rounds": rounds}
+    return figures, {"step_ms": step_ms, "kernel_ms": clock.kernel_ms, "peak_gib": clock.peak, "rounds": rounds}
 
 
 def recipe24(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -242,11 +262,40 @@ def recipe24(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
 def scaling(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Samples per second of stage 1 on one process and, where there are two GPUs, on two."""
     counts = [1, 2] if args.small or torch.cuda.device_count() > 1 else [1]
-    speed = {count: on_processes(count, args) for count in counts}
+    speed = {count: on_processes(count, args)["samples_per_second"] for count in counts}
     return {"stage1_scaling_2gpu": speed[2] / speed[1] if 2 in speed else None}, {"stage1_samples_per_second": speed}
 
 
-PARTS = {"steps": stage_2, "scaling": scaling, "recipe24": recipe24}
+def divided(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stage 1 on two processes with the base divided over them, beside the same with the base whole on each."""
+    if not args.small and torch.cuda.device_count() < 2:
+        return {}, {}
+    whole, parts = on_processes(2, args), on_processes(2, args, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    apart = max(abs(a - b) for a, b in zip(whole["losses"], parts["losses"], strict=True))
+    figures = {
+        "divided_step_over_whole_2gpu": whole["samples_per_second"] / parts["samples_per_second"],
+        "divided_peak_gib_2gpu": parts["peak_gib"],
+        "whole_peak_gib_2gpu": whole["peak_gib"],
+    }
+    return figures, {"divided_largest_difference_of_losses": apart}
+
+
+def compiled(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A step of stage 2 with its blocks compiled beside the same step in eager mode, at two batch sizes."""
+    base = make_base(args.small, device_of(args))
+    down = make_down(base, 8 if args.small else 128)
+    clock, sizes = Clock(base, args), {"b4": args.batch_size, "b1": 1}
+    for label, batch in sizes.items():
+        for name, backend in ((label, "no"), (f"{label}_compiled", "eager" if args.small else "inductor")):
+            clock.turn(name, partial(meta_lora_steps, base, down, args, 1, batch, dynamo_backend=backend))
+    figures = {
+        f"compiled_over_eager_{label}": clock.median(f"{label}_compiled") / clock.median(label) for label in sizes
+    }
+    step_ms = {name: 1000 * clock.median(name) for name in clock.seconds}
+    return figures, {"compiled_step_ms": step_ms, "compiled_peak_gib": clock.peak}
+
+
+PARTS = {"steps": stage_2, "scaling": scaling, "recipe24": recipe24, "compiled": compiled, "divided": divided}
 FIGURES = (
     "step_over_diffusers_lora_r1",
     "mem_over_diffusers_lora_r1",
@@ -254,11 +303,16 @@ FIGURES = (
     "people_per_gpu_hour_slots",
     "stage1_scaling_2gpu",
     "flux_24gb_peak_gib",
+    "compiled_over_eager_b4",
+    "compiled_over_eager_b1",
+    "divided_step_over_whole_2gpu",
+    "divided_peak_gib_2gpu",
+    "whole_peak_gib_2gpu",
 )
 
 
 def stage_1(args: argparse.Namespace) -> None:
-    """One process of stage 1 (started by the launcher); the main one prints samples per second as JSON."""
+    """One process of stage 1 (started by the launcher); the main one prints what it saw as JSON."""
     device = torch.device("cpu")
     if not args.small:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -277,19 +331,27 @@ def stage_1(args: argparse.Namespace) -> None:
             target_modules=ATTENTION,
         )
     )
+    if wants_shards(processes, config):
+        base.denoiser.to("cpu")
+        shard(base, device, processes, config)
+    if not args.small:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)  # all processes have the same examples
     run = MetaTraining(base, make_examples(base, 2 * subjects, args.small), config, processes)
     seconds = seconds_a_step(run.steps(), args.warmup, args.steps, device)
     processes.wait()
     if processes.is_main:
-        print(json.dumps({"samples_per_second": subjects / seconds}))
+        peak = None if args.small else torch.cuda.max_memory_allocated() / 2**30
+        print(json.dumps({"samples_per_second": subjects / seconds, "peak_gib": peak, "losses": run.losses}))
 
 
-def on_processes(count: int, args: argparse.Namespace) -> float:
+def on_processes(count: int, args: argparse.Namespace, **environment: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__]
     command += ["--stage-1", "--steps", str(args.steps), "--warmup", str(args.warmup)] + ["--small"] * args.small
     command += ["--subjects-per-process", str(args.subjects_per_process)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])["samples_per_second"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
