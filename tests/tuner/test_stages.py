@@ -64,6 +64,17 @@ def test_a_subjects_down_never_has_a_gradient(switch):
     assert not any(down.requires_grad for down in layer_of(model).metalora_down.values())
 
 
+def test_a_subjects_down_is_a_buffer_that_is_saved_moved_and_deleted_with_it():
+    model, source = subject()
+    given = {f"base_model.model.lin0.metalora_down.{source.fingerprint}"}
+    assert given <= {name for name, _ in model.named_buffers()} and given <= set(model.state_dict())
+    assert not any("metalora_down" in name for name, _ in model.named_parameters())
+    model.double()
+    assert all(down.dtype == torch.float64 for down in layer_of(model).metalora_down.values())
+    model.delete_adapter("default")
+    assert not len(layer_of(model).metalora_down) and not any("metalora_down" in name for name in model.state_dict())
+
+
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_nor_has_the_down_of_a_meta_adapter_that_a_subject_uses(switch):
     model = adapted()

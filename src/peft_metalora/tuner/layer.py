@@ -63,7 +63,7 @@ class MetaLoraLayer(Mergeable):
         self.token_slots: TokenSlots | None = None
         self.down_row, self.d_out = factor_shape(self.get_base_layer())
         self.in_features, self.out_features = self.down_row[0], self.d_out
-        self.metalora_down = nn.ParameterDict()
+        self.metalora_down = Downs()
         self.metalora_mid_init = BufferDict(persistent=True)
         self.metalora_mid = nn.ParameterDict()
         self.metalora_up = nn.ParameterDict()
@@ -129,10 +129,7 @@ class MetaLoraLayer(Mergeable):
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if dtype is None or not dtype.is_floating_point:
             dtype = down.dtype
-        parameter = nn.Parameter(_own_copy(down, device, dtype), requires_grad=False)
-        self.metalora_down[key] = parameter
-        # PEFT's low_cpu_mem_usage moves whatever is registered to the meta device; no file will fill a given Down.
-        self.metalora_down._parameters[key] = parameter
+        self.metalora_down.give(key, _own_copy(down, device, dtype))
         self.metalora_mid_init[key] = _own_copy(mid_init, device, torch.float32)
         self.metalora_mean_mid[key] = _own_copy(mean_mid, device, torch.float32)
         self.metalora_mean_up[key] = _own_copy(mean_up, device, torch.float32)
@@ -364,6 +361,18 @@ class MetaLoraLayer(Mergeable):
         Tokens without a subject keep the base's output bit for bit.
         """
         raise NotImplementedError
+
+
+class Downs(nn.ParameterDict):
+    """The Downs of a layer: parameters of the adapters that train them, buffers where subjects brought them.
+
+    As in PEFT's VeRA, what is given and shared is no parameter: no optimiser, cast or count of those takes it for one.
+    """
+
+    def give(self, key: str, down: Tensor) -> None:
+        """Put a Down under `key` that never trains."""
+        self.register_buffer(key, down)
+        self._keys[key] = None
 
 
 def _fold_again(layer: MetaLoraLayer, _: Any) -> None:
