@@ -98,6 +98,7 @@ class StandIn(MetaLoraConfig):
     """A Meta-LoRA config that takes the place of LoraConfig and its arguments."""
 
     stand_in = "meta"
+    target_parameters = None  # of LoRA alone, and read of every config
 
     def __init__(self, r: int = 8, lora_alpha: float = 8, **kwargs: Any) -> None:
         # A fresh Mid, because adapters of one test may differ in rank and a stored Mid has the rank of its Down.

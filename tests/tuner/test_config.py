@@ -33,8 +33,8 @@ from peft_metalora.tuner.registration import register
         ({"stage": "inference"}, "stage must be one of 'meta', 'subject', got 'inference'"),
         ({"start": "zero"}, "start must be one of 'stored', 'mean', 'fresh', got 'zero'"),
         ({"bias": "lora_only"}, "bias must be one of"),
-        ({"layers_pattern": "blocks"}, "layers_pattern was given without layers_to_transform"),
-        ({"target_modules": "a.*", "layers_to_transform": [0]}, "works only with a list of target_modules"),
+        ({"layers_pattern": "blocks"}, "When `layers_pattern` is specified, `layers_to_transform` must"),
+        ({"target_modules": "a.*", "layers_to_transform": [0]}, "cannot be used when `target_modules` is a str"),
         ({"stage": "meta", "down": "a/b"}, "stage 'meta' trains its own Down"),
     ],
 )

@@ -168,12 +168,47 @@ def test_no_match_is_also_what_peft_raises():
         get_peft_model(mlp(), config(target_modules=["nope"]))
 
 
-def test_a_name_that_is_taken_is_refused_by_every_road():
-    model = inject_adapter_in_model(config(), mlp())
-    before = model.peft_config["default"]
-    with pytest.raises(AdapterStateError, match="already has an adapter 'default'"):
-        inject_adapter_in_model(config(r=1), model)
-    assert model.peft_config["default"] is before
+ROADS = {
+    "get_peft_model": get_peft_model,
+    "inject_adapter_in_model": lambda model, again: inject_adapter_in_model(again, model),
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_adapting_again_replaces_the_adapter_of_that_name_and_says_so(road):
+    model = randomise(inject_adapter_in_model(config(num_slots=2), mlp()))
+    with pytest.warns(UserWarning, match="already has an adapter 'default'. It is replaced by a new one"):
+        again = ROADS[road](model, config(r=1, meta_r=3))
+    expected = adapted(r=1, meta_r=3)
+    for (_, layer), (_, other) in zip(meta_lora_layers(again), meta_lora_layers(expected), strict=True):
+        other.load_state_dict(layer.state_dict())  # the same factors, of the same shapes, and no others
+    x = torch.randn(3, 12)
+    assert again.peft_config["default"].r == 1
+    assert torch.equal(again(x), expected(x)) and not torch.equal(again(x), mlp()(x))
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_replacement_that_fails_leaves_the_adapter_as_it_was(road):
+    model = randomise(inject_adapter_in_model(config(num_slots=2), mlp()))
+    before, kept = picture(model), model.peft_config["default"]
+    with pytest.warns(UserWarning, match="is replaced"), pytest.raises(NoMatchingPeftModuleError):
+        ROADS[road](model, config(target_modules=["nope"]))
+    assert_unchanged(model, before)
+    assert model.peft_config["default"] is kept
+
+
+def test_a_name_whose_adapter_cannot_be_replaced_is_refused():
+    used = adapted()
+    used.add_adapter("ann", config(stage="subject", down="default"))
+    merged = randomise(adapted())
+    merged.merge_adapter()
+    for model, reason in ((used, "'ann' use\\(s\\) its Down"), (merged, "merged")):
+        before = picture(model)
+        with pytest.raises(AdapterStateError, match=f"already has an adapter 'default', which cannot be .*{reason}"):
+            get_peft_model(model.base_model.model, config())
+        assert_unchanged(model, before)
+    with pytest.raises(ValueError, match="'ann' already exists"):  # PEFT's own
+        used.add_adapter("ann", config(stage="subject", down="default"))
 
 
 def tiny_flux():

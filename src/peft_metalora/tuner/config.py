@@ -175,14 +175,16 @@ class MetaLoraConfig(PeftConfig):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(repr, allowed))
                 raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern was given without layers_to_transform. Give both, or neither.")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name} works only with a list of target_modules, but target_modules is the expression "
-                    f"{self.target_modules!r}. Put the layer numbers into the expression, or give a list."
+                    f"`{name}` cannot be used when `target_modules` is a str, got {self.target_modules!r}. Put the "
+                    "layer numbers into the expression, or give a list."
                 )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give both or none."
+            )
         if self.stage == "meta" and self.down is not None:
             raise ConfigError(
                 f"stage 'meta' trains its own Down, but down={self.down!r} was given. "

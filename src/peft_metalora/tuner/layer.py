@@ -63,7 +63,7 @@ class MetaLoraLayer(Mergeable):
         self.token_slots: TokenSlots | None = None
         self.down_row, self.d_out = factor_shape(self.get_base_layer())
         self.in_features, self.out_features = self.down_row[0], self.d_out
-        self.metalora_down = Downs()
+        self.metalora_down: Downs = Downs()
         self.metalora_mid_init = BufferDict(persistent=True)
         self.metalora_mid = nn.ParameterDict()
         self.metalora_up = nn.ParameterDict()
@@ -257,6 +257,15 @@ class MetaLoraLayer(Mergeable):
         """Names of the adapters that use the Down of adapter `key`, itself left out."""
         return sorted(name for name, used in self.down_key.items() if used == key and name != key)
 
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Keep an unmerged adapter, and the Down that it trains, under another name; what is active is so by name."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, name)
+            if old in container:
+                container[new] = container.pop(old)
+        if self.down_key[new] == old:
+            self.down_key[new] = new
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a Down that a subject brought goes with its last user.
 
@@ -311,10 +320,13 @@ class MetaLoraLayer(Mergeable):
     def _forward_by_names(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """A batch whose samples use different adapters, `__base__` for none (PEFT's mixed batches)."""
         if self.merged:
-            raise AdapterStateError("adapter_names needs unmerged adapters. Call unmerge_adapter() first.")
+            raise AdapterStateError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if len(adapter_names) != x.shape[0]:
             raise AdapterStateError(
-                f"adapter_names must name one adapter for each of the {x.shape[0]} samples, got {len(adapter_names)}."
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {x.shape[0]}."
             )
         result = self.base_layer(x, *args, **kwargs)
         chosen = self._chosen(x)

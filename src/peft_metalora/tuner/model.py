@@ -5,7 +5,8 @@ Everything that can go wrong with a config is found by `plan_injection` before t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -40,9 +41,8 @@ class MetaLoraModel(BaseTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        if adapter_name in getattr(model, "peft_config", {}):
-            raise AdapterStateError(f"The model already has an adapter {adapter_name!r}. Choose another name.")
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+        with _predecessor_aside(model, adapter_name):
+            super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # ---- injection -----------------------------------------------------------------------------------------------
 
@@ -198,6 +198,41 @@ class MetaLoraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def _predecessor_aside(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Replace an adapter of that name, as PEFT's tuners do when a model is adapted again, once the new one is there.
+
+    Raises:
+        AdapterStateError: it is merged, others use its Down, or it is of another method.
+    """
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        yield
+        return
+    before, aside = configs[adapter_name], f"{adapter_name} (replaced)"
+    layers = [layer for _, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
+    users = sorted({user for layer in layers for user in layer.subjects_of(adapter_name)})
+    merged = any(adapter_name in layer.merged_adapters for layer in layers)
+    if not layers or users or merged:
+        reason = f"{', '.join(map(repr, users))} use(s) its Down" if users else "merged" if merged else "no Meta-LoRA"
+        raise AdapterStateError(
+            f"The model already has an adapter {adapter_name!r}, which cannot be replaced ({reason}). Choose another "
+            "name."
+        )
+    warnings.warn(f"The model already has an adapter {adapter_name!r}. It is replaced by a new one.", stacklevel=4)
+    for layer in layers:
+        layer.rename_adapter(adapter_name, aside)
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            layer.rename_adapter(aside, adapter_name)
+        configs[adapter_name] = before
+        raise
+    for layer in layers:
+        layer.delete_adapter(aside)
 
 
 def inject_all_or_nothing(

@@ -9,7 +9,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
@@ -98,6 +98,7 @@ def _matched_modules(
         named = {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
     inside: list[str] = []
     matched: dict[str, nn.Module] = {}
+    excluded = unmatched = False
     for key, module in model.named_modules():
         if not key or any(key.startswith(prefix) for prefix in inside):
             continue
@@ -105,13 +106,22 @@ def _matched_modules(
             inside.append(key + ".")
         if named is not None:  # PEFT hands over the key of a compiled model without its wrapper then
             key = key.removeprefix("_orig_mod.")
-        if tuner._check_target_module_exists(trial, key) if named is None else key in named:
+        found = tuner._check_target_module_exists(trial, key) if named is None else key in named
+        if found:
             matched[key] = module
+        elif isinstance(found, _ExcludedModule):
+            excluded = True
+        else:
+            unmatched = True
     if not matched:
+        what = f"Target modules {trial.target_modules} not found in the base model"
+        if excluded:  # in PEFT's words, as all of these
+            what = "No modules were targeted for adaptation. This might be caused by a combination of mismatched"
+            what = f"{what if unmatched else 'All modules were excluded, of'} target modules {trial.target_modules}"
         raise NoTargetError(
-            f"Target modules {trial.target_modules} not found in the base model (exclude_modules="
-            f"{config.exclude_modules}, modules_to_save={config.modules_to_save}, layers_to_transform="
-            f"{config.layers_to_transform}). Compare them with [name for name, _ in model.named_modules()]."
+            f"{what} (exclude_modules={config.exclude_modules}, modules_to_save={config.modules_to_save}, "
+            f"layers_to_transform={config.layers_to_transform}). Compare them with "
+            "[name for name, _ in model.named_modules()]."
         )
     return matched
 
