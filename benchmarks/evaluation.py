@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origin import machine
 from torch import Tensor
 
 from peft_metalora import hub
@@ -500,7 +500,7 @@ def main() -> None:
     args = parse()
     bench = Bench(args)
     facts = {
-        "machine": torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.machine() + " CPU",
+        "machine": machine(bench.device),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "command": " ".join(["python", "benchmarks/evaluation.py", *sys.argv[1:]]),

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -88,13 +85,3 @@ class Flux:
         """Wait for the GPU, if there is one."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def report(self, command: str) -> dict[str, Any]:
-        """What a file of figures says of its origin."""
-        machine = f"{platform.machine()} CPU" if self.small else torch.cuda.get_device_name()
-        return {
-            "machine": f"1 x {machine}",
-            "date": datetime.date.today().isoformat(),
-            "command": command,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
-        }

@@ -10,19 +10,17 @@ The slowest cases are timed three times more and the least time counts: a busy m
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import sys
 import tempfile
 import warnings
 from collections import Counter
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
+from origin import origin
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -77,13 +75,8 @@ def report(outcomes: list[Outcome], peak: float, wall: float) -> dict[str, objec
     harmed = [outcome.seed for outcome in outcomes if outcome.harmed]
     slowest = max(outcomes, key=lambda outcome: outcome.seconds)
     return {
-        "machine": f"{platform.machine()}, {platform.processor() or platform.system()}, one core",
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/fuzz.py", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "peft", "diffusers", "safetensors")},
-        },
+        **origin("cpu", "safetensors"),
+        "cores": 1,
         "figures": {
             "cases": len(outcomes),
             "models_harmed": len(harmed),

@@ -17,19 +17,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
+from origin import origin
 from peft import LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import Tensor
 
@@ -191,15 +188,7 @@ def main() -> None:
     # cuDNN's attention has no backward for some shapes in some versions; all methods use the same kernels.
     torch.backends.cuda.enable_cudnn_sdp(False)
     bench = Bench(arguments)
-    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{platform.machine()} CPU"
-    report: dict[str, Any] = {
-        "machine": f"1 x {gpu}",
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
-        "figures": {},
-        "open": dict.fromkeys(OPEN),
-    }
+    report: dict[str, Any] = {**origin(bench.device), "figures": {}, "open": dict.fromkeys(OPEN)}
     arguments.output.mkdir(parents=True, exist_ok=True)
     out = arguments.output / "image_gen.json"
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 from flux_dev import ATTENTION, Flux
+from origin import origin
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -234,7 +234,7 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     bench = Bench(arguments)
     figures = bench.run(not arguments.no_compile)
-    report = {**bench.flux.report(" ".join(["python", *sys.argv])), "figures": figures}
+    report = {**origin(bench.flux.device), "figures": figures}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     details = arguments.out.with_name(f"{arguments.out.stem}_details.json")

@@ -37,6 +37,7 @@ from peft_metalora.tuner.layer import MetaLoraLayer
 from peft_metalora.tuner.subjects import module_path
 
 KNOWN = {field.name for field in dataclasses.fields(MetaLoraConfig)}
+LORAS = {field.name for field in dataclasses.fields(peft.LoraConfig)}
 RENAMED = {"init_lora_weights": "init_weights", "lora_only": "meta_lora_only"}
 FILES = (
     "test_custom_models.py",
@@ -94,7 +95,14 @@ class NotOursError(TypeError):
     """An argument of LoRA's that Meta-LoRA has no counterpart of."""
 
 
-class StandIn(MetaLoraConfig):
+class AsOurs(type):
+    """What is read from a file is a MetaLoraConfig, and as good as a stand-in."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, MetaLoraConfig)
+
+
+class StandIn(MetaLoraConfig, metaclass=AsOurs):
     """A Meta-LoRA config that takes the place of LoraConfig and its arguments."""
 
     stand_in = "meta"
@@ -106,6 +114,9 @@ class StandIn(MetaLoraConfig):
         super().__init__(
             **{"stage": self.stand_in, "start": start, **translated({"r": r, "lora_alpha": lora_alpha, **kwargs})}
         )
+
+
+StandIn.__name__ = MetaLoraConfig.__name__  # messages name the class
 
 
 def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +132,8 @@ def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
         key = RENAMED.get(name, name)
         if key in KNOWN and not (name == "init_lora_weights" and not isinstance(value, bool)):
             ours[key] = RENAMED.get(value, value) if name == "bias" else value
+        elif name not in LORAS:
+            ours[key] = value  # what neither knows, for Python to refuse
         elif value:
             raise NotOursError(f"MetaLoraConfig has no counterpart of {name}={value!r}")
     return ours
@@ -260,7 +273,7 @@ def cell_as_ours(cell: Any) -> Any:
 
 def pytest_runtest_logreport(report: Any) -> None:
     if _outcomes is not None and (report.when == "call" or report.outcome != "passed"):
-        name = report.nodeid.replace("StandIn", "LoraConfig")
+        name = report.nodeid.replace(StandIn.__name__, "LoraConfig")
         last = (report.longreprtext.strip().splitlines() or [""])[-1]
         with _outcomes.open("a") as file:
             file.write(json.dumps([name, report.outcome, last]) + "\n")

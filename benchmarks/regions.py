@@ -14,15 +14,13 @@ there is to reach.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from origin import origin
 from PIL import Image
 
 from peft_metalora import enable_meta_lora, hub
@@ -157,12 +155,8 @@ def main() -> None:
     pairs, prompts, steps = (2, 1, 5) if args.small else (args.pairs, args.prompts, STEPS)
     start = time.perf_counter()
     figures, picture = measure(pairs, prompts, steps, args.device)
-    gpu = args.device.startswith("cuda")
     result = {
-        "machine": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU",
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/regions.py" + (" --small" if args.small else ""),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
+        **origin(args.device),
         "pairs": pairs,
         "prompts": prompts,
         "steps": steps,

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from origin import machine
 
 from peft_metalora.demo.faces import render, sample_identities, sample_scenes
 
@@ -30,16 +29,6 @@ def images_per_second(batch: int, size: int, device: str, compiled: bool, repeat
         draw(identity, scene, size).sum().item()  # .item() waits for the device
         seconds.append(time.perf_counter() - start)
     return batch / statistics.median(seconds[1:])
-
-
-def machine(device: str) -> str:
-    """Name the processor that draws."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:

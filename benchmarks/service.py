@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import http.client
 import io
 import json
@@ -25,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -264,7 +262,7 @@ def measure(subjects: int, requests: int, clients: int, replicas: int, sample: i
 
 def main() -> None:
     """Run it and write the figures."""
-    from render import machine  # beside this file, which is on the path of a script only
+    from origin import origin  # beside this file, which is on the path of a script only
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--subjects", type=int, default=200)
@@ -277,10 +275,8 @@ def main() -> None:
     output = options.pop("output")
     figures = measure(**options)
     result = {
-        "machine": f"{machine('cpu')}, {os.cpu_count()} cores",
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/service.py",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "peft", "ray")},
+        **origin("cpu", "ray"),
+        "cores": os.cpu_count(),
         "figures": figures,
     }
     print(json.dumps(result, indent=2))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from flux_dev import ATTENTION, Flux
+from origin import origin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
@@ -196,7 +197,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     bench = Bench(options.small, options.repeats)
     kept = json.loads(options.output.read_text())["figures"] if tuple(options.parts) != parts else {}
-    report = bench.flux.report("python benchmarks/serving.py" + (" --small" if options.small else ""))
+    report = origin(bench.flux.device)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         getattr(bench, part)()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from origin import machine
 from peft import LoraConfig
 
 from peft_metalora import hub
@@ -100,7 +100,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     pipe = load_base(args.base)
     base = base_for(pipe)
     scorer = Scorer(load_embedder().to(args.device), load_judge().to(args.device))
@@ -131,7 +130,7 @@ def main() -> None:
         mean = {name: sum(one[name] for one in scores) / len(scores) for name in scores[0]}
         results.append({"method": args.method, "lr": lr, "steps": steps, "seconds": round(seconds, 1), **mean})
         print(results[-1], flush=True)
-        report = {"machine": machine, "people": len(people), "split": args.split, "results": results}
+        report = {"machine": machine(args.device), "people": len(people), "split": args.split, "results": results}
         args.output.write_text(json.dumps(report, indent=1) + "\n")
 
     for lr in args.lr:

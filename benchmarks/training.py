@@ -21,10 +21,8 @@ busy for less than a step takes (`kernel_ms`, profiled in one more step), the ho
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -38,6 +36,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import cast_training_params
+from origin import origin
 from peft import LoraConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -375,10 +374,7 @@ def main() -> None:
     given = {name: value for name, value in vars(args).items() if name not in ("output", "stage_1", "seconds")}
     args.until = time.monotonic() + args.seconds
     report: dict[str, Any] = {
-        "machine": platform.processor() if args.small else torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
+        **origin(device_of(args)),
         "figures": dict.fromkeys(FIGURES),
         "details": {"settings": given},
     }
