@@ -32,6 +32,7 @@ def test_the_script_measures_every_method(tmp_path: Path, monkeypatch: pytest.Mo
     script, out = ROOT / "benchmarks" / "image_gen.py", tmp_path / "image_gen.json"
     arguments = ["--small", "--rounds", "1", "--warmup", "1", "--steps", "1", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.syspath_prepend(str(script.parent))  # as for a script that is started
     runpy.run_path(str(script), run_name="__main__")
     report = json.loads(out.read_text())
     figures = report["figures"]
