@@ -74,7 +74,6 @@ REASONS = {
     r"devices_all_cpu_small|get_nb_trainable": "counts all by the adapter's name, and a Down has one of its own",
     r"PickleRefusedError": "loads a pickled file, which is refused",
     r"already has an adapter": "adds an adapter under a name that is taken, which is refused",
-    r"different Downs": "sums adapters of different Downs, which is refused",
     r"Hotswapping only supports LORA|for_compiled_hotswap|with `LoraLayer`s": (
         "uses PEFT's hotswap_adapter or rescale_adapter_scale, which take LoRA alone"
     ),

@@ -1,25 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A new subject out of others: their weighted sum, exact by standing Mids and Ups side by side, or at a lower rank.
+"""A new adapter out of others: their weighted sum, exact by standing Mids and Ups side by side, or at a lower rank.
 
-Works between subjects of one Down: sum_i w_i Up_i Mid_i Down is one product [w_1 Up_1 ...] [Mid_1; ...] Down."""
+On one Down, sum_i w_i Up_i Mid_i Down is one product [w_1 Up_1 ...] [Mid_1; ...] Down. On several it is one with the
+Downs [Down_a; Down_b ...] stacked, where each Mid_i has zeros in the columns of the Downs that are not its own."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError
+from .config import MetaLoraConfig
 from .convert import svd_of_product
 from .layer import MetaLoraLayer
 from .subjects import meta_lora_layers
 
 COMBINATIONS = ("cat", "linear", "svd")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSum:
+    """The sum at one layer, with scaling 1: Mid (r, meta_r) and Up (d_out, r) on `down` (meta_r, ...)."""
+
+    layer: MetaLoraLayer
+    mid: Tensor
+    up: Tensor
+    down: Tensor
 
 
 def add_weighted_subject(
@@ -31,12 +47,16 @@ def add_weighted_subject(
     svd_rank: int | None = None,
     slots: Sequence[int] | None = None,
 ) -> None:
-    """Add the weighted sum of subjects as a new adapter of one slot on the same Down; it is not made active.
+    """Add the weighted sum of adapters as a new adapter of one slot; it is not made active.
 
-    A module that one of them trained whole comes along as it is; trained rows of an embedding do not.
+    Adapters of one Down give a subject on that Down. Adapters of several give an adapter of stage 'meta' with a Down of
+    its own, the several stacked (meta_r adds up), which is saved with it and outlives them; the Mid that subjects on
+    this Down start from is the sum's. A layer that only some of the adapters have gets the sum of those. What
+    `facts` says about an adapter does not hold for a sum and is left out. A module that one of them trained whole comes
+    along as it is; trained rows of an embedding do not.
 
     Args:
-        adapters: which adapters to combine; all use one Down. weights: one factor each, any sign.
+        adapters: which adapters to combine. weights: one factor each, any sign.
         combination_type: 'cat' is exact, its rank is the sum of the ranks; 'svd' is the best approximation of rank
             `svd_rank` (by default the largest rank among the adapters); 'linear' sums Mids and Ups alone, as PEFT's
             LoRA does: cheap, the same rank, not the sum of the functions.
@@ -44,49 +64,78 @@ def add_weighted_subject(
 
     Raises:
         AdapterNotFoundError: an adapter that is not there.
-        AdapterStateError: different Downs, another count of weights, a name that is taken, an unknown combination, a
-            module that more than one of them trained whole (modules_to_save).
+        AdapterStateError: another count of weights, a name that is taken, an unknown combination, ranks that differ in
+            'linear', DoRA, a module that more than one of them trained whole (modules_to_save).
     """
     slots = list(slots) if slots is not None else [0] * len(adapters)
     layers = list(meta_lora_layers(model))
     _check(layers, adapters, weights, slots, adapter_name, combination_type, svd_rank)
     whole = _trained_whole(model, adapters)
-    plans: list[tuple[str, MetaLoraLayer, Tensor, Tensor]] = []
+    sums: dict[str, LayerSum] = {}
     for path, layer in layers:
         parts = [part for part in zip(adapters, weights, slots, strict=True) if part[0] in layer.metalora_mid]
         if parts:
-            plans.append((path, layer, *_combined(layer, parts, combination_type, svd_rank)))
+            sums[path] = _combined(layer, parts, combination_type, svd_rank)
+    downs = {layer.down_key[name] for _, layer in layers for name in adapters if name in layer.down_key}
+    own_down = len(downs) > 1
+    down_key = adapter_name if own_down else downs.pop()
     peft_config: dict[str, Any] = model.peft_config  # type: ignore[assignment]
-    ranks = {path: mid.shape[0] for path, _, mid, _ in plans}
-    first = peft_config[adapters[0]]
-    config = dataclasses.replace(
-        first,
-        stage="subject",
-        num_slots=1,
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        use_rslora=False,
-        rank_pattern={path: rank for path, rank in ranks.items() if rank != max(ranks.values())},
-        alpha_pattern={path: rank for path, rank in ranks.items() if rank != max(ranks.values())},
-        target_modules=sorted(ranks),
-        start="fresh",
-        modules_to_save=sorted({name for one in adapters for name in peft_config[one].modules_to_save or ()}) or None,
-        trainable_token_indices=None,
-    )
-    if first.stage == "meta":
-        config.down = adapters[0]
-    for _, layer, mid, up in plans:
-        used = next(name for name in adapters if name in layer.metalora_mid)
-        r, meta_r = mid.shape
-        layer.update_layer(adapter_name, config, r, meta_r, r, layer.down_key[used])
-        for container, value in ((layer.metalora_mid, mid), (layer.metalora_up, up)):
-            container[adapter_name].data = value.unsqueeze(0).to(container[used].detach())
-        layer.sync_down()
+    config = _config(peft_config, adapters, sums, own_down)
+    for one in sums.values():
+        r, meta_r = one.mid.shape
+        one.layer.update_layer(adapter_name, config, r, meta_r, r, down_key)
+        one.layer.metalora_mid[adapter_name].data = one.mid.unsqueeze(0)
+        one.layer.metalora_up[adapter_name].data = one.up.unsqueeze(0)
+        if own_down:
+            one.layer.metalora_mid_init[adapter_name] = one.mid.clone()
+            one.layer.metalora_down[adapter_name].data = one.down.clone()
     for wrapper, owner in whole:
         wrapper.update(adapter_name)
         wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[owner].state_dict())
         wrapper.modules_to_save[adapter_name].requires_grad_(False)
     peft_config[adapter_name] = config
+
+
+def _config(
+    configs: Mapping[str, MetaLoraConfig], adapters: Sequence[str], sums: Mapping[str, LayerSum], own_down: bool
+) -> MetaLoraConfig:
+    """What describes the sum, so that it loads from a file."""
+    first = configs[adapters[0]]
+    r, ranks = _with_exceptions({path: one.mid.shape[0] for path, one in sums.items()})
+    meta_r, meta_ranks = _with_exceptions({path: one.mid.shape[1] for path, one in sums.items()})
+    changes: dict[str, Any] = {"stage": "subject", "start": "fresh"}
+    if own_down:
+        changes = {"stage": "meta", "start": "stored", "down_init": "uniform"}
+        changes |= {"down": None, "down_revision": None, "down_fingerprint": None}
+    elif first.stage == "meta":
+        changes["down"] = adapters[0]
+    # A layer that one adapter leaves out may be another's.
+    selecting = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    if any(getattr(configs[name], field) != getattr(first, field) for name in adapters for field in selecting):
+        changes |= dict.fromkeys(selecting)
+    return dataclasses.replace(
+        first,
+        **changes,
+        num_slots=1,
+        r=r,
+        meta_r=meta_r,
+        lora_alpha=r,
+        use_rslora=False,
+        init_weights=True,
+        rank_pattern=ranks,
+        meta_rank_pattern=meta_ranks,
+        alpha_pattern=dict(ranks),
+        target_modules=sorted(sums),
+        facts=None,
+        modules_to_save=sorted({name for one in adapters for name in configs[one].modules_to_save or ()}) or None,
+        trainable_token_indices=None,
+    )
+
+
+def _with_exceptions(values: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The largest value, and a pattern for each module of another; anchored, or it would match as an ending too."""
+    largest = max(values.values())
+    return largest, {f"^{re.escape(path)}$": value for path, value in values.items() if value != largest}
 
 
 def _trained_whole(model: nn.Module, adapters: Sequence[str]) -> list[tuple[ModulesToSaveWrapper, str]]:
@@ -131,12 +180,6 @@ def _check(
         raise AdapterStateError(f"svd_rank must be at least 1, got {svd_rank}.")
     for path, layer in layers:
         present = [(name, slot) for name, slot in zip(adapters, slots, strict=True) if name in layer.metalora_mid]
-        keys = {layer.down_key[name] for name, _ in present}
-        if len(keys) > 1:
-            raise AdapterStateError(
-                f"At {path!r} the adapters use {len(keys)} different Downs, so no Mid and Up express their sum. "
-                "Convert each with to_lora and combine the LoRAs."
-            )
         if combination_type == "linear" and len({layer.r[name] for name, _ in present}) > 1:
             raise AdapterStateError(f"'linear' needs equal ranks, they differ at {path!r}. Use 'cat' or 'svd'.")
         for name, slot in present:
@@ -149,20 +192,36 @@ def _check(
 @torch.no_grad()
 def _combined(
     layer: MetaLoraLayer, parts: list[tuple[str, float, int]], combination_type: str, svd_rank: int | None
-) -> tuple[Tensor, Tensor]:
-    """Mid (r, meta_r) and Up (d_out, r), with scaling 1, of the weighted sum at one layer."""
-    mids = [layer.metalora_mid[name].detach()[slot].double() for name, _, slot in parts]
-    ups = [layer.metalora_up[name].detach()[slot].double() for name, _, slot in parts]
+) -> LayerSum:
+    """The weighted sum at one layer."""
+    downs = {layer.down_key[name]: layer.metalora_down[layer.down_key[name]].detach() for name, _, _ in parts}
+    ends = dict(zip(downs, itertools.accumulate(down.shape[0] for down in downs.values()), strict=True))
+    down = _stacked(list(downs.values()))
+    own_mids = [layer.metalora_mid[name].detach()[slot] for name, _, slot in parts]
+    own_ups = [layer.metalora_up[name].detach()[slot] for name, _, slot in parts]
+    mids, ups = [], [up.double() for up in own_ups]
+    for (name, _, _), mid in zip(parts, own_mids, strict=True):
+        end = ends[layer.down_key[name]]
+        mids.append(F.pad(mid.double(), (end - mid.shape[1], down.shape[0] - end)))
     scales = [weight * layer.scaling[name] for name, weight, _ in parts]
     if combination_type == "linear":
         roots = [math.copysign(math.sqrt(abs(scale)), scale) for scale in scales]
         mid = torch.stack([abs(root) * mid for root, mid in zip(roots, mids, strict=True)]).sum(0)
-        return mid, torch.stack([root * up for root, up in zip(roots, ups, strict=True)]).sum(0)
-    mid = torch.cat(mids)
-    up = torch.cat([scale * u for scale, u in zip(scales, ups, strict=True)], dim=1)
-    if combination_type == "cat":
-        return mid, up
-    rank = min(svd_rank or max(m.shape[0] for m in mids), mid.shape[0], up.shape[0])
-    down = layer.metalora_down[layer.down_key[parts[0][0]]].detach().double().flatten(1)
-    left = svd_of_product(up, mid @ down)[0][:, :rank]
-    return left.T @ up @ mid, left
+        up = torch.stack([root * up for root, up in zip(roots, ups, strict=True)]).sum(0)
+    else:
+        mid = torch.cat(mids)
+        up = torch.cat([scale * up for scale, up in zip(scales, ups, strict=True)], dim=1)
+    if combination_type == "svd":
+        rank = min(svd_rank or max(m.shape[0] for m in mids), mid.shape[0], up.shape[0])
+        left = svd_of_product(up, mid @ down.double().flatten(1))[0][:, :rank]
+        mid, up = left.T @ up @ mid, left
+    return LayerSum(layer, mid.to(_widest(own_mids)), up.to(_widest(own_ups)), down)
+
+
+def _stacked(downs: list[Tensor]) -> Tensor:
+    """Downs one upon another, (sum of meta_r, ...); one alone as it is, without a copy."""
+    return downs[0] if len(downs) == 1 else torch.cat([down.to(_widest(downs)) for down in downs])
+
+
+def _widest(tensors: list[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})

@@ -121,7 +121,7 @@ class MetaLoraModel(BaseTuner):
         svd_rank: int | None = None,
         slots: Sequence[int] | None = None,
     ) -> None:
-        """Add the weighted sum of subjects of one Down as a new adapter; see `add_weighted_subject`."""
+        """Add the weighted sum of adapters, of one Down or of several, as a new one; see `add_weighted_subject`."""
         add_weighted_subject(self.model, adapters, weights, adapter_name, combination_type, svd_rank, slots)
 
     # ---- merging -------------------------------------------------------------------------------------------------
