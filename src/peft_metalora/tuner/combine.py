@@ -140,17 +140,20 @@ def _with_exceptions(values: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 
 def _trained_whole(model: nn.Module, adapters: Sequence[str]) -> list[tuple[ModulesToSaveWrapper, str]]:
     """The modules that one of the adapters trained whole, with its name."""
-    found = []
+    found, several = [], []
     for path, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper):
             continue
         owners = [name for name in dict.fromkeys(adapters) if name in module.modules_to_save]
         if len(owners) > 1:
-            raise AdapterStateError(
-                f"{', '.join(map(repr, owners))} each trained a {path!r} of their own (modules_to_save), and whole "
-                "modules do not add up. Combine adapters of which one has it at most."
-            )
+            several.append(f"{path!r} of {', '.join(map(repr, owners))}")
         found += [(module, owner) for owner in owners]
+    if several:
+        raise AdapterStateError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(several)} such instance(s). Whole modules do not add up: {'; '.join(several)}. Combine adapters of "
+            "which one has it at most."
+        )
     return found
 
 
