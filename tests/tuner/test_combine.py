@@ -7,7 +7,8 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from peft.utils import set_peft_model_state_dict
 from torch import nn
 from tuner_models import adapted, config, down_source, layer_of, mlp, randomise
 
@@ -224,3 +225,39 @@ def test_a_sum_on_one_down_copies_none_of_it():
     layer = layer_of(model, "lin")
     assert layer.down_key["sum"] == "default" and "sum" not in layer.metalora_down
     assert (model.peft_config["sum"].stage, model.peft_config["sum"].down) == ("subject", "default")
+
+
+@pytest.mark.parametrize("ending", ["", "_svd"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ties", {}),
+        ("ties", {"majority_sign_method": "frequency"}),
+        ("dare_ties", {}),
+        ("dare_linear", {}),
+        ("magnitude_prune", {}),
+    ],
+)
+def test_sums_that_drop_numbers_are_those_of_pefts_lora(kind, options, ending, tmp_path, monkeypatch):
+    # What DARE keeps, by chance: here the same numbers for both.
+    monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.arange(p.numel()).view_as(p) % 5 < 3).to(p))
+    model = adapted(nested(), target_modules=["block.lin", "lin"])
+    model.add_adapter("other", config(meta_r=5, lora_alpha=7, target_modules=["block.lin", "lin"]))
+    randomise(model)
+    lora = None
+    for name in ("default", "other"):
+        lora_config, state = to_lora(model, name)
+        if lora is None:
+            lora = get_peft_model(nested(), lora_config)
+        else:
+            lora.add_adapter(name, lora_config)
+        set_peft_model_state_dict(lora, {f"base_model.model.{key}": value for key, value in state.items()}, name)
+    for one in (model, lora):
+        one.add_weighted_adapter(["default", "other"], [0.8, -1.3], "sum", kind + ending, density=0.6, **options)
+    layers = {path.removeprefix("base_model.model."): layer for path, layer in lora.named_modules()}
+    for path, layer in meta_lora_layers(model):
+        torch.testing.assert_close(layer.get_delta_weight("sum"), layers[path].get_delta_weight("sum"))
+        assert layer.get_delta_weight("sum").any() and layer.r["sum"] == layers[path].r["sum"] == 2
+    found = loaded(model, "sum", tmp_path)
+    for (_, layer), (_, other) in zip(meta_lora_layers(found), meta_lora_layers(model), strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), other.get_delta_weight("sum"))

@@ -290,12 +290,19 @@ def test_sums_that_cannot_be_are_refused():
     model.add_adapter("ann", config(stage="subject", down="default", start="fresh", r=1))
     for adapters, weights, kind, message in (
         (["default"], [1, 1], "cat", "one weight"),
-        (["default"], [1], "ties", "must be one of"),
+        (["default"], [1], "sum", "must be one of"),
+        (["default"], [1], "dare_linear_svd", "needs a density above 0"),
+        (["default", "ann"], [1, 1], "ties", "needs a density above 0"),
         (["default", "ann"], [1, 1], "linear", "needs equal ranks"),
         (["default", "other"], [1, 1], "linear", "needs equal ranks"),
     ):
         with pytest.raises(AdapterStateError, match=message):
             model.add_weighted_adapter(adapters, weights, "new", kind)
+    for kind in ("ties", "magnitude_prune"):
+        with pytest.raises(AdapterStateError, match=f"'{kind}' needs equal ranks"):
+            model.add_weighted_adapter(["default", "ann"], [1, 1], "new", kind, density=0.5)
+    with pytest.raises(AdapterStateError, match="majority_sign_method must be"):
+        model.add_weighted_adapter(["default"], [1], "new", "ties", density=0.5, majority_sign_method="most")
     with pytest.raises(AdapterStateError, match="'ann' is taken"):
         model.add_weighted_adapter(["default"], [1], "ann")
     with pytest.raises(AdapterNotFoundError, match="Adapter bob does not exist"):

@@ -7,35 +7,18 @@ Downs [Down_a; Down_b ...] stacked, where each Mid_i has zeros in the columns of
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError
 from .config import MetaLoraConfig
-from .convert import svd_of_product
 from .layer import MetaLoraLayer
 from .subjects import meta_lora_layers
-
-COMBINATIONS = ("cat", "linear", "svd")
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSum:
-    """The sum at one layer, with scaling 1: Mid (r, meta_r) and Up (d_out, r) on `down` (meta_r, ...)."""
-
-    layer: MetaLoraLayer
-    mid: Tensor
-    up: Tensor
-    down: Tensor
+from .sums import COMBINATIONS, Combination, LayerSum, sum_at
 
 
 def add_weighted_subject(
@@ -46,6 +29,9 @@ def add_weighted_subject(
     combination_type: str = "cat",
     svd_rank: int | None = None,
     slots: Sequence[int] | None = None,
+    *,
+    density: float | None = None,
+    majority_sign_method: str = "total",
 ) -> None:
     """Add the weighted sum of adapters as a new adapter of one slot; it is not made active.
 
@@ -59,25 +45,31 @@ def add_weighted_subject(
         adapters: which adapters to combine. weights: one factor each, any sign.
         combination_type: 'cat' is exact, its rank is the sum of the ranks; 'svd' is the best approximation of rank
             `svd_rank` (by default the largest rank among the adapters); 'linear' sums Mids and Ups alone, as PEFT's
-            LoRA does: cheap, the same rank, not the sum of the functions.
+            LoRA does: cheap, the same rank, not the sum of the functions. 'ties' (arXiv 2306.01708), 'dare_linear',
+            'dare_ties' (arXiv 2311.03099) and 'magnitude_prune' drop numbers of the factors, with `_svd` of the whole
+            difference, as PEFT's LoRA does with A = Mid @ Down and B = Up; their sum has a Down of its own, that A.
         slots: which slot of each adapter, the first by default.
+        density: the share of numbers that 'ties' and its kin keep, in (0, 1].
+        majority_sign_method: how 'ties' and 'dare_ties' elect signs, 'total' or 'frequency'.
 
     Raises:
         AdapterNotFoundError: an adapter that is not there.
-        AdapterStateError: another count of weights, a name that is taken, an unknown combination, ranks that differ in
-            'linear', DoRA, a module that more than one of them trained whole (modules_to_save).
+        AdapterStateError: another count of weights, a name that is taken, an unknown combination, no density where one
+            is needed, ranks that differ where factors are summed, DoRA, a module that more than one of them trained
+            whole (modules_to_save).
     """
     slots = list(slots) if slots is not None else [0] * len(adapters)
     layers = list(meta_lora_layers(model))
-    _check(layers, adapters, weights, slots, adapter_name, combination_type, svd_rank)
+    how = Combination(combination_type, svd_rank, density, majority_sign_method)
+    _check(layers, adapters, weights, slots, adapter_name, how)
     whole = _trained_whole(model, adapters)
     sums: dict[str, LayerSum] = {}
     for path, layer in layers:
         parts = [part for part in zip(adapters, weights, slots, strict=True) if part[0] in layer.metalora_mid]
         if parts:
-            sums[path] = _combined(layer, parts, combination_type, svd_rank)
+            sums[path] = sum_at(layer, parts, how)
     downs = {layer.down_key[name] for _, layer in layers for name in adapters if name in layer.down_key}
-    own_down = len(downs) > 1
+    own_down = len(downs) > 1 or how.elementwise
     down_key = adapter_name if own_down else downs.pop()
     peft_config: dict[str, Any] = model.peft_config  # type: ignore[assignment]
     config = _config(peft_config, adapters, sums, own_down)
@@ -163,8 +155,7 @@ def _check(
     weights: Sequence[float],
     slots: Sequence[int],
     adapter_name: str,
-    combination_type: str,
-    svd_rank: int | None,
+    how: Combination,
 ) -> None:
     known = {name for _, layer in layers for name in layer.metalora_mid}
     for name in adapters:
@@ -177,54 +168,24 @@ def _check(
         )
     if adapter_name in known or "." in adapter_name:
         raise AdapterStateError(f"The name {adapter_name!r} is taken or holds a dot. Choose another.")
-    if combination_type not in COMBINATIONS:
-        raise AdapterStateError(f"combination_type must be one of {COMBINATIONS}, got {combination_type!r}.")
-    if svd_rank is not None and svd_rank < 1:
-        raise AdapterStateError(f"svd_rank must be at least 1, got {svd_rank}.")
+    if how.kind not in COMBINATIONS:
+        raise AdapterStateError(f"combination_type must be one of {COMBINATIONS}, got {how.kind!r}.")
+    if how.svd_rank is not None and how.svd_rank < 1:
+        raise AdapterStateError(f"svd_rank must be at least 1, got {how.svd_rank}.")
+    if how.elementwise and (how.density is None or not 0 < how.density <= 1):
+        raise AdapterStateError(
+            f"{how.kind!r} needs a density above 0, at most 1, got {how.density}. Give density=0.5."
+        )
+    if how.majority_sign_method not in ("total", "frequency"):
+        raise AdapterStateError(
+            f"majority_sign_method must be 'total' or 'frequency', got {how.majority_sign_method!r}."
+        )
     for path, layer in layers:
         present = [(name, slot) for name, slot in zip(adapters, slots, strict=True) if name in layer.metalora_mid]
-        if combination_type == "linear" and len({layer.r[name] for name, _ in present}) > 1:
-            raise AdapterStateError(f"'linear' needs equal ranks, they differ at {path!r}. Use 'cat' or 'svd'.")
+        if how.by_factor and len({layer.r[name] for name, _ in present}) > 1:
+            raise AdapterStateError(f"{how.kind!r} needs equal ranks, they differ at {path!r}. Use 'cat' or 'svd'.")
         for name, slot in present:
             if not layer.supports_lora_conversion(name):
                 raise AdapterStateError(f"{name!r} uses DoRA at {path!r}, which does not add up. Merge it instead.")
             if not 0 <= slot < layer.metalora_mid[name].shape[0]:
                 raise AdapterStateError(f"Adapter {name!r} has no slot {slot}.")
-
-
-@torch.no_grad()
-def _combined(
-    layer: MetaLoraLayer, parts: list[tuple[str, float, int]], combination_type: str, svd_rank: int | None
-) -> LayerSum:
-    """The weighted sum at one layer."""
-    downs = {layer.down_key[name]: layer.metalora_down[layer.down_key[name]].detach() for name, _, _ in parts}
-    ends = dict(zip(downs, itertools.accumulate(down.shape[0] for down in downs.values()), strict=True))
-    down = _stacked(list(downs.values()))
-    own_mids = [layer.metalora_mid[name].detach()[slot] for name, _, slot in parts]
-    own_ups = [layer.metalora_up[name].detach()[slot] for name, _, slot in parts]
-    mids, ups = [], [up.double() for up in own_ups]
-    for (name, _, _), mid in zip(parts, own_mids, strict=True):
-        end = ends[layer.down_key[name]]
-        mids.append(F.pad(mid.double(), (end - mid.shape[1], down.shape[0] - end)))
-    scales = [weight * layer.scaling[name] for name, weight, _ in parts]
-    if combination_type == "linear":
-        roots = [math.copysign(math.sqrt(abs(scale)), scale) for scale in scales]
-        mid = torch.stack([abs(root) * mid for root, mid in zip(roots, mids, strict=True)]).sum(0)
-        up = torch.stack([root * up for root, up in zip(roots, ups, strict=True)]).sum(0)
-    else:
-        mid = torch.cat(mids)
-        up = torch.cat([scale * up for scale, up in zip(scales, ups, strict=True)], dim=1)
-    if combination_type == "svd":
-        rank = min(svd_rank or max(m.shape[0] for m in mids), mid.shape[0], up.shape[0])
-        left = svd_of_product(up, mid @ down.double().flatten(1))[0][:, :rank]
-        mid, up = left.T @ up @ mid, left
-    return LayerSum(layer, mid.to(_widest(own_mids)), up.to(_widest(own_ups)), down)
-
-
-def _stacked(downs: list[Tensor]) -> Tensor:
-    """Downs one upon another, (sum of meta_r, ...); one alone as it is, without a copy."""
-    return downs[0] if len(downs) == 1 else torch.cat([down.to(_widest(downs)) for down in downs])
-
-
-def _widest(tensors: list[Tensor]) -> torch.dtype:
-    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})

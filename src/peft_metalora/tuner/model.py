@@ -120,9 +120,22 @@ class MetaLoraModel(BaseTuner):
         combination_type: str = "cat",
         svd_rank: int | None = None,
         slots: Sequence[int] | None = None,
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
         """Add the weighted sum of adapters, of one Down or of several, as a new one; see `add_weighted_subject`."""
-        add_weighted_subject(self.model, adapters, weights, adapter_name, combination_type, svd_rank, slots)
+        add_weighted_subject(
+            self.model,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            slots,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
 
     # ---- merging -------------------------------------------------------------------------------------------------
 
