@@ -66,3 +66,29 @@ def test_stops_before_a_bad_loss_reaches_the_weights():
     with pytest.raises(MetaLoraError, match="finite loss, found nan in step 2: lower the learning rate"):
         next(steps)
     assert torch.equal(weight, kept)
+
+
+def test_a_loss_is_waited_for_after_all_that_a_gpu_can_do_meanwhile_and_before_the_weights_move():
+    weight, loss = problem()
+    events = []
+
+    class Watched(torch.optim.SGD):
+        def step(self):
+            events.append("step")
+            super().step()
+
+    def read(value):
+        events.append("read")
+
+        def wait():
+            events.append("wait")
+            return value.item()
+
+        return wait
+
+    steps = training_steps(
+        loss, Watched([weight], lr=0.1), steps=1, accumulation=2, clip=lambda: events.append("clip"), read=read
+    )
+    expected = [error(torch.zeros(3), inputs).item() for inputs in DATA[:2]]
+    assert next(steps).loss == pytest.approx(sum(expected) / 2)
+    assert events == ["read", "read", "clip", "wait", "wait", "step"]

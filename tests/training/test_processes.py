@@ -63,7 +63,8 @@ def worker(rank, port, environment, configs):
     for config in configs:
         if hasattr(config, "train_data_dir"):
             result = meta_train(config, progress=False)
-            Path(config.output_dir, f"held-{rank}.json").write_text(json.dumps(held(result.denoiser)))
+            seen = {"held": held(result.denoiser), "losses": result.losses}
+            Path(config.output_dir, f"seen-{rank}.json").write_text(json.dumps(seen))
         else:
             personalize(config, progress=False)
 
@@ -92,7 +93,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     save_tiny_flux(folder / "base")
     write_people(folder / "people", subjects=4)
-    meta_train(stage_1(folder, folder / "one"), progress=False)
+    result = meta_train(stage_1(folder, folder / "one"), progress=False)
+    (folder / "one" / "losses.json").write_text(json.dumps(result.losses))
     for method in ("meta-lora", "lora"):
         personalize(stage_2(folder, folder / f"one-{method}", method), progress=False)
     return folder
@@ -148,8 +150,11 @@ def test_two_processes_give_what_one_gives(place, tmp_path, launcher):
         assert list(json.loads(scores)["subjects"]) == ["person-0"]
     if launcher == "zero3":
         Image.open(tmp_path / "one-meta-lora" / "validation" / "00004-00.png").verify()
+    losses = json.loads((place / "one" / "losses.json").read_text())
     for rank in range(2):
-        own, whole = json.loads((tmp_path / "one" / f"held-{rank}.json").read_text())
+        seen = json.loads((tmp_path / "one" / f"seen-{rank}.json").read_text())
+        assert seen["losses"] == pytest.approx(losses, rel=1e-5)  # the whole batch's, on each
+        own, whole = seen["held"]
         assert own == whole if launcher == "plain" else 0.45 * whole < own < 0.55 * whole
 
 
