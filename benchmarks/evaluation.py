@@ -41,7 +41,7 @@ from peft_metalora.evaluation.summary import METRICS, interval, summarise
 from peft_metalora.files import write_bytes
 from peft_metalora.training.bases import base_for
 from peft_metalora.training.examples import Examples, encode_subjects
-from peft_metalora.training.meta_train import MetaTraining
+from peft_metalora.training.meta_training import MetaTraining
 from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.tuner import init_down_from_data, set_subjects
 from peft_metalora.tuner.down import DownSource

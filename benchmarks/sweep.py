@@ -32,7 +32,7 @@ from peft_metalora.evaluation.batched import AdapterStack, train_stack
 from peft_metalora.training.adapters import eject, inject
 from peft_metalora.training.bases import base_for
 from peft_metalora.training.examples import encode_subjects
-from peft_metalora.training.personalize import Personalization
+from peft_metalora.training.personalization import Personalization
 from peft_metalora.training.settings import PersonalizeConfig
 from peft_metalora.tuner import set_subjects
 

@@ -44,8 +44,8 @@ from torch.profiler import ProfilerActivity, profile
 from peft_metalora.training.adapters import eject
 from peft_metalora.training.bases import Base, base_for
 from peft_metalora.training.examples import Examples
-from peft_metalora.training.meta_train import MetaTraining
-from peft_metalora.training.personalize import Personalization
+from peft_metalora.training.meta_training import MetaTraining
+from peft_metalora.training.personalization import Personalization
 from peft_metalora.training.processes import Processes
 from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.training.sharding import shard, wants_shards

@@ -18,7 +18,7 @@ from peft_metalora.demo.scoring import PROMPTS, Scorer, generate
 from peft_metalora.training.adapters import eject
 from peft_metalora.training.bases import base_for
 from peft_metalora.training.examples import encode_subjects
-from peft_metalora.training.personalize import Personalization
+from peft_metalora.training.personalization import Personalization
 from peft_metalora.training.settings import PersonalizeConfig
 
 

@@ -14,7 +14,8 @@ from peft_metalora.data import load_image
 from peft_metalora.errors import ConfigError
 from peft_metalora.metrics import Embeddings
 from peft_metalora.training import down_validation
-from peft_metalora.training.meta_train import MetaTraining, meta_train
+from peft_metalora.training.meta_train import meta_train
+from peft_metalora.training.meta_training import MetaTraining
 from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.validation import HeldOutLoss
 from peft_metalora.tuner import set_subjects

@@ -11,8 +11,8 @@ from PIL import Image
 from peft_metalora.data import read_subjects
 from peft_metalora.errors import UnreadableImageError
 from peft_metalora.training.examples import encode_subjects
-from peft_metalora.training.meta_train import MetaTraining
-from peft_metalora.training.personalize import Personalization
+from peft_metalora.training.meta_training import MetaTraining
+from peft_metalora.training.personalization import Personalization
 from training_tiny import meta_config, personal_config, tiny_base, write_people
 
 

@@ -20,7 +20,8 @@ from peft_metalora.errors import (
     TrainingError,
     WriteFailedError,
 )
-from peft_metalora.training.meta_train import MetaTraining, meta_train, meta_train_on
+from peft_metalora.training.meta_train import meta_train, meta_train_on
+from peft_metalora.training.meta_training import MetaTraining
 from peft_metalora.tuner import down_state
 from peft_metalora.tuner.subjects import meta_lora_layers
 from pipelines_tiny import save_tiny_flux

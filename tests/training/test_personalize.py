@@ -24,7 +24,8 @@ from peft_metalora.errors import (
 from peft_metalora.training.bases import base_for
 from peft_metalora.training.examples import Examples
 from peft_metalora.training.meta_train import meta_train_on
-from peft_metalora.training.personalize import Personalization, personalize, personalize_many
+from peft_metalora.training.personalization import Personalization
+from peft_metalora.training.personalize import personalize, personalize_many
 from peft_metalora.tuner import set_subjects, subject_state
 from peft_metalora.tuner.subjects import meta_lora_layers
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline

@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from peft_metalora.errors import ConfigError
-from peft_metalora.training.meta_train import MetaTraining, meta_train
-from peft_metalora.training.personalize import Personalization, personalize
+from peft_metalora.training.meta_train import meta_train
+from peft_metalora.training.meta_training import MetaTraining
+from peft_metalora.training.personalization import Personalization
+from peft_metalora.training.personalize import personalize
 from peft_metalora.training.processes import Processes
 from peft_metalora.training.sharding import shard, wants_shards
 from pipelines_tiny import save_tiny_flux

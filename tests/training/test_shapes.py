@@ -15,8 +15,10 @@ from peft_metalora import hub
 from peft_metalora.data import augment, load_image, read_subjects
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.examples import Examples, encode_captions, encode_subjects
-from peft_metalora.training.meta_train import MetaTraining, meta_train, meta_train_on
-from peft_metalora.training.personalize import Personalization, personalize
+from peft_metalora.training.meta_train import meta_train, meta_train_on
+from peft_metalora.training.meta_training import MetaTraining
+from peft_metalora.training.personalization import Personalization
+from peft_metalora.training.personalize import personalize
 from peft_metalora.training.shapes import crop_shapes, nearest_shape, parse_shapes
 from peft_metalora.training.validation import HeldOutLoss
 from peft_metalora.tuner import set_subjects

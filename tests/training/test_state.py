@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from peft_metalora.errors import ArtefactNotFoundError, ConfigError, CorruptFileError
-from peft_metalora.training.meta_train import MetaTraining, meta_train, meta_train_on
+from peft_metalora.training.meta_train import meta_train, meta_train_on
+from peft_metalora.training.meta_training import MetaTraining
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.state import STATE_FILE, read_state, write_state
 from pipelines_tiny import save_tiny_flux

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from ..training.bases import base_for
 from ..training.examples import Examples, encode_captions
-from ..training.meta_train import MetaTraining
+from ..training.meta_training import MetaTraining
 from ..training.settings import MetaTrainConfig
 from . import faces, scene
 from .base import BASE_NAME, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, build_vae, load_base

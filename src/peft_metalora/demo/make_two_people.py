@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..training.bases import Base, base_for
 from ..training.examples import Examples, encode_captions
-from ..training.personalize import Personalization
+from ..training.personalization import Personalization
 from ..training.settings import PersonalizeConfig
 from .base import BASE_NAME, load_base
 from .faces import sample_identities

@@ -12,7 +12,7 @@ from ..data import Photo, Subject
 from ..errors import ConfigError
 from ..training.bases import Base
 from ..training.examples import Examples, encode_subjects
-from ..training.personalize import Personalization
+from ..training.personalization import Personalization
 from ..training.settings import PersonalizeConfig
 from ..tuner import DownSource
 from .adapters import adapter_config, put_adapter

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import AdapterStateError, ConfigError
-from .bases import Base, load_base
+from .bases import Base
 from .settings import TrainingConfig
 
 
@@ -33,18 +33,6 @@ def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     if mixed_precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
-
-
-def load_training_base(config: TrainingConfig, device: torch.device) -> Base:
-    """The base model of either stage, in the precision for `device` but not moved there; raises as `load_base`."""
-    return load_base(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        dtype=choose_dtype(config.mixed_precision, device),
-        local_files_only=config.local_files_only,
-        weighting_scheme=config.weighting_scheme,
-        max_sequence_length=config.max_sequence_length,
-    )
 
 
 def autocast(mixed_precision: str, device: torch.device, *, adapter_casts: bool = False) -> Any:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -26,13 +26,11 @@ from .adapters import autocast, set_aside
 from .bases import Base
 from .compiling import eagerly
 from .examples import Examples, encode_subjects
+from .meta_training import MetaTraining
 from .personalize import personalize_many
 from .settings import MetaTrainConfig, PersonalizeConfig, TrainingConfig
 from .tracking import Trackers
 from .validation import FaceScore, HeldOutLoss, Painter, load_embedder, png
-
-if TYPE_CHECKING:
-    from .meta_train import MetaTraining
 
 SCORES_FILE = "scores.jsonl"
 _VIEWS = 8  # of a reference to learn from, and of each subject's other photos in all to score on

@@ -13,7 +13,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,11 +28,9 @@ from .adapters import autocast
 from .bases import Base
 from .compiling import eagerly
 from .examples import Examples, encode_subjects
+from .personalization import Personalization
 from .settings import PersonalizeConfig
 from .tracking import Trackers
-
-if TYPE_CHECKING:
-    from .personalize import Personalization
 
 # Relative rise that counts as one, so that a plateau ends the run.
 _MIN_RISE = 1e-3
