@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layer import Chosen, MetaLoraLayer, cast, gather
-from .subjects import Positions
+from .layer import MetaLoraLayer, cast
+from .subjects import Chosen, Positions, gather
 
 
 class Conv(MetaLoraLayer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What identifies a Down and how the tuner gets one that is not on the model yet.
+"""How a layer holds Downs, what identifies one, and how the tuner gets one that is not on the model yet.
 
 The tuner knows no files: whoever does installs a loader with `set_down_loader`, and the tuner calls it with the
 subject's config."""
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MissingDownError
 from .config import MetaLoraConfig
@@ -31,6 +31,18 @@ class DownSource:
     config: MetaLoraConfig
     tensors: dict[str, Tensor]
     fingerprint: str
+
+
+class Downs(nn.ParameterDict):
+    """The Downs of a layer: parameters of the adapters that train them, buffers where subjects brought them.
+
+    As in PEFT's VeRA, what is given and shared is no parameter: no optimiser, cast or count of those takes it for one.
+    """
+
+    def give(self, key: str, down: Tensor) -> None:
+        """Put a Down under `key` that never trains."""
+        self.register_buffer(key, down)
+        self._keys[key] = None
 
 
 DownLoader = Callable[[MetaLoraConfig], DownSource]

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from ..errors import AdapterStateError
 from .bases import factor_shape
 from .config import MetaLoraConfig
-from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP
+from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, Downs
 from .merging import Mergeable
 from .packed import is_packed, unpack
-from .subjects import Positions, SubjectIndex, TokenSlots
+from .subjects import Chosen, Positions, SubjectIndex, TokenSlots
 from .variants import decomposed_norms, start_down
 
 transformed = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks: vmap, grad and their kin
-Chosen = tuple[Tensor, Tensor]  # slot (rows,) int64, present (rows, 1, 1) bool
 
 
 class MetaLoraLayer(Mergeable):
@@ -375,18 +374,6 @@ class MetaLoraLayer(Mergeable):
         raise NotImplementedError
 
 
-class Downs(nn.ParameterDict):
-    """The Downs of a layer: parameters of the adapters that train them, buffers where subjects brought them.
-
-    As in PEFT's VeRA, what is given and shared is no parameter: no optimiser, cast or count of those takes it for one.
-    """
-
-    def give(self, key: str, down: Tensor) -> None:
-        """Put a Down under `key` that never trains."""
-        self.register_buffer(key, down)
-        self._keys[key] = None
-
-
 def _fold_again(layer: MetaLoraLayer, _: Any) -> None:
     """After `load_state_dict`: a fold of what was there before would show the old subject."""
     for name in layer.metalora_folded:
@@ -401,17 +388,3 @@ def _own_copy(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype, itself if it has it."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def gather(stacked: Tensor, chosen: Chosen | None, complete: bool = False) -> Tensor:
-    """Each sample's slot of a stacked factor (slots, ...) -> (rows, ...), zero where there is no subject.
-
-    `complete` says that each sample has one, which saves a kernel in each direction.
-
-    Without an index (1, ...): the first slot, or the factor itself where there is only one, which costs nothing.
-    """
-    if chosen is None:
-        return stacked if stacked.shape[0] == 1 else stacked[:1]
-    slot, present = chosen
-    own = stacked.index_select(0, slot)  # the gradient of stacked[slot] is a sort and more
-    return own if complete else torch.where(present, own, 0)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .layer import MetaLoraLayer
 
 NO_SUBJECT = -1
+Chosen = tuple[Tensor, Tensor]  # slot (rows,) int64, present (rows, 1, 1) bool
 
 
 class SubjectIndex:
@@ -75,6 +76,20 @@ class SubjectIndex:
                 "Give set_subjects one subject for each sample."
             )
         return slot.repeat(rows // length), present.repeat(rows // length, 1, 1)
+
+
+def gather(stacked: Tensor, chosen: Chosen | None, complete: bool = False) -> Tensor:
+    """Each sample's slot of a stacked factor (slots, ...) -> (rows, ...), zero where there is no subject.
+
+    `complete` says that each sample has one, which saves a kernel in each direction.
+
+    Without an index (1, ...): the first slot, or the factor itself where there is only one, which costs nothing.
+    """
+    if chosen is None:
+        return stacked if stacked.shape[0] == 1 else stacked[:1]
+    slot, present = chosen
+    own = stacked.index_select(0, slot)  # the gradient of stacked[slot] is a sort and more
+    return own if complete else torch.where(present, own, 0)
 
 
 Positions = list[tuple[int, Tensor]]  # a slot and the places of a flattened image or text that show it
