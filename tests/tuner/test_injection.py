@@ -187,6 +187,21 @@ def test_adapting_again_replaces_the_adapter_of_that_name_and_says_so(road):
     assert torch.equal(again(x), expected(x)) and not torch.equal(again(x), mlp()(x))
 
 
+def test_a_subject_may_replace_the_adapter_that_trained_its_down():
+    model = randomise(adapted())
+    source, base = down_source(model), model.base_model.model
+    set_down_loader(lambda _: source)
+    with pytest.warns(UserWarning, match="is replaced"):
+        subject = get_peft_model(base, config(stage="subject", down="someone/down"))
+    layer = layer_of(subject)
+    assert list(layer.metalora_down) == [layer.down_key["default"]] == [f"fp-{source.fingerprint[:16]}"]
+    before = picture(base)
+    with pytest.warns(UserWarning, match="is replaced"), pytest.raises(MissingDownError):
+        set_down_loader(None)
+        get_peft_model(base, config(stage="subject", down="default"))
+    assert_unchanged(base, before)
+
+
 @pytest.mark.parametrize("road", ROADS)
 def test_a_replacement_that_fails_leaves_the_adapter_as_it_was(road):
     model = randomise(inject_adapter_in_model(config(num_slots=2), mlp()))

@@ -22,7 +22,7 @@ from .config import MetaLoraConfig
 from .down import DOWN, MID_INIT, check_files
 from .layer import MetaLoraLayer
 from .layers import create_layer
-from .plan import Plan, plan_injection
+from .plan import ASIDE, Plan, plan_injection
 from .registration import PREFIX
 from .slots import set_merge_backup
 from .subjects import SubjectIndex, meta_lora_layers
@@ -224,7 +224,7 @@ def _predecessor_aside(model: nn.Module, adapter_name: str) -> Iterator[None]:
     if adapter_name not in configs:
         yield
         return
-    before, aside = configs[adapter_name], f"{adapter_name} (replaced)"
+    before, aside = configs[adapter_name], f"{adapter_name}{ASIDE}"
     layers = [layer for _, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
     users = sorted({user for layer in layers for user in layer.subjects_of(adapter_name)})
     merged = any(adapter_name in layer.merged_adapters for layer in layers)

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from .model import MetaLoraModel
 
 
+ASIDE = " (replaced)"
+"""Ends the name of an adapter that goes when its successor is there: no subject may come to stand on its Down."""
+
+
 class NoTargetError(NoTargetModulesError, NoMatchingPeftModuleError):
     """No module matched; also an instance of what PEFT raises for this."""
 
@@ -136,7 +140,7 @@ def _ranks(config: MetaLoraConfig, key: str) -> tuple[int, int, float]:
 def _resolve_down(model: nn.Module, config: MetaLoraConfig, plan: Plan, targets: dict[str, nn.Module]) -> None:
     """Find the Down of a subject, on the model or through the loader, and check that it fits each target."""
     wanted = config.down_fingerprint
-    on_model = {key for _, layer in meta_lora_layers(model) for key in layer.metalora_down}
+    on_model = {key for _, layer in meta_lora_layers(model) for key in layer.metalora_down if not key.endswith(ASIDE)}
     marks = {key: down_fingerprint(model, key) for key in sorted(on_model)} if wanted or config.down else {}
     named = config.down in on_model and not _is_fingerprint_key(str(config.down))
     if wanted and wanted in marks.values():
