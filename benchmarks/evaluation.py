@@ -45,8 +45,8 @@ from peft_metalora.training.meta_training import MetaTraining
 from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.tuner import init_down_from_data, set_subjects
 from peft_metalora.tuner.down import DownSource
+from peft_metalora.tuner.starts import start_down
 from peft_metalora.tuner.subjects import meta_lora_layers
-from peft_metalora.tuner.variants import start_down
 
 PHOTOS = 7
 HEADLINE = 100  # steps, as in the demo; fixed before any figure was seen

@@ -13,7 +13,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,33 +30,19 @@ from .errors import (
     UnsafeNameError,
     WrongKindError,
 )
-from .export import FOLD_FILE, LoraPair, component_name, fold_subject, module_alpha, save_diffusers
+from .export import FOLD_FILE, LoraPair, component_name, fold_subject, save_diffusers
 from .factors import (
     DOWN_PARTS,
     SUBJECT_PARTS,
     WEIGHTS_FILE,
+    SubjectSource,
     check_subject_on_down,
     holds_embeddings,
+    module_alpha,
     read_factors,
 )
 from .files import save_tensors, staged_folder
 from .tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
-
-
-@dataclass(frozen=True)
-class SubjectSource:
-    """A subject that has been read and checked, with the Down it stands on.
-
-    Attributes:
-        config: its configuration, with `target_modules` an expression that names each module.
-        tensors: `{module}.metalora_mid` (1, r, meta_r) and `{module}.metalora_up` (1, d_out, r), on the CPU.
-        down: the Down whose fingerprint the subject names.
-    """
-
-    config: MetaLoraConfig
-    tensors: dict[str, torch.Tensor]
-    down: DownSource
-
 
 FindDown = Callable[[MetaLoraConfig, Path], DownSource]
 

@@ -8,24 +8,20 @@ of rank r (method: Meta-LoRA, arXiv 2503.22352; the fold is ours).
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from .errors import ExportError
+from .factors import SubjectSource, module_scaling
 from .files import save_tensors, staged_folder, write_tensors
 from .foreign_names import OriginalName, has_depth, original_names
 from .tuner import MetaLoraConfig
-
-if TYPE_CHECKING:
-    from .checkpoint import SubjectSource
 
 FOLD_FILE = "pytorch_lora_weights.safetensors"
 
@@ -35,31 +31,6 @@ class LoraPair(NamedTuple):
 
     a: torch.Tensor
     b: torch.Tensor
-
-
-def module_rank(config: MetaLoraConfig, module: str) -> int:
-    """r2 of a module, its pattern considered."""
-    return int(_from_pattern(config.rank_pattern, module, config.r))
-
-
-def module_meta_rank(config: MetaLoraConfig, module: str) -> int:
-    """r1 of a module, its pattern considered."""
-    return int(_from_pattern(config.meta_rank_pattern, module, config.meta_r))
-
-
-def module_scaling(config: MetaLoraConfig, module: str) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r), of a module."""
-    rank = module_rank(config, module)
-    return module_alpha(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-def module_alpha(config: MetaLoraConfig, module: str) -> float:
-    """lora_alpha of a module, its pattern considered."""
-    return _from_pattern(config.alpha_pattern, module, config.lora_alpha)
-
-
-def _from_pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
-    return pattern[key] if pattern and (key := get_pattern_key(list(pattern), module)) in pattern else default
 
 
 def fold_subject(

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The factor tensors of Downs and subjects in files: names, ranks and shapes, checked before they are read."""
+"""The factor tensors of Downs and subjects: ranks and scales by module, and files checked before they are read."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.utils.other import get_pattern_key
 
 from .base_model import PREFIX
 from .config_file import CONFIG_FILE
 from .errors import ForeignKeysError, MissingKeysError, NonFiniteError, RankMismatchError, ShapeMismatchError
-from .export import module_meta_rank, module_rank
 from .files import Header, read_header, read_tensors, require_safe_file
-from .tuner import MetaLoraConfig
+from .tuner import DownSource, MetaLoraConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 DOWN_PARTS = ("metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up")
@@ -23,6 +25,46 @@ SUBJECT_PARTS = ("metalora_mid", "metalora_up")
 MAGNITUDE = "metalora_magnitude"
 # Modules that PEFT saves beside an adapter by itself, after new tokens were added (save_embedding_layers).
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "token_embedding", "shared"}
+
+
+@dataclass(frozen=True)
+class SubjectSource:
+    """A subject that has been read and checked, with the Down it stands on.
+
+    Attributes:
+        config: its configuration, with `target_modules` an expression that names each module.
+        tensors: `{module}.metalora_mid` (1, r, meta_r) and `{module}.metalora_up` (1, d_out, r), on the CPU.
+        down: the Down whose fingerprint the subject names.
+    """
+
+    config: MetaLoraConfig
+    tensors: dict[str, torch.Tensor]
+    down: DownSource
+
+
+def module_rank(config: MetaLoraConfig, module: str) -> int:
+    """r2 of a module, its pattern considered."""
+    return int(_from_pattern(config.rank_pattern, module, config.r))
+
+
+def module_meta_rank(config: MetaLoraConfig, module: str) -> int:
+    """r1 of a module, its pattern considered."""
+    return int(_from_pattern(config.meta_rank_pattern, module, config.meta_r))
+
+
+def module_scaling(config: MetaLoraConfig, module: str) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r), of a module."""
+    rank = module_rank(config, module)
+    return module_alpha(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def module_alpha(config: MetaLoraConfig, module: str) -> float:
+    """lora_alpha of a module, its pattern considered."""
+    return _from_pattern(config.alpha_pattern, module, config.lora_alpha)
+
+
+def _from_pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
+    return pattern[key] if pattern and (key := get_pattern_key(list(pattern), module)) in pattern else default
 
 
 def read_factors(folder: Path, config: MetaLoraConfig, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -21,12 +21,12 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from .base_model import REPO_ID
-from .checkpoint import SubjectSource, check_files, down_reference
+from .checkpoint import check_files, down_reference
 from .checkpoint import load_down as load_local_down
 from .checkpoint import load_subject as load_local_subject
 from .config_file import CONFIG_FILE
 from .errors import ArtefactNotFoundError, HubError, MissingDownError, UnsafeNameError
-from .factors import WEIGHTS_FILE
+from .factors import WEIGHTS_FILE, SubjectSource
 from .tuner import DownSource, MetaLoraConfig
 
 

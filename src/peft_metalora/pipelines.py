@@ -22,6 +22,7 @@ from .base_model import check_fits
 from .config_file import read_config
 from .denoiser import denoiser, free_name, named_denoiser, offload_paused, own_factors
 from .errors import AdapterStateError
+from .factors import SubjectSource
 from .injection import (
     activate,
     active_adapters,
@@ -158,7 +159,7 @@ class MetaLoraLoaderMixin(PerSampleMixin):
             self._install_subject(subject, name)
         return name
 
-    def _install_subject(self, subject: checkpoint.SubjectSource, name: str) -> None:
+    def _install_subject(self, subject: SubjectSource, name: str) -> None:
         with hub.given(subject.down):
             self._install(subject.config, subject.tensors, name, subject.down.fingerprint, active=True)
 

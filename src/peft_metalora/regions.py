@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .denoiser import named_denoiser
 from .errors import PipelineError, RegionError
 from .tuner import TokenSlots, set_token_slots
-from .tuner.subjects import NO_SUBJECT, meta_lora_layers
+from .tuner.subject_index import NO_SUBJECT
+from .tuner.subjects import meta_lora_layers
 
 # Modules of diffusers' transformers and UNets that see text tokens only.
 _TEXT = {

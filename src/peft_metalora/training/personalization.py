@@ -24,7 +24,8 @@ from ..data import TRIGGER_MARK
 from ..errors import ConfigError, TooFewImagesError
 from ..files import staged_folder
 from ..tuner import DownSource, MetaLoraConfig, set_subjects
-from ..tuner.subjects import SubjectIndex, meta_lora_layers
+from ..tuner.subject_index import SubjectIndex
+from ..tuner.subjects import meta_lora_layers
 from .adapters import (
     autocast,
     eject,

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..data import TRIGGER_MARK
 from ..errors import ConfigError
 from ..tuner import subjects
-from ..tuner.subjects import NO_SUBJECT, meta_lora_layers
+from ..tuner.subject_index import NO_SUBJECT
+from ..tuner.subjects import meta_lora_layers
 from .bases import Base, Text
 from .settings import PersonalizeConfig, TrainingConfig
 

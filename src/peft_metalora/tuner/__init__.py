@@ -12,7 +12,8 @@ from .model import MetaLoraModel
 from .plan import down_fingerprint, down_state
 from .registration import MetaLoraType
 from .slots import fold, reset_slots, set_merge_backup, set_warmup, subject_state, unfold, write_subject
-from .subjects import TokenSlots, set_subjects, set_token_slots, subjects
+from .subject_index import TokenSlots
+from .subjects import set_subjects, set_token_slots, subjects
 from .variants import init_down_from_data, lora_plus_groups
 
 __all__ = [

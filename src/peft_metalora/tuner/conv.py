@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layer import MetaLoraLayer, cast
-from .subjects import Chosen, Positions, gather
+from .subject_index import Chosen, Positions, gather
 
 
 class Conv(MetaLoraLayer):

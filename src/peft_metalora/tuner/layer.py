@@ -24,10 +24,10 @@ from ..errors import AdapterStateError
 from .bases import factor_shape
 from .config import MetaLoraConfig
 from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, Downs
-from .merging import Mergeable
+from .merging import Mergeable, decomposed_norms
 from .packed import is_packed, unpack
-from .subjects import Chosen, Positions, SubjectIndex, TokenSlots
-from .variants import decomposed_norms, start_down
+from .starts import start_down
+from .subject_index import Chosen, Positions, SubjectIndex, TokenSlots
 
 transformed = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks: vmap, grad and their kin
 

@@ -9,7 +9,7 @@ from .bases import CONVOLUTIONS, base_of, quantization_backend
 from .conv import Conv
 from .layer import MetaLoraLayer
 from .linear import Linear
-from .subjects import SubjectIndex
+from .subject_index import SubjectIndex
 
 
 def create_layer(model: nn.Module, target: nn.Module, index: SubjectIndex) -> MetaLoraLayer:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .down import MAGNITUDE, UP
 from .fused import FusedLinear, add_outer_, add_product_, folding_first_is_cheaper, times, triton_kernels
 from .layer import MetaLoraLayer, cast, transformed
-from .subjects import Chosen, Positions, gather
+from .subject_index import Chosen, Positions, gather
 
 AUTOCAST = torch.float32, torch.bfloat16, torch.float16  # what autocast converts before a product
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products

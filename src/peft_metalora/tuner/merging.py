@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import AdapterStateError, NonFiniteError, UnsupportedModuleError
 
 if TYPE_CHECKING:
-    from .subjects import SubjectIndex
+    from .subject_index import SubjectIndex
 
 MERGE_BACKUPS = ("device", "host", "none")
 
@@ -252,3 +252,17 @@ class Mergeable(BaseTunerLayer, nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return adapter_name not in self.metalora_magnitude
+
+
+@torch.no_grad()
+def decomposed_norms(weight: Tensor, folded: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """Row norms of weight + scaling * up @ folded for every slot, (slots, d_out), in float32, for DoRA
+    (arXiv 2402.09353), without forming the sum.
+
+    Args:
+        weight: (d_out, d_in). folded: Mid @ Down, (slots, r, d_in). up: (slots, d_out, r).
+    """
+    weight, folded, up = weight.float(), folded.float(), up.float() * scaling
+    cross = (up * (weight @ folded.mT)).sum(-1)
+    own = (up * (up @ (folded @ folded.mT))).sum(-1)
+    return (weight.square().sum(-1) + 2 * cross + own).clamp(min=1e-12).sqrt()

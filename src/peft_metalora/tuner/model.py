@@ -25,7 +25,8 @@ from .layers import create_layer
 from .plan import ASIDE, Plan, plan_injection
 from .registration import PREFIX
 from .slots import set_merge_backup
-from .subjects import SubjectIndex, meta_lora_layers
+from .subject_index import SubjectIndex
+from .subjects import meta_lora_layers
 
 
 class MetaLoraModel(BaseTuner):

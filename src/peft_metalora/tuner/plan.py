@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -29,10 +29,6 @@ from .config import MetaLoraConfig
 from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint, load_down_source
 from .registration import PREFIX
 from .subjects import meta_lora_layers, module_path
-
-if TYPE_CHECKING:
-    from .model import MetaLoraModel
-
 
 ASIDE = " (replaced)"
 """Ends the name of an adapter that goes when its successor is there: no subject may come to stand on its Down."""
@@ -59,13 +55,13 @@ class Plan:
 
 
 def plan_injection(
-    tuner: MetaLoraModel,
+    tuner: BaseTuner,
     model: nn.Module,
     config: MetaLoraConfig,
     adapter_name: str,
     state_dict: dict[str, Tensor] | None,
 ) -> Plan:
-    """Match, check and resolve everything an injection needs; see MetaLoraModel for what is raised."""
+    """Match, check and resolve everything an injection needs; see `MetaLoraModel` for what is raised."""
     if "." in adapter_name:
         raise AdapterStateError(f"An adapter name cannot hold a dot, got {adapter_name!r}. Use a dash or underscore.")
     if adapter_name in {name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid}:
@@ -90,7 +86,7 @@ def plan_injection(
 
 
 def _matched_modules(
-    tuner: MetaLoraModel, model: nn.Module, config: MetaLoraConfig, state_dict: dict[str, Tensor] | None
+    tuner: BaseTuner, model: nn.Module, config: MetaLoraConfig, state_dict: dict[str, Tensor] | None
 ) -> dict[str, nn.Module]:
     trial = copy.copy(config)
     trial = tuner._prepare_adapter_config(trial, BaseTuner.get_model_config(model))

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA's later ideas inside Meta-LoRA's three factors: starts of Down, learning rates by factor, weight decomposition.
+"""LoRA's later ideas that look at a whole model: a start of Down from data, learning rates by factor.
 
-- Starts of Down: orthogonal rows (Saxe et al., arXiv 1312.6120), the base weight's leading directions (after PiSSA,
-  arXiv 2404.02948, but the base stays as it is), the leading directions of real inputs (after EVA, arXiv 2410.07170).
-- `lora_plus_groups`: a higher learning rate for Up (LoRA+, arXiv 2402.12354).
-- `decomposed_norms`: row norms of W + scaling * Up Mid Down for DoRA (arXiv 2402.09353) without forming the sum."""
+- `init_down_from_data`: the leading directions of real inputs (after EVA, arXiv 2410.07170).
+- `lora_plus_groups`: a higher learning rate for Up (LoRA+, arXiv 2402.12354)."""
 
 from __future__ import annotations
 
@@ -17,36 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError
 from .down import MID, UP
+from .starts import set_rows
 from .subjects import meta_lora_layers
-
-# Rows as long, on average, as those of the uniform start: U(-1/sqrt(n), 1/sqrt(n)) has n entries of variance 1/(3n).
-ROW_LENGTH = 1 / math.sqrt(3)
-
-
-@torch.no_grad()
-def start_down(down: Tensor, how: str, weight: Callable[[], Tensor]) -> None:
-    """Fill a Down (meta_r, ...) in place: 'uniform', 'orthogonal' rows, or 'pissa', the weight's own directions.
-
-    Args:
-        weight: gives the base weight as (d_out, ...), read only where it is needed.
-    """
-    if down.is_meta:
-        return
-    if how == "uniform":
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-    elif how == "orthogonal":
-        nn.init.orthogonal_(down.view(down.shape[0], -1), gain=ROW_LENGTH)
-    else:
-        matrix = weight().float().flatten(1)
-        rank = min(down.shape[0], *matrix.shape)
-        _, _, right = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
-        _set_rows(down, right.T[:rank])
-
-
-def _set_rows(down: Tensor, directions: Tensor) -> None:
-    """Write orthonormal rows (k, n) into a Down; where there are fewer than its rank, the rest stays uniform."""
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-    down.view(down.shape[0], -1)[: directions.shape[0]] = ROW_LENGTH * directions.to(down)
 
 
 @torch.no_grad()
@@ -96,7 +66,7 @@ def init_down_from_data(
         raise AdapterStateError(f"{unseen[0]!r} saw no input while run() was called ({len(unseen)} such layers).")
     for path, layer in layers:
         directions = torch.nn.functional.normalize(sketches[path], dim=-1)
-        _set_rows(layer.metalora_down[adapter_name].data, directions[sketches[path].norm(dim=-1) > 0])
+        set_rows(layer.metalora_down[adapter_name].data, directions[sketches[path].norm(dim=-1) > 0])
 
 
 def lora_plus_groups(
@@ -126,16 +96,3 @@ def lora_plus_groups(
         {"params": slow, "lr": lr, "weight_decay": weight_decay},
         {"params": fast, "lr": lr * ratio, "weight_decay": weight_decay},
     ]
-
-
-@torch.no_grad()
-def decomposed_norms(weight: Tensor, folded: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """Row norms of weight + scaling * up @ folded for every slot, (slots, d_out), in float32.
-
-    Args:
-        weight: (d_out, d_in). folded: Mid @ Down, (slots, r, d_in). up: (slots, d_out, r).
-    """
-    weight, folded, up = weight.float(), folded.float(), up.float() * scaling
-    cross = (up * (weight @ folded.mT)).sum(-1)
-    own = (up * (up @ (folded @ folded.mT))).sum(-1)
-    return (weight.square().sum(-1) + 2 * cross + own).clamp(min=1e-12).sqrt()
