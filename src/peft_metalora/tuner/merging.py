@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -14,9 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import AdapterStateError, NonFiniteError, UnsupportedModuleError
-
-if TYPE_CHECKING:
-    from .subject_index import SubjectIndex
+from .subject_index import SubjectIndex
 
 MERGE_BACKUPS = ("device", "host", "none")
 
