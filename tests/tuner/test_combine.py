@@ -261,3 +261,17 @@ def test_sums_that_drop_numbers_are_those_of_pefts_lora(kind, options, ending, t
     found = loaded(model, "sum", tmp_path)
     for (_, layer), (_, other) in zip(meta_lora_layers(found), meta_lora_layers(model), strict=True):
         torch.testing.assert_close(layer.get_delta_weight("default"), other.get_delta_weight("sum"))
+
+
+def test_a_sum_on_one_down_loads_where_another_module_has_the_same_ending(tmp_path):
+    model = adapted(nested(), target_modules="lin")
+    model.add_adapter("ann", config(stage="subject", down="default", start="fresh", target_modules="lin"))
+    randomise(model)
+    source = down_source(model)
+    model.add_weighted_adapter(["default", "ann"], [1, 2], "sum")
+    set_down_loader(lambda _: source)
+    found = loaded(model, "sum", tmp_path)
+    assert [path for path, _ in meta_lora_layers(found)] == ["lin"]
+    torch.testing.assert_close(
+        layer_of(found, "lin").get_delta_weight("default"), layer_of(model, "lin").get_delta_weight("sum")
+    )

@@ -101,10 +101,6 @@ def _config(
         changes |= {"down": None, "down_revision": None, "down_fingerprint": None}
     elif first.stage == "meta":
         changes["down"] = adapters[0]
-    # A layer that one adapter leaves out may be another's.
-    selecting = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    if any(getattr(configs[name], field) != getattr(first, field) for name in adapters for field in selecting):
-        changes |= dict.fromkeys(selecting)
     return dataclasses.replace(
         first,
         **changes,
@@ -117,7 +113,11 @@ def _config(
         rank_pattern=ranks,
         meta_rank_pattern=meta_ranks,
         alpha_pattern=dict(ranks),
-        target_modules=sorted(sums),
+        # Whole paths say it all; PEFT would take a list of them as endings of other modules' paths too.
+        target_modules="|".join(re.escape(path) for path in sorted(sums)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
         facts=None,
         modules_to_save=sorted({name for one in adapters for name in configs[one].modules_to_save or ()}) or None,
         trainable_token_indices=None,
