@@ -43,6 +43,7 @@ from .factors import (
 )
 from .files import save_tensors, staged_folder
 from .tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
+from .tuner.config import exceptions, whole_paths
 
 FindDown = Callable[[MetaLoraConfig, Path], DownSource]
 
@@ -188,11 +189,9 @@ def _require_stage(config: MetaLoraConfig, stage: str, path: Path) -> None:
 
 def _canonical(config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> MetaLoraConfig:
     """The configuration with its modules spelt out: a file's own patterns are never matched against a model."""
-    modules = sorted({name.rpartition(".")[0] for name in tensors})
     return dataclasses.replace(
         config,
-        # An expression matches whole paths; in a list, "proj_out" would match every path that ends in it.
-        target_modules="|".join(re.escape(module) for module in modules),
+        target_modules=whole_paths({name.rpartition(".")[0] for name in tensors}),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -310,14 +309,11 @@ def _with_plain_patterns(config: MetaLoraConfig, tensors: Mapping[str, torch.Ten
     mids = {name.rpartition(".")[0]: tensor for name, tensor in tensors.items() if name.endswith(".metalora_mid")}
     alphas = {module: module_alpha(config, module) for module in mids}
 
-    def pattern(values: Mapping[str, float], default: float) -> dict[str, Any]:
-        return {f"^{re.escape(module)}$": value for module, value in values.items() if value != default}
-
     return dataclasses.replace(
         config,
-        rank_pattern=pattern({module: mid.shape[1] for module, mid in mids.items()}, config.r),
-        meta_rank_pattern=pattern({module: mid.shape[2] for module, mid in mids.items()}, config.meta_r),
-        alpha_pattern=pattern(alphas, config.lora_alpha),
+        rank_pattern=exceptions({module: mid.shape[1] for module, mid in mids.items()}, config.r),
+        meta_rank_pattern=exceptions({module: mid.shape[2] for module, mid in mids.items()}, config.meta_r),
+        alpha_pattern=exceptions(alphas, config.lora_alpha),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from .factors import SubjectSource, module_scaling
 from .files import save_tensors, staged_folder, write_tensors
 from .foreign_names import OriginalName, has_depth, original_names
 from .tuner import MetaLoraConfig
+from .tuner.config import exceptions, whole_paths
 
 FOLD_FILE = "pytorch_lora_weights.safetensors"
 
@@ -182,7 +182,7 @@ def _lora_config(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> dict[
     """`adapter_config.json` of an ordinary LoRA whose alpha is its rank everywhere."""
     ranks = {module: pair.a.shape[0] for module, pair in pairs.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {f"^{re.escape(module)}$": rank for module, rank in ranks.items() if rank != common}
+    others = exceptions(ranks, common)
     exact = all("." in module for module in pairs)
     return {
         "peft_type": "LORA",
@@ -198,7 +198,7 @@ def _lora_config(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> dict[
         "use_rslora": False,
         "fan_in_fan_out": config.fan_in_fan_out,
         # A path without a dot would match every layer whose path ends in it.
-        "target_modules": sorted(pairs) if exact else "|".join(re.escape(module) for module in sorted(pairs)),
+        "target_modules": sorted(pairs) if exact else whole_paths(pairs),
         "rank_pattern": others,
         "alpha_pattern": others,
     }

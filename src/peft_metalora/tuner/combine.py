@@ -7,7 +7,6 @@ Downs [Down_a; Down_b ...] stacked, where each Mid_i has zeros in the columns of
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError
-from .config import MetaLoraConfig
+from .config import MetaLoraConfig, exceptions, whole_paths
 from .layer import MetaLoraLayer
 from .subjects import meta_lora_layers
 from .sums import COMBINATIONS, Combination, LayerSum, sum_at
@@ -93,8 +92,9 @@ def _config(
 ) -> MetaLoraConfig:
     """What describes the sum, so that it loads from a file."""
     first = configs[adapters[0]]
-    r, ranks = _with_exceptions({path: one.mid.shape[0] for path, one in sums.items()})
-    meta_r, meta_ranks = _with_exceptions({path: one.mid.shape[1] for path, one in sums.items()})
+    rank_of = {path: one.mid.shape[0] for path, one in sums.items()}
+    meta_rank_of = {path: one.mid.shape[1] for path, one in sums.items()}
+    r, meta_r = max(rank_of.values()), max(meta_rank_of.values())
     changes: dict[str, Any] = {"stage": "subject", "start": "fresh"}
     if own_down:
         changes = {"stage": "meta", "start": "stored", "down_init": "uniform"}
@@ -110,11 +110,10 @@ def _config(
         lora_alpha=r,
         use_rslora=False,
         init_weights=True,
-        rank_pattern=ranks,
-        meta_rank_pattern=meta_ranks,
-        alpha_pattern=dict(ranks),
-        # Whole paths say it all; PEFT would take a list of them as endings of other modules' paths too.
-        target_modules="|".join(re.escape(path) for path in sorted(sums)),
+        rank_pattern=exceptions(rank_of, r),
+        meta_rank_pattern=exceptions(meta_rank_of, meta_r),
+        alpha_pattern=exceptions(rank_of, r),
+        target_modules=whole_paths(sums),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -122,12 +121,6 @@ def _config(
         modules_to_save=sorted({name for one in adapters for name in configs[one].modules_to_save or ()}) or None,
         trainable_token_indices=None,
     )
-
-
-def _with_exceptions(values: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """The largest value, and a pattern for each module of another; anchored, or it would match as an ending too."""
-    largest = max(values.values())
-    return largest, {f"^{re.escape(path)}$": value for path, value in values.items() if value != largest}
 
 
 def _trained_whole(model: nn.Module, adapters: Sequence[str]) -> list[tuple[ModulesToSaveWrapper, str]]:

@@ -62,7 +62,7 @@ class MetaLoraLayer(Mergeable):
         self.token_slots: TokenSlots | None = None
         self.down_row, self.d_out = factor_shape(self.get_base_layer())
         self.in_features, self.out_features = self.down_row[0], self.d_out
-        self.metalora_down: Downs = Downs()
+        self.metalora_down = Downs()
         self.metalora_mid_init = BufferDict(persistent=True)
         self.metalora_mid = nn.ParameterDict()
         self.metalora_up = nn.ParameterDict()

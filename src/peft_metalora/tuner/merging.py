@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import AdapterStateError, NonFiniteError, UnsupportedModuleError
+from .down import Downs
 from .subject_index import SubjectIndex
 
 MERGE_BACKUPS = ("device", "host", "none")
@@ -30,7 +31,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
     use_rslora: dict[str, bool]
     fold_scale: dict[str, float]
     down_key: dict[str, str]
-    metalora_down: nn.ParameterDict
+    metalora_down: Downs
     metalora_mid: nn.ParameterDict
     metalora_up: nn.ParameterDict
     metalora_folded: BufferDict
