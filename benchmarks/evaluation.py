@@ -28,25 +28,26 @@ from origin import machine
 from torch import Tensor
 
 from peft_metalora import hub
+from peft_metalora.bases import base_for
 from peft_metalora.data import Photo, Subject, load_image, read_subjects
 from peft_metalora.demo.base import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
 from peft_metalora.demo.faces import turned_photo, write_dataset
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.scene import parse_caption
 from peft_metalora.demo.scoring import INFERENCE_STEPS, PROMPTS
-from peft_metalora.evaluation.batched import AdapterStack, train_stack
 from peft_metalora.evaluation.degrade import DEGRADATIONS, degrade
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, Rival, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.summary import METRICS, interval, summarise
 from peft_metalora.files import write_bytes
-from peft_metalora.training.bases import base_for
-from peft_metalora.training.examples import Examples, encode_subjects
-from peft_metalora.training.meta_training import MetaTraining
+from peft_metalora.training.engine.stacked import AdapterStack, train_stack
+from peft_metalora.training.examples.batches import Examples
+from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
+from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.tuner import init_down_from_data, set_subjects
 from peft_metalora.tuner.down import DownSource
+from peft_metalora.tuner.on_model import meta_lora_layers
 from peft_metalora.tuner.starts import start_down
-from peft_metalora.tuner.subjects import meta_lora_layers
 
 PHOTOS = 7
 HEADLINE = 100  # steps, as in the demo; fixed before any figure was seen

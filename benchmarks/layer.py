@@ -30,7 +30,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from peft_metalora.tuner import MetaLoraConfig, fold, set_subjects
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 
 class Bench:

@@ -31,10 +31,11 @@ import peft_hub
 import pytest
 import torch
 
-from peft_metalora.tuner import DownSource, MetaLoraConfig, down, fingerprint, plan
-from peft_metalora.tuner.bases import base_of, factor_shape
+from peft_metalora.tuner import DownSource, MetaLoraConfig, down, fingerprint
+from peft_metalora.tuner import adding as plan
+from peft_metalora.tuner.base_layers import base_of, factor_shape
 from peft_metalora.tuner.layer import MetaLoraLayer
-from peft_metalora.tuner.subjects import module_path
+from peft_metalora.tuner.on_model import module_path
 
 KNOWN = {field.name for field in dataclasses.fields(MetaLoraConfig)}
 LORAS = {field.name for field in dataclasses.fields(peft.LoraConfig)}

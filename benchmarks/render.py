@@ -14,7 +14,9 @@ import time
 import torch
 from origin import machine
 
-from peft_metalora.demo.faces import render, sample_identities, sample_scenes
+from peft_metalora.demo.faces import sample_identities
+from peft_metalora.demo.render import render
+from peft_metalora.demo.scene import sample_scenes
 
 
 def images_per_second(batch: int, size: int, device: str, compiled: bool, repeats: int) -> float:

@@ -26,10 +26,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from peft_metalora import MetaLoraConfig, set_subjects
-from peft_metalora.injection import activate, down_on_model, remember, restore
-from peft_metalora.slots import SubjectTable
+from peft_metalora.pipelines.table import SubjectTable
 from peft_metalora.tuner import down_fingerprint
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import down_on_model, meta_lora_layers
+from peft_metalora.tuner.placing import activate, remember, restore
 
 
 class Bench:

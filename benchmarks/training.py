@@ -41,15 +41,15 @@ from peft import LoraConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from peft_metalora.training.adapters import eject
-from peft_metalora.training.bases import Base, base_for
-from peft_metalora.training.examples import Examples
-from peft_metalora.training.meta_training import MetaTraining
-from peft_metalora.training.personalization import Personalization
-from peft_metalora.training.processes import Processes
+from peft_metalora.bases import Base, base_for
+from peft_metalora.training.engine.processes import Processes
+from peft_metalora.training.engine.sharding import shard, wants_shards
+from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
-from peft_metalora.training.sharding import shard, wants_shards
+from peft_metalora.training.stage_1 import MetaTraining
+from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner import DownSource, MetaLoraConfig, down_state, fingerprint
+from peft_metalora.tuner.placing import eject
 
 ATTENTION = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 # cuDNN's attention is left to no recipe: its backward fails on these shapes in some builds of torch (seen with 2.11).

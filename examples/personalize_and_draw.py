@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 
 from peft_metalora import PersonalizeConfig, personalize
+from peft_metalora.commands.generate import GenerateConfig, generate
 from peft_metalora.demo.base import BASE, RESOLUTION
-from peft_metalora.generate import GenerateConfig, generate
 
 
 def main() -> None:

@@ -22,12 +22,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms from the ground up: a module imports from its own layer and those below. A new room is entered here.
 LAYERS = (
-    {"errors"},
-    {"files", "tuner", "data", "metrics"},
-    {"base_model", "checkpoint", "config_file", "export", "factors", "foreign_names", "projection"},
-    {"cards", "denoiser", "hub", "injection", "per_sample", "pipelines", "publish", "regions", "slots", "training"},
-    {"demo", "evaluation", "generate"},
-    {"app", "artefact_commands", "cli"},
+    {"errors", "files", "settings"},
+    {"bases", "data", "metrics", "tuner"},
+    {"checkpoint", "encoder"},
+    {"hub", "lora"},
+    {"pipelines", "training"},
+    {"demo", "evaluation"},
+    {"commands", "app", "service"},
+    {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"accelerate", "datasets", "diffusers", "huggingface_hub", "insightface", "matplotlib", "transformers"}
@@ -39,7 +41,7 @@ FORBIDDEN = {
     "tuner": HEAVY | NETWORK | {"peft_metalora.data", "peft_metalora.files", "peft_metalora.metrics"},
     "data": HEAVY | NETWORK | {"peft", "peft_metalora.metrics", "peft_metalora.tuner"},
     "metrics": {"accelerate", "diffusers", "peft", "peft_metalora.data", "peft_metalora.tuner"},
-    **{room: NETWORK | {"accelerate", "diffusers", "insightface"} for room in LAYERS[2]},
+    **{room: NETWORK | {"accelerate", "diffusers", "insightface"} for room in ("checkpoint", "encoder", "lora")},
 }
 # PEFT itself needs transformers; GPT-2's Conv1D, which PEFT adapts too, lives in this small module.
 EXCEPTIONS = {("tuner", "transformers.pytorch_utils")}

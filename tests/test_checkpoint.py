@@ -18,8 +18,9 @@ from peft import PeftModel, get_peft_model
 
 from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, edit_tensors, with_down, with_subject, write_pair
 from peft_metalora import MetaLoraConfig, checkpoint, errors, fingerprint, save_down, save_subject
-from peft_metalora.base_model import check_fits
-from peft_metalora.files import MAX_CONFIG_BYTES, read_tensors, write_bytes, write_tensors
+from peft_metalora.checkpoint.base_model import check_fits
+from peft_metalora.checkpoint.untrusted import MAX_CONFIG_BYTES, read_tensors
+from peft_metalora.files import write_bytes, write_tensors
 from peft_metalora.tuner import down_state, subject_state
 
 GOLDEN = [-2.81102, -1.85639, -0.90177, 0.05286, 1.00749, 1.96212, 2.91675, 3.87138]

@@ -8,9 +8,9 @@ from dataclasses import fields
 import pytest
 from PIL import Image
 
-from peft_metalora import cli, hub
+from peft_metalora import hub
 from peft_metalora.cli import COMMANDS, build_parser, main, make_config
-from peft_metalora.generate import GenerateConfig, generate
+from peft_metalora.commands.generate import GenerateConfig, generate
 from pipelines_tiny import save_tiny_flux
 from training_tiny import write_people
 
@@ -102,7 +102,7 @@ def test_interrupt(monkeypatch, capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command("", ".cli:DemoConfig", interrupted))
+    monkeypatch.setattr("peft_metalora.commands.demo.run_demo", interrupted)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "metalora: interrupted\n"
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
 from peft_metalora import MetaLoraConfig, errors, load_subject, save_down, save_subject
-from peft_metalora.export import export_subject, fold_subject, in_original_layers
-from peft_metalora.foreign_names import original_names
-from peft_metalora.pipelines import enable_meta_lora
+from peft_metalora.checkpoint.folded import fold_subject
+from peft_metalora.lora.export import export_subject, in_original_layers
+from peft_metalora.lora.original_names import original_names
+from peft_metalora.pipelines.loading import enable_meta_lora
 
 # Largest difference of a pixel in [0, 1] between our image and another tool's, in float32.
 TOLERANCE = 1e-4

@@ -18,8 +18,8 @@ from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, with_down, wr
 from fake_hub import TOKEN, FakeHub
 from families_tiny import denoiser, tiny_pipeline
 from peft_metalora import MetaLoraConfig, errors, hub, save_down
-from peft_metalora.checkpoint import load_down as load_local_down
-from peft_metalora.publish import pull, push_down, push_subject
+from peft_metalora.checkpoint.artefacts import load_down as load_local_down
+from peft_metalora.hub.publishing import pull, push_down, push_subject
 
 
 def point_at(hub_endpoint, cache, monkeypatch):

@@ -19,7 +19,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from families_tiny import picture as drawn
 from families_tiny import tiny_pipeline
 from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import tiny_flux_pipeline
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out"]

@@ -10,9 +10,9 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
 from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
-from peft_metalora.slots import sample_slots
+from peft_metalora.pipelines.table import sample_slots
 from peft_metalora.tuner import fold
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 # Largest difference of a pixel between a subject in a mixed batch and alone: the rounding of another batch size.
 TOLERANCE = 1e-4

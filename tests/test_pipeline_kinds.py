@@ -30,8 +30,8 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
 from peft_metalora import MetaLoraConfig, enable_meta_lora, save_down, save_subject
-from peft_metalora.denoiser import denoiser
 from peft_metalora.errors import PipelineError
+from peft_metalora.pipelines.denoiser import denoiser
 from pipelines_tiny import (
     tiny_clip,
     tiny_flux_pipeline,

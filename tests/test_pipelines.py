@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from artefacts_tiny import edit_config, edit_tensors
 from peft_metalora import MetaLoraConfig, errors, save_down, save_subject
-from peft_metalora.pipelines import MetaLoraLoaderMixin, enable_meta_lora
+from peft_metalora.pipelines.loading import MetaLoraLoaderMixin, enable_meta_lora
 from peft_metalora.tuner import MetaLoraLayer
 from pipelines_tiny import tiny_flux_pipeline
 
@@ -264,7 +264,7 @@ def test_a_failure_while_injecting_is_undone(artefacts, pipe, monkeypatch):
     def fail(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("peft_metalora.pipelines.copy_factors", fail)
+    monkeypatch.setattr("peft_metalora.pipelines.loading.copy_factors", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         pipe.load_meta_lora(folder / "ann")
     assert_same_state(state_of(pipe.transformer), before)

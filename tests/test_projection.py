@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from artefacts_tiny import TARGETS, TinyModel, write_pair
 from peft_metalora import errors, load_down, load_subject
-from peft_metalora.export import export_subject, fold_subject
-from peft_metalora.projection import nearest, project, read_lora
+from peft_metalora.checkpoint.folded import fold_subject
+from peft_metalora.lora.export import export_subject
+from peft_metalora.lora.projection import nearest, project, read_lora
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from PIL import Image
 
 from families_tiny import denoiser, picture, tiny_pipeline
 from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
-from peft_metalora.slots import tables_of
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.pipelines.table import tables_of
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 # Layers that see no text tokens, so that a region over the whole image is the subject of the sample.
 IMAGE_ONLY = {

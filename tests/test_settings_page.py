@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft_metalora.commands.generate import GenerateConfig
 from peft_metalora.evaluation.settings import EvaluateConfig
-from peft_metalora.generate import GenerateConfig
-from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig, settings_table
+from peft_metalora.settings import settings_table
+from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 COMMANDS = {

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from peft_metalora.training.bases import Base, base_for
-from peft_metalora.training.examples import Examples, encode_captions
+from peft_metalora.bases import Base, base_for
+from peft_metalora.training.examples.batches import Examples
+from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 from pipelines_tiny import tiny_flux_pipeline
 

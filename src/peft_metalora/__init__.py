@@ -31,7 +31,7 @@ _LAZY = {
     "down_state": "tuner",
     "enable_meta_lora": "pipelines",
     "errors": "",
-    "export_subject": "export",
+    "export_subject": "lora.export",
     "fingerprint": "tuner",
     "fold": "tuner",
     "hub": "",
@@ -43,10 +43,10 @@ _LAZY = {
     "metrics": "",
     "personalize": "training.personalize",
     "pipelines": "",
-    "project": "projection",
-    "pull": "publish",
-    "push_down": "publish",
-    "push_subject": "publish",
+    "project": "lora.projection",
+    "pull": "hub",
+    "push_down": "hub",
+    "push_subject": "hub",
     "reset_slots": "tuner",
     "save_down": "checkpoint",
     "save_subject": "checkpoint",
@@ -124,16 +124,16 @@ def __dir__() -> list[str]:
 
 def _load_down(config: MetaLoraConfig) -> DownSource:
     """Bring the Down that a configuration names; the tuner itself knows nothing about files."""
-    from . import hub
+    from .hub.loading import resolve_down
 
-    return hub.resolve_down(config)
+    return resolve_down(config)
 
 
 def _check_files(config: MetaLoraConfig) -> None:
     """Check what PEFT's own verbs are about to load, before they change a model."""
-    from . import hub
+    from .hub.loading import check_origin
 
-    hub.check_origin(config)
+    check_origin(config)
 
 
 tuner.set_down_loader(_load_down)

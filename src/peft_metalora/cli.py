@@ -13,129 +13,65 @@ import importlib
 import sys
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from types import NoneType
 from typing import Any
 
 from .errors import ConfigError, MetaLoraError
 
 
-@dataclass(kw_only=True)
-class DemoConfig:
-    """The whole method on the embedded base: one held-out person, learned from one image in two ways."""
-
-    output_dir: str = field(default=".", metadata={"help": "Folder for demo.png, demo-two.png and demo.json."})
-
-
-@dataclass(kw_only=True)
-class DemoDataConfig:
-    """Draw the demo's faces as an ordinary data set."""
-
-    output_dir: str = field(
-        metadata={"help": "Folder to write: <subject>/<n>.png and metadata.jsonl.", "positional": "DIR"}
-    )
-    split: str = field(
-        default="meta",
-        metadata={
-            "help": "Which people: those of meta-training, those that learning rates are chosen on, held-out ones that "
-            "no network of the demo has seen, or any others.",
-            "choices": ("meta", "tune", "held-out", "base"),
-        },
-    )
-    subjects: int = field(default=16, metadata={"help": "Number of people."})
-    images_per_subject: int = field(default=8, metadata={"help": "Images of each person."})
-    size: int = field(default=64, metadata={"help": "Height and width in pixels."})
-    seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
-    conditions: bool = field(
-        default=False, metadata={"help": "Also write photos of strongly turned heads, for evaluate --degrade yaw."}
-    )
-
-
-def _demo(config: DemoConfig) -> str:
-    from .demo.run import run_demo
-
-    run_demo(config.output_dir)
-    return "wrote " + ", ".join(f"{config.output_dir}/{name}" for name in ("demo.png", "demo-two.png", "demo.json"))
-
-
-def _demo_data(config: DemoDataConfig) -> str:
-    from .demo.faces import write_dataset
-
-    write_dataset(
-        config.output_dir,
-        config.split,
-        config.subjects,
-        config.images_per_subject,
-        size=config.size,
-        seed=config.seed,
-        conditions=config.conditions,
-    )
-    return f"wrote {config.subjects} people to {config.output_dir}"
-
-
-def _meta_train(config: Any) -> str:
-    from .training.meta_train import meta_train
-
-    result = meta_train(config)
-    return f"wrote the Down of {result.facts['subjects']} subjects to {config.output_dir}"
-
-
-def _personalize(config: Any) -> str:
-    from .training.personalize import personalize
-
-    return f"wrote {personalize(config)}"
-
-
-def _generate(config: Any) -> str:
-    from .generate import generate
-
-    return f"wrote {len(generate(config))} image(s) to {config.output_dir}"
-
-
-def _evaluate(config: Any) -> str:
-    from .evaluation.protocol import evaluate
-
-    return f"wrote {evaluate(config)}"
-
-
-def _artefact(name: str) -> typing.Callable[[Any], str]:
-    """A command on files and repositories, imported when it runs."""
-
-    def run(config: Any) -> str:
-        from . import artefact_commands
-
-        return getattr(artefact_commands, f"run_{name}")(config)
-
-    return run
-
-
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does in a line, its settings as `module:class`, and the function that runs it."""
+    """A subcommand: what it does in a line, the dataclass of its settings, and the function that runs it."""
 
     help: str
     settings: str
-    run: typing.Callable[[Any], str]
+    function: str
 
     def config_class(self) -> type:
         """The dataclass of its settings."""
-        module, _, name = self.settings.partition(":")
-        return getattr(importlib.import_module(module, __package__), name)
+        return _named(self.settings)
+
+    def run(self, config: Any) -> str:
+        """Do it, and say in a sentence what was done."""
+        return _named(self.function)(config)
 
 
+def _named(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), attribute)
+
+
+# Each command's settings and function, as `module:name` in the package; neither is imported before it is needed.
 COMMANDS = {
-    "demo": Command("run the whole method on the embedded base, in minutes", ".cli:DemoConfig", _demo),
-    "demo-data": Command("write the demo's faces as image folders", ".cli:DemoDataConfig", _demo_data),
-    "meta-train": Command("stage 1: train a Down on many subjects", ".training.settings:MetaTrainConfig", _meta_train),
-    "personalize": Command(
-        "stage 2: learn a subject from one image", ".training.settings:PersonalizeConfig", _personalize
+    "demo": Command(
+        "run the whole method on the embedded base, in minutes", "commands.demo:DemoConfig", "commands.demo:run_demo"
     ),
-    "generate": Command("draw subjects from prompts", ".generate:GenerateConfig", _generate),
-    "evaluate": Command("compare methods on a folder of people", ".evaluation.settings:EvaluateConfig", _evaluate),
-    "push": Command("publish a Down or a subject", ".artefact_commands:PushConfig", _artefact("push")),
-    "pull": Command("download a Down or a subject", ".artefact_commands:PullConfig", _artefact("pull")),
-    "export": Command("write a subject for another tool", ".artefact_commands:ExportConfig", _artefact("export")),
-    "project": Command("bring a LoRA onto a Down", ".artefact_commands:ProjectConfig", _artefact("project")),
+    "demo-data": Command(
+        "write the demo's faces as image folders", "commands.demo:DemoDataConfig", "commands.demo:run_demo_data"
+    ),
+    "meta-train": Command(
+        "stage 1: train a Down on many subjects", "training.settings:MetaTrainConfig", "commands.train:run_meta_train"
+    ),
+    "personalize": Command(
+        "stage 2: learn a subject from one image",
+        "training.settings:PersonalizeConfig",
+        "commands.train:run_personalize",
+    ),
+    "generate": Command(
+        "draw subjects from prompts", "commands.generate:GenerateConfig", "commands.generate:run_generate"
+    ),
+    "evaluate": Command(
+        "compare methods on a folder of people", "evaluation.settings:EvaluateConfig", "commands.evaluate:run_evaluate"
+    ),
+    "push": Command("publish a Down or a subject", "commands.artefacts:PushConfig", "commands.artefacts:run_push"),
+    "pull": Command("download a Down or a subject", "commands.artefacts:PullConfig", "commands.artefacts:run_pull"),
+    "export": Command(
+        "write a subject for another tool", "commands.artefacts:ExportConfig", "commands.artefacts:run_export"
+    ),
+    "project": Command(
+        "bring a LoRA onto a Down", "commands.artefacts:ProjectConfig", "commands.artefacts:run_project"
+    ),
 }
 
 

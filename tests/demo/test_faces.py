@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from peft_metalora.demo import faces
-from peft_metalora.demo.faces import IDENTITY_FACTORS, LABELS, Scene
+from peft_metalora.demo.render import IDENTITY_FACTORS
+from peft_metalora.demo.scene import LABELS, Scene
 from peft_metalora.errors import ConfigError, MetaLoraError
 
 # Mean change of an image, in 1/255, when a factor goes through its values: at least this for any, this for the bold.

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from peft_metalora import enable_meta_lora, hub
+from peft_metalora.bases import base_for
 from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.demo import faces, two_people
 from peft_metalora.demo.base import BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_tokenizer, load_base
@@ -25,8 +26,7 @@ from peft_metalora.demo.show_two_people import (
     sheet_of_two,
     side_by_side,
 )
-from peft_metalora.training.bases import base_for
-from peft_metalora.training.examples import encode_subjects
+from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.settings import PersonalizeConfig
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from peft_metalora.evaluation.batched import AdapterStack, train_stack
-from peft_metalora.training.bases import base_for
-from peft_metalora.training.examples import Examples
+from peft_metalora.bases import base_for
+from peft_metalora.training.engine.stacked import AdapterStack, train_stack
+from peft_metalora.training.examples.batches import Examples
 from pipelines_tiny import tiny_flux_pipeline
 
 

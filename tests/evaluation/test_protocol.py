@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_metalora.bases import load_base
 from peft_metalora.cli import main
 from peft_metalora.data import read_subjects
 from peft_metalora.demo.base import BASE
@@ -23,7 +24,6 @@ from peft_metalora.evaluation.plots import plot
 from peft_metalora.evaluation.prompts import read_prompts
 from peft_metalora.evaluation.protocol import evaluate
 from peft_metalora.evaluation.settings import EvaluateConfig, Method
-from peft_metalora.training.bases import load_base
 
 METHODS = ("meta-lora:start=mean,lr=3e-3", "lora:r=1,lr=1e-2", "textual-inversion:lr=1e-1")
 

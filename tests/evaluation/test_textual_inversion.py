@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from peft_metalora.bases import Base, base_for, load_base
 from peft_metalora.data import Photo, read_subjects
 from peft_metalora.demo.base import BASE
 from peft_metalora.demo.faces import write_dataset
@@ -14,7 +15,6 @@ from peft_metalora.errors import ConfigError
 from peft_metalora.evaluation.methods import MethodRun, run_method
 from peft_metalora.evaluation.settings import EvaluateConfig, Method
 from peft_metalora.evaluation.textual_inversion import NewWord, replace_word
-from peft_metalora.training.bases import Base, base_for, load_base
 from pipelines_tiny import (
     tiny_flux2_pipeline,
     tiny_flux_pipeline,

@@ -9,11 +9,11 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from peft_metalora import hub
 from peft_metalora.errors import ConfigError
-from peft_metalora.training.compiling import backend_of
+from peft_metalora.training.engine.compiling import backend_of
 from peft_metalora.training.meta_train import meta_train_on
-from peft_metalora.training.meta_training import MetaTraining
-from peft_metalora.training.personalization import Personalization
 from peft_metalora.training.personalize import personalize_many
+from peft_metalora.training.stage_1 import MetaTraining
+from peft_metalora.training.stage_2 import Personalization
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples
 
 GRAPHS = []

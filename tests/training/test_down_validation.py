@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from peft_metalora.data import load_image
 from peft_metalora.errors import ConfigError
 from peft_metalora.metrics import Embeddings
-from peft_metalora.training import down_validation
 from peft_metalora.training.meta_train import meta_train
-from peft_metalora.training.meta_training import MetaTraining
 from peft_metalora.training.personalize import personalize_many
-from peft_metalora.training.validation import HeldOutLoss
+from peft_metalora.training.stage_1 import MetaTraining
+from peft_metalora.training.watching import of_a_down as down_validation
+from peft_metalora.training.watching.scores import HeldOutLoss
 from peft_metalora.tuner import set_subjects
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 

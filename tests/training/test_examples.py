@@ -11,7 +11,7 @@ import torch
 
 from peft_metalora.data import augment, load_image, read_subjects
 from peft_metalora.errors import ConfigError
-from peft_metalora.training.examples import encode_captions, encode_subjects
+from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
 from training_tiny import CAPTIONS, personal_config, tiny_base, write_people
 
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from peft_metalora.bases import Base
 from peft_metalora.data import read_subjects
 from peft_metalora.errors import UnreadableImageError
-from peft_metalora.training.bases import Base
-from peft_metalora.training.examples import encode_captions, encode_subjects
+from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
 from peft_metalora.training.meta_train import meta_train, meta_train_on
 from peft_metalora.training.personalize import personalize
 from pipelines_tiny import save_tiny_flux

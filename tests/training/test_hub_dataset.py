@@ -15,11 +15,11 @@ from PIL import Image
 from peft_metalora import hub
 from peft_metalora.data import read_subjects
 from peft_metalora.errors import ConfigError, DatasetUnavailableError, MetadataError, NoImagesError
-from peft_metalora.training.examples import encode_subjects
-from peft_metalora.training.hub_dataset import read_dataset
+from peft_metalora.training.examples.encoding import encode_subjects
+from peft_metalora.training.examples.hub_dataset import read_dataset
+from peft_metalora.training.examples.sources import training_subjects
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize
-from peft_metalora.training.sources import training_subjects
 from pipelines_tiny import save_tiny_flux
 from training_tiny import CAPTIONS, meta_config, personal_config, tiny_base, write_people
 

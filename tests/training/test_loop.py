@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peft_metalora.errors import MetaLoraError
-from peft_metalora.training.loop import training_steps
+from peft_metalora.training.engine.loop import training_steps
 
 TARGET = torch.tensor([1.0, -2.0, 0.5])
 DATA = torch.randn(64, 5, 3, generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,9 @@ from PIL import Image
 
 from peft_metalora.data import read_subjects
 from peft_metalora.errors import UnreadableImageError
-from peft_metalora.training.examples import encode_subjects
-from peft_metalora.training.meta_training import MetaTraining
-from peft_metalora.training.personalization import Personalization
+from peft_metalora.training.examples.encoding import encode_subjects
+from peft_metalora.training.stage_1 import MetaTraining
+from peft_metalora.training.stage_2 import Personalization
 from training_tiny import meta_config, personal_config, tiny_base, write_people
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from peft_metalora import hub
-from peft_metalora.cards import model_card
 from peft_metalora.errors import (
     ConfigError,
     NoCaptionError,
@@ -20,10 +19,11 @@ from peft_metalora.errors import (
     TrainingError,
     WriteFailedError,
 )
+from peft_metalora.hub.cards import model_card
 from peft_metalora.training.meta_train import meta_train, meta_train_on
-from peft_metalora.training.meta_training import MetaTraining
+from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.tuner import down_state
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, tiny_base, tiny_examples, write_people
 

@@ -8,12 +8,12 @@ import torch
 
 from peft_metalora import hub
 from peft_metalora.errors import ConfigError
-from peft_metalora.training.adapters import optimizer_class
+from peft_metalora.training.engine.optimizers import optimizer_class
+from peft_metalora.training.engine.slot_optimizer import SlotOptimizer
+from peft_metalora.training.engine.state import read_state, write_state
 from peft_metalora.training.meta_train import meta_train_on
-from peft_metalora.training.meta_training import MetaTraining
-from peft_metalora.training.personalization import Personalization
-from peft_metalora.training.slots import SlotOptimizer
-from peft_metalora.training.state import read_state, write_state
+from peft_metalora.training.stage_1 import MetaTraining
+from peft_metalora.training.stage_2 import Personalization
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples
 
 # Prodigy finds its own rate; what is given is a factor.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_metalora import enable_meta_lora, hub
-from peft_metalora.cards import model_card
+from peft_metalora.bases import base_for
 from peft_metalora.errors import (
     ConfigError,
     MetaLoraError,
@@ -21,13 +21,13 @@ from peft_metalora.errors import (
     UnreadableImageError,
     WriteFailedError,
 )
-from peft_metalora.training.bases import base_for
-from peft_metalora.training.examples import Examples
+from peft_metalora.hub.cards import model_card
+from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.meta_train import meta_train_on
-from peft_metalora.training.personalization import Personalization
 from peft_metalora.training.personalize import personalize, personalize_many
+from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner import set_subjects, subject_state
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 

@@ -11,10 +11,10 @@ import torch
 from peft_metalora import hub
 from peft_metalora.data import read_subjects
 from peft_metalora.errors import ConfigError
-from peft_metalora.training.examples import encode_captions, encode_subjects
+from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
 from peft_metalora.training.meta_train import meta_train_on
-from peft_metalora.training.personalization import Personalization
 from peft_metalora.training.prior import class_prompt, distance_from_base
+from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner import set_subjects
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 

@@ -18,12 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from peft_metalora.errors import ConfigError
+from peft_metalora.training.engine.processes import Processes
+from peft_metalora.training.engine.sharding import shard, wants_shards
 from peft_metalora.training.meta_train import meta_train
-from peft_metalora.training.meta_training import MetaTraining
-from peft_metalora.training.personalization import Personalization
 from peft_metalora.training.personalize import personalize
-from peft_metalora.training.processes import Processes
-from peft_metalora.training.sharding import shard, wants_shards
+from peft_metalora.training.stage_1 import MetaTraining
+from peft_metalora.training.stage_2 import Personalization
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 
@@ -230,7 +230,7 @@ def test_lower_stages_of_zero_leave_the_base_whole(monkeypatch):
 
 def test_deepspeed_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr("peft_metalora.training.sharding.is_deepspeed_available", lambda: False)
+    monkeypatch.setattr("peft_metalora.training.engine.sharding.is_deepspeed_available", lambda: False)
     with pytest.raises(ConfigError, match="pip install deepspeed"):
         wants_shards(Processes(0, 2), meta_config())
 

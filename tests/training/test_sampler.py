@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from peft_metalora.errors import ConfigError
-from peft_metalora.training.sampler import SubjectSampler, balanced_buckets
+from peft_metalora.training.engine.sampler import SubjectSampler, balanced_buckets
 
 # Subject s has s + 1 images.
 POSITIONS = [list(range(10 * subject, 10 * subject + subject + 1)) for subject in range(6)]

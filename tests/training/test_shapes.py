@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from peft_metalora import hub
 from peft_metalora.data import augment, load_image, read_subjects
 from peft_metalora.errors import ConfigError
-from peft_metalora.training.examples import Examples, encode_captions, encode_subjects
+from peft_metalora.training.examples.batches import Examples
+from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
+from peft_metalora.training.examples.shapes import crop_shapes, nearest_shape, parse_shapes
 from peft_metalora.training.meta_train import meta_train, meta_train_on
-from peft_metalora.training.meta_training import MetaTraining
-from peft_metalora.training.personalization import Personalization
 from peft_metalora.training.personalize import personalize
-from peft_metalora.training.shapes import crop_shapes, nearest_shape, parse_shapes
-from peft_metalora.training.validation import HeldOutLoss
+from peft_metalora.training.stage_1 import MetaTraining
+from peft_metalora.training.stage_2 import Personalization
+from peft_metalora.training.watching.scores import HeldOutLoss
 from peft_metalora.tuner import set_subjects
 from pipelines_tiny import save_tiny_flux
 from training_tiny import CAPTIONS, meta_config, personal_config, tiny_base, write_people

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peft_metalora.errors import ConfigError, SubjectIndexError
-from peft_metalora.training.slots import SlotOptimizer
+from peft_metalora.training.engine.slot_optimizer import SlotOptimizer
 
 SLOTS = 4
 SHAPES = [(2, 5), (3, 2), (7, 2)]

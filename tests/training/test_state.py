@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from peft_metalora.errors import ArtefactNotFoundError, ConfigError, CorruptFileError
+from peft_metalora.training.engine.state import STATE_FILE, read_state, write_state
 from peft_metalora.training.meta_train import meta_train, meta_train_on
-from peft_metalora.training.meta_training import MetaTraining
 from peft_metalora.training.personalize import personalize
-from peft_metalora.training.state import STATE_FILE, read_state, write_state
+from peft_metalora.training.stage_1 import MetaTraining
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 

@@ -9,10 +9,10 @@ from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peft_metalora.errors import ConfigError
-from peft_metalora.training import tracking
+from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize
-from peft_metalora.training.processes import Processes
+from peft_metalora.training.watching import tracking
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, personal_config, write_people
 

@@ -14,7 +14,7 @@ from tuner_models import adapted, config, down_source, layer_of, mlp, randomise
 
 from peft_metalora.errors import AdapterStateError
 from peft_metalora.tuner import add_weighted_subject, down, set_down_loader, to_lora
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 WEIGHTS = {"default": 0.7, "other": -1.5, "ann": 0.4}
 

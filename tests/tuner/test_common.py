@@ -28,7 +28,7 @@ from transformers import (
 from tuner_models import Mlp, config, down_source, randomise
 
 from peft_metalora.tuner import MetaLoraConfig, set_down_loader, set_subjects
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 
 class Images(nn.Module):

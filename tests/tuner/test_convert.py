@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from tuner_models import adapted, mlp, randomise
 
 from peft_metalora.errors import AdapterNotFoundError, AdapterStateError, ConfigError
-from peft_metalora.tuner import subjects, to_lora
+from peft_metalora.tuner import to_lora
 from peft_metalora.tuner.convert import register_lora_conversion
+from peft_metalora.tuner.functional import subjects
 
 BASES = {
     "linear": (lambda: nn.Linear(12, 16), (3, 12)),

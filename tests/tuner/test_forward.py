@@ -14,7 +14,8 @@ from torch import nn
 from tuner_models import adapted, config, layer_of, mlp, randomise
 
 from peft_metalora.errors import SubjectIndexError
-from peft_metalora.tuner import set_subjects, subjects
+from peft_metalora.tuner import set_subjects
+from peft_metalora.tuner.functional import subjects
 
 
 def dense(layer, x, slot, name="default"):

@@ -38,7 +38,7 @@ from peft_metalora.tuner import (
     subject_state,
     write_subject,
 )
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 
 def picture(model):

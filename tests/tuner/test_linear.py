@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 from tuner_models import adapted, config, layer_of, randomise
 
 from peft_metalora.tuner import fold, set_subjects
-from peft_metalora.tuner.linear import FusedLinear
+from peft_metalora.tuner.fused import FusedLinear
 
 
 def layer_and_input(stage="meta", bias=True, r=2, slots=3, dtype=torch.float64):

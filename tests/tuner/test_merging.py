@@ -20,10 +20,10 @@ from peft_metalora.tuner import (
     set_merge_backup,
     set_subjects,
     subject_state,
-    subjects,
     unfold,
     write_subject,
 )
+from peft_metalora.tuner.functional import subjects
 
 BASES = {
     "linear": (lambda: nn.Linear(12, 16), (4, 5, 12)),

@@ -16,7 +16,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from tuner_models import config, layer_of, randomise
 
 from peft_metalora.errors import UnsupportedModuleError
-from peft_metalora.tuner import fold, set_subjects, subjects, to_lora
+from peft_metalora.tuner import fold, set_subjects, to_lora
+from peft_metalora.tuner.functional import subjects
 
 
 def eight_bit(linear):

@@ -13,7 +13,7 @@ from torch import nn
 from tuner_models import config, down_source, randomise
 
 from peft_metalora.tuner import set_down_loader
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 D, META_R, R, LAYERS = 64, 16, 2, 2
 DOWN_BYTES = LAYERS * META_R * D * 4

@@ -9,7 +9,8 @@ from torch import nn
 from tuner_models import adapted, layer_of, mlp, randomise
 
 from peft_metalora.errors import SubjectIndexError
-from peft_metalora.tuner import TokenSlots, fold, set_subjects, set_token_slots, subjects
+from peft_metalora.tuner import TokenSlots, fold, set_subjects, set_token_slots
+from peft_metalora.tuner.functional import subjects
 
 SLOTS = torch.tensor([-1, 0, 2, 2, -1, 0, 1])
 

@@ -20,10 +20,10 @@ from peft_metalora.tuner import (
     set_down_loader,
     set_subjects,
     subject_state,
-    subjects,
     to_lora,
     write_subject,
 )
+from peft_metalora.tuner.functional import subjects
 
 
 def test_rslora_divides_by_the_root_of_the_rank():
@@ -148,7 +148,8 @@ def test_dora_saves_writes_and_says_what_it_cannot(tmp_path):
     model = randomise(adapted(base, stage="subject", down="a/b", use_dora=True, num_slots=2), 3)
     layer_of(model).metalora_magnitude["default"].data.mul_(1.5)
     model.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x))
+    # Not to the bit: how a row's length is summed depends on where the weight lies in memory.
+    torch.testing.assert_close(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x))
     state = {key: value.clone() for key, value in subject_state(model, "default", 0).items()}
     assert "lin0.metalora_magnitude" in state
     write_subject(model, "default", state, slot=1)

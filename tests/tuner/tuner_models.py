@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_metalora.tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state
-from peft_metalora.tuner.subjects import meta_lora_layers
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 
 class Mlp(nn.Module):

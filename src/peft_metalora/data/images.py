@@ -162,3 +162,10 @@ def flip_caption(caption: str) -> str:
         return swapped.upper() if word.isupper() else swapped.capitalize() if word[0].isupper() else swapped
 
     return _SIDE.sub(other, caption)
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -29,10 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..training.bases import base_for
-from ..training.examples import Examples, encode_captions
-from ..training.meta_training import MetaTraining
+from ..bases import base_for
+from ..training.examples.batches import Examples
+from ..training.examples.encoding import encode_captions
 from ..training.settings import MetaTrainConfig
+from ..training.stage_1 import MetaTraining
 from . import faces, scene
 from .base import BASE_NAME, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, build_vae, load_base
 from .judges import FaceEmbedder, SceneJudge, adherence, load_embedder, load_judge

@@ -24,11 +24,11 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
 from ..data import load_image
+from ..data.images import png
 from ..files import write_bytes
-from ..pipelines import enable_meta_lora
+from ..pipelines.loading import enable_meta_lora
 from ..training.personalize import personalize
 from ..training.settings import PersonalizeConfig
-from ..training.validation import png
 from .base import ASSETS, BASE, RESOLUTION, load_base
 from .faces import write_dataset
 from .judges import FaceEmbedder, load_embedder, load_judge

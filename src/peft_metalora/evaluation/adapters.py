@@ -8,8 +8,8 @@ from typing import Any
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import nn
 
-from ..training.adapters import inject
-from ..training.bases import Base
+from ..bases import Base
+from ..training.injecting import inject
 from ..training.settings import TrainingConfig
 from ..tuner import DownSource, MetaLoraConfig, set_warmup
 

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from .. import hub
+from ..bases import Base, load_base
+from ..bases.precision import autocast, choose_device, choose_dtype
 from ..data import Photo, Subject, load_image, read_tags
+from ..data.images import png
 from ..errors import MetricInputError, TrainingError
 from ..files import write_bytes
-from ..training.adapters import autocast, choose_device, choose_dtype
-from ..training.bases import Base, load_base
-from ..training.validation import png
 from ..tuner import DownSource
 from .cells import Cell, hash_of, home_of, is_complete
 from .conditions import Condition, bad_reference

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import IMAGE_SUFFIXES, Photo, Subject, load_image
+from ..data.images import png
 from ..errors import ConfigError
 from ..files import write_bytes
-from ..training.validation import png
 from .degrade import DEGRADATIONS, degrade
 from .settings import named
 

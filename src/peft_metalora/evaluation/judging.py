@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..bases.precision import choose_device
 from ..errors import ConfigError
 from ..metrics import (
     ClipEmbedder,
@@ -27,8 +28,7 @@ from ..metrics import (
     pose_difference,
     r_facesim,
 )
-from ..training.adapters import choose_device
-from ..training.validation import load_embedder
+from ..training.watching.scores import load_embedder
 from .settings import DEMO, EvaluateConfig
 
 Distance = Callable[[Tensor, Tensor], Tensor]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import Base
 from ..data import Photo, Subject
 from ..errors import ConfigError
-from ..training.bases import Base
-from ..training.examples import Examples, encode_subjects
-from ..training.personalization import Personalization
+from ..training.examples.batches import Examples
+from ..training.examples.encoding import encode_subjects
 from ..training.settings import PersonalizeConfig
+from ..training.stage_2 import Personalization
 from ..tuner import DownSource
 from .adapters import adapter_config, put_adapter
 from .settings import DEMO, EvaluateConfig, Method

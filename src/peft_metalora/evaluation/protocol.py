@@ -29,8 +29,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
     from accelerate import PartialState
     from tqdm.auto import tqdm
 
+    from ..bases.precision import choose_device
     from ..data import read_subjects
-    from ..training.adapters import choose_device
     from .bench import Bench
     from .cells import home_of, read_cells
     from .conditions import conditions_of

@@ -18,14 +18,13 @@ from peft.tuners.loha import layer as loha
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
-from .. import hub
-from ..training.adapters import eject
-from ..training.bases import Base
+from ..bases import Base
+from ..training.engine.stacked import AdapterStack
 from ..training.settings import TrainingConfig
 from ..tuner import MetaLoraConfig
-from ..tuner.down import DownSource
+from ..tuner.down import DownSource, given
+from ..tuner.placing import eject
 from .adapters import adapter_config, put_adapter
-from .batched import AdapterStack
 
 _LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _META_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -129,7 +128,7 @@ def put_on(
     starts: list[dict[str, Tensor]] = []
     for seed in reversed(seeds):  # what is frozen is that of the first seed, for all rows
         eject(denoiser)
-        with hub.given(down):
+        with given(down):
             put_adapter(base, rival.config(base.target_modules, down), replace(config, seed=seed))
         starts.insert(0, {name: p.detach().clone() for name, p in denoiser.named_parameters() if p.requires_grad})
     denoiser.eval()  # LoHa and LoKr toss a coin in training, even for a dropout of 0

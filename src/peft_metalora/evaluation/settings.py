@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..training.settings import setting
+from ..settings import setting
 
 DEMO = "demo"
 OPTIONS = {

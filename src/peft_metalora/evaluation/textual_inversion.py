@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import Base
 from ..data import Photo
 from ..errors import ConfigError
-from ..training.bases import Base
-from ..training.examples import Batch, Examples, PhotoEncoder
+from ..training.examples.batches import Batch, Examples
+from ..training.examples.encoding import PhotoEncoder
 from ..training.settings import PersonalizeConfig
 
 

@@ -7,21 +7,19 @@ from functools import partial
 
 from tqdm.auto import tqdm
 
-from .adapters import (
-    choose_device,
-    eject,
-)
-from .bases import Base
-from .compiling import uncompile
-from .down_validation import DownValidation, encode_held_out, split_subjects
-from .examples import Examples
-from .meta_training import DownResult, MetaTraining
+from ..bases import Base
+from ..bases.precision import choose_device
+from ..tuner.placing import eject
+from .engine.compiling import uncompile
+from .engine.processes import Processes
+from .engine.state import checkpoint_folder, read_state, write_state
+from .examples.batches import Examples
+from .examples.sources import training_subjects
 from .preparing import prepare
-from .processes import Processes
 from .settings import MetaTrainConfig
-from .sources import training_subjects
-from .state import checkpoint_folder, read_state, write_state
-from .tracking import Trackers
+from .stage_1 import DownResult, MetaTraining
+from .watching.of_a_down import DownValidation, encode_held_out, split_subjects
+from .watching.tracking import Trackers
 
 
 def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, progress: bool = True) -> DownResult:

@@ -9,21 +9,19 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .. import hub
+from ..bases import Base
+from ..bases.precision import choose_device
 from ..errors import ConfigError
 from ..tuner import DownSource
-from .adapters import (
-    choose_device,
-)
-from .bases import Base
-from .examples import Examples
-from .personalization import Personalization
+from .engine.processes import Processes
+from .engine.state import checkpoint_folder, read_state, write_state
+from .examples.batches import Examples
+from .examples.sources import check_instance_source, instance_subject
 from .preparing import prepare
-from .processes import Processes
 from .settings import PersonalizeConfig
-from .sources import check_instance_source, instance_subject
-from .state import checkpoint_folder, read_state, write_state
-from .tracking import Trackers
-from .validation import Validation, held_out
+from .stage_2 import Personalization
+from .watching.of_a_subject import Validation, held_out
+from .watching.tracking import Trackers
 
 
 def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:

@@ -8,13 +8,14 @@ from typing import TypeVar
 
 import torch
 
+from ..bases import Base, load_base
+from ..bases.precision import choose_dtype
 from ..data import Subject
-from .adapters import choose_dtype
-from .bases import Base, load_base
-from .examples import Examples, encode_subjects
-from .processes import Processes
+from .engine.processes import Processes
+from .engine.sharding import shard, wants_shards
+from .examples.batches import Examples
+from .examples.encoding import encode_subjects
 from .settings import MetaTrainConfig, PersonalizeConfig
-from .sharding import shard, wants_shards
 
 _HeldOut = TypeVar("_HeldOut")
 

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bases import Base, Text
 from ..data import TRIGGER_MARK
 from ..errors import ConfigError
-from ..tuner import subjects
+from ..tuner.functional import subjects
+from ..tuner.on_model import meta_lora_layers
 from ..tuner.subject_index import NO_SUBJECT
-from ..tuner.subjects import meta_lora_layers
-from .bases import Base, Text
 from .settings import PersonalizeConfig, TrainingConfig
 
 

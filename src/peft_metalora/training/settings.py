@@ -7,19 +7,12 @@ has one. Plain Python only, so that `metalora --help` loads no torch.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError
-from .shapes import parse_shapes
-
-
-def setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
-    """A field of a settings dataclass: its one description, its default, the values it may have."""
-    metadata = {"help": help, "choices": choices} if choices else {"help": help}
-    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
-
+from ..settings import setting
+from .examples.shapes import parse_shapes
 
 _VIEWS = (
     "Crops (and mirror images) of each photo that are encoded before training. 0: every batch cuts and encodes new "
@@ -308,13 +301,3 @@ class PersonalizeConfig(TrainingConfig):
 
     def _zero_or_more(self) -> tuple[str, ...]:
         return *super()._zero_or_more(), "prior_loss_weight"
-
-
-def settings_table(cls: type) -> str:
-    """The settings of a dataclass as a Markdown table, for docs/settings.md."""
-    lines = ["| Setting | Default | |", "|---|---|---|"]
-    for one in fields(cls):
-        default = one.default_factory() if one.default_factory is not MISSING else one.default
-        shown = "required" if default is MISSING else "" if default is None or default == [] else f"`{default}`"
-        lines.append(f"| `{one.name}` | {shown} | {one.metadata['help']} |".replace(" |  | ", " | | "))
-    return "\n".join(lines)

@@ -6,14 +6,24 @@ from .combine import add_weighted_subject
 from .config import MetaLoraConfig
 from .convert import to_lora
 from .down import DownSource, fingerprint, set_down_loader, set_file_check
+from .functional import (
+    fold,
+    reset_slots,
+    set_merge_backup,
+    set_subjects,
+    set_token_slots,
+    set_warmup,
+    subject_state,
+    subjects,
+    unfold,
+    write_subject,
+)
 from .layer import MetaLoraLayer
 from .linear import Linear
 from .model import MetaLoraModel
-from .plan import down_fingerprint, down_state
+from .on_model import down_fingerprint, down_state
 from .registration import MetaLoraType
-from .slots import fold, reset_slots, set_merge_backup, set_warmup, subject_state, unfold, write_subject
 from .subject_index import TokenSlots
-from .subjects import set_subjects, set_token_slots, subjects
 from .variants import init_down_from_data, lora_plus_groups
 
 __all__ = [

@@ -6,8 +6,6 @@ A user of PEFT's LoRA has two new words to learn: `meta_r` (the rank of the shar
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -192,16 +190,6 @@ class MetaLoraConfig(PeftConfig):
                 f"stage 'meta' trains its own Down, but down={self.down!r} was given. "
                 "Use stage='subject' to start from an existing Down."
             )
-
-
-def whole_paths(modules: Iterable[str]) -> str:
-    """Target modules that are these and no others; in a list, "proj_out" would match every path that ends in it."""
-    return "|".join(re.escape(module) for module in sorted(modules))
-
-
-def exceptions(values: Mapping[str, Any], default: float) -> dict[str, Any]:
-    """A pattern of ranks or alphas: the modules whose value is not the default, each by its whole path alone."""
-    return {f"^{re.escape(module)}$": value for module, value in values.items() if value != default}
 
 
 def _require_positive_int(name: str, value: Any) -> None:

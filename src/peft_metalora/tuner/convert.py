@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError, ConfigError
 from .layer import MetaLoraLayer
-from .subjects import meta_lora_layers
+from .on_model import meta_lora_layers
 
 
 @torch.no_grad()

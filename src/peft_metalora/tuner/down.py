@@ -7,7 +7,9 @@ subject's config."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -101,3 +103,16 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+_given: ContextVar[DownSource | None] = ContextVar("_given", default=None)
+
+
+@contextmanager
+def given(down: DownSource) -> Iterator[None]:
+    """Within the block, a subject that names this Down gets it as it was read, from wherever that was."""
+    token = _given.set(down)
+    try:
+        yield
+    finally:
+        _given.reset(token)

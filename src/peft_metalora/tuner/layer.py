@@ -21,11 +21,10 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ..errors import AdapterStateError
-from .bases import factor_shape
+from .base_layers import factor_shape, is_packed, unpack
 from .config import MetaLoraConfig
 from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, Downs
 from .merging import Mergeable, decomposed_norms
-from .packed import is_packed, unpack
 from .starts import start_down
 from .subject_index import Chosen, Positions, SubjectIndex, TokenSlots
 

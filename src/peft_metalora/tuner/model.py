@@ -5,8 +5,7 @@ Everything that can go wrong with a config is found by `plan_injection` before t
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,16 +16,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError, NoTargetModulesError
+from .adding import _predecessor_aside, inject_all_or_nothing, replace_target
 from .combine import add_weighted_subject
-from .config import MetaLoraConfig
-from .down import DOWN, MID_INIT, check_files
+from .down import DOWN, MID_INIT
+from .functional import set_merge_backup
 from .layer import MetaLoraLayer
-from .layers import create_layer
-from .plan import ASIDE, Plan, plan_injection
+from .on_model import meta_lora_layers
 from .registration import PREFIX
-from .slots import set_merge_backup
-from .subject_index import SubjectIndex
-from .subjects import meta_lora_layers
 
 
 class MetaLoraModel(BaseTuner):
@@ -212,93 +208,6 @@ class MetaLoraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _predecessor_aside(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Replace an adapter of that name, as PEFT's tuners do when a model is adapted again, once the new one is there.
-
-    Raises:
-        AdapterStateError: it is merged, others use its Down, or it is of another method.
-    """
-    configs = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        yield
-        return
-    before, aside = configs[adapter_name], f"{adapter_name}{ASIDE}"
-    layers = [layer for _, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
-    users = sorted({user for layer in layers for user in layer.subjects_of(adapter_name)})
-    merged = any(adapter_name in layer.merged_adapters for layer in layers)
-    if not layers or users or merged:
-        reason = f"{', '.join(map(repr, users))} use(s) its Down" if users else "merged" if merged else "no Meta-LoRA"
-        raise AdapterStateError(
-            f"The model already has an adapter {adapter_name!r}, which cannot be replaced ({reason}). Choose another "
-            "name."
-        )
-    warnings.warn(f"The model already has an adapter {adapter_name!r}. It is replaced by a new one.", stacklevel=4)
-    for layer in layers:
-        layer.rename_adapter(adapter_name, aside)
-    try:
-        yield
-    except BaseException:
-        for layer in layers:
-            layer.rename_adapter(aside, adapter_name)
-        configs[adapter_name] = before
-        raise
-    for layer in layers:
-        layer.delete_adapter(aside)
-
-
-def inject_all_or_nothing(
-    tuner: Any, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None, proceed: Callable[[], None]
-) -> None:
-    """Check an injection, let PEFT do it (`proceed`), then bind the new adapter to its Down and start it."""
-    config: MetaLoraConfig = tuner.peft_config[adapter_name]
-    try:
-        check_files(config)
-        plan = plan_injection(tuner, model, config, adapter_name, state_dict)
-    except Exception:
-        tuner.peft_config.pop(adapter_name, None)
-        # diffusers sets this flag before it injects; a model left with it could not take another adapter.
-        if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
-            model._hf_peft_config_loaded = False  # type: ignore[assignment]
-        raise
-    tuner._plan = plan
-    tuner._index = next((layer.subject_index for _, layer in meta_lora_layers(model)), None) or SubjectIndex()
-    proceed()
-    del tuner._plan
-    for path, layer in meta_lora_layers(model):
-        if adapter_name not in layer.metalora_mid:
-            continue
-        if plan.source is not None and plan.key not in layer.metalora_down:
-            layer.bind_down(plan.key, *plan.factors(path), plan.source.fingerprint)
-        if config.stage == "subject" and not layer.metalora_mid[adapter_name].is_meta and config.init_weights:
-            layer.start_slots(adapter_name, config.start)
-    for _, layer in meta_lora_layers(model):
-        layer.sync_down()
-    config.down_fingerprint = plan.fingerprint
-
-
-def replace_target(
-    tuner: Any,
-    config: MetaLoraConfig,
-    adapter_name: str,
-    target: nn.Module,
-    target_name: str,
-    parent: nn.Module,
-    current_key: str,
-) -> None:
-    """Add the adapter to a layer of ours, or put one in the place of a base layer."""
-    plan: Plan = tuner._plan
-    if isinstance(target, MetaLoraLayer):
-        target.update_layer(adapter_name, config, *plan.ranks[current_key], plan.key)
-        return
-    layer = create_layer(tuner.model, target, tuner._index)
-    layer._active_adapter = tuner.active_adapter
-    layer.update_layer(adapter_name, config, *plan.ranks[current_key], plan.key)
-    if adapter_name not in tuner.active_adapters:
-        layer.requires_grad_(False)
-    tuner._replace_module(parent, target_name, layer, target)
 
 
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError
 from .down import MID, UP
+from .on_model import meta_lora_layers
 from .starts import set_rows
-from .subjects import meta_lora_layers
 
 
 @torch.no_grad()

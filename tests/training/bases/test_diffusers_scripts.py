@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, FluxPipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from peft_metalora.training.bases import base_for
+from peft_metalora.bases import base_for
 from pipelines_tiny import tiny_flux_pipeline, tiny_sdxl_pipeline
 
 PROMPTS = ["a photo of a person , smiling", "a red shirt", "a photo", "a person"]

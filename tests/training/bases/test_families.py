@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from peft_metalora import enable_meta_lora, hub
+from peft_metalora.bases import FAMILIES, base_for
 from peft_metalora.errors import BaseModelMismatchError, ConfigError
-from peft_metalora.training.bases import FAMILIES, base_for
-from peft_metalora.training.examples import Examples
+from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.meta_train import meta_train_on
-from peft_metalora.training.personalization import Personalization
 from peft_metalora.training.personalize import personalize_many
+from peft_metalora.training.stage_2 import Personalization
 from pipelines_tiny import (
     tiny_flux2_pipeline,
     tiny_flux_pipeline,

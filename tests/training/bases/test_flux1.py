@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from peft_metalora import enable_meta_lora
+from peft_metalora.bases import base_for, load_base
 from peft_metalora.errors import BaseModelMismatchError
-from peft_metalora.training.bases import base_for, load_base
 from pipelines_tiny import tiny_flux_pipeline
 
 PROMPTS = ["a photo of a person , smiling", "a red shirt"]

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families of base models, one file each; `base_for` finds the one that a pipeline belongs to."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BaseModelMismatchError
+from .base import Base, FlowBase, Text, send
+
+# Pipeline class -> (file beside this one, class in it); loaded when a pipeline of that class is.
+FAMILIES = {
+    "Flux2KleinPipeline": ("flux2", "Flux2Klein"),
+    "FluxPipeline": ("flux1", "Flux1"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "StableDiffusionPipeline": ("sd15", "StableDiffusion15"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+}
+
+__all__ = ["FAMILIES", "Base", "FlowBase", "Text", "base_for", "load_base", "send"]
+
+
+def base_for(pipeline: Any, **options: Any) -> Base:
+    """See a pipeline as something that can be trained.
+
+    Args:
+        options: as `Base` takes them.
+
+    Raises:
+        BaseModelMismatchError: no family knows this pipeline.
+    """
+    for cls in type(pipeline).__mro__:
+        if cls.__name__ in FAMILIES:
+            file, name = FAMILIES[cls.__name__]
+            return getattr(importlib.import_module(f".{file}", __name__), name)(pipeline, **options)
+    raise BaseModelMismatchError(
+        f"expected a pipeline of one of {', '.join(sorted(FAMILIES))}, found {type(pipeline).__name__}: train on one "
+        "of those, or add its family to peft_metalora/training/bases"
+    )
+
+
+def load_base(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    local_files_only: bool = False,
+    **options: Any,
+) -> Base:
+    """Load a pipeline from a folder or a repository, on the CPU, with nothing in it to train.
+
+    Raises:
+        BaseModelMismatchError: there is no pipeline, or no family knows it.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(name_or_path), revision=revision, dtype=dtype, local_files_only=local_files_only
+        )
+    except (OSError, ValueError) as error:
+        raise BaseModelMismatchError(
+            f"expected a diffusers pipeline at {str(name_or_path)!r}, found none that loads ({error}): give a folder "
+            "or a repository id"
+        ) from error
+    base = base_for(pipeline, **options)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return base

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On which device and in which precision a base model runs."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or this process's GPU if there is one, or the CPU."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return torch.device(name or (gpu if torch.cuda.is_available() else "cpu"))
+
+
+def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """Precision of the frozen base."""
+    if mixed_precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+
+
+def autocast(mixed_precision: str, device: torch.device, *, adapter_casts: bool = False) -> Any:
+    """Context for a forward pass.
+
+    Args:
+        adapter_casts: the adapter brings its float32 factors to the precision of the base by itself, as Meta-LoRA does
+            and PEFT's LoRA does not. In bfloat16 nothing is then left for autocast to do: the base runs as pipelines
+            run it, and its norms hand on two bytes a number instead of four.
+    """
+    dtype = choose_dtype(mixed_precision, device)
+    native = dtype == torch.float32 or (dtype == torch.bfloat16 and adapter_casts)
+    return nullcontext() if native else torch.autocast(device.type, dtype)

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file format of Downs and subjects (docs/format.md): reading with every check, writing with none half done.
+
+Both are PEFT adapter folders. A *Down* holds, per module, `metalora_down`, `metalora_mid_init` (the Mid that every
+subject starts from), and the mean `metalora_mid` and `metalora_up` of stage 1. A *subject* holds `metalora_mid` and
+`metalora_up` and names its Down by reference and fingerprint. Nothing here knows the network: `hub` finds folders,
+this module reads them. Nothing here changes a model either: what comes back has been read and checked in full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import (
+    AdapterNotFoundError,
+    ConfigFormatError,
+    FingerprintMismatchError,
+    MissingDownError,
+    NonFiniteError,
+    UnsafeNameError,
+    WrongKindError,
+)
+from ..files import save_tensors, staged_folder
+from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
+from ..tuner.ranks import exceptions, module_alpha, whole_paths
+from .base_model import PREFIX, REPO_ID, bare_model, base_model_name
+from .config_file import CONFIG_FILE, FORMAT_VERSION, config_json, read_config
+from .factors import (
+    DOWN_PARTS,
+    SUBJECT_PARTS,
+    WEIGHTS_FILE,
+    SubjectSource,
+    check_subject_on_down,
+    holds_embeddings,
+    read_factors,
+)
+from .folded import FOLD_FILE, LoraPair, component_name, fold_subject, save_diffusers
+
+FindDown = Callable[[MetaLoraConfig, Path], DownSource]
+
+
+# Reading
+
+
+def load_down(folder: str | os.PathLike[str], *, expected_fingerprint: str | None = None) -> DownSource:
+    """Read a Down from a local folder, with every check that needs no model.
+
+    Args:
+        folder: a folder that `save_down` or PEFT's `save_pretrained` wrote.
+        expected_fingerprint: what a subject says its Down is.
+
+    Returns:
+        Down, the shared Mid start and the mean Mid and Up, keyed by `{module}.metalora_down` and so on.
+
+    Raises:
+        WrongKindError: the folder holds a subject or another adapter.
+        FingerprintMismatchError: it is another Down than the one that was asked for.
+        ArtefactNotFoundError, ConfigFormatError, FormatVersionError, CorruptFileError, PickleRefusedError,
+        UnsafeNameError, MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError, TensorDtypeError,
+        NonFiniteError: the file is not what the format says.
+    """
+    path = Path(folder)
+    config = read_config(path)
+    _require_stage(config, "meta", path)
+    tensors = read_factors(path, config, DOWN_PARTS)
+    found = fingerprint(tensors)
+    for expected in (config.down_fingerprint, expected_fingerprint):
+        if expected is not None and expected != found:
+            raise FingerprintMismatchError(
+                f"{path}: expected the Down {expected[:16]}…, found {found[:16]}…. "
+                "Load the Down that the subject was trained on (its adapter_config.json names it)."
+            )
+    return DownSource(config=_canonical(config, tensors), tensors=tensors, fingerprint=found)
+
+
+def load_subject(folder: str | os.PathLike[str], *, find_down: FindDown | None = None) -> SubjectSource:
+    """Read a subject from a local folder, and the Down it names.
+
+    Args:
+        folder: a folder that `save_subject` or PEFT's `save_pretrained` wrote.
+        find_down: gives the Down for a subject's configuration and folder; without it the Down must lie in a local
+            folder (`hub.load_subject` also knows repositories).
+
+    Raises:
+        MissingDownError: the subject names no Down that can be found.
+        Everything that `load_down` raises.
+    """
+    path = Path(folder)
+    config = read_config(path)
+    _require_stage(config, "subject", path)
+    if config.down_fingerprint is None:
+        raise ConfigFormatError(
+            f"{path}: expected down_fingerprint in {CONFIG_FILE}, found none. Save the subject again."
+        )
+    tensors = read_factors(path, config, SUBJECT_PARTS)
+    down = (find_down or find_local_down)(config, path)
+    if down.fingerprint != config.down_fingerprint:
+        raise FingerprintMismatchError(
+            f"{path}: expected to stand on the Down {config.down_fingerprint[:16]}…, found {down.fingerprint[:16]}…. "
+            f"Give it the Down that it names: {config.down}."
+        )
+    check_subject_on_down(tensors, down.tensors, path)
+    return SubjectSource(_canonical(config, tensors), tensors, down)
+
+
+def check_files(folder: Path, config: MetaLoraConfig) -> None:
+    """Check the tensors' file of an adapter that PEFT is about to load, its configuration read already.
+
+    An adapter with further trained modules, or embeddings that PEFT saved along, is left to PEFT: the format knows
+    factors alone.
+
+    Raises:
+        As `load_down`.
+    """
+    more = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
+    if not more and not holds_embeddings(folder):
+        read_factors(folder, config, DOWN_PARTS if config.stage == "meta" else SUBJECT_PARTS)
+
+
+def find_local_down(config: MetaLoraConfig, folder: Path) -> DownSource:
+    """The Down that a subject in `folder` names by a path; raises MissingDownError when it names none that is here."""
+    reference = down_reference(config, folder)
+    if isinstance(reference, str):
+        raise MissingDownError(
+            f"{folder}: expected its Down in a local folder, found the name of a repository, {reference}. "
+            "Load it with peft_metalora.load_subject, which downloads, or load the Down first."
+        )
+    return load_down(reference, expected_fingerprint=config.down_fingerprint)
+
+
+def down_reference(config: MetaLoraConfig, folder: Path) -> Path | str:
+    """Where a subject's Down is: a local folder, or a repository id.
+
+    A relative path starts at the subject's folder and stays inside the folder around it; an absolute one is taken as
+    it is.
+
+    Raises:
+        MissingDownError: nothing is named, or what is named is neither here nor a repository id.
+        UnsafeNameError: the path leads out of the folder around the subject.
+    """
+    name = config.down
+    if name is None or not name.strip():
+        raise MissingDownError(
+            f"{folder}: expected the name of a Down, found none. Load its Down first "
+            f"(fingerprint {str(config.down_fingerprint)[:16]}…), or save the subject with down=..."
+        )
+    if "\0" in name or "\\" in name or name.startswith("~") or re.match(r"[A-Za-z]:", name):
+        raise _unsafe_path(name, folder)
+    if os.path.isabs(name):
+        found = Path(name)
+    else:
+        around = Path(os.path.abspath(folder)).parent
+        found = Path(os.path.normpath(around / Path(os.path.abspath(folder)).name / name))
+        if not found.is_relative_to(around) or found == around:
+            raise _unsafe_path(name, folder)
+    if os.path.isdir(found):
+        return found
+    if REPO_ID.fullmatch(name) and ".." not in name:
+        return name
+    raise MissingDownError(
+        f"{folder}: expected the Down {name!r} as a folder at {found} or as a repository id, found neither. "
+        "Put the folder there, or load its Down first."
+    )
+
+
+def _unsafe_path(name: str, folder: Path) -> UnsafeNameError:
+    return UnsafeNameError(
+        f"{folder}: expected a Down beside the subject or below it, found the path {name[:80]!r}. "
+        "Put both into one folder, or name the Down's repository."
+    )
+
+
+def _require_stage(config: MetaLoraConfig, stage: str, path: Path) -> None:
+    if config.stage != stage:
+        raise WrongKindError(
+            f"{path}: expected a {'Down' if stage == 'meta' else 'subject'} (stage {stage!r}), found stage "
+            f"{config.stage!r}. Use load_{'subject' if stage == 'meta' else 'down'}."
+        )
+
+
+def _canonical(config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> MetaLoraConfig:
+    """The configuration with its modules spelt out: a file's own patterns are never matched against a model."""
+    return dataclasses.replace(
+        config,
+        target_modules=whole_paths({name.rpartition(".")[0] for name in tensors}),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+
+
+# Writing
+
+
+def save_down(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    facts: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+) -> Path:
+    """Write a stage-`meta` adapter as a Down: its Down, the shared Mid start, and the mean Mid and Up of its slots.
+
+    Args:
+        folder: written all at once; an older Down in it is replaced.
+        model: anything that holds the adapter (a PeftModel, an injected or a diffusers model).
+        facts: plain JSON about the training (domain, subjects, steps, recipe), kept in the configuration.
+        base_model: repository id or path of the base; by default what the model remembers.
+        base_revision: its revision.
+
+    Returns:
+        The folder.
+
+    Raises:
+        WrongKindError: the adapter is a subject.
+        NonFiniteError: a tensor holds NaN or infinity.
+        WriteFailedError: the disk refuses; what was there is unchanged.
+    """
+    config = _adapter_config(model, adapter_name, "meta")
+    tensors = down_state(model, adapter_name)
+    for part in ("metalora_mid", "metalora_up"):
+        for name in [name for name in tensors if name.endswith(part)]:
+            tensors[name] = tensors[name].mean(dim=0, keepdim=True)
+    config = _with_plain_patterns(config, tensors)
+    config = _file_config(config, model, facts, base_model, base_revision, down_fingerprint=fingerprint(tensors))
+    return write_artefact(Path(folder), config, tensors)
+
+
+def save_subject(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    slot: int = 0,
+    down: str | os.PathLike[str] | None = None,
+    down_revision: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    fold: bool = True,
+) -> Path:
+    """Write one slot of a stage-`subject` adapter as a subject, with its exact fold as an ordinary LoRA beside it.
+
+    Args:
+        folder: written all at once; an older subject in it is replaced.
+        slot: which of the adapter's subjects.
+        down: the Down to name, as a local folder (written as a relative path when it lies beside the subject) or a
+            repository id; by default what the adapter's configuration names.
+        fold: whether to ship `pytorch_lora_weights.safetensors`, which plain diffusers loads.
+
+    Returns:
+        The folder.
+
+    Raises:
+        As `save_down`.
+    """
+    target = Path(folder)
+    config = _adapter_config(model, adapter_name, "subject")
+    tensors = subject_state(model, adapter_name, slot)
+    factors = down_state(model, adapter_name)
+    reference = reference_to_write(str(down) if down is not None else config.down, target)
+    config = _file_config(
+        _with_plain_patterns(config, tensors),
+        model,
+        facts,
+        base_model,
+        base_revision,
+        down=reference,
+        down_revision=down_revision if down is not None else config.down_revision,
+        down_fingerprint=down_fingerprint(model, adapter_name),
+    )
+    # DoRA rescales the weight itself, which no ordinary LoRA can say.
+    pairs = fold_subject(config, factors, tensors) if fold and not config.use_dora else {}
+    return write_artefact(target, config, tensors, pairs)
+
+
+def _adapter_config(model: nn.Module, adapter_name: str, stage: str) -> MetaLoraConfig:
+    configs = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, MetaLoraConfig):
+        raise AdapterNotFoundError(
+            f"expected a Meta-LoRA adapter named {adapter_name!r}, found {sorted(configs) or 'no adapters'}. "
+            "Give the name of one of them."
+        )
+    _require_stage(config, stage, Path(adapter_name))
+    if config.bias != "none" or config.modules_to_save:
+        raise ConfigFormatError(
+            f"expected bias='none' and no modules_to_save, found {config.bias!r} and {config.modules_to_save}: the "
+            "files of Downs and subjects hold factors alone. Use PEFT's save_pretrained for this adapter."
+        )
+    return config
+
+
+def _with_plain_patterns(config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> MetaLoraConfig:
+    """Ranks and scales that differ, by whole module paths: expressions of any other kind are refused on reading."""
+    if not (config.rank_pattern or config.meta_rank_pattern or config.alpha_pattern):
+        return config
+    mids = {name.rpartition(".")[0]: tensor for name, tensor in tensors.items() if name.endswith(".metalora_mid")}
+    alphas = {module: module_alpha(config, module) for module in mids}
+
+    return dataclasses.replace(
+        config,
+        rank_pattern=exceptions({module: mid.shape[1] for module, mid in mids.items()}, config.r),
+        meta_rank_pattern=exceptions({module: mid.shape[2] for module, mid in mids.items()}, config.meta_r),
+        alpha_pattern=exceptions(alphas, config.lora_alpha),
+    )
+
+
+def _file_config(
+    config: MetaLoraConfig,
+    model: nn.Module,
+    facts: Mapping[str, Any] | None,
+    base_model: str | None,
+    base_revision: str | None,
+    **changes: Any,
+) -> MetaLoraConfig:
+    inner = bare_model(model)
+    fields: dict[str, Any] = {
+        "num_slots": 1,
+        "inference_mode": True,
+        "init_weights": True,
+        "format_version": FORMAT_VERSION,
+        "facts": dict(facts) if facts is not None else config.facts,
+        "base_model_name_or_path": base_model or config.base_model_name_or_path or base_model_name(model),
+        "revision": base_revision or config.revision,
+        "auto_mapping": {
+            "base_model_class": type(inner).__name__,
+            "parent_library": type(inner).__module__.partition(".")[0],
+        },
+    }
+    return dataclasses.replace(config, **fields, **changes)
+
+
+def reference_to_write(reference: str | None, folder: Path) -> str | None:
+    """A path beside the subject is written as a relative one, so that both can move together."""
+    if reference is None or not os.path.isdir(reference):
+        return reference
+    around = Path(os.path.abspath(folder)).parent
+    found = Path(os.path.abspath(reference))
+    return (
+        PurePosixPath(os.path.relpath(found, around / folder.name)).as_posix()
+        if found.is_relative_to(around)
+        else str(found)
+    )
+
+
+def write_artefact(
+    folder: Path,
+    config: MetaLoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    fold: Mapping[str, LoraPair] | None = None,
+) -> Path:
+    """Write the two files of an artefact, and a fold beside them if one is given, all or nothing.
+
+    Raises:
+        NonFiniteError, WriteFailedError
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{folder}: expected finite numbers in {name}, found NaN or infinity. "
+                "Lower the learning rate, or save an earlier step."
+            )
+    with staged_folder(folder) as stage:
+        save_tensors(stage / WEIGHTS_FILE, {PREFIX + name: tensor for name, tensor in tensors.items()})
+        if fold:
+            save_diffusers(stage / FOLD_FILE, fold, component_name(config))
+        (stage / CONFIG_FILE).write_bytes(config_json(config))
+    return folder

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a Down was made for a base model: its name, where both are known, and the shapes of the adapted layers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from ..errors import BaseModelMismatchError
+from ..tuner import DownSource
+
+PREFIX = "base_model.model."
+REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+def check_fits(model: nn.Module, source: DownSource, *, name: str = "this Down") -> None:
+    """Check that a Down was made for this base model: its modules are there, with these inputs and outputs.
+
+    The model's name is compared as well when the Down names a Hub repository and the model knows one.
+
+    Raises:
+        BaseModelMismatchError
+    """
+    wanted, has = source.config.base_model_name_or_path, base_model_name(model)
+    if wanted and has and wanted != has and REPO_ID.fullmatch(wanted) and REPO_ID.fullmatch(has):
+        raise BaseModelMismatchError(
+            f"{name}: expected the base model {wanted}, found {has}. Load it on the base that it was trained on."
+        )
+    layers = base_layers(model)
+    modules = sorted({key.rpartition(".")[0] for key in source.tensors})
+    absent = [module for module in modules if module not in layers]
+    if absent:
+        raise BaseModelMismatchError(
+            f"{name}: expected a base model{f' ({wanted})' if wanted else ''} with the module {absent[0]}, "
+            f"found a {type(model).__name__} without. Load it on the base that it was trained on."
+        )
+    for module in modules:
+        down, up = source.tensors[f"{module}.metalora_down"], source.tensors.get(f"{module}.metalora_up")
+        found = layer_shape(layers[module])
+        expected = (up.shape[1] if up is not None else found[0], *down.shape[1:])
+        if found != expected:
+            raise BaseModelMismatchError(
+                f"{name}: expected a base model{f' ({wanted})' if wanted else ''} whose {module} is {expected}, "
+                f"found {found} (outputs, inputs). Load it on the base that it was trained on."
+            )
+
+
+def base_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that an adapter could stand on, by the path they have without any adapter around them."""
+    layers = {}
+    for path, module in model.named_modules():
+        path = path.removeprefix(PREFIX)
+        if ".base_layer" in path or path.startswith("base_layer"):
+            continue
+        while hasattr(module, "base_layer"):
+            module = module.base_layer
+        layers[path] = module
+    return layers
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, ...]:
+    """(outputs, inputs), or (outputs, inputs, kernel...) of a linear layer or a convolution; () of anything else."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return (int(layer.out_features), int(layer.in_features))  # type: ignore[arg-type]
+    if hasattr(layer, "kernel_size") and hasattr(layer, "in_channels"):
+        return (int(layer.out_channels), int(layer.in_channels), *layer.kernel_size)  # type: ignore[arg-type, misc]
+    return ()
+
+
+def bare_model(model: Any) -> Any:
+    """The model itself, out of a PeftModel and torch.compile's wrapper."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """The repository id or path that a diffusers or transformers model was loaded from."""
+    inner = bare_model(model)
+    name = getattr(getattr(inner, "config", None), "_name_or_path", None) or getattr(inner, "name_or_path", None)
+    return name if isinstance(name, str) and name else None

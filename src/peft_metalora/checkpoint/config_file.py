@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adapter_config.json` of Downs and subjects: read with each field checked against its type, written in one order.
+
+A configuration from a file is as untrusted as its tensors: expressions in it are limited to what cannot be made slow,
+numbers to what a model can hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigFormatError, FormatVersionError, MetaLoraError, WrongKindError
+from ..tuner import MetaLoraConfig
+from .untrusted import read_json
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+PEFT_TYPE = "META_LORA"
+_PATTERN_KEY = re.compile(r"\^?[A-Za-z0-9_\\.-]+\$?")
+
+
+def read_config(folder: str | os.PathLike[str]) -> MetaLoraConfig:
+    """Read `adapter_config.json` of a Down or a subject, each field checked against its type.
+
+    Fields that this release does not know are left out, as PEFT does, so that a newer PEFT's additions do no harm.
+
+    Raises:
+        ArtefactNotFoundError, CorruptFileError: there is none, or it is no JSON object.
+        WrongKindError: it is another adapter's.
+        FormatVersionError: a newer release wrote it.
+        ConfigFormatError: a field is of the wrong type or has a value that cannot be.
+    """
+    path = Path(folder) / CONFIG_FILE
+    table = read_json(path)
+    if table.get("peft_type") != PEFT_TYPE:
+        raise WrongKindError(
+            f"{path}: expected peft_type {PEFT_TYPE}, found {str(table.get('peft_type'))[:40]!r}. "
+            "Load ordinary adapters with PEFT or pipe.load_lora_weights."
+        )
+    version = table.get("format_version", FORMAT_VERSION)
+    if type(version) is not int or version < 1:
+        raise _bad_field(path, "format_version", "a whole number from 1", version)
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: expected format version {FORMAT_VERSION} or older, found {version}. "
+            "Upgrade: pip install -U peft-metalora."
+        )
+    hints = typing.get_type_hints(MetaLoraConfig)
+    known = {field.name for field in dataclasses.fields(MetaLoraConfig)}
+    values = {name: value for name, value in table.items() if name in known}
+    for name, value in values.items():
+        if not _matches(value, hints[name]):
+            raise _bad_field(path, name, str(hints[name]).replace("typing.", ""), value)
+    _check_values(values, path)
+    try:
+        return MetaLoraConfig(**values)
+    except (MetaLoraError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise ConfigFormatError(f"{path}: expected a configuration that can be, found: {error}") from error
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type; sets arrive as lists, floats may arrive as whole numbers."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, part) for part in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (list, set, tuple, frozenset) or hint in (list, set, tuple):
+        return isinstance(value, list) and all(any(_matches(v, part) for part in inner or (Any,)) for v in value)
+    if origin is dict or hint is dict:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return isinstance(value, dict) and (
+            not inner or all(_matches(k, inner[0]) and _matches(v, inner[1]) for k, v in pairs)
+        )
+    if isinstance(hint, type) and issubclass(hint, str):
+        return isinstance(value, str)
+    if hint in (int, float):
+        return type(value) is int or (hint is float and type(value) is float)
+    return isinstance(hint, type) and isinstance(value, hint)
+
+
+def _check_values(values: Mapping[str, Any], path: Path) -> None:
+    for name in ("r", "meta_r", "num_slots"):
+        if name in values and not 1 <= values[name] <= 2**20:
+            raise _bad_field(path, name, "a number from 1 to 2**20", values[name])
+    for name in ("rank_pattern", "meta_rank_pattern", "alpha_pattern"):
+        for key, value in (values.get(name) or {}).items():
+            # Keys are used as regular expressions: without repetition none of them can be made slow.
+            if not _PATTERN_KEY.fullmatch(key) or len(key) > 256 or not _compiles(key):
+                raise _bad_field(path, name, "module names as keys", key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 2**20:
+                raise _bad_field(path, name, "positive numbers as values", value)
+    alphas = [values.get("lora_alpha"), *(values.get("alpha_pattern") or {}).values()]
+    if any(alpha is not None and not (math.isfinite(alpha) and abs(alpha) <= 65504) for alpha in alphas):
+        raise _bad_field(path, "lora_alpha", "a number that half precision can hold", values.get("lora_alpha"))
+    if values.get("modules_to_save") or values.get("bias", "none") != "none":
+        raise _bad_field(path, "modules_to_save and bias", "none", (values.get("modules_to_save"), values.get("bias")))
+    if values.get("trainable_token_indices"):
+        raise _bad_field(path, "trainable_token_indices", "none", values["trainable_token_indices"])
+    named = values.get("down_fingerprint")
+    if named is not None and not re.fullmatch(r"[0-9a-f]{64}", named):
+        raise _bad_field(path, "down_fingerprint", "64 hexadecimal digits", named)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _bad_field(path: Path, name: str, expected: str, value: Any) -> ConfigFormatError:
+    return ConfigFormatError(
+        f"{path}: expected {name} to be {expected}, found {str(value)[:60]!r} ({type(value).__name__}). "
+        "Fetch the file again, or save it again with this release."
+    )
+
+
+def config_json(config: MetaLoraConfig) -> bytes:
+    """`adapter_config.json` with its fields and sets in order, so that equal configurations are equal files."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (set, frozenset)):
+            return sorted(value)
+        raise ConfigFormatError(
+            f"expected facts of plain JSON, found a {type(value).__name__}. Give text, numbers, lists."
+        )
+
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain, allow_nan=False).encode()

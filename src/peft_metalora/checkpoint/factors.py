@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The factor tensors of Downs and subjects: ranks and scales by module, and files checked before they are read."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import ForeignKeysError, MissingKeysError, NonFiniteError, RankMismatchError, ShapeMismatchError
+from ..tuner import DownSource, MetaLoraConfig
+from ..tuner.ranks import module_meta_rank, module_rank
+from .base_model import PREFIX
+from .config_file import CONFIG_FILE
+from .untrusted import Header, read_header, read_tensors, require_safe_file
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+DOWN_PARTS = ("metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up")
+SUBJECT_PARTS = ("metalora_mid", "metalora_up")
+MAGNITUDE = "metalora_magnitude"
+# Modules that PEFT saves beside an adapter by itself, after new tokens were added (save_embedding_layers).
+EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "token_embedding", "shared"}
+
+
+@dataclass(frozen=True)
+class SubjectSource:
+    """A subject that has been read and checked, with the Down it stands on.
+
+    Attributes:
+        config: its configuration, with `target_modules` an expression that names each module.
+        tensors: `{module}.metalora_mid` (1, r, meta_r) and `{module}.metalora_up` (1, d_out, r), on the CPU.
+        down: the Down whose fingerprint the subject names.
+    """
+
+    config: MetaLoraConfig
+    tensors: dict[str, torch.Tensor]
+    down: DownSource
+
+
+def read_factors(folder: Path, config: MetaLoraConfig, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        require_safe_file(folder / "adapter_model.bin")
+    raw = read_tensors(path, check=lambda header: _check_header(header, config, parts, path))
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in raw.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{path}: expected finite numbers in {name}, found NaN or infinity. The training diverged or the file "
+                "is damaged: use an earlier checkpoint, or fetch it again."
+            )
+    return tensors
+
+
+def holds_embeddings(folder: Path) -> bool:
+    """Whether PEFT saved a model's embeddings beside an adapter; raises as `read_tensors` does."""
+    path = folder / WEIGHTS_FILE
+    return path.exists() and any(EMBEDDINGS & set(name.split(".")[-2:-1]) for name in read_header(path).entries)
+
+
+def _check_header(header: Header, config: MetaLoraConfig, parts: tuple[str, ...], path: Path) -> None:
+    shapes = {name.removeprefix(PREFIX): entry.shape for name, entry in header.entries.items()}
+    if len(shapes) != len(header.entries):
+        raise ForeignKeysError(
+            f"{path}: expected each tensor once, found some with and without {PREFIX}. Save it again."
+        )
+    modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, shape in shapes.items():
+        module, _, part = name.rpartition(".")
+        if (part not in parts and not (part == MAGNITUDE and config.use_dora)) or not module:
+            raise ForeignKeysError(
+                f"{path}: expected tensors named {listed(parts)}, found {name}. Save it again without it."
+            )
+        modules[module][part] = shape
+    if not modules:
+        raise MissingKeysError(f"{path}: expected tensors named {listed(parts)}, found none. Save it again.")
+    for module, found in modules.items():
+        needed = (*parts, MAGNITUDE) if config.use_dora and config.stage == "subject" else parts
+        missing = [part for part in needed if part not in found]
+        if missing:
+            raise MissingKeysError(
+                f"{path}: expected {listed(parts)} in {module}, found no {listed(missing)}. Save it again."
+            )
+        _check_shapes(module, found, config, path)
+
+
+def _check_shapes(module: str, found: Mapping[str, tuple[int, ...]], config: MetaLoraConfig, path: Path) -> None:
+    rank, meta_rank = module_rank(config, module), module_meta_rank(config, module)
+    mid, up, down = found["metalora_mid"], found["metalora_up"], found.get("metalora_down")
+    if len(mid) != 3 or len(up) != 3 or mid[0] != config.num_slots or up[0] != config.num_slots:
+        raise _bad_shape(path, module, f"Mid and Up with {config.num_slots} slots", f"{mid} and {up}")
+    if down is not None and len(down) not in (2, 3, 4, 5):
+        raise _bad_shape(path, module, "Down (meta_r, d_in) or a convolution's", str(down))
+    if mid[1] != rank or up[2] != rank or mid[2] != meta_rank or (down is not None and down[0] != meta_rank):
+        raise RankMismatchError(
+            f"{path}: expected r={rank} and meta_r={meta_rank} in {module}, as {CONFIG_FILE} says, found Mid {mid}, "
+            f"Up {up}{f', Down {down}' if down else ''}. Fetch both files again, from one place."
+        )
+    if MAGNITUDE in found and found[MAGNITUDE] != up[:2]:
+        raise _bad_shape(path, module, f"the magnitudes of shape {up[:2]}", str(found[MAGNITUDE]))
+    if "metalora_mid_init" in found and found["metalora_mid_init"] != mid[1:]:
+        raise _bad_shape(path, module, f"the Mid start of shape {mid[1:]}", str(found["metalora_mid_init"]))
+
+
+def _bad_shape(path: Path | str, module: str, expected: str, found: str) -> ShapeMismatchError:
+    return ShapeMismatchError(f"{path}: expected {expected} in {module}, found {found}. Fetch or save the file again.")
+
+
+def listed(names: Iterable[str], limit: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def check_subject_on_down(
+    subject: Mapping[str, torch.Tensor], down: Mapping[str, torch.Tensor], path: str | os.PathLike[str]
+) -> None:
+    """Check that a subject has the modules and the shapes of its Down.
+
+    Raises:
+        MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError
+    """
+    mine = {name.rpartition(".")[0] for name in subject}
+    its = {name.rpartition(".")[0] for name in down}
+    if its - mine:
+        raise MissingKeysError(
+            f"{path}: expected the modules of its Down, found no {listed(its - mine)}. Save it again."
+        )
+    if mine - its:
+        raise ForeignKeysError(
+            f"{path}: expected the modules of its Down alone, found {listed(mine - its)}. Save it again."
+        )
+    for module in mine:
+        meta_rank = down[f"{module}.metalora_down"].shape[0]
+        if subject[f"{module}.metalora_mid"].shape[2] != meta_rank:
+            raise RankMismatchError(
+                f"{path}: expected meta_r={meta_rank} in {module}, as its Down has, found "
+                f"{subject[f'{module}.metalora_mid'].shape[2]}. Use the Down that the subject was trained on."
+            )
+        mean = down.get(f"{module}.metalora_up")
+        if mean is not None and mean.shape[1] != subject[f"{module}.metalora_up"].shape[1]:
+            raise _bad_shape(
+                str(path),
+                module,
+                f"Up with {mean.shape[1]} outputs",
+                str(tuple(subject[f"{module}.metalora_up"].shape)),
+            )

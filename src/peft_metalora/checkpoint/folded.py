@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact fold of a subject: Mid @ Down and Up as the ordinary LoRA that lies beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..files import save_tensors
+from ..tuner import MetaLoraConfig
+from ..tuner.ranks import module_scaling
+
+FOLD_FILE = "pytorch_lora_weights.safetensors"
+
+
+class LoraPair(NamedTuple):
+    """An ordinary LoRA on one module: a (r, d_in) and b (d_out, r); convolutions keep their kernel in a."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def fold_subject(
+    config: MetaLoraConfig, down: Mapping[str, torch.Tensor], subject: Mapping[str, torch.Tensor]
+) -> dict[str, LoraPair]:
+    """Fold each module's three factors into two.
+
+    Args:
+        config: the subject's.
+        down: `{module}.metalora_down` (meta_r, d_in), or a convolution's (meta_r, d_in, kh, kw).
+        subject: `{module}.metalora_mid` (1, r, meta_r) and `{module}.metalora_up` (1, d_out, r).
+
+    Returns:
+        A pair a module, in the order of the modules' names and in Mid's dtype; products are taken in float32 or better.
+    """
+    pairs = {}
+    for module in sorted({name.rpartition(".")[0] for name in subject}):
+        mid, up = subject[f"{module}.metalora_mid"][0], subject[f"{module}.metalora_up"][0]
+        factor = down[f"{module}.metalora_down"].to(mid.device)
+        wide = torch.promote_types(mid.dtype, torch.float32)
+        a = (mid.to(wide) @ factor.flatten(1).to(wide)).reshape(mid.shape[0], *factor.shape[1:])
+        b = (up.to(wide) * module_scaling(config, module)).reshape(*up.shape, *[1] * (factor.ndim - 2))
+        pairs[module] = LoraPair(a.to(mid.dtype), b.to(mid.dtype))
+    return pairs
+
+
+def component_name(config: MetaLoraConfig) -> str:
+    """The name that a diffusers pipeline gives the adapted model: "unet" or "transformer"."""
+    return "unet" if "UNet" in _model_class(config) else "transformer"
+
+
+def _model_class(config: MetaLoraConfig) -> str:
+    return (config.auto_mapping or {}).get("base_model_class", "")
+
+
+def save_diffusers(path: Path, pairs: Mapping[str, LoraPair], component: str) -> None:
+    """Write `pytorch_lora_weights.safetensors` in place; `component` is "unet" or "transformer"."""
+    save_tensors(path, _with_names(pairs, component + ".{}"))
+
+
+def _with_names(pairs: Mapping[str, LoraPair], name: str) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for module, pair in pairs.items():
+        tensors[f"{name.format(module)}.lora_A.weight"] = pair.a
+        tensors[f"{name.format(module)}.lora_B.weight"] = pair.b
+    return tensors

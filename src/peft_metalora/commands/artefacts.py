@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `metalora push`, `pull`, `export` and `project` do, and their settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..checkpoint.config_file import read_config
+from ..hub.loading import load_down, load_subject
+from ..hub.publishing import pull, push_down, push_subject
+from ..lora.export import FORMATS, export_subject
+from ..lora.projection import project
+
+
+@dataclass(kw_only=True)
+class PushConfig:
+    """Publish a Down or a subject on the Hub; a subject is private unless you say --public."""
+
+    folder: str = field(metadata={"help": "Folder of the Down or the subject."})
+    repo_id: str = field(metadata={"help": "Repository to push to, owner/name; made if there is none."})
+    down: str | None = field(default=None, metadata={"help": "Repository of the subject's Down, if it names a folder."})
+    down_revision: str | None = field(default=None, metadata={"help": "Revision of the Down. Default: its newest."})
+    public: bool | None = field(
+        default=None, metadata={"help": "Whether everybody may see it. Default: a Down yes, a subject no."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to. Default: main."})
+    image: list[str] = field(default_factory=list, metadata={"help": "Pictures for the card's gallery."})
+    prompt: list[str] = field(default_factory=list, metadata={"help": "The prompts of the pictures, in their order."})
+
+
+@dataclass(kw_only=True)
+class PullConfig:
+    """Download a Down or a subject (and its Down) and check it, so that it loads offline."""
+
+    repo_id: str = field(metadata={"help": "Repository, owner/name."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for a copy. Default: the Hub's cache alone."}
+    )
+    subfolder: str | None = field(default=None, metadata={"help": "Folder inside the repository."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """Write a subject as an ordinary LoRA for another tool, exactly, its scale folded in."""
+
+    subject: str = field(metadata={"help": "Folder or repository of the subject."})
+    output: str = field(metadata={"help": "File (.safetensors) or folder to write."})
+    format: str = field(default="diffusers", metadata={"help": "The tool that shall read it.", "choices": FORMATS})
+
+
+@dataclass(kw_only=True)
+class ProjectConfig:
+    """Bring an ordinary LoRA onto a Down: the subject that comes nearest to it."""
+
+    lora: str = field(metadata={"help": "File or folder of the LoRA, in diffusers' or PEFT's format."})
+    down: str = field(metadata={"help": "Folder or repository of the Down."})
+    output_dir: str = field(metadata={"help": "Folder for the subject."})
+    down_revision: str | None = field(default=None, metadata={"help": "Revision of the Down's repository."})
+
+
+def run_push(config: PushConfig) -> str:
+    """Push, and say where to and who sees it."""
+    gallery = {path: "".join(config.prompt[index : index + 1]) for index, path in enumerate(config.image)}
+    is_down = read_config(config.folder).stage == "meta"
+    public = is_down if config.public is None else config.public
+    if is_down:
+        push_down(config.folder, config.repo_id, private=not public, gallery=gallery, revision=config.revision)
+    else:
+        push_subject(
+            config.folder,
+            config.repo_id,
+            private=not public,
+            down=config.down,
+            down_revision=config.down_revision,
+            gallery=gallery,
+            revision=config.revision,
+        )
+    return f"pushed a {'Down' if is_down else 'subject'} to {config.repo_id}, {'public' if public else 'private'}"
+
+
+def run_pull(config: PullConfig) -> str:
+    """Pull, and say where it lies."""
+    place = pull(config.repo_id, config.output_dir, subfolder=config.subfolder, revision=config.revision)
+    return f"{config.repo_id} is checked and lies in {place}"
+
+
+def run_export(config: ExportConfig) -> str:
+    """Export, and say where to."""
+    return f"wrote {export_subject(load_subject(config.subject), config.output, config.format)}"
+
+
+def run_project(config: ProjectConfig) -> str:
+    """Project, and say the relative error of each layer."""
+    down = load_down(config.down, revision=config.down_revision)
+    local = str(Path(config.down).resolve()) if Path(config.down).is_dir() else config.down
+    done = project(config.lora, down, config.output_dir, down_reference=local, down_revision=config.down_revision)
+    width = max(map(len, [*done.relative_error, *done.dropped]))
+    lines = [f"{module:<{width}}  {error:.4f}" for module, error in done.relative_error.items()]
+    lines += [f"{module:<{width}}  dropped: the Down lacks this layer" for module in done.dropped]
+    lines += [f"relative error of all layers together: {done.total_error:.4f}", f"wrote {done.folder}"]
+    return "\n".join(lines)

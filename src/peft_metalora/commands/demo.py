@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`metalora demo` and `metalora demo-data`, and their settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """The whole method on the embedded base: one held-out person, learned from one image in two ways."""
+
+    output_dir: str = field(default=".", metadata={"help": "Folder for demo.png, demo-two.png and demo.json."})
+
+
+@dataclass(kw_only=True)
+class DemoDataConfig:
+    """Draw the demo's faces as an ordinary data set."""
+
+    output_dir: str = field(
+        metadata={"help": "Folder to write: <subject>/<n>.png and metadata.jsonl.", "positional": "DIR"}
+    )
+    split: str = field(
+        default="meta",
+        metadata={
+            "help": "Which people: those of meta-training, those that learning rates are chosen on, held-out ones that "
+            "no network of the demo has seen, or any others.",
+            "choices": ("meta", "tune", "held-out", "base"),
+        },
+    )
+    subjects: int = field(default=16, metadata={"help": "Number of people."})
+    images_per_subject: int = field(default=8, metadata={"help": "Images of each person."})
+    size: int = field(default=64, metadata={"help": "Height and width in pixels."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
+    conditions: bool = field(
+        default=False, metadata={"help": "Also write photos of strongly turned heads, for evaluate --degrade yaw."}
+    )
+
+
+def run_demo(config: DemoConfig) -> str:
+    """Run the demo, and name its files."""
+    from ..demo import run
+
+    run.run_demo(config.output_dir)
+    return "wrote " + ", ".join(f"{config.output_dir}/{name}" for name in ("demo.png", "demo-two.png", "demo.json"))
+
+
+def run_demo_data(config: DemoDataConfig) -> str:
+    """Draw a data set, and say where it lies."""
+    from ..demo.faces import write_dataset
+
+    write_dataset(
+        config.output_dir,
+        config.split,
+        config.subjects,
+        config.images_per_subject,
+        size=config.size,
+        seed=config.seed,
+        conditions=config.conditions,
+    )
+    return f"wrote {config.subjects} people to {config.output_dir}"

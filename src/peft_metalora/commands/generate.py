@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of subjects from prompts: load a base and subjects, draw, write PNG files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..settings import setting
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """Which images to draw: every prompt for every subject.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    pretrained_model_name_or_path: str = setting("Base model: a diffusers folder or a repository id.")
+    output_dir: str = setting("Folder for the images, <subject>-<prompt number>-<image number>.png.")
+    prompt: list[str] = field(metadata={"help": "One or more prompts."})
+    subject: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Subjects (or Downs, which show their mean subject): folders or repository ids. None: the base."
+        },
+    )
+    num_images_per_prompt: int = setting("Images of each subject and prompt.", 1)
+    num_inference_steps: int = setting("Steps of the sampler.", 28)
+    guidance_scale: float | None = setting("Guidance. Default: the pipeline's own.", None)
+    resolution: int | None = setting("Height and width in pixels. Default: the pipeline's own.", None)
+    max_sequence_length: int | None = setting(
+        "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
+    )
+    mixed_precision: str = setting(
+        "Precision of the model; 'auto' is bf16 on a GPU and none on a CPU.",
+        "auto",
+        choices=("auto", "no", "bf16", "fp16"),
+    )
+    local_files_only: bool = setting("Never ask the network.", False)
+    device: str | None = setting("Device. Default: a GPU when there is one.", None)
+    seed: int = setting("Seed of the first image of a prompt; the next has the next seed. Equal for all subjects.", 0)
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ConfigError("prompt must name at least one prompt, found none")
+        for name in ("num_images_per_prompt", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+
+
+def run_generate(config: GenerateConfig) -> str:
+    """Draw, and count the images."""
+    return f"wrote {len(generate(config))} image(s) to {config.output_dir}"
+
+
+def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
+    """Draw every prompt for every subject and write each image, whole or not at all.
+
+    Returns:
+        The files, in the order they were drawn.
+
+    Raises:
+        BaseModelMismatchError, CheckpointError: the base or a subject cannot be used.
+        WriteFailedError: the disk refuses.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    from ..bases import load_base
+    from ..bases.precision import choose_device, choose_dtype
+    from ..data.images import png
+    from ..files import write_bytes
+    from ..pipelines.loading import enable_meta_lora
+
+    device = choose_device(config.device)
+    base = load_base(
+        config.pretrained_model_name_or_path,
+        dtype=choose_dtype(config.mixed_precision, device),
+        local_files_only=config.local_files_only,
+        max_sequence_length=config.max_sequence_length,
+    )
+    pipe = enable_meta_lora(base.pipeline).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"max_sequence_length": base.max_sequence_length} if base.takes_sequence_length else {}
+    if config.guidance_scale is not None:
+        options["guidance_scale"] = config.guidance_scale
+    if config.resolution is not None:
+        options.update(height=config.resolution, width=config.resolution)
+    adapters = [pipe.load_meta_lora(name, local_files_only=config.local_files_only) for name in config.subject]
+    names = _file_names(config.subject)
+    written = []
+    jobs = [(who, number) for who in range(len(names)) for number in range(len(config.prompt))]
+    for who, number in tqdm(jobs, desc="generating", unit="prompt", disable=not progress):
+        if adapters:
+            pipe.set_adapters(adapters[who])
+        seeds = range(config.seed, config.seed + config.num_images_per_prompt)
+        images = pipe(
+            prompt=config.prompt[number],
+            num_images_per_prompt=config.num_images_per_prompt,
+            num_inference_steps=config.num_inference_steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **options,
+        ).images
+        for count, image in enumerate(images):
+            written.append(Path(config.output_dir) / f"{names[who]}-{number:02d}-{count:02d}.png")
+            write_bytes(written[-1], png(image))
+    return written
+
+
+def _file_names(subjects: Sequence[str]) -> list[str]:
+    """A name for each subject's files: the last part of its path, with a number where two are equal."""
+    names: list[str] = []
+    for subject in subjects or ["base"]:
+        last = subject.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", last).lstrip(".") or "subject"
+        names.append(stem if stem not in names else f"{stem}_{len(names)}")
+    return names

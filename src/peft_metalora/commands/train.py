@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`metalora meta-train` and `metalora personalize`; their settings are those of training."""
+
+from __future__ import annotations
+
+from ..training.meta_train import meta_train
+from ..training.personalize import personalize
+from ..training.settings import MetaTrainConfig, PersonalizeConfig
+
+
+def run_meta_train(config: MetaTrainConfig) -> str:
+    """Train a Down, and say of how many subjects."""
+    result = meta_train(config)
+    return f"wrote the Down of {result.facts['subjects']} subjects to {config.output_dir}"
+
+
+def run_personalize(config: PersonalizeConfig) -> str:
+    """Learn a subject, and say where it lies."""
+    return f"wrote {personalize(config)}"

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model cards of Downs and subjects: made from the configuration and its facts, so that they cannot disagree with them.
+
+Facts that a card knows: `domain`, `subjects`, `steps`, `recipe` (a table), `evaluation` (metric name to number),
+`evaluation_data`, `trigger` (words that call the subject), `license`, `consent`. All of them may be missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..tuner import MetaLoraConfig
+
+# The licence of a base binds what is trained on it: (licence, its name, its address).
+BASE_LICENSES: dict[str, tuple[str, str | None, str | None]] = {
+    "black-forest-labs/FLUX.1-dev": (
+        "other",
+        "flux-1-dev-non-commercial-license",
+        "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+    ),
+    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", None, None),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None, None),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("openrail++", None, None),
+    "stabilityai/stable-diffusion-3-medium-diffusers": (
+        "other",
+        "stabilityai-ai-community",
+        "https://huggingface.co/stabilityai/stable-diffusion-3-medium/blob/main/LICENSE.md",
+    ),
+}
+_FAMILIES = {
+    "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
+    "SD3Transformer2DModel": "sd3",
+    "UNet2DConditionModel": "stable-diffusion",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a card's gallery: a file inside the pushed folder and the prompt that made it."""
+
+    path: str
+    prompt: str
+
+
+def model_card(
+    config: MetaLoraConfig, repo_id: str, folder: Path, gallery: tuple[Picture, ...] = (), has_fold: bool = False
+) -> str:
+    """Make README.md, metadata included, for a Down or a subject.
+
+    Args:
+        config: of the artefact, its facts included.
+        repo_id: where it goes; the code in the card loads it from there.
+        folder: what is pushed; gives the sizes.
+        gallery: pictures that lie in the repository.
+        has_fold: whether the exact fold lies beside, for plain diffusers.
+    """
+    facts = config.facts or {}
+    sections = [
+        "---",
+        _metadata(config, repo_id, gallery).to_yaml(),
+        "---",
+        "",
+        f"# {repo_id.rpartition('/')[2]}",
+        "",
+        _opening(config, facts),
+        "",
+        "## Use",
+        "",
+        _snippet(config, repo_id, has_fold),
+        _gallery(gallery),
+        _table("Recipe", _recipe(config, facts, folder)),
+        _table("Evaluation", facts.get("evaluation") or {}, facts.get("evaluation_data")),
+        _terms(config, facts),
+    ]
+    return "\n".join(section for section in sections if section is not None).rstrip() + "\n"
+
+
+def _metadata(config: MetaLoraConfig, repo_id: str, gallery: tuple[Picture, ...]) -> ModelCardData:
+    facts = config.facts or {}
+    base = config.base_model_name_or_path
+    licence, licence_name, licence_link = BASE_LICENSES.get(base or "", (None, None, None))
+    family = _FAMILIES.get((config.auto_mapping or {}).get("base_model_class", ""))
+    kind = "meta-lora-down" if config.stage == "meta" else "meta-lora-subject"
+    tags = ["meta-lora", kind, "lora", "template:sd-lora", "text-to-image", "diffusers", *([family] if family else [])]
+    evaluation = {name: value for name, value in (facts.get("evaluation") or {}).items() if _is_number(value)}
+    extra: dict[str, Any] = {}
+    if base:
+        extra["base_model_relation"] = "adapter"
+    if facts.get("trigger"):
+        extra["instance_prompt"] = facts["trigger"]
+    if gallery:
+        extra["widget"] = [{"text": picture.prompt, "output": {"url": picture.path}} for picture in gallery]
+    results = [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type="custom",
+            dataset_name=str(facts.get("evaluation_data", "see the card")),
+            metric_type=name.lower().replace(" ", "-"),
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in evaluation.items()
+    ]
+    return ModelCardData(
+        library_name="peft" if config.stage == "meta" else "diffusers",
+        base_model=base,
+        license=facts.get("license") or licence,
+        license_name=None if facts.get("license") else licence_name,
+        license_link=None if facts.get("license") else licence_link,
+        pipeline_tag="text-to-image",
+        tags=tags,
+        model_name=repo_id.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        **extra,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _opening(config: MetaLoraConfig, facts: Mapping[str, Any]) -> str:
+    base = f" for `{config.base_model_name_or_path}`" if config.base_model_name_or_path else ""
+    if config.stage == "meta":
+        domain = f" of {facts['domain']}" if facts.get("domain") else ""
+        return (
+            f"A Meta-LoRA *Down*{domain}{base}: the factor that all subjects of a domain share "
+            "([arXiv 2503.22352](https://arxiv.org/abs/2503.22352)). Train a subject on it from one image."
+        )
+    words = f" The words that call it: `{facts['trigger']}`." if facts.get("trigger") else ""
+    return (
+        f"A Meta-LoRA *subject*{base}: Mid and Up of one subject, on the Down `{config.down}` "
+        f"([arXiv 2503.22352](https://arxiv.org/abs/2503.22352)).{words}"
+    )
+
+
+def _snippet(config: MetaLoraConfig, repo_id: str, has_fold: bool) -> str:
+    base = config.base_model_name_or_path or "<base model>"
+    prompt = (config.facts or {}).get("trigger") or "a photo of a person"
+    ours = [
+        "```python",
+        "import torch",
+        "import peft_metalora",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
+        "pipe = peft_metalora.enable_meta_lora(pipe)",
+        f'pipe.load_meta_lora("{repo_id}")',
+    ]
+    if config.stage == "meta":
+        return "\n".join([*ours, "# then a subject that stands on it: pipe.load_meta_lora(<subject>)", "```", ""])
+    lines = [*ours, f'image = pipe("{prompt}").images[0]', "```", ""]
+    if has_fold:
+        lines += [
+            "Without this package, as an ordinary LoRA (the exact fold, scale included):",
+            "",
+            "```python",
+            f'pipe.load_lora_weights("{repo_id}")',
+            "```",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _gallery(gallery: tuple[Picture, ...]) -> str | None:
+    return "## Gallery\n\n<Gallery />\n" if gallery else None
+
+
+def _recipe(config: MetaLoraConfig, facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    size = sum(path.stat().st_size for path in folder.glob("adapter_model.safetensors"))
+    rows: dict[str, Any] = {"rank of a subject (r)": config.r, "rank of the Down (meta_r)": config.meta_r}
+    rows |= {"lora_alpha": config.lora_alpha, "size": f"{size / 2**20:.2f} MiB"}
+    rows |= {name: facts[name] for name in ("domain", "subjects", "steps") if name in facts}
+    rows |= facts.get("recipe") or {}
+    if config.stage == "subject":
+        rows |= {"Down": config.down, "Down's revision": config.down_revision or "main"}
+    return {**rows, "Down's fingerprint": config.down_fingerprint}
+
+
+def _table(title: str, rows: Mapping[str, Any], note: str | None = None) -> str | None:
+    if not rows:
+        return None
+    lines = [f"## {title}", "", *([f"Measured on {note}.", ""] if note else []), "| | |", "|---|---|"]
+    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    return "\n".join([*lines, ""])
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _terms(config: MetaLoraConfig, facts: Mapping[str, Any]) -> str:
+    base = config.base_model_name_or_path
+    licence = facts.get("license") or BASE_LICENSES.get(base or "", (None,))[0]
+    of_base = f" `{base}`" if base else ""
+    bound = f"The licence of the base model{of_base}{f' ({licence})' if licence else ''} binds its use."
+    if config.stage == "meta":
+        return f"## Terms\n\n{bound}"
+    consent = facts.get("consent") or (
+        "If this shows a real person, use it only with that person's consent, keep it private unless they agree to "
+        "more, and delete it when they ask."
+    )
+    return f"## Terms\n\n{bound}\n\n{consent}"

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A subject as an ordinary LoRA, exactly: A = Mid @ Down, B = scaling * Up, alpha = rank, for every other tool.
+
+The scale is folded into B, so that no reader can misread it. Nothing is approximated: a Meta-LoRA of rank r is a LoRA
+of rank r (method: Meta-LoRA, arXiv 2503.22352; the fold is ours).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.factors import SubjectSource
+from ..checkpoint.folded import FOLD_FILE, LoraPair, _model_class, _with_names, component_name, fold_subject
+from ..errors import ExportError
+from ..files import save_tensors, staged_folder, write_tensors
+from ..tuner import MetaLoraConfig
+from ..tuner.ranks import exceptions, whole_paths
+from .original_names import OriginalName, has_depth, original_names
+
+
+def export_subject(source: SubjectSource, path: str | os.PathLike[str], format: str = "diffusers") -> Path:
+    """Write a subject as an ordinary LoRA that another tool reads, exactly.
+
+    Args:
+        source: as `load_subject` gives it.
+        path: a file that ends in .safetensors, or a folder for the file; for "peft" the folder.
+        format: "diffusers" (`pipe.load_lora_weights`), "kohya" (sd-scripts, A1111, Forge), "comfyui" (the original
+            model's names) or "peft" (a LoRA folder for `PeftModel.from_pretrained` and servers).
+
+    Returns:
+        The file or folder that was written.
+
+    Raises:
+        ExportError: an unknown format, or a layer that the format has no name for.
+        WriteFailedError: the disk refuses.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"expected a format of {', '.join(FORMATS)}, found {format!r}. Choose one of those.")
+    if source.config.use_dora:
+        raise ExportError(
+            "expected a subject without DoRA, found use_dora=True: it rescales the weights themselves, which "
+            "no ordinary LoRA can say. "
+            "Use it through peft_metalora, or train without use_dora."
+        )
+    pairs = fold_subject(source.config, source.down.tensors, source.tensors)
+    target = Path(path)
+    if format == "peft":
+        with staged_folder(target) as stage:
+            save_tensors(stage / "adapter_model.safetensors", _with_names(pairs, "base_model.model.{}"))
+            (stage / "adapter_config.json").write_text(json.dumps(_lora_config(source.config, pairs), indent=2))
+        return target
+    if target.suffix != ".safetensors":
+        target = target / (FOLD_FILE if format == "diffusers" else f"{format}.safetensors")
+    tensors, metadata = _FILES[format](source.config, pairs)
+    write_tensors(target, tensors, metadata)
+    return target
+
+
+def _diffusers(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return _with_names(pairs, component_name(config) + ".{}"), {}
+
+
+def _comfyui(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return _with_names(in_original_layers(config, pairs), "diffusion_model.{}"), {}
+
+
+def _kohya(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    is_sd15 = component_name(config) == "unet" and not has_depth(pairs)
+    # sd-scripts trains SD 1.5 on diffusers' UNet and everything else on the original models.
+    layers = pairs if is_sd15 else in_original_layers(config, pairs)
+    tensors = {}
+    for name, pair in layers.items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = pair.a
+        tensors[f"{key}.lora_up.weight"] = pair.b
+        tensors[f"{key}.alpha"] = torch.tensor(float(pair.a.shape[0]), dtype=pair.a.dtype)
+    rank = str(max(pair.a.shape[0] for pair in layers.values()))
+    return tensors, {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+
+
+def in_original_layers(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+    """Rename the layers to those of the original checkpoint; parts of one matrix become one LoRA of their summed rank.
+
+    Of parts with factors (a1, b1), (a2, b2) the whole has a = [a1; a2], and b has b1 and b2 in their parts' rows and
+    in columns of their own, zero elsewhere: still exact.
+
+    Raises:
+        ExportError: a layer without a known original name.
+    """
+    names = original_names(_model_class(config), pairs)
+    unknown = sorted(module for module, name in names.items() if name is None)
+    if unknown:
+        raise ExportError(
+            f"expected layers with a name in the original model, found {unknown[0]} ({len(unknown)} of {len(names)}) "
+            f"of a {_model_class(config) or 'model of unknown class'}. Export to diffusers or peft instead."
+        )
+    whole: dict[str, LoraPair] = {}
+    groups: dict[str, list[tuple[OriginalName, LoraPair]]] = defaultdict(list)
+    for module, name in names.items():
+        if name is not None:
+            groups[name.name].append((name, pairs[module]))
+    for original, members in sorted(groups.items()):
+        parts = members[0][0].parts
+        whole[original] = members[0][1] if parts is None else _join(parts, members)
+    return whole
+
+
+def _join(parts: tuple[int, ...], members: list[tuple[OriginalName, LoraPair]]) -> LoraPair:
+    name, pair = members[0]
+    unit = pair.b.shape[0] // parts[name.part]
+    members = sorted(members, key=lambda member: member[0].part)
+    ranks = [pair.a.shape[0] for _, pair in members]
+    b = pair.b.new_zeros(unit * sum(parts), sum(ranks))
+    for index, (name, pair) in enumerate(members):
+        top, left = unit * sum(parts[: name.part]), sum(ranks[:index])
+        b[top : top + pair.b.shape[0], left : left + ranks[index]] = pair.b
+    return LoraPair(torch.cat([pair.a for _, pair in members]), b)
+
+
+def _lora_config(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> dict[str, object]:
+    """`adapter_config.json` of an ordinary LoRA whose alpha is its rank everywhere."""
+    ranks = {module: pair.a.shape[0] for module, pair in pairs.items()}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = exceptions(ranks, common)
+    exact = all("." in module for module in pairs)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "auto_mapping": config.auto_mapping,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": config.fan_in_fan_out,
+        # A path without a dot would match every layer whose path ends in it.
+        "target_modules": sorted(pairs) if exact else whole_paths(pairs),
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
+
+
+FORMATS = ("diffusers", "kohya", "comfyui", "peft")
+_FILES = {"diffusers": _diffusers, "kohya": _kohya, "comfyui": _comfyui}

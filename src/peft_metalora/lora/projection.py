@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ordinary LoRA brought onto a Down: the Mid and Up that come nearest to it, layer by layer, in closed form.
+
+A LoRA changes a weight by W' = scale * B @ A; a subject by scaling * Up @ Mid @ Down. Only what lies in the row space
+of Down can be reached, and there only rank r: with Down^T = Q R, the best choice is the truncated SVD of W' @ Q
+(Eckart-Young), mapped back through R. Nothing larger than the factors is ever formed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from ..checkpoint.artefacts import reference_to_write, write_artefact
+from ..checkpoint.base_model import PREFIX
+from ..checkpoint.config_file import CONFIG_FILE
+from ..checkpoint.factors import WEIGHTS_FILE
+from ..checkpoint.folded import FOLD_FILE, fold_subject
+from ..checkpoint.untrusted import read_header, read_json, read_tensors
+from ..errors import (
+    ArtefactNotFoundError,
+    CorruptFileError,
+    ForeignKeysError,
+    NonFiniteError,
+    RankMismatchError,
+    WrongKindError,
+)
+from ..tuner import DownSource
+from ..tuner.ranks import module_scaling
+
+_SUFFIXES = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_down.weight": "a",
+    "lora_up.weight": "b",
+    "lora.down.weight": "a",
+    "lora.up.weight": "b",
+    "alpha": "alpha",
+}
+_PREFIXES = (PREFIX, "transformer.", "unet.", "diffusion_model.")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What `project` did.
+
+    Attributes:
+        folder: where the subject was written.
+        relative_error: by module, ||W' - projected|| / ||W'||, in Frobenius norms: 0 exact, 1 nothing kept.
+        dropped: modules of the LoRA that the Down does not have; all of what they did is lost.
+        total_error: the same over all modules together, the dropped ones included.
+    """
+
+    folder: Path
+    relative_error: dict[str, float]
+    dropped: list[str]
+    total_error: float
+
+
+def project(
+    lora: str | os.PathLike[str],
+    down: DownSource,
+    folder: str | os.PathLike[str],
+    *,
+    down_reference: str | None = None,
+    down_revision: str | None = None,
+) -> Projection:
+    """Write the subject on a Down that comes nearest to an ordinary LoRA of the same base.
+
+    Args:
+        lora: a .safetensors file in diffusers' format, or a folder of PEFT or diffusers that holds one.
+        down: as `load_down` gives it; the subject gets its rank.
+        folder: where the subject is written.
+        down_reference: what the subject names as its Down: a repository id or a folder.
+        down_revision: the revision of that repository.
+
+    Raises:
+        WrongKindError: the file holds no LoRA in a known format, or one for another model.
+        NonFiniteError: it holds NaN or infinity.
+        Everything that reading a file raises.
+    """
+    pairs = read_lora(lora)
+    modules = sorted({name.rpartition(".")[0] for name in down.tensors})
+    if not set(modules) & set(pairs):
+        raise WrongKindError(
+            f"{lora}: expected a LoRA on layers of this Down, such as {modules[0]}, found {sorted(pairs)[0]}. "
+            "Use a LoRA of the same base model, in diffusers' or PEFT's format."
+        )
+    settings: dict[str, Any] = {"inference_mode": True}
+    config = dataclasses.replace(
+        down.config,
+        **settings,
+        stage="subject",
+        num_slots=1,
+        down=reference_to_write(down_reference, Path(folder)),
+        down_revision=down_revision,
+        down_fingerprint=down.fingerprint,
+        facts={"projected from": Path(lora).name},
+    )
+    tensors: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
+    lost = whole = 0.0
+    for module in modules:
+        factor, start = down.tensors[f"{module}.metalora_down"], down.tensors[f"{module}.metalora_mid_init"]
+        outputs = down.tensors[f"{module}.metalora_up"].shape[1]
+        tensors[f"{module}.metalora_mid"] = start.unsqueeze(0).clone()
+        tensors[f"{module}.metalora_up"] = torch.zeros(1, outputs, start.shape[0], dtype=start.dtype)
+        if module in pairs:
+            a, b = pairs[module]
+            _require_shapes(module, a, b, factor, outputs)
+            mid, up, residual, norm = nearest(a, b, factor, start.shape[0], module_scaling(config, module))
+            tensors[f"{module}.metalora_mid"] = mid.unsqueeze(0).to(start.dtype)
+            tensors[f"{module}.metalora_up"] = up.unsqueeze(0).to(start.dtype)
+            errors[module] = residual / norm if norm else 0.0
+            lost, whole = lost + residual**2, whole + norm**2
+    dropped = sorted(set(pairs) - set(modules))
+    for module in dropped:
+        a, b = (factor.flatten(1).double() for factor in pairs[module])
+        norm = float(torch.linalg.norm(torch.linalg.qr(b).R @ a))
+        lost, whole = lost + norm**2, whole + norm**2
+    fold = fold_subject(config, down.tensors, tensors)
+    path = write_artefact(Path(folder), config, tensors, fold)
+    return Projection(path, errors, dropped, (lost / whole) ** 0.5 if whole else 0.0)
+
+
+def nearest(
+    a: torch.Tensor, b: torch.Tensor, down: torch.Tensor, rank: int, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """The Mid and Up nearest to a LoRA, in the least-squares sense.
+
+    Args:
+        a: (k, d_in) or a convolution's (k, d_in, kh, kw). b: (d_out, k), the LoRA's scale in it.
+        down: (meta_r, d_in), or a convolution's.
+        rank: r of the subject.
+        scaling: the subject's.
+
+    Returns:
+        Mid (r, meta_r), Up (d_out, r), ||W' - projected||, ||W'||.
+    """
+    a, b, down = a.flatten(1).double(), b.flatten(1).double(), down.flatten(1).double()
+    q, r = torch.linalg.qr(down.T)
+    outer, small = torch.linalg.qr(b)
+    u, s, v = torch.linalg.svd(small @ (a @ q), full_matrices=False)
+    kept = min(rank, s.shape[0])
+    root = s[:kept].sqrt()
+    # Mid @ R^T = sqrt(S) V^T; the pseudo-inverse also serves a Down whose rows depend on each other.
+    mid = torch.zeros(rank, down.shape[0], dtype=torch.float64)
+    up = torch.zeros(b.shape[0], rank, dtype=torch.float64)
+    mid[:kept] = root.unsqueeze(1) * v[:kept] @ torch.linalg.pinv(r.T)
+    up[:, :kept] = outer @ (u[:, :kept] * root) / scaling
+    norm = float(torch.linalg.norm(small @ a))
+    inside = small @ (a @ q) - (u[:, :kept] * s[:kept]) @ v[:kept]
+    outside = small @ (a - (a @ q) @ q.T)
+    residual = float((inside.square().sum() + outside.square().sum()).sqrt())
+    return mid, up, residual, norm
+
+
+def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Read an ordinary LoRA: module path -> (a (k, d_in), b (d_out, k)), with alpha / rank folded into b.
+
+    Raises:
+        As `project`.
+    """
+    file, config = _lora_file(Path(path))
+    if config is None:
+        config = _diffusers_metadata(file)
+    tensors = read_tensors(file)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        ending = next((ending for ending in _SUFFIXES if name.endswith("." + ending)), None)
+        if ending is None:
+            raise ForeignKeysError(
+                f"{file}: expected the factors of a plain LoRA, found {name}. DoRA, LoKr and text encoders cannot be "
+                "projected; kohya files first go through pipe.load_lora_weights and save_lora_weights."
+            )
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{file}: expected finite numbers in {name}, found NaN or infinity. Fetch it again.")
+        module = name.removesuffix("." + ending)
+        prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
+        found.setdefault(module.removeprefix(prefix), {})[_SUFFIXES[ending]] = tensor
+    pairs = {}
+    for module, parts in found.items():
+        if not {"a", "b"} <= set(parts) or parts["a"].shape[0] != parts["b"].shape[1]:
+            raise RankMismatchError(
+                f"{file}: expected two factors of one rank in {module}, found others. Fetch it again."
+            )
+        rank = parts["a"].shape[0]
+        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        scale = alpha / rank if alpha is not None else _scale(config, module, rank)
+        pairs[module] = (parts["a"], parts["b"] * scale)
+    if not pairs:
+        raise WrongKindError(f"{file}: expected a LoRA, found no tensors. Check the path.")
+    return pairs
+
+
+def _lora_file(path: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The tensors' file, and PEFT's configuration if there is one."""
+    if path.is_file():
+        return path, None
+    if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
+        config = read_json(path / CONFIG_FILE)
+        if config.get("peft_type") != "LORA" or config.get("use_dora"):
+            raise WrongKindError(f"{path}: expected a plain LoRA, found {str(config.get('peft_type'))[:40]!r}.")
+        return path / WEIGHTS_FILE, config
+    if (path / FOLD_FILE).is_file():
+        return path / FOLD_FILE, None
+    raise ArtefactNotFoundError(
+        f"{path}: expected a .safetensors file or a LoRA folder, found neither. Check the path."
+    )
+
+
+def _diffusers_metadata(file: Path) -> dict[str, Any]:
+    """diffusers' copy of PEFT's configuration in the header, empty where there is none."""
+    try:
+        values = json.loads(read_header(file).metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CorruptFileError(f"{file}: expected lora_adapter_metadata in JSON, found other text. Fetch it again.")
+    return values
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / rank as the configuration says (keys of diffusers' copy carry the component); 1 without one."""
+    values = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
+    alpha = values.get("lora_alpha", rank)
+    patterns = values.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), alpha)
+    return float(alpha) / (rank**0.5 if values.get("use_rslora") else rank)
+
+
+def _require_shapes(module: str, a: torch.Tensor, b: torch.Tensor, down: torch.Tensor, outputs: int) -> None:
+    if a.shape[1:] != down.shape[1:] or b.shape[0] != outputs:
+        raise WrongKindError(
+            f"expected {module} to map {tuple(down.shape[1:])} to {outputs}, found a LoRA of {tuple(a.shape[1:])} to "
+            f"{b.shape[0]}. Use a LoRA of the Down's base model."
+        )

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a diffusers pipeline the adapters sit on, and how its offloading is kept out of the way meanwhile."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+from diffusers import ModelMixin
+from diffusers.hooks.group_offloading import (
+    _GROUP_OFFLOADING,
+    _get_top_level_group_offload_hook,
+    _maybe_remove_and_reapply_group_offloading,
+)
+from diffusers.loaders.lora_base import _func_optionally_disable_offloading
+from torch import nn
+
+from .. import hub
+from ..errors import PipelineError
+from ..tuner.on_model import meta_lora_layers
+
+
+def named_denoiser(pipe: Any) -> tuple[str, nn.Module]:
+    """The model of a pipeline that denoises, out of torch.compile's wrapper, with the name of the component.
+
+    It is `pipe.transformer` or `pipe.unet`, or else the one ModelMixin among the components that is asked with a time.
+
+    Raises:
+        PipelineError: there is none, or there are several.
+    """
+    for component in ("transformer", "unet"):
+        model = getattr(pipe, component, None)
+        if isinstance(model, nn.Module):
+            return component, getattr(model, "_orig_mod", model)
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in getattr(pipe, "components", {}).items()}
+    found = {name: part for name, part in parts.items() if isinstance(part, ModelMixin) and _takes_a_time(part)}
+    if len(found) != 1:
+        raise PipelineError(
+            "expected a pipeline with a denoiser: a transformer, a unet, or one other model that takes a time, found a "
+            f"{type(pipe).__name__} with {', '.join(found) or 'none'}. Put the adapter on its model with "
+            "model.add_adapter(MetaLoraConfig(...)) instead."
+        )
+    return next(iter(found.items()))
+
+
+def _takes_a_time(model: nn.Module) -> bool:
+    """Whether a model denoises; a ControlNet is asked with a time as well, but serves a denoiser."""
+    names = inspect.signature(model.forward).parameters
+    return any(name.startswith("timestep") for name in names) and "ControlNet" not in type(model).__name__
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """As `named_denoiser`, without the name."""
+    return named_denoiser(pipe)[1]
+
+
+def free_name(taken: Collection[str], at: hub.Location) -> str:
+    """A name after a path or repository that an adapter can have and nobody has yet."""
+    wanted = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(os.path.normpath(at.subfolder or at.name))).strip("-")
+    names = (f"{wanted or 'adapter'}{f'-{count}' if count else ''}" for count in range(len(taken) + 2))
+    return next(name for name in names if name not in taken and not hasattr(nn.ParameterDict, name))
+
+
+@contextmanager
+def offload_paused(pipe: Any) -> Iterator[None]:
+    """Take offload hooks off while modules or base weights are exchanged; put them back as they were, same device.
+
+    Raises:
+        PipelineError: group offloading to disk.
+    """
+    model = denoiser(pipe)
+    own_factors(model)
+    if (hook := _get_top_level_group_offload_hook(model)) is not None:
+        _refuse_disk(hook)
+    model_offload, sequential_offload, group_offload = _func_optionally_disable_offloading(pipe)
+    if sequential_offload or group_offload:
+        for part in _factor_containers(model):
+            part.to("cpu")  # where new factors are made beside them
+    try:
+        yield
+    finally:
+        if model_offload:
+            pipe.enable_model_cpu_offload(device=pipe._offload_device)
+        elif sequential_offload:
+            pipe.enable_sequential_cpu_offload(device=pipe._offload_device)
+        elif group_offload:
+            _maybe_remove_and_reapply_group_offloading(model)
+        own_factors(model)
+
+
+def own_factors(model: nn.Module) -> None:
+    """Keep adapters on the device that sequential and leaf-level group offloading compute on.
+
+    Those hooks wait for a call of the module that holds a parameter, and the containers of factors are never called:
+    their weights would stay where they are parked, without data even. Blocks and models move with what is in them.
+
+    Raises:
+        PipelineError: group offloading to disk.
+    """
+    for part in _factor_containers(model):
+        hooks = vars(part)
+        if isinstance(hook := hooks.get("_hf_hook"), AlignDevicesHook):
+            remove_hook_from_module(part)
+            part.to(hook.execution_device)
+        registry: Any = hooks.get("_diffusers_hook")
+        if registry is not None and (hook := registry.get_hook(_GROUP_OFFLOADING)) is not None:
+            _refuse_disk(hook)
+            hook.group.onload_()
+            if hook.group.stream is not None:
+                hook.group.stream.synchronize()
+            registry.remove_hook(_GROUP_OFFLOADING, recurse=False)
+
+
+def refresh_offload(model: nn.Module) -> None:
+    """After factors were overwritten in place: renew the pinned copies that block-level offloading by streams keeps."""
+    hook = _get_top_level_group_offload_hook(model)
+    if hook is not None and hook.config.stream is not None:
+        _maybe_remove_and_reapply_group_offloading(model)
+        own_factors(model)
+
+
+def _refuse_disk(hook: Any) -> None:
+    if hook.config.offload_to_disk_path:
+        raise PipelineError(
+            "expected group offloading to host memory, found offload_to_disk_path: diffusers reads its files again by "
+            "name, whatever adapters came meanwhile. Leave out offload_to_disk_path."
+        )
+
+
+def _factor_containers(model: nn.Module) -> Iterator[nn.Module]:
+    for _, layer in meta_lora_layers(model):
+        for name, part in layer.named_children():
+            if name not in ("base_layer", "metalora_kept"):  # weights that unfusing needs may stay parked
+                yield part

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers and schedules by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ...errors import ConfigError
+from ..settings import TrainingConfig
+
+SHORT_NAMES = {
+    "adamw": "AdamW",
+    "adafactor": "Adafactor",
+    "sgd": "SGD",
+    "adamw8bit": "bitsandbytes.optim:AdamW8bit",
+    "prodigy": "prodigyopt:Prodigy",
+}
+"""Names of diffusers' and other trainers for optimisers."""
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """An optimiser by name: a short name in any case, a class of torch.optim, or `module:Class`.
+
+    Raises:
+        ConfigError: there is none of that name, or its package is missing.
+    """
+    module, _, attribute = SHORT_NAMES.get(name.lower(), name).rpartition(":")
+    try:
+        found = getattr(importlib.import_module(module or "torch.optim"), attribute)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name != package:
+            raise
+        raise ConfigError(
+            f"expected the package of the optimizer {name!r}, found none: pip install {package}"
+        ) from error
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"optimizer must be a class of torch.optim or module:Class of an installed package, found {name!r}: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ConfigError(f"optimizer must be a torch.optim.Optimizer, found {name!r}")
+    return found
+
+
+_FUSED = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+"""Optimisers with one kernel for all of a step on a GPU: a fraction of the launches and of the memory moved."""
+
+
+def optimizer_options(cls: type[Optimizer], config: TrainingConfig, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of every optimiser of a run."""
+    fused = {"fused": True} if cls in _FUSED and device.type == "cuda" else {}
+    return {"lr": config.learning_rate, "weight_decay": config.weight_decay, **fused}
+
+
+def make_scheduler(optimizer: Optimizer, config: TrainingConfig, steps: int) -> LRScheduler:
+    """diffusers' learning-rate schedule of that name, warm-up included."""
+    name = config.lr_scheduler
+    if name == "constant" and config.lr_warmup_steps:
+        name = "constant_with_warmup"
+    return get_scheduler(name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps)

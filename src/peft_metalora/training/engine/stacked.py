@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many subjects at once with any PEFT method: the adapter's tensors get a leading axis, the base model does not.
+
+Comparing methods over dozens of subjects one by one leaves a GPU idle between tiny kernels. `AdapterStack` runs the
+same model for all subjects in one call with `torch.func.vmap` over the adapter's parameters alone; it knows nothing of
+the method (LoRA, DoRA, LoHa, OFT, Meta-LoRA, ...), so that every rival is trained by the very same code. Adam works
+on single numbers, so a stacked optimiser equals one optimiser a subject.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...bases import Base, Text
+from ..examples.batches import Examples
+
+_PER_SAMPLE = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "guidance")
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+_WARM_UP = 3  # real steps before a CUDA graph is captured, so that every library has made its workspace
+
+
+class AdapterStack:
+    """`count` copies of the trainable parameters of `model`, all equal at first.
+
+    Args:
+        model: holds an adapter; its parameters with `requires_grad` are the ones that are copied, `model` itself stays
+            as it is.
+        count: number of rows, S: a subject each.
+        starts: other values for each row, by parameter name (random starts differ from seed to seed).
+
+    Attributes:
+        values: (S, N), all numbers of a row in one line.
+        parameters: name to tensor (S, ...), views of `values`.
+
+    Raises:
+        ValueError: when nothing of the model is trainable, or there is not one start for each row.
+    """
+
+    def __init__(self, model: nn.Module, count: int, starts: Sequence[Mapping[str, Tensor]] | None = None) -> None:
+        trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError(
+                "AdapterStack: expected a model with trainable parameters, found none; add an adapter and activate it"
+            )
+        if starts is not None and len(starts) != count:
+            raise ValueError(f"AdapterStack: expected one start for each of {count} rows, found {len(starts)}")
+        self.model = model
+        self.count = count
+        first = next(iter(trainable.values()))
+        size = sum(tensor.numel() for tensor in trainable.values())
+        self.values = torch.empty(count, size, device=first.device)
+        self.parameters: dict[str, Tensor] = {}
+        at = 0
+        for name, tensor in trainable.items():
+            view = self.values[:, at : at + tensor.numel()].unflatten(1, tensor.shape or (1,))
+            view = view if tensor.ndim else view.squeeze(1)
+            for row in range(count if starts is not None else 0):
+                view[row] = starts[row][name]  # type: ignore[index]
+            if starts is None:
+                view[:] = tensor
+            self.parameters[name] = view
+            at += tensor.numel()
+
+    @contextmanager
+    def installed_in(self, pipe: Any, name: str = "transformer") -> Iterator[None]:
+        """While open, `pipe` denoises S * B samples: the first B are the first subject's, the next B the second's."""
+        original = getattr(pipe, name)
+        setattr(pipe, name, _StackedDenoiser(original, self))
+        try:
+            yield
+        finally:
+            setattr(pipe, name, original)
+
+
+def train_stack(
+    base: Base,
+    stack: AdapterStack,
+    examples: Examples,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float | Tensor,
+    seed: int,
+    subjects: Sequence[int] | None = None,
+    scale: Callable[[str], float] | None = None,
+    graph: bool = False,
+) -> Iterator[int]:
+    """Stage 2 of all subjects of a stack, as `training.personalize` does it for one: Adam, each clipped to norm 1.
+
+    Args:
+        base: its denoiser is the model of `stack`.
+        examples: views of subjects, an equal number of each.
+        lr: one rate, or one for each row (S,).
+        subjects: which subject of `examples` each row learns. Default: row n learns subject n.
+        scale: factor on the rate by parameter name (LoRA+).
+        graph: replay the step as a CUDA graph, where the device can.
+
+    Yields:
+        The number of steps done, after each.
+    """
+    positions = torch.stack(examples.by_subject())
+    if subjects is not None:
+        positions = positions[list(subjects)]
+    examples, positions = examples.to(base.device), positions.to(base.device)
+    rates = torch.as_tensor(lr, dtype=torch.float32).expand(stack.count).to(base.device)[:, None]
+    if scale is not None:
+        factors = [
+            torch.full((tensor[0].numel(),), scale(name), device=base.device)
+            for name, tensor in stack.parameters.items()
+        ]
+        rates = rates * torch.cat(factors)
+    generator = torch.Generator(base.device).manual_seed(seed)
+    step = _Step(base, stack, rates, graph and base.device.type == "cuda")
+    for number in range(steps):
+        pick = torch.randint(
+            positions.shape[1], (stack.count, batch_size), generator=generator, device=generator.device
+        )
+        latents, text = examples.pick(positions.gather(1, pick).flatten())
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device)
+        times = base.sample_times(latents, generator)
+        step({"latents": latents, "noise": noise, "times": times, **{f"text.{k}": v for k, v in text.items()}})
+        yield number + 1
+
+
+class _Step:
+    """Gradient, clipping and Adam for every row; after a few eager calls one CUDA graph, if wanted."""
+
+    def __init__(self, base: Base, stack: AdapterStack, rates: Tensor, graph: bool) -> None:
+        self.base, self.stack, self.rates, self.graph_wanted = base, stack, rates, graph
+        self.mean, self.square = torch.zeros_like(stack.values), torch.zeros_like(stack.values)
+        self.number = torch.zeros((), device=stack.values.device, dtype=torch.float64)
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: dict[str, Tensor] = {}
+        self.original = base.denoiser
+        self.stand_in = _OneDenoiser(self.original, stack)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> None:
+        self.calls += 1
+        if self.graph_wanted and self.calls == _WARM_UP + 1:
+            self._capture(inputs)
+        if self.graph is None:
+            self._run(inputs)
+            return
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+
+    def _capture(self, inputs: dict[str, Tensor]) -> None:
+        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._run(self.inputs)
+        except RuntimeError as error:
+            # Nothing ran while it was recorded, so that the eager steps go on where they were.
+            warnings.warn(f"no CUDA graph of this step, it runs eagerly: {error}", stacklevel=2)
+            self.graph_wanted = False
+        else:
+            self.graph = graph
+
+    def _loss(self, values: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        self.stand_in.values = values
+        text: Text = {name[5:]: tensor for name, tensor in inputs.items() if name.startswith("text.")}
+        return self.base.loss(inputs["latents"], text, inputs["noise"], inputs["times"]).mean()
+
+    def _run(self, inputs: dict[str, Tensor]) -> None:
+        base, stack = self.base, self.stack
+        blocks = {name: tensor.unflatten(0, (stack.count, -1)) for name, tensor in inputs.items()}
+        setattr(base.pipeline, base.denoiser_name, self.stand_in)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # the others run row by row under vmap
+                gradients, _ = vmap(grad_and_value(self._loss), randomness="different")(stack.parameters, blocks)
+        finally:
+            setattr(base.pipeline, base.denoiser_name, self.original)
+        gradient = torch.cat([gradients[name].flatten(1) for name in stack.parameters], dim=1)
+        del gradients
+        gradient *= (1 / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+        self.number += 1
+        self.mean.lerp_(gradient, 1 - _BETAS[0])
+        self.square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+        first, second = (1 - torch.exp(self.number * math.log(beta)) for beta in _BETAS)
+        denominator = (self.square / second.float()).sqrt_().add_(_EPS)
+        stack.values -= self.rates * (self.mean / first.float()) / denominator
+
+
+class _StandIn(nn.Module):
+    """Takes a denoiser's place in a pipeline and answers attribute look-ups for it."""
+
+    def __init__(self, original: nn.Module, stack: AdapterStack) -> None:
+        super().__init__()
+        self._original = (original,)  # in a tuple: not a submodule
+        self._stack = stack
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"][0], name)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self._original[0].parameters(recurse)
+
+
+class _OneDenoiser(_StandIn):
+    """The model with the adapter `values` of one subject; inside `vmap` these are the batched ones."""
+
+    values: dict[str, Tensor]
+
+    def forward(self, **kwargs: Any) -> Any:
+        return functional_call(self._stack.model, self.values, kwargs=kwargs)
+
+
+class _StackedDenoiser(_StandIn):
+    """The model with the adapters of all subjects, on a batch that holds one block a subject."""
+
+    @torch.no_grad()
+    def forward(self, **kwargs: Any) -> tuple[Tensor]:
+        stack, rows = self._stack, len(kwargs["hidden_states"])
+        if rows % stack.count:
+            raise ValueError(
+                f"expected a multiple of {stack.count} samples (one block a subject), found {rows}; repeat the prompts"
+            )
+        stacked = {
+            key: value.unflatten(0, (stack.count, -1))
+            for key, value in kwargs.items()
+            if key in _PER_SAMPLE and value is not None
+        }
+        shared = {key: value for key, value in kwargs.items() if key not in stacked and key != "return_dict"}
+
+        def of_one(values: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+            return functional_call(stack.model, values, kwargs=inputs | shared | {"return_dict": False})[0]
+
+        with sdpa_kernel(SDPBackend.MATH):
+            return (vmap(of_one, randomness="different")(stack.parameters, stacked).flatten(0, 1),)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoded photos and captions on disk, so that a second run needs neither VAE nor text encoders.
+
+A file's name is a hash of everything its content depends on: the encoder's weights, the photo's bytes, the settings.
+Nothing is ever out of date; a folder may be shared by runs and processes, and deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...files import write_tensors
+
+# A retrained encoder differs nearly everywhere, so that a few numbers of each tensor tell it apart from its origin.
+_SAMPLE = 64
+
+
+class Cache:
+    """Tensors by what they were made from.
+
+    Args:
+        folder: made when first written to; None: nothing is kept.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def get(self, made_from: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` gives, from the folder if it is there.
+
+        Args:
+            made_from: plain JSON that determines the result.
+
+        Raises:
+            WriteFailedError: the folder cannot be written.
+        """
+        if self.folder is None:
+            return make()
+        name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        path = self.folder / name[:2] / f"{name}.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError):  # not there yet, or damaged: made anew
+            tensors = make()
+            write_tensors(path, tensors)
+            return tensors
+
+
+def identity(*modules: nn.Module | None) -> str:
+    """A hash of models: their configurations, and some numbers of each of their tensors."""
+    digest = hashlib.sha256()
+    for module in modules:
+        if module is None:
+            continue
+        config = getattr(module, "config", None)
+        digest.update(f"{type(module).__name__}|{getattr(config, 'scaling_factor', '')}|".encode())
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+            sample = tensor.detach().flatten()[:_SAMPLE].to("cpu", torch.float64)
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def content_hash(content: bytes) -> str:
+    """Hash of a file's bytes."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views of a photo: random crops of one of the run's shapes, mirrored or not, with the photo's mask cut alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ...bases import Base
+from ...data import Photo, cut, cut_mask, decode_image, decode_mask, random_box, read_file
+from ...errors import NoFaceError
+from ..settings import TrainingConfig
+from .face_crop import FaceCrop, Region
+from .shapes import Shape, crop_shapes, nearest_shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a photo once it was looked at: the part that is used (None: all), and its views' shape."""
+
+    region: Region | None
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A photo in memory, cut to the part that is used: RGB, and its mask in grey if it has one."""
+
+    image: Image.Image
+    mask: Image.Image | None
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class View:
+    """(3, h, w) in [-1, 1], whether it is mirrored, and (1, h, w) in [0, 1], white where the subject is."""
+
+    pixels: Tensor
+    flip: bool
+    mask: Tensor | None
+
+
+class ViewCutter:
+    """Opens photos and cuts views as the settings say.
+
+    Raises:
+        ConfigError: shapes that do not fit the base, or a face detector that is not there.
+        EmbedderUnavailableError: insightface or its weights are missing.
+    """
+
+    def __init__(self, base: Base, config: TrainingConfig) -> None:
+        self.shapes = crop_shapes(config.aspect_ratio_buckets, config.resolution, base.pixel_multiple)
+        self._flips = config.random_flip
+        self._faces: FaceCrop | None = None
+        self.settings: dict[str, Any] = {"shapes": self.shapes, "random_flip": config.random_flip}
+        if config.face_crop is not None:
+            self._faces = FaceCrop(config.face_crop, config.face_margin, config.face_align)
+            self.settings["face"] = [config.face_crop, config.face_margin, config.face_align]
+
+    def open(self, photo: Photo, content: bytes | None = None, plan: Plan | None = None) -> Opened:
+        """Decode a photo and its mask.
+
+        Args:
+            content: the photo's bytes, if they have been read.
+            plan: of an earlier `open`: the face is not looked for again.
+
+        Raises:
+            NoImagesError, UnreadableImageError: it, or its mask, is not there or cannot be decoded.
+            NoFaceError: it is to be cut around a face, and shows none.
+        """
+        image = decode_image(photo.read() if content is None else content, photo.path)
+        drawn = mask_content(photo)
+        mask = None if drawn is None else decode_mask(drawn, photo.mask or "", image.size)
+        region = plan.region if plan is not None else self._region(photo, image)
+        if region is not None:
+            image, mask = region.cut(image), None if mask is None else region.cut(mask)
+        shape = nearest_shape(self.shapes, *image.size) if plan is None else plan.shape
+        return Opened(image, mask, Plan(region, shape))
+
+    def _region(self, photo: Photo, image: Image.Image) -> Region | None:
+        if self._faces is None:
+            return None
+        region = self._faces.region(image)
+        if region is None:
+            raise NoFaceError(f"expected a face in {photo.path}, found none: remove the photo, or leave face_crop out")
+        return region
+
+    def cut(self, opened: Opened, generator: torch.Generator) -> View:
+        """The next random view."""
+        flip = self._flips and bool(torch.rand((), generator=generator) < 0.5)
+        box = random_box(opened.image.size, opened.plan.shape, generator)
+        pixels = cut(opened.image, box, opened.plan.shape, flip=flip)
+        mask = None if opened.mask is None else cut_mask(opened.mask, box, opened.plan.shape, flip=flip)
+        return View(pixels, flip, mask)
+
+
+def mask_content(photo: Photo) -> bytes | None:
+    """The bytes of a photo's mask; None if it has none. Raises as `ViewCutter.open`."""
+    return None if photo.mask is None else read_file(photo.mask)
+
+
+def latent_mask(views: Sequence[View], latents: Tensor) -> Tensor:
+    """Masks of views at the size of their latents (n, c, h, w), the mean of what a place covers: (n, 1, h, w).
+
+    A view without a mask is white.
+    """
+    masks = [torch.ones(1, *view.pixels.shape[-2:]) if view.mask is None else view.mask for view in views]
+    height, width = latents.shape[-2:]
+    return F.adaptive_avg_pool2d(torch.stack(masks), (height, width))

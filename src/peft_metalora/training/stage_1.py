@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1: learn a Down from many subjects (arXiv 2503.22352).
+
+Subjects come in buckets. A bucket fills the slots of one adapter: all start from the one Mid that belongs to the Down
+and Up = 0, train alone while Down is frozen (warm-up), then together with it, in batches that mix subjects. What is
+kept is Down, that first Mid, and the mean of all subjects' last Mid and Up: the mean subject, from which stage 2 may
+start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..bases import Base, send
+from ..bases.precision import autocast
+from ..errors import ConfigError, TooFewImagesError
+from ..tuner import DownSource, MetaLoraConfig, fingerprint, reset_slots, set_subjects, set_warmup
+from ..tuner import placing as injection
+from ..tuner.on_model import meta_lora_layers
+from .engine.compiling import compile_blocks, uncompile
+from .engine.loop import Step, training_steps
+from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options
+from .engine.processes import ALONE, Processes
+from .engine.sampler import SubjectSampler, balanced_buckets
+from .engine.slot_optimizer import SlotOptimizer
+from .examples.batches import Examples
+from .injecting import inject, targets
+from .settings import MetaTrainConfig
+
+_TRAINING, PUBLISHED = "stage_1", "default"
+
+
+@dataclass(frozen=True)
+class DownResult:
+    """A finished stage 1.
+
+    Attributes:
+        denoiser: holds the Down as adapter `adapter_name`, one slot: the mean subject.
+        facts: what is written into the configuration, and from there into a model card: domain, steps, subjects,
+            images, recipe.
+        losses: of every step.
+    """
+
+    denoiser: nn.Module
+    adapter_name: str
+    facts: dict[str, Any]
+    losses: list[float]
+
+    def save(self, folder: str, base_model: str | None = None, base_revision: str | None = None) -> None:
+        """Write the Down; raises as `checkpoint.save_down`."""
+        checkpoint.save_down(
+            folder,
+            self.denoiser,
+            self.adapter_name,
+            facts=self.facts,
+            base_model=base_model,
+            base_revision=base_revision,
+        )
+
+
+class MetaTraining:
+    """One run of stage 1 on examples in memory; `steps()` trains, `finish()` publishes.
+
+    Args:
+        base: its denoiser gets an adapter; everything stays on the denoiser's device.
+        examples: any number of subjects, each with at least one example.
+        config: folders and views are not looked at.
+        processes: those that share the run. Each trains the subjects of its shards, Down's gradient is summed over all
+            of them, and all draw the same batches and noises: the result does not depend on their number (up to the
+            order of sums) as long as `shards` is the same.
+
+    Raises:
+        ConfigError: more buckets than steps, a warm-up that leaves Down no step, or shards that do not work out.
+        TooFewImagesError: a subject without an example.
+    """
+
+    def __init__(self, base: Base, examples: Examples, config: MetaTrainConfig, processes: Processes = ALONE) -> None:
+        self.base, self.config, self.processes = base, config, processes
+        self.examples = examples.to(base.device)
+        all_positions = [positions.tolist() for positions in examples.by_subject()]
+        empty = [subject for subject, positions in enumerate(all_positions) if not positions]
+        if empty:
+            raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
+        subjects = len(all_positions)
+        slots = min(config.bucket_size or subjects, subjects)
+        shards = config.shards or processes.count
+        groups = None if config.balance_by is None else examples.groups(config.balance_by)
+        self.buckets: list[Sequence[int]] = (
+            [range(start, min(start + slots, subjects)) for start in range(0, subjects, slots)]
+            if groups is None
+            else list(balanced_buckets(groups, slots, shards))
+        )
+        # The first buckets get the odd steps, so that the sum is what was asked for.
+        share, rest = divmod(config.max_train_steps, len(self.buckets))
+        self.bucket_steps = [share + (number < rest) for number in range(len(self.buckets))]
+        if share <= config.warmup_steps:
+            raise ConfigError(
+                f"expected more steps in each bucket than the {config.warmup_steps} of its warm-up, found {share} "
+                f"({config.max_train_steps} steps, {len(self.buckets)} buckets): raise max_train_steps or bucket_size, "
+                "or lower warmup_steps"
+            )
+        if shards % processes.count:
+            raise ConfigError(f"shards must be a multiple of the {processes.count} processes, found {shards}")
+        shapes = examples.shapes()
+        self._many_shapes = len(set(shapes)) > 1
+        self.sampler = SubjectSampler(
+            all_positions,
+            config.subjects_per_batch,
+            config.images_per_subject,
+            shards,
+            config.seed,
+            shapes=shapes if self._many_shapes else None,
+            groups=groups,
+        )
+        # Shapes differ between shards, not within one: then each shard of this process is a pass of its own.
+        self._passes = shards // processes.count if self._many_shapes else 1
+        self._parts: list[_Part] = []
+        self.sampler.start(self.buckets[-1])  # the smallest: fails here or never
+        cls = optimizer_class(config.optimizer)
+        options = optimizer_options(cls, config, base.device)
+        self.adapter_config = MetaLoraConfig(
+            r=config.rank,
+            meta_r=config.meta_rank,
+            lora_alpha=config.lora_alpha or config.rank,
+            target_modules=targets(base, config),
+            num_slots=slots,
+            base_model_name_or_path=config.pretrained_model_name_or_path,
+        )
+        compile_blocks(base.denoiser, config)
+        inject(base, self.adapter_config, _TRAINING, config)
+        self._layers = [layer for _, layer in meta_lora_layers(base.denoiser)]
+        slotted = [
+            part for layer in self._layers for part in (layer.metalora_mid[_TRAINING], layer.metalora_up[_TRAINING])
+        ]
+        downs = [layer.metalora_down[_TRAINING] for layer in self._layers]
+        self.optimizer = SlotOptimizer(
+            cls,
+            slotted,
+            shared=downs,
+            shared_options={"lr": config.down_learning_rate or config.learning_rate},
+            **options,
+        )
+        self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
+        self._generator = torch.Generator(base.device).manual_seed(config.seed)
+        self._sums: list[Tensor] = [torch.zeros_like(part[0]) for part in slotted]
+        self._slotted, self._counted = slotted, 0
+        # The bucket in training, and whether its subjects are still to be added to the mean.
+        self._number, self._open = 0, False
+        self._bucket: Sequence[int] = range(0)
+        self.losses: list[float] = []
+        self._start = time.perf_counter()
+
+    def steps(self) -> Iterator[Step]:
+        """Train, bucket after bucket; yields each step when it is finished."""
+        denoiser, config = self.base.denoiser, self.config
+        for number in range(self._number, len(self.buckets)):
+            first = sum(self.bucket_steps[:number])
+            if not self._open:  # else the run goes on in the middle of this bucket
+                self._number, self._bucket, self._open = number, self.buckets[number], True
+                reset_slots(denoiser, _TRAINING)
+                self.optimizer.reset()
+                self.sampler.start(self._bucket)
+            run = training_steps(
+                self._loss,
+                self.optimizer,
+                steps=first + self.bucket_steps[number],
+                scheduler=self.scheduler,
+                accumulation=config.gradient_accumulation_steps * self._passes,
+                clip=self._finish_gradients,
+                read=self.processes.later,
+                done=len(self.losses),
+            )
+            set_warmup(denoiser, len(self.losses) - first < config.warmup_steps, _TRAINING)
+            for step in run:
+                self.losses.append(step.loss)
+                if step.number - first == config.warmup_steps:
+                    set_warmup(denoiser, False, _TRAINING)
+                yield step
+            self._add_to_mean()
+
+    def finish(self) -> DownResult:
+        """Put the published Down on the denoiser, as adapter 'default', in place of the one that was trained."""
+        if self._open:
+            self._add_to_mean()
+        self.processes.sum_(self._sums)
+        denoiser, config = self.base.denoiser, self.config
+        means = iter(total / max(self._counted, 1) for total in self._sums)
+        tensors = {}
+        for path, layer in meta_lora_layers(denoiser):
+            tensors[f"{path}.metalora_down"] = layer.metalora_down[_TRAINING].detach()
+            tensors[f"{path}.metalora_mid_init"] = layer.metalora_mid_init[_TRAINING]
+            tensors[f"{path}.metalora_mid"], tensors[f"{path}.metalora_up"] = next(means)[None], next(means)[None]
+        set_subjects(denoiser, None)
+        injection.inject(denoiser, replace(self.adapter_config, num_slots=1), PUBLISHED)
+        for layer in self._layers:
+            layer.metalora_down[PUBLISHED].data = layer.metalora_down[PUBLISHED].data.float()
+        injection.copy_factors(denoiser, tensors, PUBLISHED)
+        injection.remove_adapter(denoiser, _TRAINING)
+        injection.activate(denoiser, [PUBLISHED])
+        uncompile(denoiser, config)
+        denoiser.eval()
+        kept = "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "resolution", "seed"
+        facts = {
+            **({"domain": config.domain} if config.domain else {}),
+            "steps": len(self.losses),
+            "subjects": self._counted,
+            "images": len(self.examples),
+            "recipe": {
+                "buckets": len(self.buckets),
+                "down_learning_rate": config.down_learning_rate or config.learning_rate,
+                "seconds": round(time.perf_counter() - self._start, 1),
+                **{name: getattr(config, name) for name in kept},
+            },
+        }
+        return DownResult(denoiser, PUBLISHED, facts, self.losses)
+
+    def down(self) -> DownSource:
+        """The Down as it is by now, a copy; its mean subject is where all start."""
+        tensors: dict[str, Tensor] = {}
+        for path, layer in meta_lora_layers(self.base.denoiser):
+            tensors[f"{path}.metalora_down"] = layer.metalora_down[_TRAINING].detach().clone()
+            tensors[f"{path}.metalora_mid_init"] = layer.metalora_mid_init[_TRAINING]
+            tensors[f"{path}.metalora_mid"] = layer.metalora_mid_init[_TRAINING][None]
+            tensors[f"{path}.metalora_up"] = torch.zeros_like(layer.metalora_up[_TRAINING][:1])
+        return DownSource(replace(self.adapter_config, num_slots=1), tensors, fingerprint(tensors))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the base, the examples and the settings."""
+        return {
+            "factors": self._factors(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generator": self._generator.get_state(),
+            "sampler": self.sampler.state_dict(),
+            "bucket": self._number,
+            "sums": self._sums,
+            "counted": self._counted,
+            "losses": self.losses,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a `state_dict` that was made between two steps."""
+        with torch.no_grad():
+            for factor, value in zip(self._factors(), state["factors"], strict=True):
+                factor.copy_(value)
+            for total, value in zip(self._sums, state["sums"], strict=True):
+                total.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self._generator.set_state(state["generator"])
+        self._number, self._bucket, self._open = state["bucket"], self.buckets[state["bucket"]], True
+        self.sampler.start(self._bucket)
+        self.sampler.load_state_dict(state["sampler"])
+        self._counted, self.losses = state["counted"], state["losses"]
+
+    def _factors(self) -> list[Tensor]:
+        parts = "metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up"
+        return [getattr(layer, part)[_TRAINING].detach() for layer in self._layers for part in parts]
+
+    def _owns(self, slot: int) -> bool:
+        return slot % self.sampler.shards % self.processes.count == self.processes.rank
+
+    def _draw(self) -> list[_Part]:
+        """The next batch, in as many parts as it takes passes; all processes draw all of it."""
+        rows, index = self.sampler.draw()
+        shards, device = self.sampler.shards, self.base.device
+        batch = list(range(len(rows)))
+        alike = [[n for n in batch if rows[n] % shards == shard] for shard in range(shards)]
+        parts = []
+        for members in alike if self._many_shapes else [batch]:
+            like = self.examples.like(index[members[0]], len(members))
+            noise = torch.randn(like.shape, generator=self._generator, device=device)
+            times = self.base.sample_times(like, self._generator)
+            seeds = None
+            if self.examples.fresh:
+                drawn = torch.randint(1 << 62, (len(members),), generator=self._generator, device=device)
+                seeds = drawn.tolist()
+            own = [place for place, n in enumerate(members) if self._owns(rows[n])]
+            if own:
+                slots, picks = [rows[members[place]] for place in own], [index[members[place]] for place in own]
+                own_seeds = seeds and [seeds[place] for place in own]
+                if len(own) < len(members):
+                    where = send(torch.tensor(own), device)
+                    noise, times = noise[where], times[where]
+                parts.append(_Part(slots, picks, own_seeds, noise, times, len(rows) / self._passes))
+        return parts
+
+    def _loss(self) -> Tensor:
+        """This process's part of the mean over the whole batch."""
+        if not self._parts:
+            self._parts = self._draw()
+        part, device = self._parts.pop(0), self.base.device
+        latents, text, mask = self.examples.batch(send(torch.tensor(part.index), device), part.seeds)
+        # All layers share one index; set_subjects would look at every module of the model in each step.
+        self._layers[0].subject_index.write(tuple(part.slots), device)
+        self.optimizer.see(part.slots)
+        with autocast(self.config.mixed_precision, device, adapter_casts=True):
+            return self.base.loss(latents, text, part.noise, part.times, mask).sum() / part.divisor
+
+    def _finish_gradients(self) -> None:
+        """Sum Down's gradient over the processes, then clip."""
+        downs = self.optimizer.param_groups[1]["params"]
+        self.processes.sum_([down.grad for down in downs if down.grad is not None])
+        if self.config.max_grad_norm:
+            self.optimizer.clip_grad_norm_(self.config.max_grad_norm)
+
+    @torch.no_grad()
+    def _add_to_mean(self) -> None:
+        own = [slot for slot in range(len(self._bucket)) if self._owns(slot)]
+        for total, part in zip(self._sums, self._slotted, strict=True):
+            total += part[own].sum(0)
+        self._counted += len(self._bucket)
+        self._open = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one pass of this process sees of a batch; the sum of its losses over `divisor` is its part of the mean."""
+
+    slots: list[int]
+    index: list[int]
+    seeds: list[int] | None
+    noise: Tensor
+    times: Tensor
+    divisor: float

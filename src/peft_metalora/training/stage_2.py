@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2: learn a subject from one image or a few, on a frozen Down (arXiv 2503.22352), or a plain LoRA to compare.
+
+The image is cut and mirrored into a number of views, which are encoded once; a step then costs the denoiser alone.
+Many subjects can be learned in one run: each has a slot, its own random stream, its own optimiser state and its own
+gradient clipping, so that it becomes what it would have become alone (up to the order of floating-point sums).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..bases import Base, send
+from ..bases.precision import autocast
+from ..checkpoint.base_model import check_fits
+from ..data import TRIGGER_MARK
+from ..errors import ConfigError, TooFewImagesError
+from ..files import staged_folder
+from ..tuner import DownSource, MetaLoraConfig, set_subjects
+from ..tuner.down import given
+from ..tuner.on_model import meta_lora_layers
+from ..tuner.placing import eject
+from ..tuner.subject_index import SubjectIndex
+from .engine.compiling import compile_blocks, uncompile
+from .engine.loop import Step, training_steps
+from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options
+from .engine.processes import ALONE, Processes
+from .engine.slot_optimizer import SlotOptimizer
+from .examples.batches import Examples
+from .injecting import inject, targets
+from .prior import distance_from_base
+from .settings import PersonalizeConfig
+
+_ADAPTER = "default"
+
+
+class Personalization:
+    """One run of stage 2 on examples in memory: `steps()` trains, `save()` writes, `remove()` undoes the adapter.
+
+    Between two steps the pipeline of `base` generates with the adapter as it is by then (choose a subject with
+    `set_subjects`; the random streams of the run are its own).
+
+    Args:
+        base: its denoiser gets the adapter 'default'; everything stays on the denoiser's device.
+        examples: views of one subject, or of several with method 'meta-lora'; subject s is trained in slot s.
+        config: folders and `views_per_image` are not looked at.
+        down: needed with method 'meta-lora'.
+        processes: those that share the run. Each takes its share of every batch, and gradients are summed over all,
+            so that all hold the same factors, those that one process would have (up to the order of sums).
+
+    Raises:
+        ConfigError: no Down, several subjects with method 'lora', or more processes than samples in a batch.
+        BaseModelMismatchError: the Down belongs to another base model; the denoiser is as it was.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        examples: Examples,
+        config: PersonalizeConfig,
+        down: DownSource | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.base, self.config, self.down, self.processes = base, config, down, processes
+        self.examples = examples.to(base.device)
+        self.num_subjects = examples.num_subjects
+        self._positions = [positions.cpu() for positions in examples.by_subject()]
+        self._shapes = torch.tensor(examples.shapes())
+        self._many_shapes = len(self._shapes.unique()) > 1
+        if self._many_shapes and self.num_subjects > 1:
+            raise ConfigError(
+                f"expected views of one shape for {self.num_subjects} subjects that share batches, found several: "
+                "leave aspect_ratio_buckets out, or learn the subjects one by one"
+            )
+        if config.prior_loss_weight and examples.prior is None:
+            raise ConfigError(
+                "prior_loss_weight needs examples with the embedding of the class prompt, found none: encode them with "
+                "these settings"
+            )
+        empty = [subject for subject, positions in enumerate(self._positions) if not len(positions)]
+        if empty:
+            raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
+        samples = self.num_subjects * config.train_batch_size
+        if samples < processes.count:
+            raise ConfigError(
+                f"expected a sample for each of the {processes.count} processes in a batch, found {samples}: raise "
+                "train_batch_size, or start fewer processes"
+            )
+        cls = optimizer_class(config.optimizer)
+        options = optimizer_options(cls, config, base.device)
+        self._index = SubjectIndex()
+        compile_blocks(base.denoiser, config)
+        self.parameters = parameters = self._inject()
+        self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
+        self.optimizer = SlotOptimizer(cls, parameters, **options) if self.uses_slots else cls(parameters, **options)
+        self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
+        # Every subject has the stream that it would have alone.
+        self._generators = [torch.Generator().manual_seed(config.seed) for _ in range(self.num_subjects)]
+        self.steps_done = 0
+        self._start = time.perf_counter()
+
+    @property
+    def uses_slots(self) -> bool:
+        """Whether the adapter has slots: with method 'meta-lora'."""
+        return self.config.method == "meta-lora"
+
+    def _inject(self) -> list[nn.Parameter]:
+        config = self.config
+        if not self.uses_slots:
+            if self.num_subjects > 1:
+                raise ConfigError(f"method 'lora' learns one subject a run, found {self.num_subjects}: run it for each")
+            rank = config.rank or 1
+            alpha: Any = config.lora_alpha or rank  # PEFT says int and takes any number
+            lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=self._targets())
+            return inject(self.base, lora, _ADAPTER, config)
+        if self.down is None:
+            raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
+        check_fits(self.base.denoiser, self.down, name=config.down or "this Down")
+        of_down = self.down.config
+        if config.rank is not None and config.rank != of_down.r and config.start != "fresh":
+            raise ConfigError(
+                f"rank must be the Down's, {of_down.r}, for start={config.start!r}, found {config.rank}: leave rank "
+                "out, or use start='fresh' (the control)"
+            )
+        adapter = MetaLoraConfig(
+            stage="subject",
+            r=config.rank or of_down.r,
+            meta_r=of_down.meta_r,
+            lora_alpha=of_down.lora_alpha * ((config.rank or of_down.r) / of_down.r),
+            use_rslora=of_down.use_rslora,
+            rank_pattern=of_down.rank_pattern,
+            alpha_pattern=of_down.alpha_pattern,
+            meta_rank_pattern=of_down.meta_rank_pattern,
+            target_modules=of_down.target_modules,
+            num_slots=self.num_subjects,
+            start=config.start,
+            down=config.down or "in memory",
+            down_revision=config.down_revision,
+            down_fingerprint=self.down.fingerprint,
+            base_model_name_or_path=config.pretrained_model_name_or_path,
+        )
+        with given(self.down):
+            parameters = inject(self.base, adapter, _ADAPTER, config)
+        self.base.denoiser.peft_config[_ADAPTER].down = config.down
+        self._index = next(layer for _, layer in meta_lora_layers(self.base.denoiser)).subject_index
+        return parameters
+
+    def _targets(self) -> list[str] | str:
+        if self.down is not None and self.config.target_modules is None:
+            return self.down.config.target_modules or self.base.target_modules
+        return targets(self.base, self.config)
+
+    def steps(self) -> Iterator[Step]:
+        """Train; yields each step when it is finished. With several subjects `loss` is their mean."""
+        config = self.config
+        for step in training_steps(
+            self._loss,
+            self.optimizer,
+            steps=config.max_train_steps,
+            scheduler=self.scheduler,
+            accumulation=config.gradient_accumulation_steps,
+            clip=self._finish_gradients,
+            read=self.processes.later,
+            done=self.steps_done,
+        ):
+            self.steps_done = step.number
+            yield Step(step.number, step.loss / self.num_subjects, step.lr, step.seconds)
+
+    def _finish_gradients(self) -> None:
+        """Sum the gradients over the processes, then clip."""
+        self.processes.sum_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        limit = self.config.max_grad_norm
+        if limit and isinstance(self.optimizer, SlotOptimizer):
+            self.optimizer.clip_grad_norm_(limit)
+        elif limit:
+            nn.utils.clip_grad_norm_(self.parameters, limit)
+
+    def _loss(self) -> Tensor:
+        """Sum over subjects of the mean over each one's samples, so that no subject feels the others' number.
+
+        All processes draw the whole batch, on the CPU, and compute their part of it.
+        """
+        base, size, config = self.base, self.config.train_batch_size, self.config
+        index, noise, times = [], [], []
+        seeds: list[int] = []
+        for positions, generator in zip(self._positions, self._generators, strict=True):
+            if self._many_shapes:  # those of one view, so that each view is seen equally often
+                first = positions[torch.randint(len(positions), (), generator=generator)]
+                positions = positions[self._shapes[positions] == self._shapes[first]]
+            index.append(positions[torch.randint(len(positions), (size,), generator=generator)])
+            like = self.examples.like(int(index[-1][0]), size, device="cpu")
+            noise.append(torch.randn(like.shape, generator=generator))
+            times.append(base.sample_times(like, generator))
+            if self.examples.fresh:
+                seeds += torch.randint(1 << 62, (size,), generator=generator).tolist()
+        own = slice(self.processes.rank, None, self.processes.count)
+        picks, spread, levels = (send(torch.cat(drawn)[own], base.device) for drawn in (index, noise, times))
+        latents, text, mask = self.examples.batch(picks, seeds[own] or None)
+        cast = partial(autocast, config.mixed_precision, base.device, adapter_casts=self.uses_slots)
+        prior = None
+        if config.prior_loss_weight and self.examples.prior is not None:
+            with cast():
+                prior = distance_from_base(base, self.examples.prior, latents, spread, levels)
+        if isinstance(self.optimizer, SlotOptimizer):
+            slots = range(self.num_subjects)
+            wanted = None if len(slots) == 1 else tuple(slot for slot in slots for _ in range(size))[own]
+            if self._index.values != wanted:  # to set it anew in each step would look at every module of the model
+                set_subjects(base.denoiser, wanted)
+            self.optimizer.see(slots)
+        with cast():
+            losses = base.loss(latents, text, spread, levels, mask)
+            if prior is not None:
+                losses = losses + config.prior_loss_weight * prior()
+        return losses.sum() / size
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the base, the Down, the examples and the settings."""
+        return {
+            "parameters": [parameter.detach() for parameter in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generators": [generator.get_state() for generator in self._generators],
+            "steps": self.steps_done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a `state_dict` that was made between two steps."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        for generator, value in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(value)
+        self.steps_done = state["steps"]
+
+    def facts(self) -> dict[str, Any]:
+        """What is written beside a subject, and from there into a model card: how it was learned and is called."""
+        prompt = (self.config.instance_prompt or "").replace(TRIGGER_MARK, self.config.trigger or TRIGGER_MARK)
+        kept = "start", "learning_rate", "train_batch_size", "resolution", "seed"
+        return {
+            **({"trigger": prompt} if prompt else {}),
+            "steps": self.steps_done,
+            "recipe": {
+                "trainable_parameters": self.trainable_parameters,
+                "seconds": round(time.perf_counter() - self._start, 1),
+                **{name: getattr(self.config, name) for name in kept},
+            },
+        }
+
+    def save(self, folder: str | Path, slot: int = 0) -> Path:
+        """Write the subject of a slot, or the plain LoRA in diffusers' format, all at once.
+
+        Raises:
+            NonFiniteError, WriteFailedError: nothing is written.
+        """
+        base, config = self.base, self.config
+        if self.uses_slots:
+            return checkpoint.save_subject(
+                folder,
+                base.denoiser,
+                _ADAPTER,
+                slot=slot,
+                down=config.down,
+                down_revision=config.down_revision,
+                facts=self.facts(),
+                base_model=config.pretrained_model_name_or_path,
+                base_revision=config.revision,
+            )
+        weights = get_peft_model_state_dict(base.denoiser, adapter_name=_ADAPTER)
+        adapter = base.denoiser.peft_config[_ADAPTER].to_dict()
+        with staged_folder(folder) as stage:
+            base.pipeline.save_lora_weights(
+                stage,
+                **{f"{base.denoiser_name}_lora_layers": weights},
+                **{f"{base.denoiser_name}_lora_adapter_metadata": _plain(adapter)},
+            )
+        return Path(folder)
+
+    def remove(self) -> None:
+        """Take the adapter off; the denoiser is the one it was before."""
+        eject(self.base.denoiser)
+        uncompile(self.base.denoiser, self.config)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A PEFT configuration as JSON can hold it."""
+    return {
+        name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for name, value in config.items()
+    }

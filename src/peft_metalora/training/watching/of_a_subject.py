@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at a subject while it is learned: a score, pictures, and when to stop.
+
+Two scores, the higher the better. `HeldOutLoss` needs no other model: minus the denoising loss on views that are not
+trained on, at noises and noise levels drawn once, so that a difference between two steps is not chance. `FaceScore`
+is R-FaceSim (arXiv 2503.22352): images of the validation prompts, compared with photos that are not trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...bases import Base
+from ...bases.precision import autocast
+from ...data import Photo, Subject, read_photos
+from ...data.images import png
+from ...files import write_bytes
+from ...tuner import set_subjects
+from ..engine.compiling import eagerly
+from ..examples.batches import Examples
+from ..examples.encoding import encode_subjects
+from ..settings import PersonalizeConfig
+from ..stage_2 import Personalization
+from .scores import FaceScore, HeldOutLoss, Painter, load_embedder
+from .tracking import Trackers
+
+# Relative rise that counts as one, so that a plateau ends the run.
+_MIN_RISE = 1e-3
+
+
+class BestStep:
+    """Keeps the parameters of the best score and says when it has not risen for long.
+
+    Args:
+        parameters: what is trained.
+        patience: scores without a rise after which to stop; None: never.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], patience: int | None) -> None:
+        self._parameters, self.patience = parameters, patience
+        self.step, self.score, self.waited = 0, float("-inf"), 0
+        self._best = [parameter.detach().clone() for parameter in parameters]
+
+    def offer(self, step: int, score: float) -> None:
+        """Take in the score of a step."""
+        if self.step and score <= self.score + _MIN_RISE * abs(self.score):
+            self.waited += 1
+            return
+        self.step, self.score, self.waited = step, score, 0
+        with torch.no_grad():
+            for best, parameter in zip(self._best, self._parameters, strict=True):
+                best.copy_(parameter)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the score has stopped rising."""
+        return self.patience is not None and self.waited >= self.patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best parameters back."""
+        for parameter, best in zip(self._parameters, self._best, strict=True):
+            parameter.copy_(best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a resumed run."""
+        return {"step": self.step, "score": self.score, "waited": self.waited, "best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a `state_dict`."""
+        self.step, self.score, self.waited = state["step"], state["score"], state["waited"]
+        for best, value in zip(self._best, state["best"], strict=True):
+            best.copy_(value)
+
+
+class Validation:
+    """Scores a run and draws its validation prompts every `validation_steps`; `best` knows the best step so far."""
+
+    def __init__(self, run: Personalization, photos: list[Photo], examples: Examples, trackers: Trackers) -> None:
+        self.run, self.trackers, config = run, trackers, run.config
+        self.painter = Painter(run.base, config.validation_prompt, resolution=config.resolution, seed=config.seed)
+        self.loss = HeldOutLoss(run.base, examples, seed=config.seed)
+        self.faces = None
+        if config.validation_embedder is not None:
+            self.faces = FaceScore(photos, load_embedder(config.validation_embedder))
+        self.best = BestStep(run.parameters, config.patience)
+
+    def look(self, step: int) -> bool:
+        """Whether this was a step to look at."""
+        config, denoiser = self.run.config, self.run.base.denoiser
+        if config.validation_steps is None or step % config.validation_steps:
+            return False
+        denoiser.eval()
+        if self.run.uses_slots:
+            set_subjects(denoiser, None)
+        with autocast(config.mixed_precision, self.run.base.device), eagerly(config):
+            images = self.painter.images()
+            # All processes look, because a base that is divided needs them all; what counts is what one of them sees.
+            score = self.run.processes.of_main(self.loss() if self.faces is None else self.faces(images))
+        self.best.offer(step, score)
+        self.trackers.log(step, {"validation_score": score})
+        self.trackers.images(step, images)
+        for number, image in enumerate(images if self.run.processes.is_main else []):
+            write_bytes(Path(config.output_dir) / "validation" / f"{step:05d}-{number:02d}.png", png(image))
+        denoiser.train()
+        return True
+
+    def use_best(self) -> None:
+        """Make the best step the run's result."""
+        if self.best.step:
+            self.best.restore()
+            self.run.steps_done = self.best.step
+
+
+def held_out(base: Base, subject: Subject, config: PersonalizeConfig) -> tuple[list[Photo], Examples]:
+    """Photos that are not trained on, or without them the trained photos, and views that no step sees."""
+    photos = read_photos(config.validation_data_dir) if config.validation_data_dir else subject.photos
+    # Another seed gives other crops.
+    other = replace(config, seed=config.seed + 1)
+    views = max(1, 8 // len(photos))
+    people = [Subject("held out", photos)]
+    return photos, encode_subjects(base, people, other, views, progress=False, skip_unreadable=True)

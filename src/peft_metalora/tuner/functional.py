@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the Meta-LoRA layers of a model, and say which subjects it shows; works on anything with such layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterNotFoundError, AdapterStateError, SubjectIndexError
+from .config import STARTS
+from .down import MAGNITUDE, MID, UP
+from .layer import MetaLoraLayer
+from .merging import MERGE_BACKUPS
+from .on_model import meta_lora_layers
+from .subject_index import NO_SUBJECT, TokenSlots
+
+
+def set_subjects(model: nn.Module, index: Sequence[int] | Tensor | None) -> None:
+    """Say which slot each sample of the coming batches uses.
+
+    Args:
+        model: anything that holds Meta-LoRA layers.
+        index: one slot for each sample, -1 for no subject (exactly the base); None: every sample uses slot 0.
+
+    Raises:
+        SubjectIndexError: an index that no active adapter has, or an adapter is merged.
+    """
+    layers = [layer for _, layer in meta_lora_layers(model)]
+    if not layers:
+        raise SubjectIndexError("The model holds no Meta-LoRA layers. Add an adapter before choosing subjects.")
+    values = _checked_values(layers, index)
+    written: set[int] = set()
+    for layer in layers:
+        if id(layer.subject_index) not in written:
+            written.add(id(layer.subject_index))
+            layer.subject_index.write(values, layer.adapter_device())
+
+
+def set_token_slots(model: nn.Module, tables: Mapping[str, TokenSlots] | None) -> None:
+    """Say from which table each layer reads the slots of its tokens; the samples' index does not count meanwhile.
+
+    Args:
+        model: anything that holds Meta-LoRA layers.
+        tables: by the path of a layer; layers without one show no subject. None: back to the index of samples.
+
+    Raises:
+        SubjectIndexError: an adapter is merged.
+    """
+    layers = list(meta_lora_layers(model))
+    if tables is not None:
+        _refuse_merged([layer for _, layer in layers])
+    nobody = TokenSlots()
+    for path, layer in layers:
+        layer.token_slots = None if tables is None else tables.get(path, nobody)
+
+
+def _refuse_merged(layers: list[MetaLoraLayer]) -> None:
+    if any(layer.merged for layer in layers):
+        raise SubjectIndexError(
+            "A subject is merged into the base weights, so every sample shows it. Unmerge it before choosing subjects."
+        )
+
+
+def _checked_values(layers: list[MetaLoraLayer], index: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+    if index is None:
+        return None
+    raw = index.tolist() if isinstance(index, Tensor) else list(index)
+    if not raw or not all(isinstance(value, int) and not isinstance(value, bool) for value in raw):
+        raise SubjectIndexError(f"The subject index must be whole numbers, one for each sample, got {raw!r}.")
+    slots = min((layer.active_slots() for layer in layers), default=1)
+    wrong = sorted({value for value in raw if not NO_SUBJECT <= value < slots})
+    if wrong:
+        raise SubjectIndexError(
+            f"The active adapter holds {slots} slot(s), numbered 0 to {slots - 1} (-1 = no subject); got {wrong}. "
+            "Raise num_slots or choose other subjects."
+        )
+    _refuse_merged(layers)
+    return tuple(raw)
+
+
+@contextmanager
+def subjects(model: nn.Module, index: Sequence[int] | Tensor | None) -> Iterator[None]:
+    """`set_subjects` for the length of a `with` block; the index before it comes back afterwards."""
+    before = next((layer.subject_index.values for _, layer in meta_lora_layers(model)), None)
+    set_subjects(model, index)
+    try:
+        yield
+    finally:
+        set_subjects(model, before)
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraLayer]]:
+    layers = [(path, layer) for path, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
+    if not layers:
+        known = sorted({name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid})
+        raise AdapterNotFoundError(
+            f"The model has no Meta-LoRA adapter {adapter_name!r}. It has: {', '.join(known) or 'none'}."
+        )
+    return layers
+
+
+def set_warmup(model: nn.Module, enabled: bool, adapter_name: str = "default") -> None:
+    """Freeze (or release) the Down of a stage 'meta' adapter while fresh Mids and Ups settle.
+
+    Raises:
+        AdapterNotFoundError: no such adapter.
+        AdapterStateError: the adapter is a subject, whose Down is always frozen.
+    """
+    layers = _layers_of(model, adapter_name)
+    if any(layer.stage[adapter_name] != "meta" for _, layer in layers):
+        raise AdapterStateError(f"Adapter {adapter_name!r} is a subject: its Down never trains. Warm-up is for 'meta'.")
+    for _, layer in layers:
+        layer.warmup[adapter_name] = enabled
+        layer.sync_down()
+
+
+def reset_slots(
+    model: nn.Module, adapter_name: str = "default", start: str = "stored", slots: Sequence[int] | None = None
+) -> None:
+    """Start slots anew, in place: 'stored' (the Down's Mid, the same in each; Up = 0), 'mean' or 'fresh'.
+
+    Raises:
+        AdapterNotFoundError: no such adapter.
+        AdapterStateError: an unknown start or slot.
+    """
+    if start not in STARTS:
+        raise AdapterStateError(f"start must be one of {', '.join(map(repr, STARTS))}, got {start!r}.")
+    layers = _layers_of(model, adapter_name)
+    for slot in slots or ():
+        _require_slot(layers, adapter_name, slot)
+    for _, layer in layers:
+        layer.start_slots(adapter_name, start, None if slots is None else list(slots))
+
+
+def subject_state(model: nn.Module, adapter_name: str, slot: int = 0) -> dict[str, Tensor]:
+    """Return one subject: `{module}.metalora_mid` (r, meta_r) and `{module}.metalora_up` (d_out, r) as (1, ...) views.
+
+    Raises:
+        AdapterNotFoundError: no such adapter.
+        AdapterStateError: no such slot.
+    """
+    layers = _layers_of(model, adapter_name)
+    _require_slot(layers, adapter_name, slot)
+    state: dict[str, Tensor] = {}
+    for path, layer in layers:
+        state[f"{path}.{MID}"] = layer.metalora_mid[adapter_name].detach()[slot : slot + 1]
+        state[f"{path}.{UP}"] = layer.metalora_up[adapter_name].detach()[slot : slot + 1]
+        if adapter_name in layer.metalora_magnitude:
+            state[f"{path}.{MAGNITUDE}"] = layer.metalora_magnitude[adapter_name].detach()[slot : slot + 1]
+    return state
+
+
+@torch.no_grad()
+def write_subject(model: nn.Module, adapter_name: str, state: dict[str, Tensor], slot: int = 0) -> None:
+    """Copy a subject (as from `subject_state`) into a slot, in place; a cached fold of the slot follows.
+
+    Raises:
+        AdapterNotFoundError: no such adapter.
+        AdapterStateError: no such slot, or keys or shapes that differ; nothing is written then.
+    """
+    layers = _layers_of(model, adapter_name)
+    _require_slot(layers, adapter_name, slot)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    wanted: set[str] = set()
+    for path, layer in layers:
+        for part in (MID, UP, MAGNITUDE):
+            if adapter_name not in getattr(layer, part):
+                continue
+            wanted.add(f"{path}.{part}")
+            target, source = getattr(layer, part)[adapter_name][slot], state.get(f"{path}.{part}")
+            if source is None or source.shape[-target.dim() :] != target.shape or source.numel() != target.numel():
+                found = "nothing" if source is None else tuple(source.shape)
+                raise AdapterStateError(
+                    f"{path}.{part} must be {(1, *target.shape)}, found {found}. The subject belongs to another Down."
+                )
+            pairs.append((target, source.view(target.shape)))
+    foreign = sorted(set(state) - wanted)
+    if foreign:
+        raise AdapterStateError(f"The subject has {len(foreign)} key(s) the adapter lacks, for example {foreign[0]!r}.")
+    for target, source in pairs:
+        target.copy_(source)
+    for _, layer in layers:
+        if adapter_name in layer.metalora_folded:
+            layer.fold(adapter_name, slot)
+
+
+def fold(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
+    """Cache Mid @ Down of every slot, so that inference costs what a rank-r LoRA costs and never touches Down.
+
+    `write_subject` keeps a fold up to date; after any other change of the factors, fold again. Training ignores folds.
+
+    Args:
+        adapter_names: which adapters; all of them by default.
+    """
+    for _, layer in meta_lora_layers(model):
+        for name in layer.metalora_mid if adapter_names is None else adapter_names:
+            if name in layer.metalora_mid:
+                layer.fold(name)
+
+
+def set_merge_backup(model: nn.Module, where: str) -> None:
+    """Say where `merge` keeps the weight from before, from which `unmerge` restores it bit for bit.
+
+    Args:
+        where: 'device' (default; one more copy of the merged weights where they are, nothing to compute), 'host' (in
+            main memory; a transfer each way) or 'none' (no memory; `unmerge` raises).
+
+    Raises:
+        AdapterStateError: another word, or an adapter is merged already.
+    """
+    if where not in MERGE_BACKUPS:
+        raise AdapterStateError(f"The merge backup must be one of {MERGE_BACKUPS}, got {where!r}.")
+    layers = [layer for _, layer in meta_lora_layers(model)]
+    if any(layer.merged for layer in layers) and where != "none":
+        raise AdapterStateError("An adapter is merged. Unmerge it before choosing where its weight is kept.")
+    for layer in layers:
+        layer.merge_backup = where
+
+
+def unfold(model: nn.Module) -> None:
+    """Forget every fold."""
+    for _, layer in meta_lora_layers(model):
+        layer.unfold()
+
+
+def _require_slot(layers: list[tuple[str, MetaLoraLayer]], adapter_name: str, slot: int) -> None:
+    slots = layers[0][1].metalora_mid[adapter_name].shape[0]
+    if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < slots:
+        raise AdapterStateError(f"Adapter {adapter_name!r} has {slots} slot(s), 0 to {slots - 1}; got {slot!r}.")

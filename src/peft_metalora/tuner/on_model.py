@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model holds of Meta-LoRA: its layers, their paths, its Downs and their fingerprints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import MissingDownError
+from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint
+from .layer import MetaLoraLayer
+
+
+def meta_layers(model: nn.Module) -> list[MetaLoraLayer]:
+    return [module for module in model.modules() if isinstance(module, MetaLoraLayer)]
+
+
+def configs_of(model: nn.Module) -> dict[str, Any]:
+    return getattr(model, "peft_config", {})
+
+
+def down_on_model(model: nn.Module, fingerprint: str | None) -> DownSource | None:
+    """The Down of this fingerprint if the model has it already, in the model's own precision."""
+    for key in sorted({key for layer in meta_layers(model) for key in layer.metalora_down}):
+        if down_fingerprint(model, key) == fingerprint:
+            owner = next(name for layer in meta_layers(model) for name, used in layer.down_key.items() if used == key)
+            return DownSource(configs_of(model)[owner], down_state(model, key), str(fingerprint))
+    return None
+
+
+def down_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a Down on the model: `{module}.metalora_down`, `.metalora_mid_init`, and the mean
+    subject as `.metalora_mid` (1, r, meta_r) and `.metalora_up` (1, d_out, r).
+
+    Args:
+        name: a stage 'meta' adapter, a subject (its Down is meant) or the key of a Down.
+
+    Raises:
+        MissingDownError: the model has no such Down.
+    """
+    state: dict[str, Tensor] = {}
+    for path, layer in meta_lora_layers(model):
+        key = layer.down_key.get(name, name)
+        if key not in layer.metalora_down:
+            continue
+        mid, up = layer.mean_subject(key)
+        state[f"{path}.{DOWN}"] = layer.metalora_down[key].detach()
+        state[f"{path}.{MID_INIT}"] = layer.metalora_mid_init[key]
+        state[f"{path}.{MID}"], state[f"{path}.{UP}"] = mid.unsqueeze(0), up.unsqueeze(0)
+    if not state:
+        raise MissingDownError(f"The model holds no Down named {name!r}. Load one, or name an adapter that has one.")
+    return state
+
+
+def down_fingerprint(model: nn.Module, name: str) -> str:
+    """Return the fingerprint of a Down on the model: the one it was loaded with, else that of its tensors now."""
+    for _, layer in meta_lora_layers(model):
+        key = layer.down_key.get(name, name)
+        if key in layer.down_fingerprint:
+            return layer.down_fingerprint[key]
+        stored = getattr(getattr(model, "peft_config", {}).get(key), "down_fingerprint", None)
+        if key in layer.metalora_down and stored is not None:
+            return stored
+    return fingerprint(down_state(model, name))
+
+
+def meta_lora_layers(model: nn.Module) -> Iterator[tuple[str, MetaLoraLayer]]:
+    """Yield (path, layer) for each Meta-LoRA layer; the path is the base model's, without PEFT's wrappers."""
+    for name, module in model.named_modules():
+        if isinstance(module, MetaLoraLayer):
+            yield module_path(name), module
+
+
+def module_path(name: str) -> str:
+    """Return a module's name in the bare base model: no PEFT, FSDP or compile wrappers in it."""
+    for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "base_layer."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.model.") else name
