@@ -22,3 +22,16 @@ if not torch.cuda.is_available():  # read when Triton is first imported
 def fixed_seed() -> None:
     """Each test draws the same numbers, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A small Hub on the loopback, with a token, and an empty cache."""
+    import huggingface_hub
+
+    from fake_hub import TOKEN, FakeHub, point_at
+
+    with FakeHub() as fake:
+        point_at(fake.endpoint, tmp_path / "cache", monkeypatch)
+        monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_environment", lambda: TOKEN)
+        yield fake

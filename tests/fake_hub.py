@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import transformers.utils.hub
+from huggingface_hub import constants
+
 TOKEN = "hf_token_of_ann"
 
 
@@ -195,3 +199,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _mode(path: str) -> str:
     return "lfs" if path.endswith(".safetensors") else "regular"
+
+
+def point_at(hub_endpoint, cache, monkeypatch):
+    """Make the client talk to a fake Hub and keep what it fetches in a folder of the test."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub_endpoint)
+    template = hub_endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub_endpoint)
+    # transformers (PEFT pushes through it) keeps a client of its own, made on first use by whichever test came first.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")

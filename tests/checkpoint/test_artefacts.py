@@ -437,8 +437,8 @@ def test_files_have_the_rights_of_any_new_file(pair, tmp_path):
 
 
 def test_a_file_of_format_1_still_loads_and_shows_the_same():
-    """tests/data/format_1 was written by release 0.1 with `write_pair`; it must load for ever."""
-    folder = Path(__file__).parent / "data" / "format_1"
+    """tests/checkpoint/format_1 was written by release 0.1 with `write_pair`; it must load for ever."""
+    folder = Path(__file__).parent / "format_1"
     source = checkpoint.load_subject(folder / "ann")
     assert source.down.fingerprint == "b0f3416c0be718da191dd254a4e4d566bdbebdcad9bd2771fb71ec32c46a9626"
     assert (source.config.r, source.config.meta_r, source.config.lora_alpha) == (2, 4, 3)

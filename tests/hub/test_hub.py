@@ -9,39 +9,16 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
-import transformers.utils.hub
 import yaml
 from huggingface_hub import constants
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, with_down, write_pair
-from fake_hub import TOKEN, FakeHub
+from fake_hub import TOKEN, FakeHub, point_at
 from families_tiny import denoiser, tiny_pipeline
 from peft_metalora import MetaLoraConfig, errors, hub, save_down
 from peft_metalora.checkpoint.artefacts import load_down as load_local_down
 from peft_metalora.hub.publishing import pull, push_down, push_subject
-
-
-def point_at(hub_endpoint, cache, monkeypatch):
-    """Make the client talk to a fake Hub and keep what it fetches in a folder of the test."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub_endpoint)
-    template = hub_endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub_endpoint)
-    # transformers (PEFT pushes through it) keeps a client of its own, made on first use by whichever test came first.
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    with FakeHub() as fake:
-        point_at(fake.endpoint, tmp_path / "cache", monkeypatch)
-        monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_environment", lambda: TOKEN)
-        yield fake
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from peft_metalora import hub
 from peft_metalora.demo.base import RESOLUTION
 from peft_metalora.demo.faces import write_dataset
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def start(monkeypatch, script, *arguments):

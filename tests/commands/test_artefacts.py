@@ -6,9 +6,6 @@ import pytest
 from artefacts_tiny import write_pair
 from peft_metalora import load_subject
 from peft_metalora.cli import main
-from test_hub import server
-
-__all__ = ["server"]
 
 
 @pytest.fixture
