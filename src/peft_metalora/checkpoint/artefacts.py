@@ -30,7 +30,7 @@ from ..errors import (
 )
 from ..files import save_tensors, staged_folder
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
-from ..tuner.ranks import exceptions, module_alpha, whole_paths
+from ..tuner.ranks import exceptions, ranks_of, whole_paths
 from .base_model import PREFIX, REPO_ID, bare_model, base_model_name
 from .config_file import CONFIG_FILE, FORMAT_VERSION, config_json, read_config
 from .factors import (
@@ -306,7 +306,7 @@ def _with_plain_patterns(config: MetaLoraConfig, tensors: Mapping[str, torch.Ten
     if not (config.rank_pattern or config.meta_rank_pattern or config.alpha_pattern):
         return config
     mids = {name.rpartition(".")[0]: tensor for name, tensor in tensors.items() if name.endswith(".metalora_mid")}
-    alphas = {module: module_alpha(config, module) for module in mids}
+    alphas = {module: ranks_of(config, module).lora_alpha for module in mids}
 
     return dataclasses.replace(
         config,

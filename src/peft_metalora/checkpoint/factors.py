@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ForeignKeysError, MissingKeysError, NonFiniteError, RankMismatchError, ShapeMismatchError
 from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.ranks import module_meta_rank, module_rank
+from ..tuner.ranks import ranks_of
 from .base_model import PREFIX
 from .config_file import CONFIG_FILE
 from .untrusted import Header, read_header, read_tensors, require_safe_file
@@ -89,7 +89,7 @@ def _check_header(header: Header, config: MetaLoraConfig, parts: tuple[str, ...]
 
 
 def _check_shapes(module: str, found: Mapping[str, tuple[int, ...]], config: MetaLoraConfig, path: Path) -> None:
-    rank, meta_rank = module_rank(config, module), module_meta_rank(config, module)
+    rank, meta_rank, *_ = ranks_of(config, module)
     mid, up, down = found["metalora_mid"], found["metalora_up"], found.get("metalora_down")
     if len(mid) != 3 or len(up) != 3 or mid[0] != config.num_slots or up[0] != config.num_slots:
         raise _bad_shape(path, module, f"Mid and Up with {config.num_slots} slots", f"{mid} and {up}")

@@ -11,7 +11,7 @@ import torch
 
 from ..files import save_tensors
 from ..tuner import MetaLoraConfig
-from ..tuner.ranks import module_scaling
+from ..tuner.ranks import ranks_of
 
 FOLD_FILE = "pytorch_lora_weights.safetensors"
 
@@ -42,7 +42,7 @@ def fold_subject(
         factor = down[f"{module}.metalora_down"].to(mid.device)
         wide = torch.promote_types(mid.dtype, torch.float32)
         a = (mid.to(wide) @ factor.flatten(1).to(wide)).reshape(mid.shape[0], *factor.shape[1:])
-        b = (up.to(wide) * module_scaling(config, module)).reshape(*up.shape, *[1] * (factor.ndim - 2))
+        b = (up.to(wide) * ranks_of(config, module).scaling).reshape(*up.shape, *[1] * (factor.ndim - 2))
         pairs[module] = LoraPair(a.to(mid.dtype), b.to(mid.dtype))
     return pairs
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from ..checkpoint.artefacts import reference_to_write, write_artefact
 from ..checkpoint.base_model import PREFIX
@@ -35,7 +34,7 @@ from ..errors import (
     WrongKindError,
 )
 from ..tuner import DownSource
-from ..tuner.ranks import module_scaling
+from ..tuner.ranks import from_pattern, ranks_of, scale_of
 
 _SUFFIXES = {
     "lora_A.weight": "a",
@@ -117,7 +116,7 @@ def project(
         if module in pairs:
             a, b = pairs[module]
             _require_shapes(module, a, b, factor, outputs)
-            mid, up, residual, norm = nearest(a, b, factor, start.shape[0], module_scaling(config, module))
+            mid, up, residual, norm = nearest(a, b, factor, start.shape[0], ranks_of(config, module).scaling)
             tensors[f"{module}.metalora_mid"] = mid.unsqueeze(0).to(start.dtype)
             tensors[f"{module}.metalora_up"] = up.unsqueeze(0).to(start.dtype)
             errors[module] = residual / norm if norm else 0.0
@@ -232,10 +231,8 @@ def _diffusers_metadata(file: Path) -> dict[str, Any]:
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / rank as the configuration says (keys of diffusers' copy carry the component); 1 without one."""
     values = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
-    alpha = values.get("lora_alpha", rank)
-    patterns = values.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), module), alpha)
-    return float(alpha) / (rank**0.5 if values.get("use_rslora") else rank)
+    alpha = from_pattern(values.get("alpha_pattern"), module, values.get("lora_alpha", rank))
+    return scale_of(float(alpha), rank, bool(values.get("use_rslora")))
 
 
 def _require_shapes(module: str, a: torch.Tensor, b: torch.Tensor, down: torch.Tensor, outputs: int) -> None:

@@ -28,7 +28,7 @@ from ..tuner import DownSource, MetaLoraConfig
 from ..tuner.down import given
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.placing import activate, active_adapters, inject
-from ..tuner.ranks import module_scaling
+from ..tuner.ranks import ranks_of
 from .denoiser import own_factors
 
 _PARTS = ("metalora_mid", "metalora_up", "metalora_magnitude")
@@ -286,7 +286,7 @@ class SubjectTable:
         """The subject's own scale taken into Up, relative to the table's."""
         scaled = dict(tensors)
         for path, _ in self._layers:
-            ratio = module_scaling(config, path) / module_scaling(self.config, path)
+            ratio = ranks_of(config, path).scaling / ranks_of(self.config, path).scaling
             if ratio != 1 and f"{path}.metalora_up" in scaled:
                 scaled[f"{path}.metalora_up"] = scaled[f"{path}.metalora_up"] * ratio
         return scaled

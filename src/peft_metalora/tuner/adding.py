@@ -33,7 +33,7 @@ from .down import DOWN, MID, MID_INIT, UP, DownSource, check_files, load_down_so
 from .layer import MetaLoraLayer
 from .linear import Linear
 from .on_model import down_fingerprint, meta_lora_layers, module_path
-from .ranks import _ranks
+from .ranks import Ranks, ranks_of
 from .registration import PREFIX
 from .subject_index import SubjectIndex
 
@@ -47,10 +47,10 @@ class NoTargetError(NoTargetModulesError, NoMatchingPeftModuleError):
 
 @dataclass
 class Plan:
-    """What an injection will do. `ranks`: module key -> (r, meta_r, lora_alpha). `key`: of the Down in each layer."""
+    """What an injection will do. `ranks`: by module. `key`: of the Down in each layer."""
 
     key: str
-    ranks: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    ranks: dict[str, Ranks] = field(default_factory=dict)
     source: DownSource | None = None
     fingerprint: str | None = None
 
@@ -81,7 +81,7 @@ def plan_injection(
             raise ConfigError(
                 f"use_dora is for linear layers, and {key!r} is a convolution. Leave it out, or use_dora."
             )
-        ranks[key] = _ranks(config, key)
+        ranks[key] = ranks_of(config, key)
     plan = Plan(adapter_name, ranks)
     if config.stage == "subject":
         _resolve_down(model, config, plan, targets)
@@ -190,13 +190,13 @@ def _source_shapes(source: DownSource | None, path: str, count: int) -> tuple[tu
 
 def _check_fit(
     config: MetaLoraConfig,
-    ranks: tuple[int, int, float],
+    ranks: Ranks,
     key: str,
     module: nn.Module,
     down: tuple[int, ...],
     mid_init: tuple[int, ...],
 ) -> None:
-    r, meta_r, _ = ranks
+    r, meta_r = ranks.r, ranks.meta_r
     if down[0] != meta_r:
         raise RankMismatchError(
             f"The Down has rank {down[0]} at {key!r}, the config says meta_r={meta_r}. Set meta_r={down[0]}."
@@ -295,11 +295,11 @@ def replace_target(
     """Add the adapter to a layer of ours, or put one in the place of a base layer."""
     plan: Plan = tuner._plan
     if isinstance(target, MetaLoraLayer):
-        target.update_layer(adapter_name, config, *plan.ranks[current_key], plan.key)
+        target.update_layer(adapter_name, config, plan.ranks[current_key], plan.key)
         return
     layer = create_layer(tuner.model, target, tuner._index)
     layer._active_adapter = tuner.active_adapter
-    layer.update_layer(adapter_name, config, *plan.ranks[current_key], plan.key)
+    layer.update_layer(adapter_name, config, plan.ranks[current_key], plan.key)
     if adapter_name not in tuner.active_adapters:
         layer.requires_grad_(False)
     tuner._replace_module(parent, target_name, layer, target)

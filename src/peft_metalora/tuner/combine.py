@@ -23,7 +23,7 @@ from .config import MetaLoraConfig
 from .convert import svd_of_product
 from .layer import MetaLoraLayer
 from .on_model import meta_lora_layers
-from .ranks import exceptions, whole_paths
+from .ranks import Ranks, exceptions, whole_paths
 
 
 def add_weighted_subject(
@@ -80,7 +80,7 @@ def add_weighted_subject(
     config = _config(peft_config, adapters, sums, own_down)
     for one in sums.values():
         r, meta_r = one.mid.shape
-        one.layer.update_layer(adapter_name, config, r, meta_r, r, down_key)
+        one.layer.update_layer(adapter_name, config, Ranks(r, meta_r, r), down_key)
         one.layer.metalora_mid[adapter_name].data = one.mid.unsqueeze(0)
         one.layer.metalora_up[adapter_name].data = one.up.unsqueeze(0)
         if own_down:

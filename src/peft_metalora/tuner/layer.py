@@ -25,6 +25,7 @@ from .base_layers import factor_shape, is_packed, unpack
 from .config import MetaLoraConfig
 from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, Downs
 from .merging import Mergeable, decomposed_norms
+from .ranks import Ranks
 from .starts import start_down
 from .subject_index import Chosen, Positions, SubjectIndex, TokenSlots
 
@@ -89,13 +90,11 @@ class MetaLoraLayer(Mergeable):
 
     # ---- factors -------------------------------------------------------------------------------------------------
 
-    def update_layer(
-        self, adapter_name: str, config: MetaLoraConfig, r: int, meta_r: int, lora_alpha: float, down_key: str
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: MetaLoraConfig, ranks: Ranks, down_key: str) -> None:
         """Create the factors of a new adapter; a subject's Down is bound afterwards with `bind_down`."""
-        self.r[adapter_name], self.meta_r[adapter_name], self.lora_alpha[adapter_name] = r, meta_r, lora_alpha
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.scaling[adapter_name] = self._full_scale(adapter_name)
+        r, meta_r, self.lora_alpha[adapter_name], self.use_rslora[adapter_name] = ranks
+        self.r[adapter_name], self.meta_r[adapter_name] = r, meta_r
+        self.scaling[adapter_name] = ranks.scaling
         self.stage[adapter_name] = config.stage
         self.warmup[adapter_name] = False
         self.down_key[adapter_name] = down_key

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterStateError, NonFiniteError, UnsupportedModuleError
 from .down import Downs
+from .ranks import scale_of
 from .subject_index import SubjectIndex
 
 MERGE_BACKUPS = ("device", "host", "none")
@@ -58,8 +58,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
     # ---- scale ---------------------------------------------------------------------------------------------------
 
     def _full_scale(self, adapter_name: str) -> float:
-        r = self.r[adapter_name]
-        return self.lora_alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
+        return scale_of(self.lora_alpha[adapter_name], self.r[adapter_name], self.use_rslora[adapter_name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Weight the adapter: its output is multiplied by `scale` times its own scaling."""
