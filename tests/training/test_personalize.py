@@ -69,6 +69,21 @@ def only(examples, subject):
     return Examples(examples.latents[chosen], examples.text, examples.caption[chosen], zero)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"use_rslora": True}, {"alpha_pattern": {"to_k": 8}}, {"use_dora": True}], ids=str
+)
+def test_another_rank_keeps_the_downs_scale_and_its_decomposition(base, down, settings):
+    """Bug: rsLoRA doubled the scale, alpha_pattern was not adapted to the rank, and use_dora was dropped."""
+    config = replace(down.config, lora_alpha=4, **settings)
+    Personalization(
+        base, tiny_examples(base, subjects=1), personal_config(start="fresh", rank=8), replace(down, config=config)
+    )
+    layers = [layer for path, layer in meta_lora_layers(base.denoiser) if path.endswith("to_k")]
+    assert {"default" in layer.metalora_magnitude for layer in layers} == {"use_dora" in settings}
+    expected = 8 / 2 if "alpha_pattern" in settings else 4 / 2**0.5 if "use_rslora" in settings else 4 / 2
+    assert [layer.scaling["default"] for layer in layers] == pytest.approx([expected] * len(layers))
+
+
 def test_down_and_base_never_move_and_have_no_gradient(base, down):
     before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
     run = Personalization(base, tiny_examples(base, subjects=1), personal_config(), down)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
@@ -42,10 +43,7 @@ def adapter_config(
         return VeraConfig(r=r, target_modules=modules, save_projection=False)
     if kind != "random-down" or down is None:
         raise ValueError(f"expected a kind of adapter, and a Down for 'random-down', found {kind!r} and {down}")
-    of_down = down.config
-    return MetaLoraConfig(
-        r=of_down.r, meta_r=of_down.meta_r, lora_alpha=of_down.lora_alpha, target_modules=of_down.target_modules
-    )
+    return replace(down.config, down_fingerprint=None, inference_mode=False, num_slots=1)
 
 
 def put_adapter(base: Base, adapter: PeftConfig, config: TrainingConfig) -> list[nn.Parameter]:

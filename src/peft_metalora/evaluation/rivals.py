@@ -21,8 +21,7 @@ from torch import Tensor
 from ..bases import Base
 from ..training.engine.stacked import AdapterStack
 from ..training.settings import TrainingConfig
-from ..tuner import MetaLoraConfig
-from ..tuner.down import DownSource, given
+from ..tuner.down import DownSource, given, subject_config
 from ..tuner.placing import eject
 from .adapters import adapter_config, put_adapter
 
@@ -54,20 +53,7 @@ def _peft(kind: str, r: int = 1) -> Callable[[Any, DownSource], PeftConfig]:
 
 
 def _subject(**options: Any) -> Callable[[Any, DownSource], PeftConfig]:
-    def config(modules: Any, down: DownSource) -> PeftConfig:
-        of_down = down.config
-        return MetaLoraConfig(
-            stage="subject",
-            r=of_down.r,
-            meta_r=of_down.meta_r,
-            lora_alpha=of_down.lora_alpha,
-            target_modules=of_down.target_modules,
-            down="in memory",
-            down_fingerprint=down.fingerprint,
-            **options,
-        )
-
-    return config
+    return lambda modules, down: subject_config(down, down="in memory", inference_mode=False, **options)
 
 
 RIVALS: dict[str, Rival] = {

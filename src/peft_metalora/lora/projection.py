@@ -8,7 +8,6 @@ of Down can be reached, and there only rank r: with Down^T = Q R, the best choic
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from ..errors import (
     WrongKindError,
 )
 from ..tuner import DownSource
+from ..tuner.down import subject_config
 from ..tuner.ranks import from_pattern, ranks_of, scale_of
 
 _SUFFIXES = {
@@ -94,15 +94,11 @@ def project(
             f"{lora}: expected a LoRA on layers of this Down, such as {modules[0]}, found {sorted(pairs)[0]}. "
             "Use a LoRA of the same base model, in diffusers' or PEFT's format."
         )
-    settings: dict[str, Any] = {"inference_mode": True}
-    config = dataclasses.replace(
-        down.config,
-        **settings,
-        stage="subject",
-        num_slots=1,
+    config = subject_config(
+        down,
+        inference_mode=True,
         down=reference_to_write(down_reference, Path(folder)),
         down_revision=down_revision,
-        down_fingerprint=down.fingerprint,
         facts={"projected from": Path(lora).name},
     )
     tensors: dict[str, torch.Tensor] = {}

@@ -9,7 +9,6 @@ from where they came when they are needed.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 import weakref
@@ -25,7 +24,7 @@ from torch import nn
 from ..checkpoint.factors import check_subject_on_down
 from ..errors import AdapterNotFoundError, AdapterStateError
 from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.down import given
+from ..tuner.down import given, subject_config
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.placing import activate, active_adapters, inject
 from ..tuner.ranks import ranks_of
@@ -85,15 +84,8 @@ class SubjectTable:
             )
         self.down, self.capacity, self.host_capacity = down, capacity, host_capacity
         self.adapter_name = f"slots-{down.fingerprint[:8]}"
-        settings: dict[str, Any] = {"inference_mode": True}
-        self.config: MetaLoraConfig = dataclasses.replace(
-            down.config,
-            **settings,
-            stage="subject",
-            num_slots=capacity,
-            start="stored",
-            down=self.adapter_name,
-            down_fingerprint=down.fingerprint,
+        self.config = subject_config(
+            down, num_slots=capacity, start="stored", down=self.adapter_name, inference_mode=True
         )
         before = active_adapters(model)
         with given(down):

@@ -25,8 +25,8 @@ from ..checkpoint.base_model import check_fits
 from ..data import TRIGGER_MARK
 from ..errors import ConfigError, TooFewImagesError
 from ..files import staged_folder
-from ..tuner import DownSource, MetaLoraConfig, set_subjects
-from ..tuner.down import given
+from ..tuner import DownSource, set_subjects
+from ..tuner.down import given, subject_config
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.placing import eject
 from ..tuner.subject_index import SubjectIndex
@@ -125,28 +125,22 @@ class Personalization:
         if self.down is None:
             raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
         check_fits(self.base.denoiser, self.down, name=config.down or "this Down")
-        of_down = self.down.config
-        if config.rank is not None and config.rank != of_down.r and config.start != "fresh":
+        own = self.down.config.r
+        if config.rank is not None and config.rank != own and config.start != "fresh":
             raise ConfigError(
-                f"rank must be the Down's, {of_down.r}, for start={config.start!r}, found {config.rank}: leave rank "
+                f"rank must be the Down's, {own}, for start={config.start!r}, found {config.rank}: leave rank "
                 "out, or use start='fresh' (the control)"
             )
-        adapter = MetaLoraConfig(
-            stage="subject",
-            r=config.rank or of_down.r,
-            meta_r=of_down.meta_r,
-            lora_alpha=of_down.lora_alpha * ((config.rank or of_down.r) / of_down.r),
-            use_rslora=of_down.use_rslora,
-            rank_pattern=of_down.rank_pattern,
-            alpha_pattern=of_down.alpha_pattern,
-            meta_rank_pattern=of_down.meta_rank_pattern,
-            target_modules=of_down.target_modules,
+        adapter = subject_config(
+            self.down,
+            r=config.rank,
             num_slots=self.num_subjects,
             start=config.start,
             down=config.down or "in memory",
             down_revision=config.down_revision,
-            down_fingerprint=self.down.fingerprint,
             base_model_name_or_path=config.pretrained_model_name_or_path,
+            revision=config.revision,
+            inference_mode=False,
         )
         with given(self.down):
             parameters = inject(self.base, adapter, _ADAPTER, config)

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a layer holds Downs, what identifies one, and how the tuner gets one that is not on the model yet.
+"""How a layer holds Downs, what identifies one, what stands on one, and how the tuner gets one that is not there yet.
 
 The tuner knows no files: whoever does installs a loader with `set_down_loader`, and the tuner calls it with the
 subject's config."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDownError
 from .config import MetaLoraConfig
+from .ranks import exceptions, ranks_of, scale_of
 
 DOWN, MID_INIT, MID, UP = "metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up"
 MAGNITUDE = "metalora_magnitude"
@@ -33,6 +36,36 @@ class DownSource:
     config: MetaLoraConfig
     tensors: dict[str, Tensor]
     fingerprint: str
+
+
+def subject_config(source: DownSource, *, r: int | None = None, **changes: Any) -> MetaLoraConfig:
+    """The configuration of a subject on a Down: its modules, ranks and scales, one slot, whatever `changes` says else.
+
+    Args:
+        source: the Down.
+        r: another rank than the Down's, for each module without a rank of its own in `rank_pattern`. The scaling of
+            every module stays what it is with the Down's rank: lora_alpha and alpha_pattern follow.
+        changes: fields of `MetaLoraConfig`; a lora_alpha among them is taken as it is.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+    before = source.config
+    own: dict[str, Any] = {"stage": "subject", "num_slots": 1, "r": before.r if r is None else r}
+    own |= {"down_fingerprint": source.fingerprint, "facts": None, "init_weights": True, "lora_dropout": 0.0}
+    config = dataclasses.replace(before, **own | changes)
+    if config.r == before.r or "lora_alpha" in changes:
+        return config
+
+    def kept(alpha: float, old: int, new: int) -> float:
+        return alpha * scale_of(1, old, before.use_rslora) / scale_of(1, new, config.use_rslora)
+
+    alphas = {}
+    for module in {name.removesuffix(f".{DOWN}") for name in source.tensors if name.endswith(f".{DOWN}")}:
+        of_down = ranks_of(before, module)
+        alphas[module] = kept(of_down.lora_alpha, of_down.r, ranks_of(config, module).r)
+    common = kept(before.lora_alpha, before.r, config.r)
+    return dataclasses.replace(config, lora_alpha=common, alpha_pattern=exceptions(alphas, common))
 
 
 class Downs(nn.ParameterDict):
