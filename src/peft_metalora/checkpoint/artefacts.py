@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,20 +35,71 @@ from ..tuner.ranks import exceptions, ranks_of, whole_paths
 from .base_model import PREFIX, REPO_ID, bare_model, base_model_name
 from .config_file import CONFIG_FILE, FORMAT_VERSION, config_json, read_config
 from .factors import (
-    DOWN_PARTS,
-    SUBJECT_PARTS,
     WEIGHTS_FILE,
+    FactorFile,
     SubjectSource,
     check_subject_on_down,
     holds_embeddings,
-    read_factors,
+    open_factors,
 )
 from .folded import FOLD_FILE, LoraPair, component_name, fold_subject, save_diffusers
 
-FindDown = Callable[[MetaLoraConfig, Path], DownSource]
-
-
 # Reading
+
+
+class Artefact:
+    """A Down or a subject in a local folder: its configuration is read and its header checked, its tensors are not yet.
+
+    Attributes:
+        folder: where it lies. config: as the file says it, with every check that needs no model.
+        tensors: by name, what the header says of each.
+    """
+
+    def __init__(self, folder: Path, config: MetaLoraConfig, file: FactorFile) -> None:
+        self.folder, self.config, self.tensors, self._file = folder, config, file.entries, file
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it is a Down."""
+        return self.config.stage == "meta"
+
+    def down(self, expected_fingerprint: str | None = None) -> DownSource:
+        """Read it as a Down; raises as `load_down`."""
+        _require_stage(self.config, "meta", self.folder)
+        tensors = self._file.read()
+        found = fingerprint(tensors)
+        for expected in (self.config.down_fingerprint, expected_fingerprint):
+            if expected is not None and expected != found:
+                raise FingerprintMismatchError(
+                    f"{self.folder}: expected the Down {expected[:16]}…, found {found[:16]}…. "
+                    "Load the Down that the subject was trained on (its adapter_config.json names it)."
+                )
+        return DownSource(config=_canonical(self.config, tensors), tensors=tensors, fingerprint=found)
+
+    def subject(self, down: DownSource) -> SubjectSource:
+        """Read it as a subject on `down`, which its header is compared with first; raises as `load_subject`."""
+        _require_stage(self.config, "subject", self.folder)
+        if down.fingerprint != self.config.down_fingerprint:
+            raise FingerprintMismatchError(
+                f"{self.folder}: expected to stand on the Down {str(self.config.down_fingerprint)[:16]}…, found "
+                f"{down.fingerprint[:16]}…. Give it the Down that it names: {self.config.down}."
+            )
+        check_subject_on_down(self.tensors, down.tensors, self.folder)
+        tensors = self._file.read()
+        return SubjectSource(_canonical(self.config, tensors), tensors, down)
+
+
+@contextmanager
+def open_artefact(folder: str | os.PathLike[str]) -> Iterator[Artefact]:
+    """Open what lies in a local folder, for `Artefact.down` or `Artefact.subject`; raises as `load_down`."""
+    path = Path(folder)
+    config = read_config(path)
+    if config.stage == "subject" and config.down_fingerprint is None:
+        raise ConfigFormatError(
+            f"{path}: expected down_fingerprint in {CONFIG_FILE}, found none. Save the subject again."
+        )
+    with open_factors(path, config) as file:
+        yield Artefact(path, config, file)
 
 
 def load_down(folder: str | os.PathLike[str], *, expected_fingerprint: str | None = None) -> DownSource:
@@ -67,48 +119,23 @@ def load_down(folder: str | os.PathLike[str], *, expected_fingerprint: str | Non
         UnsafeNameError, MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError, TensorDtypeError,
         NonFiniteError: the file is not what the format says.
     """
-    path = Path(folder)
-    config = read_config(path)
-    _require_stage(config, "meta", path)
-    tensors = read_factors(path, config, DOWN_PARTS)
-    found = fingerprint(tensors)
-    for expected in (config.down_fingerprint, expected_fingerprint):
-        if expected is not None and expected != found:
-            raise FingerprintMismatchError(
-                f"{path}: expected the Down {expected[:16]}…, found {found[:16]}…. "
-                "Load the Down that the subject was trained on (its adapter_config.json names it)."
-            )
-    return DownSource(config=_canonical(config, tensors), tensors=tensors, fingerprint=found)
+    with open_artefact(folder) as found:
+        return found.down(expected_fingerprint)
 
 
-def load_subject(folder: str | os.PathLike[str], *, find_down: FindDown | None = None) -> SubjectSource:
-    """Read a subject from a local folder, and the Down it names.
+def load_subject(folder: str | os.PathLike[str]) -> SubjectSource:
+    """Read a subject and its Down from local folders; `hub.load_subject` also knows repositories.
 
     Args:
         folder: a folder that `save_subject` or PEFT's `save_pretrained` wrote.
-        find_down: gives the Down for a subject's configuration and folder; without it the Down must lie in a local
-            folder (`hub.load_subject` also knows repositories).
 
     Raises:
         MissingDownError: the subject names no Down that can be found.
         Everything that `load_down` raises.
     """
-    path = Path(folder)
-    config = read_config(path)
-    _require_stage(config, "subject", path)
-    if config.down_fingerprint is None:
-        raise ConfigFormatError(
-            f"{path}: expected down_fingerprint in {CONFIG_FILE}, found none. Save the subject again."
-        )
-    tensors = read_factors(path, config, SUBJECT_PARTS)
-    down = (find_down or find_local_down)(config, path)
-    if down.fingerprint != config.down_fingerprint:
-        raise FingerprintMismatchError(
-            f"{path}: expected to stand on the Down {config.down_fingerprint[:16]}…, found {down.fingerprint[:16]}…. "
-            f"Give it the Down that it names: {config.down}."
-        )
-    check_subject_on_down(tensors, down.tensors, path)
-    return SubjectSource(_canonical(config, tensors), tensors, down)
+    with open_artefact(folder) as found:
+        _require_stage(found.config, "subject", found.folder)
+        return found.subject(find_local_down(found.config, found.folder))
 
 
 def check_files(folder: Path, config: MetaLoraConfig) -> None:
@@ -122,7 +149,8 @@ def check_files(folder: Path, config: MetaLoraConfig) -> None:
     """
     more = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
     if not more and not holds_embeddings(folder):
-        read_factors(folder, config, DOWN_PARTS if config.stage == "meta" else SUBJECT_PARTS)
+        with open_factors(folder, config) as file:
+            file.read()
 
 
 def find_local_down(config: MetaLoraConfig, folder: Path) -> DownSource:

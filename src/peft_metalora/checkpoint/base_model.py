@@ -4,18 +4,31 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from ..errors import BaseModelMismatchError
-from ..tuner import DownSource
+from ..tuner import MetaLoraConfig
+from .untrusted import TensorEntry
 
 PREFIX = "base_model.model."
 REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
-def check_fits(model: nn.Module, source: DownSource, *, name: str = "this Down") -> None:
+class _Down(Protocol):
+    """A Down that has been read, or one of which only the header has."""
+
+    @property
+    def config(self) -> MetaLoraConfig: ...
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor | TensorEntry]: ...
+
+
+def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> None:
     """Check that a Down was made for this base model: its modules are there, with these inputs and outputs.
 
     The model's name is compared as well when the Down names a Hub repository and the model knows one.

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..tuner import DownSource, MetaLoraConfig
 from ..tuner.ranks import ranks_of
 from .base_model import PREFIX
 from .config_file import CONFIG_FILE
-from .untrusted import Header, read_header, read_tensors, require_safe_file
+from .untrusted import Header, TensorEntry, TensorFile, open_tensors, require_safe_file
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 DOWN_PARTS = ("metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up")
@@ -41,25 +42,51 @@ class SubjectSource:
     down: DownSource
 
 
-def read_factors(folder: Path, config: MetaLoraConfig, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+class FactorFile:
+    """The open file of a Down's or a subject's tensors, its header checked against the configuration.
+
+    Attributes:
+        entries: by the names that the tensors have in a source, without PEFT's prefix.
+    """
+
+    def __init__(self, file: TensorFile, config: MetaLoraConfig) -> None:
+        self._file, self.path = file, file.path
+        _check_header(file.header, config, DOWN_PARTS if config.stage == "meta" else SUBJECT_PARTS, file.path)
+        self.entries = {name.removeprefix(PREFIX): entry for name, entry in file.header.entries.items()}
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """All tensors, on the CPU; raises CorruptFileError, and NonFiniteError for NaN or infinity."""
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in self._file.read().items()}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"{self.path}: expected finite numbers in {name}, found NaN or infinity. The training diverged or "
+                    "the file is damaged: use an earlier checkpoint, or fetch it again."
+                )
+        return tensors
+
+
+@contextmanager
+def open_factors(folder: Path, config: MetaLoraConfig) -> Iterator[FactorFile]:
+    """Open the tensors of the artefact in a folder; raises what `untrusted.open_tensors` does, and for its header:
+
+    Raises:
+        MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError: it is not what `config` says.
+    """
     path = folder / WEIGHTS_FILE
     if not path.exists() and (folder / "adapter_model.bin").exists():
         require_safe_file(folder / "adapter_model.bin")
-    raw = read_tensors(path, check=lambda header: _check_header(header, config, parts, path))
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in raw.items()}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteError(
-                f"{path}: expected finite numbers in {name}, found NaN or infinity. The training diverged or the file "
-                "is damaged: use an earlier checkpoint, or fetch it again."
-            )
-    return tensors
+    with open_tensors(path) as file:
+        yield FactorFile(file, config)
 
 
 def holds_embeddings(folder: Path) -> bool:
-    """Whether PEFT saved a model's embeddings beside an adapter; raises as `read_tensors` does."""
+    """Whether PEFT saved a model's embeddings beside an adapter; raises as `open_tensors` does."""
     path = folder / WEIGHTS_FILE
-    return path.exists() and any(EMBEDDINGS & set(name.split(".")[-2:-1]) for name in read_header(path).entries)
+    if not path.exists():
+        return False
+    with open_tensors(path) as file:
+        return any(EMBEDDINGS & set(name.split(".")[-2:-1]) for name in file.header.entries)
 
 
 def _check_header(header: Header, config: MetaLoraConfig, parts: tuple[str, ...], path: Path) -> None:
@@ -116,9 +143,11 @@ def listed(names: Iterable[str], limit: int = 3) -> str:
 
 
 def check_subject_on_down(
-    subject: Mapping[str, torch.Tensor], down: Mapping[str, torch.Tensor], path: str | os.PathLike[str]
+    subject: Mapping[str, torch.Tensor | TensorEntry],
+    down: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
 ) -> None:
-    """Check that a subject has the modules and the shapes of its Down.
+    """Check that a subject, or the header of its file, has the modules and the shapes of its Down.
 
     Raises:
         MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,32 +67,42 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_tensors(
-    path: str | os.PathLike[str], check: Callable[[Header], None] | None = None
-) -> dict[str, torch.Tensor]:
-    """Read a safetensors file whose header has passed every check.
+class TensorFile:
+    """An open safetensors file whose header has passed every check; its tensors have not been read.
 
-    Args:
-        path: the file.
-        check: called with the header before any tensor is read; raises what it does not like.
+    What replaces the file meanwhile under its name does not matter: the open one is read.
+    """
 
-    Returns:
-        Tensors on the CPU that share no memory with the file.
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self.path = file, path
+        try:
+            self.header = _parse_header(file, path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """All tensors, on the CPU; they share no memory with the file. Raises CorruptFileError."""
+        try:
+            return {name: _read_tensor(self._file, entry, self.path) for name, entry in self.header.entries.items()}
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+
+@contextmanager
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
+    """Open a safetensors file and check its header.
 
     Raises:
         ArtefactNotFoundError, PickleRefusedError, CorruptFileError, UnsafeNameError, TensorDtypeError.
     """
     with _open(path) as file:
-        header = _parse_header(file, Path(path))
-        if check is not None:
-            check(header)
-        return {name: _read_tensor(file, entry, Path(path)) for name, entry in header.entries.items()}
+        yield TensorFile(file, Path(path))
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and check the header alone; raises as `read_tensors` does."""
-    with _open(path) as file:
-        return _parse_header(file, Path(path))
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read a safetensors file whose header has passed every check; raises as `open_tensors` and `TensorFile.read`."""
+    with open_tensors(path) as file:
+        return file.read()
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -103,7 +113,10 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         CorruptFileError: it is too large, or is no JSON object.
     """
     with _open(path) as file:
-        raw = file.read(MAX_CONFIG_BYTES + 1)
+        try:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        except OSError as error:
+            raise _unreadable(Path(path), error) from error
     if len(raw) > MAX_CONFIG_BYTES:
         raise CorruptFileError(
             f"{path}: expected a configuration of at most {MAX_CONFIG_BYTES} bytes, found a larger file. "
@@ -129,17 +142,20 @@ def require_safe_file(path: Path) -> None:
 def _open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     require_safe_file(Path(path))
     try:
-        with open(path, "rb") as file:
-            yield file
+        file = open(path, "rb")  # noqa: SIM115 - closed by the `with` below, whose errors are not this one
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ArtefactNotFoundError(
             f"{path}: expected a file, found {'a folder' if os.path.isdir(path) else 'nothing'}. "
             "Check the path, or fetch the artefact again."
         ) from error
     except OSError as error:
-        raise CorruptFileError(
-            f"{path}: expected a readable file, found: {error}. Check the disk and its rights."
-        ) from error
+        raise _unreadable(Path(path), error) from error
+    with file:
+        yield file
+
+
+def _unreadable(path: Path, error: OSError) -> CorruptFileError:
+    return CorruptFileError(f"{path}: expected a readable file, found: {error}. Check the disk and its rights.")
 
 
 def _parse_header(file: BinaryIO, path: Path) -> Header:

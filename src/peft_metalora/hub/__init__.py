@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .loading import Location, load_down, load_subject, locate
+from .loading import HubOptions, load, load_down, load_subject
 from .publishing import pull, push_down, push_subject
 
-__all__ = ["Location", "load_down", "load_subject", "locate", "pull", "push_down", "push_subject"]
+__all__ = ["HubOptions", "load", "load_down", "load_subject", "pull", "push_down", "push_subject"]

@@ -7,26 +7,36 @@ cache hold here too. What is fetched is read by `checkpoint`, with all its check
 
 from __future__ import annotations
 
-import inspect
 import os
 import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
+from torch import nn
+from typing_extensions import Unpack
 
-from ..checkpoint.artefacts import check_files, down_reference
-from ..checkpoint.artefacts import load_down as load_local_down
-from ..checkpoint.artefacts import load_subject as load_local_subject
-from ..checkpoint.base_model import REPO_ID
+from .. import checkpoint
+from ..checkpoint.artefacts import check_files, down_reference, open_artefact
+from ..checkpoint.base_model import REPO_ID, check_fits
 from ..checkpoint.config_file import CONFIG_FILE
 from ..checkpoint.factors import WEIGHTS_FILE, SubjectSource
-from ..errors import ArtefactNotFoundError, HubError, MissingDownError, UnsafeNameError
+from ..errors import ArtefactNotFoundError, HubError, MissingDownError, UnsafeNameError, WrongKindError
 from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.down import _given
+
+
+class HubOptions(TypedDict, total=False):
+    """huggingface_hub's arguments of these names; all may be left out, and a local folder needs but `subfolder`."""
+
+    subfolder: str | None
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+    force_download: bool
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Location:
     Attributes:
         name: a folder or a repository id.
         subfolder: a folder inside it.
-        options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as huggingface_hub takes them.
+        options: the rest of `HubOptions`.
     """
 
     name: str
@@ -44,69 +54,68 @@ class Location:
     options: Mapping[str, Any]
 
 
-def load_down(
+KnownDown = Callable[[str], DownSource | None]
+
+
+def load(
     path_or_repo: str | os.PathLike[str],
     *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    expected_fingerprint: str | None = None,
-) -> DownSource:
-    """Read a Down from a local folder or a Hub repository; the arguments are huggingface_hub's.
-
-    Raises:
-        HubError: the repository, its revision or its files cannot be had.
-        Everything that `checkpoint.load_down` raises.
-    """
-    at = locate(
-        path_or_repo,
-        subfolder=subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-    )
-    return load_local_down(fetch(at), expected_fingerprint=expected_fingerprint)
-
-
-def load_subject(
-    path_or_repo: str | os.PathLike[str],
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    known_down: Callable[[MetaLoraConfig], DownSource | None] | None = None,
-) -> SubjectSource:
-    """Read a subject, and the Down it names, from local folders or the Hub; the arguments are huggingface_hub's.
+    model: nn.Module | None = None,
+    known_down: KnownDown | None = None,
+    **hub: Unpack[HubOptions],
+) -> DownSource | SubjectSource:
+    """Read a Down, or a subject and the Down it names, from local folders or the Hub: the one way in.
 
     Args:
-        known_down: asked first for the Down of a subject's configuration; None where it has none.
+        model: a base model that it must fit, compared before a tensor is read.
+        known_down: asked first for a subject's Down, by its fingerprint; None where it has none.
+        hub: huggingface_hub's arguments, see `HubOptions`.
 
     Raises:
         HubError: a repository, its revision or its files cannot be had.
-        Everything that `checkpoint.load_subject` raises.
+        BaseModelMismatchError: it does not fit `model`.
+        Everything that `checkpoint.load_down` and `checkpoint.load_subject` raise.
     """
-    at = locate(
-        path_or_repo,
-        subfolder=subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-    )
+    at = locate(path_or_repo, **hub)
+    with open_artefact(fetch(at)) as found:
+        if found.is_down:
+            if model is not None:
+                check_fits(model, found, name=str(path_or_repo))
+            return found.down()
+        down = known_down(found.config.down_fingerprint or "") if known_down is not None else None
+        down = down or find_down(found.config, at, found.folder)
+        if model is not None:
+            check_fits(model, down, name=str(path_or_repo))
+        return found.subject(down)
 
-    def find(config: MetaLoraConfig, folder: Path) -> DownSource:
-        return (known_down(config) if known_down is not None else None) or find_down(config, at, folder)
 
-    return load_local_subject(fetch(at), find_down=find)
+def load_down(
+    path_or_repo: str | os.PathLike[str], *, expected_fingerprint: str | None = None, **hub: Unpack[HubOptions]
+) -> DownSource:
+    """Read a Down from a local folder or a Hub repository; raises WrongKindError for a subject, and as `load`.
+
+    Args:
+        expected_fingerprint: what a subject says its Down is; FingerprintMismatchError for another.
+        hub: huggingface_hub's arguments, see `HubOptions`.
+    """
+    with open_artefact(fetch(locate(path_or_repo, **hub))) as found:
+        return found.down(expected_fingerprint)
+
+
+def load_subject(
+    path_or_repo: str | os.PathLike[str], *, known_down: KnownDown | None = None, **hub: Unpack[HubOptions]
+) -> SubjectSource:
+    """Read a subject, and the Down it names, from local folders or the Hub; arguments and errors are those of `load`.
+
+    Raises:
+        WrongKindError: it is a Down.
+    """
+    source = load(path_or_repo, known_down=known_down, **hub)
+    if isinstance(source, DownSource):
+        raise WrongKindError(
+            f"{path_or_repo}: expected a subject (stage 'subject'), found a Down (stage 'meta'). Use load_down."
+        )
+    return source
 
 
 def find_down(config: MetaLoraConfig, at: Location, folder: Path) -> DownSource:
@@ -129,13 +138,12 @@ def find_down(config: MetaLoraConfig, at: Location, folder: Path) -> DownSource:
                 f"{at.name}: expected a Down inside the repository, found the path {name[:80]!r}. "
                 "Ask its author to name the Down's repository."
             )
-        where = Location(at.name, inside, at.options)
+        place = fetch(Location(at.name, inside, at.options))
     else:
-        reference = down_reference(config, folder)
-        if isinstance(reference, Path):
-            return load_local_down(reference, expected_fingerprint=config.down_fingerprint)
-        where = Location(reference, None, {**at.options, "revision": config.down_revision})
-    return load_local_down(fetch(where), expected_fingerprint=config.down_fingerprint)
+        named = down_reference(config, folder)
+        of_down = {**at.options, "revision": config.down_revision}
+        place = named if isinstance(named, Path) else fetch(Location(named, None, of_down))
+    return checkpoint.load_down(place, expected_fingerprint=config.down_fingerprint)
 
 
 def fetch(at: Location) -> Path:
@@ -200,64 +208,37 @@ def _download(at: Location, name: str) -> Path:
 
 
 def resolve_down(config: MetaLoraConfig) -> DownSource:
-    """The tuner's way to the Down that a configuration names (see `tuner.set_down_loader`).
-
-    Raises:
-        As `load_down`.
-    """
-    down = _given.get()
-    if down is not None and down.fingerprint == config.down_fingerprint:
-        return down
-    by_name: dict[str, Any] = {"revision": config.down_revision, "expected_fingerprint": config.down_fingerprint}
-    if config.origin is None:
-        return load_down(config.down or "", **by_name)
-    at = _origin(config)
-    try:
-        return find_down(config, at, Path(at.name, at.subfolder or ""))
-    except (HubError, MissingDownError):
-        # Somebody may have put a folder of their own into the configuration since it was read.
-        if not os.path.isdir(config.down or ""):
-            raise
-        return load_down(config.down or "", **by_name)
+    """The tuner's way to the Down that a configuration names (see `tuner.set_down_loader`); raises as `load_down`."""
+    if config.origin is not None:
+        at = _origin(config)
+        try:
+            return find_down(config, at, Path(at.name, at.subfolder or ""))
+        except (HubError, MissingDownError):
+            # Somebody may have put a folder of their own into the configuration since it was read.
+            if not os.path.isdir(config.down or ""):
+                raise
+    return load_down(config.down or "", revision=config.down_revision, expected_fingerprint=config.down_fingerprint)
 
 
 def check_origin(config: MetaLoraConfig) -> None:
-    """Check the file of an adapter that PEFT's own verbs load, before they touch the model.
-
-    Raises:
-        As `load_down`.
-    """
+    """Check the file of an adapter that PEFT's own verbs load, before they touch the model; raises as `load_down`."""
     if config.origin is not None:
-        at = _origin(config)
-        check_files(fetch(at), config)
+        check_files(fetch(_origin(config)), config)
 
 
 def _origin(config: MetaLoraConfig) -> Location:
-    known = inspect.signature(locate).parameters
     origin = config.origin or {}
-    return locate(origin["name"], **{key: value for key, value in origin.items() if key in known and key != "name"})
+    return locate(origin["name"], **{name: origin[name] for name in HubOptions.__annotations__ if name in origin})
 
 
-def locate(
-    path_or_repo: str | os.PathLike[str],
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Location:
+def locate(path_or_repo: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Location:
     """Name a place without looking there yet; raises UnsafeNameError for a subfolder that leads out of it."""
+    unknown = sorted(set(hub) - set(HubOptions.__annotations__))
+    if unknown:
+        raise TypeError(f"expected the arguments {', '.join(HubOptions.__annotations__)}, found {', '.join(unknown)}")
+    subfolder = hub.pop("subfolder", None)
     if subfolder is not None and (posixpath.normpath(subfolder).startswith(("..", "/")) or "\\" in subfolder):
         raise UnsafeNameError(
             f"expected a folder inside {path_or_repo}, found subfolder={subfolder!r}. Give one inside it."
         )
-    options = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "force_download": force_download,
-    }
-    return Location(os.fspath(path_or_repo), subfolder, options)
+    return Location(os.fspath(path_or_repo), subfolder, hub)

@@ -16,8 +16,8 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
+from typing_extensions import Unpack
 
-from ..checkpoint.artefacts import load_down, load_subject
 from ..checkpoint.base_model import REPO_ID
 from ..checkpoint.config_file import CONFIG_FILE, config_json, read_config
 from ..checkpoint.factors import WEIGHTS_FILE
@@ -26,7 +26,7 @@ from ..errors import ArtefactNotFoundError, HubError, MissingDownError
 from ..files import staged_folder
 from ..tuner import MetaLoraConfig
 from .cards import Picture, model_card
-from .loading import Location, fetch, fetch_beside, find_down, locate
+from .loading import HubOptions, fetch, fetch_beside, load, load_down, load_subject, locate
 
 
 def push_down(
@@ -102,28 +102,21 @@ def push_subject(
             f"{folder}: expected the Down in a repository, so that others can load the subject, found {reference!r}. "
             "Push the Down first (push_down) and give down=<its repository>."
         )
-    at = Location(reference, None, {"revision": down_revision or config.down_revision, "token": token})
-    source = load_down(fetch(at), expected_fingerprint=config.down_fingerprint)
-    load_subject(folder, find_down=lambda *_: source)
-    config = dataclasses.replace(config, down=reference, down_revision=at.options["revision"] or _commit_of(at))
+    revision_of_down = down_revision or config.down_revision
+    source = load_down(reference, revision=revision_of_down, token=token, expected_fingerprint=config.down_fingerprint)
+    load_subject(folder, known_down=lambda _: source)
+    revision_of_down = revision_of_down or _commit_of(reference, token)
+    config = dataclasses.replace(config, down=reference, down_revision=revision_of_down)
     return _push(Path(folder), repo_id, config, private, gallery or {}, revision, commit_message, token)
 
 
-def pull(
-    repo_id: str,
-    folder: str | os.PathLike[str] | None = None,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    force_download: bool = False,
-) -> Path:
+def pull(repo_id: str, folder: str | os.PathLike[str] | None = None, **hub: Unpack[HubOptions]) -> Path:
     """Download a Down or a subject (its Down too) and check it; afterwards it loads offline.
 
     Args:
         repo_id: the repository.
         folder: a copy of the artefact's files is written here, all at once; None leaves it in the Hub's cache.
+        hub: huggingface_hub's arguments, see `HubOptions`.
 
     Returns:
         The folder that holds it.
@@ -131,19 +124,9 @@ def pull(
     Raises:
         As `load_subject`.
     """
-    at = locate(
-        repo_id,
-        subfolder=subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        force_download=force_download,
-    )
+    load(repo_id, **hub)
+    at = locate(repo_id, **hub)
     found = fetch(at)
-    if read_config(found).stage == "meta":
-        load_down(found)
-    else:
-        load_subject(found, find_down=lambda config, place: find_down(config, at, place))
     if folder is None:
         return found
     beside = {name: fetch_beside(at, name) for name in (FOLD_FILE, "README.md")}
@@ -205,11 +188,11 @@ def _push(
     return str(done.oid)
 
 
-def _commit_of(at: Location) -> str | None:
+def _commit_of(repo_id: str, token: str | bool | None) -> str | None:
     """The commit that a repository is at, so that a subject keeps the Down it was checked with."""
-    if os.path.isdir(at.name):
+    if os.path.isdir(repo_id):
         return None
     try:
-        return huggingface_hub.HfApi(token=at.options.get("token")).repo_info(at.name).sha
+        return huggingface_hub.HfApi(token=token).repo_info(repo_id).sha
     except (hub_errors.HfHubHTTPError, hub_errors.OfflineModeIsEnabled, ConnectionError):
         return None

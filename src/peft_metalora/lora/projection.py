@@ -23,7 +23,7 @@ from ..checkpoint.base_model import PREFIX
 from ..checkpoint.config_file import CONFIG_FILE
 from ..checkpoint.factors import WEIGHTS_FILE
 from ..checkpoint.folded import FOLD_FILE, fold_subject
-from ..checkpoint.untrusted import read_header, read_json, read_tensors
+from ..checkpoint.untrusted import open_tensors, read_json, read_tensors
 from ..errors import (
     ArtefactNotFoundError,
     CorruptFileError,
@@ -215,8 +215,10 @@ def _lora_file(path: Path) -> tuple[Path, dict[str, Any] | None]:
 
 def _diffusers_metadata(file: Path) -> dict[str, Any]:
     """diffusers' copy of PEFT's configuration in the header, empty where there is none."""
+    with open_tensors(file) as opened:
+        text = opened.header.metadata.get("lora_adapter_metadata", "{}")
     try:
-        values = json.loads(read_header(file).metadata.get("lora_adapter_metadata", "{}"))
+        values = json.loads(text)
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):

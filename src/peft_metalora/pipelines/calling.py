@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
-from .. import hub
 from ..checkpoint.base_model import check_fits
 from ..errors import AdapterNotFoundError, AdapterStateError, RegionError
+from ..hub.loading import HubOptions, load_subject
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_subjects, subject_state
 from ..tuner.on_model import configs_of, down_on_model
 from ..tuner.placing import activate, active_adapters, remember
-from .denoiser import denoiser, free_name, offload_paused, own_factors, refresh_offload
+from .denoiser import books_of, denoiser, free_name, lock_of, offload_paused, own_factors, refresh_offload
 from .regions import read_regions, shown_in_regions
-from .table import SubjectTable, books_of, lock_of, sample_slots, tables_of
+from .table import SubjectTable, sample_slots, tables_of
 
 
 class PerSampleMixin:
@@ -50,9 +51,7 @@ class PerSampleMixin:
             RegionError: a region that is empty or does not fit the image, or regions together with subjects.
             PipelineError: regions for another kind of denoiser.
         """
-        model = denoiser(self)
-        with lock_of(model):
-            own_factors(model)
+        with self._idle() as model:
             if regions is not None:
                 if subjects is not None:
                     raise RegionError("expected subjects or regions, found both. Name the subjects in the regions.")
@@ -69,6 +68,14 @@ class PerSampleMixin:
                 if slots:
                     set_subjects(model, index)
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _idle(self) -> Iterator[nn.Module]:
+        """The denoiser, once no other thread uses or changes it."""
+        model = denoiser(self)
+        with lock_of(model):
+            own_factors(model)
+            yield model
 
     def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
         """Number of prompts, and of images for each."""
@@ -145,9 +152,7 @@ class PerSampleMixin:
         Raises:
             AdapterStateError: no Down, several of them, or a table that is there already.
         """
-        model = denoiser(self)
-        with lock_of(model):
-            own_factors(model)
+        with self._idle() as model:
             downs = {
                 down_fingerprint(model, name) for name, c in configs_of(model).items() if isinstance(c, MetaLoraConfig)
             }
@@ -168,14 +173,16 @@ class PerSampleMixin:
                 tables[fingerprint] = SubjectTable(model, down, capacity, host_capacity)
             return tables[fingerprint]
 
-    def add_subject(self, path_or_repo: str | os.PathLike[str], name: str | None = None, **hub_options: Any) -> str:
+    def add_subject(
+        self, path_or_repo: str | os.PathLike[str], name: str | None = None, **hub: Unpack[HubOptions]
+    ) -> str:
         """Put a subject into the table of its Down, for `subjects=`: no adapter of its own, its Down loaded if need be.
 
         Waits for no image of another thread once the table is there.
 
         Args:
             name: by default the last part of the path or repository.
-            hub_options: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+            hub: huggingface_hub's arguments, see `HubOptions`.
 
         Returns:
             The subject's name.
@@ -185,23 +192,22 @@ class PerSampleMixin:
         """
         model = denoiser(self)
         tables = tables_of(model)
-        at = hub.locate(path_or_repo, **hub_options)
 
-        def known(config: MetaLoraConfig) -> DownSource | None:
-            table = tables.get(str(config.down_fingerprint))
+        def known(fingerprint: str) -> DownSource | None:
+            table = tables.get(fingerprint)
             if table is not None:
                 return table.down
-            with lock_of(model):
-                own_factors(model)
-                return down_on_model(model, config.down_fingerprint)
+            with self._idle():
+                return down_on_model(model, fingerprint)
 
         def read() -> dict[str, torch.Tensor]:
-            return hub.load_subject(path_or_repo, known_down=known, **hub_options).tensors
+            return load_subject(path_or_repo, known_down=known, **hub).tensors
 
-        source = hub.load_subject(path_or_repo, known_down=known, **hub_options)
+        source = load_subject(path_or_repo, known_down=known, **hub)
 
         def enter(table: SubjectTable) -> str:
-            own = name or free_name([n for table in list(tables.values()) for n in table.names()], at)
+            taken = [n for table in list(tables.values()) for n in table.names()]
+            own = name or free_name(taken, path_or_repo, hub.get("subfolder"))
             table.register(own, source.config, source.tensors, read)
             return own
 
@@ -210,8 +216,7 @@ class PerSampleMixin:
             if (table := tables.get(fingerprint)) is not None:
                 return enter(table)
         check_fits(model, source.down, name=str(path_or_repo))
-        with lock_of(model):
-            own_factors(model)
+        with self._idle():
             if fingerprint not in tables:
                 remember(model)
                 with offload_paused(self):

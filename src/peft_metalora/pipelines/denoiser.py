@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a diffusers pipeline the adapters sit on, and how its offloading is kept out of the way meanwhile."""
+"""What of a diffusers pipeline the adapters sit on, and who may change it when: locks, and offloading kept away."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar, cast
 
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from diffusers import ModelMixin
@@ -20,7 +23,6 @@ from diffusers.hooks.group_offloading import (
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from torch import nn
 
-from .. import hub
 from ..errors import PipelineError
 from ..tuner.on_model import meta_lora_layers
 
@@ -59,9 +61,41 @@ def denoiser(pipe: Any) -> nn.Module:
     return named_denoiser(pipe)[1]
 
 
-def free_name(taken: Collection[str], at: hub.Location) -> str:
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_books: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> AbstractContextManager[object]:
+    """Held while a model generates and while its adapters change, so that neither happens during the other."""
+    with _guard:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def books_of(model: nn.Module) -> AbstractContextManager[object]:
+    """Held for moments, to know or change who is in which table; whoever needs `lock_of` too takes that first."""
+    with _guard:
+        return _books.setdefault(model, threading.RLock())
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def while_idle(method: Method) -> Method:
+    """Let a method run inside `self._idle()`: what it changes never gets into an image that another thread draws."""
+
+    @functools.wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._idle():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, alone)
+
+
+def free_name(taken: Collection[str], path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> str:
     """A name after a path or repository that an adapter can have and nobody has yet."""
-    wanted = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(os.path.normpath(at.subfolder or at.name))).strip("-")
+    last = os.path.basename(os.path.normpath(subfolder or path_or_repo))
+    wanted = re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-")
     names = (f"{wanted or 'adapter'}{f'-{count}' if count else ''}" for count in range(len(taken) + 2))
     return next(name for name in names if name not in taken and not hasattr(nn.ParameterDict, name))
 

@@ -10,21 +10,18 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from typing_extensions import Unpack
 
-from .. import checkpoint, hub
-from ..checkpoint.base_model import check_fits
-from ..checkpoint.config_file import read_config
+from .. import checkpoint
 from ..checkpoint.factors import SubjectSource
 from ..errors import AdapterStateError
-from ..hub.loading import fetch, find_down
+from ..hub.loading import HubOptions, load
 from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.down import given
 from ..tuner.on_model import configs_of, down_on_model, meta_layers
 from ..tuner.placing import (
     activate,
@@ -38,8 +35,8 @@ from ..tuner.placing import (
     settle,
 )
 from .calling import PerSampleMixin
-from .denoiser import denoiser, free_name, named_denoiser, offload_paused, own_factors
-from .table import books_of, lock_of, tables_of
+from .denoiser import books_of, denoiser, free_name, named_denoiser, offload_paused, while_idle
+from .table import tables_of
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -70,37 +67,12 @@ def _enabled(cls: Any) -> type:
     return type(cls.__name__, (MetaLoraLoaderMixin, cls), names)
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _exclusive(method: Method) -> Method:
-    """Let a method wait until the denoiser is idle: a load never changes a running image."""
-
-    @functools.wraps(method)
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = denoiser(self)
-        with lock_of(model):
-            own_factors(model)
-            return method(self, *args, **kwargs)
-
-    return cast(Method, alone)
-
-
 class MetaLoraLoaderMixin(PerSampleMixin):
     """Methods for Downs and subjects, named as diffusers names those for LoRA; inherit it before a pipeline class."""
 
-    @_exclusive
+    @while_idle
     def load_meta_lora(
-        self,
-        path_or_repo: str | os.PathLike[str],
-        adapter_name: str | None = None,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
+        self, path_or_repo: str | os.PathLike[str], adapter_name: str | None = None, **hub: Unpack[HubOptions]
     ) -> str:
         """Load a Down or a subject, from a local folder or the Hub; a subject brings its Down, once per model.
 
@@ -109,7 +81,7 @@ class MetaLoraLoaderMixin(PerSampleMixin):
 
         Args:
             adapter_name: by default the last part of the path or repository.
-            subfolder: and the rest, as huggingface_hub takes them.
+            hub: huggingface_hub's `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Returns:
             The adapter's name.
@@ -117,23 +89,22 @@ class MetaLoraLoaderMixin(PerSampleMixin):
         Raises:
             BaseModelMismatchError: it was made for another base model.
             AdapterStateError: the name is taken.
-            Everything that `load_down` and `load_subject` raise. The pipeline is then as it was.
+            Everything that `hub.load` raises. The pipeline is then as it was.
         """
-        at = hub.locate(
-            path_or_repo,
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
         model = denoiser(self)
+        name = self._new_name(model, adapter_name, path_or_repo, hub.get("subfolder"))
+        source = load(path_or_repo, model=model, known_down=functools.partial(down_on_model, model), **hub)
+        self._install(source, name)
+        return name
+
+    def _new_name(
+        self, model: nn.Module, wanted: str | None, path_or_repo: str | os.PathLike[str], subfolder: str | None
+    ) -> str:
         taken = {
             *configs_of(model),
             *(own for table in tables_of(model).values() for own in table.names() if table.is_own(own)),
         }
-        name = adapter_name or free_name(taken, at)
+        name = wanted or free_name(taken, path_or_repo, subfolder)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict, name):
             raise AdapterStateError(
                 f"expected an adapter name of letters, digits, '_' and '-', found {name!r}, which torch cannot hold or "
@@ -144,43 +115,26 @@ class MetaLoraLoaderMixin(PerSampleMixin):
                 f"expected a new adapter name, found {name!r}, which this pipeline has already. "
                 "Choose another one, or delete_adapters it first (evict it, if add_subject brought it)."
             )
-        folder = fetch(at)
-        if read_config(folder).stage == "meta":
-            down = checkpoint.load_down(folder)
-            check_fits(model, down, name=str(path_or_repo))
-            self._install(down.config, down.tensors, name, down.fingerprint, active=False)
-        else:
-
-            def find(config: MetaLoraConfig, place: Any) -> DownSource:
-                return down_on_model(model, config.down_fingerprint) or find_down(config, at, place)
-
-            subject = checkpoint.load_subject(folder, find_down=find)
-            check_fits(model, subject.down, name=str(path_or_repo))
-            self._install_subject(subject, name)
         return name
 
-    def _install_subject(self, subject: SubjectSource, name: str) -> None:
-        with given(subject.down):
-            self._install(subject.config, subject.tensors, name, subject.down.fingerprint, active=True)
-
-    def _install(
-        self, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor], name: str, fingerprint: str, active: bool
-    ) -> None:
+    def _install(self, source: DownSource | SubjectSource, name: str) -> None:
+        """Put it on the denoiser, a subject as the active adapter, or leave all as it was."""
         model = denoiser(self)
+        down = source if isinstance(source, DownSource) else source.down
         before = active_adapters(model)
         remember(model)
         with offload_paused(self):
             try:
-                inject(model, config, name)
-                copy_factors(model, tensors, name)
-                activate(model, [name] if active else before)
-                configs_of(model)[name].down_fingerprint = fingerprint
+                inject(model, source.config, name, down)
+                copy_factors(model, source.tensors, name)
+                activate(model, before if source is down else [name])
+                configs_of(model)[name].down_fingerprint = down.fingerprint
             except BaseException:
                 remove_adapter(model, name)
                 settle(model, before)
                 raise
 
-    @_exclusive
+    @while_idle
     def unload_meta_lora(self) -> None:
         """Remove every Down and subject: the denoiser's modules, flags and weights are what they were, bit for bit.
 
@@ -191,7 +145,7 @@ class MetaLoraLoaderMixin(PerSampleMixin):
             restore(model)
         tables_of(model).clear()
 
-    @_exclusive
+    @while_idle
     def save_meta_lora(self, folder: str | os.PathLike[str], adapter_name: str, **options: Any) -> None:
         """Write an adapter as a Down or a subject; the options are those of `save_down` and `save_subject`.
 
@@ -203,7 +157,7 @@ class MetaLoraLoaderMixin(PerSampleMixin):
         save = checkpoint.save_down if is_down else checkpoint.save_subject
         save(folder, model, adapter_name, **options)
 
-    @_exclusive
+    @while_idle
     def set_adapters(
         self,
         adapter_names: str | Sequence[str],
@@ -251,7 +205,7 @@ class MetaLoraLoaderMixin(PerSampleMixin):
             **({component: names} if names else {}),
         }
 
-    @_exclusive
+    @while_idle
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Delete adapters; a Down that only they used goes with them, and after the last one the denoiser is restored.
 
@@ -286,7 +240,7 @@ class MetaLoraLoaderMixin(PerSampleMixin):
                 remove_adapter(model, name)
             settle(model, active)
 
-    @_exclusive
+    @while_idle
     def fuse_meta_lora(self, adapter_names: str | Sequence[str] | None = None, safe_fusing: bool = False) -> None:
         """Add adapters to the base weights, for the base's own speed; `unfuse_meta_lora` restores those to the bit.
 
@@ -318,7 +272,7 @@ class MetaLoraLoaderMixin(PerSampleMixin):
                 self._unfuse(layers)
                 raise
 
-    @_exclusive
+    @while_idle
     def unfuse_meta_lora(self) -> None:
         """Undo `fuse_meta_lora`: the base weights are what they were, bit for bit."""
         with offload_paused(self):
@@ -329,13 +283,13 @@ class MetaLoraLoaderMixin(PerSampleMixin):
             if layer.merged:
                 layer.unmerge()
 
-    @_exclusive
+    @while_idle
     def disable_meta_lora(self) -> None:
         """Make every image the base model's until `enable_meta_lora`, ordinary LoRAs aside."""
         for layer in meta_layers(denoiser(self)):
             layer.enable_adapters(False)
 
-    @_exclusive
+    @while_idle
     def enable_meta_lora(self) -> None:
         """Undo `disable_meta_lora`."""
         for layer in meta_layers(denoiser(self)):

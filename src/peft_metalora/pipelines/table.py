@@ -9,14 +9,13 @@ from where they came when they are needed.
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,11 +23,11 @@ from torch import nn
 from ..checkpoint.factors import check_subject_on_down
 from ..errors import AdapterNotFoundError, AdapterStateError
 from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.down import given, subject_config
+from ..tuner.down import subject_config
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.placing import activate, active_adapters, inject
 from ..tuner.ranks import ranks_of
-from .denoiser import own_factors
+from .denoiser import books_of, lock_of, own_factors, while_idle
 
 _PARTS = ("metalora_mid", "metalora_up", "metalora_magnitude")
 
@@ -46,20 +45,6 @@ class Statistics:
     host_misses: int
     device_evictions: int
     host_evictions: int
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _while_idle(method: Method) -> Method:
-    """Let a method wait until the model is idle: another thread's subject never gets into a running image."""
-
-    @functools.wraps(method)
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._lock, self._books:
-            return method(self, *args, **kwargs)
-
-    return cast(Method, alone)
 
 
 class SubjectTable:
@@ -88,8 +73,7 @@ class SubjectTable:
             down, num_slots=capacity, start="stored", down=self.adapter_name, inference_mode=True
         )
         before = active_adapters(model)
-        with given(down):
-            inject(model, self.config, self.adapter_name)
+        inject(model, self.config, self.adapter_name, down)
         activate(model, before)
         self._model, self._lock, self._books = weakref.ref(model), lock_of(model), books_of(model)
         self._layers = [(path, layer) for path, layer in meta_lora_layers(model) if self._has(layer)]
@@ -106,6 +90,11 @@ class SubjectTable:
 
     def _has(self, layer: Any) -> bool:
         return self.adapter_name in layer.metalora_mid
+
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        with self._lock, self._books:
+            yield
 
     # Subjects
 
@@ -148,7 +137,7 @@ class SubjectTable:
                 self._replaced.add(name)
             self._trim_host()
 
-    @_while_idle
+    @while_idle
     def bring(self, names: Iterable[str]) -> dict[str, int]:
         """Have these subjects on the device; returns the slot of each. Least recently used others leave for them.
 
@@ -185,19 +174,19 @@ class SubjectTable:
         """Bring subjects in before they are needed; raises as `bring`."""
         self.bring(names)
 
-    @_while_idle
+    @while_idle
     def pin(self, names: Iterable[str]) -> None:
         """Bring subjects in and keep them on the device; raises as `bring`."""
         names = list(names)
         self.bring(names)
         self._pinned |= set(names)
 
-    @_while_idle
+    @while_idle
     def unpin(self, names: Iterable[str]) -> None:
         """Let pinned subjects leave again."""
         self._pinned -= set(names)
 
-    @_while_idle
+    @while_idle
     def evict(self, names: Iterable[str]) -> None:
         """Take subjects off the device and out of the table, and overwrite what was there.
 
@@ -321,8 +310,6 @@ class SubjectTable:
 
 
 _tables: weakref.WeakKeyDictionary[nn.Module, dict[str, SubjectTable]] = weakref.WeakKeyDictionary()
-_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-_books: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
 
 
@@ -330,18 +317,6 @@ def tables_of(model: nn.Module) -> dict[str, SubjectTable]:
     """The tables on a model, by the fingerprint of their Down; all pipelines that share the model share them."""
     with _guard:
         return _tables.setdefault(model, {})
-
-
-def lock_of(model: nn.Module) -> AbstractContextManager[object]:
-    """Held while a model generates and while its adapters change, so that neither happens during the other."""
-    with _guard:
-        return _locks.setdefault(model, threading.RLock())
-
-
-def books_of(model: nn.Module) -> AbstractContextManager[object]:
-    """Held for moments, to know or change who is in which table; whoever needs `lock_of` too takes that first."""
-    with _guard:
-        return _books.setdefault(model, threading.RLock())
 
 
 def sample_slots(subjects: Sequence[str | None], slots: Mapping[str, int], prompts: int, images: int) -> list[int]:

@@ -80,6 +80,19 @@ class Downs(nn.ParameterDict):
         self._keys[key] = None
 
 
+_given: ContextVar[DownSource | None] = ContextVar("_given", default=None)
+
+
+@contextmanager
+def given(down: DownSource | None) -> Iterator[None]:
+    """Within the block, a subject that names this Down gets this one: PEFT's injection has no argument for it."""
+    token = _given.set(down)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 DownLoader = Callable[[MetaLoraConfig], DownSource]
 _loader: DownLoader | None = None
 
@@ -107,11 +120,14 @@ def check_files(config: MetaLoraConfig) -> None:
 
 
 def load_down_source(config: MetaLoraConfig) -> DownSource:
-    """Read the Down that `config` names.
+    """The Down that `config` names: the one that is given, or else read by the installed loader.
 
     Raises:
         MissingDownError: the config names none, or no loader is installed.
     """
+    down = _given.get()
+    if down is not None and down.fingerprint == config.down_fingerprint:
+        return down
     if config.down is None:
         raise MissingDownError(
             "stage 'subject' needs a Down, and the config names none. Give down=<repository id, folder, or name of a "
@@ -136,16 +152,3 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-_given: ContextVar[DownSource | None] = ContextVar("_given", default=None)
-
-
-@contextmanager
-def given(down: DownSource) -> Iterator[None]:
-    """Within the block, a subject that names this Down gets it as it was read, from wherever that was."""
-    token = _given.set(down)
-    try:
-        yield
-    finally:
-        _given.reset(token)

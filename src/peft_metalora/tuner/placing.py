@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import AdapterNotFoundError
 from .config import MetaLoraConfig
+from .down import DownSource, given
 from .layer import MetaLoraLayer
 from .on_model import configs_of, meta_layers, meta_lora_layers
 
@@ -33,11 +34,11 @@ def require_adapter(model: nn.Module, name: str) -> MetaLoraConfig:
     return configs[name]
 
 
-def inject(model: nn.Module, config: MetaLoraConfig, name: str) -> None:
-    """Put an adapter's layers on the model, nothing of it trainable."""
+def inject(model: nn.Module, config: MetaLoraConfig, name: str, down: DownSource | None = None) -> None:
+    """Put an adapter's layers on the model, nothing of it trainable; a subject's stand on `down`."""
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), given(down):
         # PEFT warns of a second adapter on a model, which is what a pipeline's user asks for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, name)
