@@ -5,13 +5,23 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 # torchao, which the tests of quantised layers need, would report each GPU library that it cannot load.
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
-.PHONY: demo test lint types fix docs bench report clean
+.PHONY: demo test drift lint types fix docs bench report clean
 
 demo: .venv/.installed
 	.venv/bin/metalora demo
 
 test: .venv/.installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
+
+# The suite against the newest releases of what tests/test_hosts.py watches, all else as constraints.txt pins it (torch is
+# large). TESTS="tests/test_hosts.py tests/tuner" runs a part.
+HOSTS := accelerate diffusers huggingface_hub peft safetensors transformers
+TESTS ?=
+drift:
+	test -x .venv-drift/bin/python || $(PYTHON) -m venv .venv-drift
+	for host in $(HOSTS) tokenizers hf-xet; do echo "^$$host=="; done | grep -vf - constraints.txt > .venv-drift/constraints.txt
+	$(subst .venv,.venv-drift,$(PIP)) install -q -U -c .venv-drift/constraints.txt $(HOSTS) -e '.[data,face,test]'
+	OMP_NUM_THREADS=1 .venv-drift/bin/python -m pytest -q -n 2 $(TESTS)
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
@@ -41,7 +51,7 @@ report: .venv/.installed
 	cp build/report/report.html build/report/report.md docs/results/report/
 
 clean:
-	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-drift site .mypy_cache .ruff_cache .pytest_cache
 
 # The constraints hold the exact versions that are tested, torch included.
 .venv/.installed: pyproject.toml constraints.txt
