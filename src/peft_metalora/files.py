@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .errors import (
+    ConfigError,
     MetaLoraError,
     WriteFailedError,
 )
@@ -33,6 +34,33 @@ STALE_SECONDS = 24 * 3600
 
 
 # Writing
+
+
+def require_apart(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:
+    """Refuse an output that would fall on what it is made from; to be called before any work.
+
+    Refused is an output that is an input, by whatever path, or lies inside of one; and the folder of a weights file,
+    because a save there replaces weights. An input inside of the output is left alone by every save.
+
+    Args:
+        inputs: paths by the name of their setting; what is None or not there, such as a repository id, is no matter.
+
+    Raises:
+        ConfigError: they are not apart.
+    """
+    target = Path(os.path.realpath(output))
+    places = [path for path in (target, *target.parents) if path.exists()]
+    for name, source in inputs.items():
+        if source is None or not os.path.exists(source):
+            continue
+        # By inode, because a file system may take two spellings for one name.
+        inside = any(os.path.samefile(place, source) for place in places)
+        beside = Path(source).suffix == ".safetensors" and places[0] == target and target.samefile(Path(source).parent)
+        if inside or beside:
+            raise ConfigError(
+                f"expected an output apart from {name}, found {os.fspath(output)!r} for {name} "
+                f"{os.fspath(source)!r}: write to a folder of its own"
+            )
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
