@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model with a Down and a subject on it, written as the folders that tests read, break and compare."""
+"""A Down and subjects on a tiny or any model, written as the folders that tests read, break and compare."""
 
 from __future__ import annotations
 
@@ -67,6 +67,22 @@ def write_pair(folder: Path) -> tuple[Path, Path]:
     save_down(folder / "faces", model, "faces", facts={"domain": "faces", "subjects": 2})
     save_subject(folder / "ann", model, "ann", down=folder / "faces")
     return folder / "faces", folder / "ann"
+
+
+def write_subjects(folder: Path, model: nn.Module, *names: str, seed: int = 1, **settings) -> Path:
+    """Put a Down "faces" and subjects on a model, write each as `folder/<name>` and return the folder.
+
+    Args:
+        settings: of the Down and the subjects alike, beside small ranks and an Up that is not zero.
+    """
+    settings = {"r": 2, "meta_r": 3, "lora_alpha": 4, "init_weights": False, **settings}
+    torch.manual_seed(seed)
+    inject_adapter_in_model(MetaLoraConfig(**settings), model, "faces")
+    save_down(folder / "faces", model, "faces")
+    for name in names:
+        inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, name)
+        save_subject(folder / name, model, name, down=folder / "faces")
+    return folder
 
 
 def edit_config(folder: Path, **changes) -> None:

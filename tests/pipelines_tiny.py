@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -114,34 +118,59 @@ def tiny_vae(latent_channels: int = 4, scale: int = 4, shift_factor: float | Non
     )
 
 
-def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = False) -> FluxPipeline:
-    """A FLUX.1-format pipeline: one double and one single block, width 16, images divided by 4 and packed 2 x 2."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = word_tokenizer()
-        vocabulary, eos = len(tokenizer), tokenizer.eos_token_id
-        transformer = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            pooled_projection_dim=16,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=(2, 2, 4),
-        )
-        pipeline = FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-            vae=tiny_vae(),
-            text_encoder=tiny_clip(vocabulary, eos),
-            tokenizer=tokenizer,
-            text_encoder_2=tiny_t5(vocabulary, eos),
-            tokenizer_2=word_tokenizer(),
-            transformer=transformer,
-        )
-    return _frozen(pipeline)
+tiny_clip_projected = partial(tiny_clip, cls=CLIPTextModelWithProjection)
+
+
+def texts(*encoders: Callable[[int, int], torch.nn.Module]) -> dict[str, Any]:
+    """The tokenizers and text encoders of a pipeline, under diffusers' names."""
+    parts = {}
+    for number, encoder in enumerate(encoders, 1):
+        tokenizer, suffix = word_tokenizer(), f"_{number}" if number > 1 else ""
+        parts[f"tokenizer{suffix}"] = tokenizer
+        parts[f"text_encoder{suffix}"] = encoder(len(tokenizer), tokenizer.eos_token_id)
+    return parts
+
+
+def seeded(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A builder whose weights are those of its `seed`, in evaluation and without gradients."""
+
+    @wraps(make)
+    def made(seed: int = 0, **options):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built = make(**options)
+        if isinstance(built, DiffusionPipeline):
+            built.set_progress_bar_config(disable=True)
+        for module in getattr(built, "components", {"": built}).values():
+            if isinstance(module, torch.nn.Module):
+                module.eval().requires_grad_(False)
+        return built
+
+    return made
+
+
+@seeded
+def tiny_flux_pipeline(*, guidance_embeds: bool = False, attention_head_dim: int = 8) -> FluxPipeline:
+    """A FLUX.1-format pipeline: one double and one single block, two heads, images divided by 4 and packed 2 x 2."""
+    quarter = attention_head_dim // 4
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=attention_head_dim,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(quarter, quarter, 2 * quarter),
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=tiny_vae(),
+        transformer=transformer,
+        **texts(tiny_clip, tiny_t5),
+    )
 
 
 def save_tiny_flux(path: str | Path, seed: int = 0, **options) -> Path:
@@ -150,109 +179,93 @@ def save_tiny_flux(path: str | Path, seed: int = 0, **options) -> Path:
     return Path(path)
 
 
-def tiny_unet(cross_attention_dim: int, **options) -> UNet2DConditionModel:
-    """Two levels, the lower one with attention."""
+def tiny_unet(attention: tuple[bool, bool], **options) -> UNet2DConditionModel:
+    """Two levels, of width 8 and 16, and a middle with attention; `attention` says which levels have it too."""
+    down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention]
+    up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
-        attention_head_dim=8,
-        cross_attention_dim=cross_attention_dim,
         **options,
     )
 
 
-def tiny_sd15_pipeline(seed: int = 0, *, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's format, width 8 to 16, images divided by 4."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = word_tokenizer()
-        pipeline = StableDiffusionPipeline(
-            vae=tiny_vae(shift_factor=None),
-            text_encoder=tiny_clip(len(tokenizer), tokenizer.eos_token_id),
-            tokenizer=tokenizer,
-            unet=tiny_unet(16),
-            scheduler=DDIMScheduler(
-                beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1, clip_sample=False
-            ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    return _frozen(pipeline)
+def ddim(**options) -> DDIMScheduler:
+    """The noise levels of Stable Diffusion, of which a new scheduler would take others."""
+    return DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False, **options)
 
 
-def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
-    """Stable Diffusion XL's format, two text encoders of width 16."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = word_tokenizer()
-        vocabulary, eos = len(tokenizer), tokenizer.eos_token_id
-        unet = tiny_unet(
-            32,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=16 + 6 * 4,
-        )
-        pipeline = StableDiffusionXLPipeline(
-            vae=tiny_vae(shift_factor=None),
-            text_encoder=tiny_clip(vocabulary, eos),
-            text_encoder_2=tiny_clip(vocabulary, eos, cls=CLIPTextModelWithProjection),
-            tokenizer=tokenizer,
-            tokenizer_2=word_tokenizer(),
-            unet=unet,
-            scheduler=DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False),
-            add_watermarker=False,
-        )
-    return _frozen(pipeline)
+@seeded
+def tiny_sd15_pipeline(*, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5's format: cross-attention in the first level and the middle."""
+    return StableDiffusionPipeline(
+        vae=tiny_vae(shift_factor=None),
+        unet=tiny_unet((True, False), cross_attention_dim=16, attention_head_dim=2),
+        scheduler=ddim(prediction_type=prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **texts(tiny_clip),
+    )
 
 
-def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
-    """Stable Diffusion 3.5's format: two blocks, the first with a second attention."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = word_tokenizer()
-        vocabulary, eos = len(tokenizer), tokenizer.eos_token_id
-        pipeline = StableDiffusion3Pipeline(
-            transformer=SD3Transformer2DModel(
-                sample_size=8,
-                patch_size=2,
-                in_channels=4,
-                out_channels=4,
-                num_layers=2,
-                attention_head_dim=8,
-                num_attention_heads=2,
-                joint_attention_dim=32,
-                caption_projection_dim=16,
-                pooled_projection_dim=32,
-                pos_embed_max_size=16,
-                dual_attention_layers=(0,),
-            ),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=tiny_vae(),
-            text_encoder=tiny_clip(vocabulary, eos, cls=CLIPTextModelWithProjection),
-            tokenizer=tokenizer,
-            text_encoder_2=tiny_clip(vocabulary, eos, cls=CLIPTextModelWithProjection),
-            tokenizer_2=word_tokenizer(),
-            text_encoder_3=tiny_t5(vocabulary, eos, width=32),
-            tokenizer_3=word_tokenizer(),
-        )
-    return _frozen(pipeline)
+@seeded
+def tiny_sdxl_pipeline() -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL's format: cross-attention in the second level, two layers deep, and pooled text."""
+    unet = tiny_unet(
+        (False, True),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=32,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    )
+    return StableDiffusionXLPipeline(
+        vae=tiny_vae(shift_factor=None),
+        unet=unet,
+        scheduler=ddim(),
+        add_watermarker=False,
+        **texts(tiny_clip, tiny_clip_projected),
+    )
 
 
-def tiny_flux2_pipeline(seed: int = 0) -> Flux2KleinPipeline:
-    """FLUX.2 klein's format; the text encoder has the 28 layers that the pipeline reads from, each of width 8."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = word_tokenizer()
-        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-        qwen = Qwen3Config(
-            vocab_size=len(tokenizer),
+@seeded
+def tiny_sd3_pipeline() -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3.5's format: two blocks, the first with a second attention, the last without output of text."""
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(),
+        **texts(tiny_clip_projected, tiny_clip_projected, partial(tiny_t5, width=32)),
+    )
+
+
+def tiny_qwen(vocabulary: int, eos_token_id: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of the 28 layers that FLUX.2 klein reads from, each of width 8."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary,
             hidden_size=8,
             intermediate_size=8,
             num_hidden_layers=28,
@@ -260,41 +273,51 @@ def tiny_flux2_pipeline(seed: int = 0) -> Flux2KleinPipeline:
             num_key_value_heads=1,
             head_dim=8,
             max_position_embeddings=64,
+            eos_token_id=eos_token_id,
         )
-        vae = AutoencoderKLFlux2(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-        )
-        vae.bn.running_mean.normal_()
-        vae.bn.running_var.uniform_(0.5, 2)
-        pipeline = Flux2KleinPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=vae,
-            text_encoder=Qwen3ForCausalLM(qwen),
-            tokenizer=tokenizer,
-            transformer=Flux2Transformer2DModel(
-                in_channels=16,
-                num_layers=1,
-                num_single_layers=1,
-                attention_head_dim=8,
-                num_attention_heads=2,
-                joint_attention_dim=24,
-                timestep_guidance_channels=16,
-                axes_dims_rope=(2, 2, 2, 2),
-                guidance_embeds=False,
-            ),
-        )
-    return _frozen(pipeline)
+    )
 
 
-def _frozen(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.eval().requires_grad_(False)
-    return pipeline
+@seeded
+def tiny_flux2_pipeline() -> Flux2KleinPipeline:
+    """FLUX.2 klein's format, whose single block is one fused projection."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    parts = texts(tiny_qwen)
+    parts["tokenizer"].chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        transformer=Flux2Transformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=False,
+        ),
+        is_distilled=True,
+        **parts,
+    )
+
+
+PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
+    "sd15": tiny_sd15_pipeline,
+    "sdxl": tiny_sdxl_pipeline,
+    "sd3": tiny_sd3_pipeline,
+    "flux": tiny_flux_pipeline,
+    "flux2": tiny_flux2_pipeline,
+}

@@ -17,21 +17,14 @@ from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.stage_2 import Personalization
 from pipelines_tiny import (
+    PIPELINES,
     tiny_flux2_pipeline,
-    tiny_flux_pipeline,
     tiny_sd3_pipeline,
     tiny_sd15_pipeline,
     tiny_sdxl_pipeline,
 )
 from training_tiny import meta_config, personal_config
 
-PIPELINES = {
-    "sd15": tiny_sd15_pipeline,
-    "sdxl": tiny_sdxl_pipeline,
-    "sd3": tiny_sd3_pipeline,
-    "flux1": tiny_flux_pipeline,
-    "flux2": tiny_flux2_pipeline,
-}
 PROMPTS = ["a photo of a person , smiling", "a red shirt"]
 
 

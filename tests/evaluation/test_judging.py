@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from metrics.face_models import SIDE, TILE, write_pack
+from face_models import SIDE, TILE, write_pack
 from metrics.test_clip_dino import dino_v2
 from metrics.test_clip_dino import tokenizer as clip_tokenizer
 from peft_metalora.cli import main

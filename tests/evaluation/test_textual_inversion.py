@@ -15,21 +15,9 @@ from peft_metalora.errors import ConfigError
 from peft_metalora.evaluation.methods import MethodRun, run_method
 from peft_metalora.evaluation.settings import EvaluateConfig, Method
 from peft_metalora.evaluation.textual_inversion import NewWord, replace_word
-from pipelines_tiny import (
-    tiny_flux2_pipeline,
-    tiny_flux_pipeline,
-    tiny_sd3_pipeline,
-    tiny_sd15_pipeline,
-    tiny_sdxl_pipeline,
-)
+from pipelines_tiny import PIPELINES, tiny_flux_pipeline
 
-FAMILIES = {
-    "flux": (tiny_flux_pipeline, 2),
-    "flux2": (tiny_flux2_pipeline, 1),
-    "sd3": (tiny_sd3_pipeline, 3),
-    "sd15": (tiny_sd15_pipeline, 1),
-    "sdxl": (tiny_sdxl_pipeline, 2),
-}
+TEXT_ENCODERS = {"sd15": 1, "sdxl": 2, "sd3": 3, "flux": 2, "flux2": 1}
 PROMPT = "a photo of a {} , smiling"
 
 
@@ -87,14 +75,13 @@ def test_the_loss_on_the_reference_falls_and_the_base_is_as_it_was(reference: Ph
     assert not torch.equal(base.encode_text(["a photo of " + run.subject_name])["sequence"], learned["sequence"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PIPELINES)
 def test_it_starts_as_its_word_and_every_encoder_learns(family: str, reference: Photo) -> None:
-    make, count = FAMILIES[family]
-    base = base_for(make())
+    base = base_for(PIPELINES[family]())
     expected = base.encode_text([PROMPT.format("person")])
     before = weights(base)
     run = learn(base, reference, "textual-inversion:lr=1e-2", 2, 16)
-    assert len(run.parameters) == count
+    assert len(run.parameters) == TEXT_ENCODERS[family]
     found = base.encode_text([PROMPT.format("<subject-0>")])
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])

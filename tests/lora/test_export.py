@@ -10,11 +10,12 @@ import numpy as np
 import peft
 import pytest
 import torch
-from peft import inject_adapter_in_model
+from peft.functional import set_adapter
 from safetensors.torch import load_file
 
+from artefacts_tiny import RANKS, TinyModel, write_pair, write_subjects
 from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
-from peft_metalora import MetaLoraConfig, errors, load_subject, save_down, save_subject
+from peft_metalora import errors, load_subject
 from peft_metalora.checkpoint.folded import fold_subject
 from peft_metalora.lora.export import export_subject, in_original_layers
 from peft_metalora.lora.original_names import original_names
@@ -36,14 +37,8 @@ def subjects(tmp_path_factory):
         folder = tmp_path_factory.mktemp(family)
         pipe = tiny_pipeline(family)
         base = picture(pipe, family)
-        settings = {"r": 2, "meta_r": 3, "lora_alpha": 5, "use_rslora": True, "init_weights": False}
-        settings["target_modules"] = targets or TARGETS[family]
-        model = denoiser(pipe)
-        torch.manual_seed(1)
-        inject_adapter_in_model(MetaLoraConfig(**settings), model, "down")
-        save_down(folder / "down", model, "down")
-        inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="down"), model, "ann")
-        save_subject(folder / "ann", model, "ann", down=folder / "down")
+        settings = {"lora_alpha": 5, "use_rslora": True, "target_modules": targets or TARGETS[family]}
+        write_subjects(folder, denoiser(pipe), "ann", **settings)
         ours = enable_meta_lora(tiny_pipeline(family))
         ours.load_meta_lora(folder / "ann")
         made[key] = folder / "ann", picture(ours, family), base
@@ -178,26 +173,16 @@ def test_the_scale_is_folded_in_and_alpha_is_the_rank(subjects, tmp_path):
 
 
 def test_ranks_that_differ_stay_exact_in_a_peft_folder(tmp_path):
-    from artefacts_tiny import RANKS, TinyModel
-
-    settings = {**RANKS, "target_modules": ["to_q", "to_out"], "init_weights": False, "rank_pattern": {"to_q": 1}}
-    model = inject_adapter_in_model(MetaLoraConfig(**settings, alpha_pattern={"to_out": 7}), TinyModel(), "faces")
-    save_down(tmp_path / "faces", model, "faces")
-    inject_adapter_in_model(
-        MetaLoraConfig(**settings, alpha_pattern={"to_out": 7}, stage="subject", down="faces"), model, "ann"
-    )
-    save_subject(tmp_path / "ann", model, "ann", down=tmp_path / "faces")
-    for block in model.blocks:
-        block.to_q.set_adapter("ann")
-        block.to_out.set_adapter("ann")
+    model = TinyModel()
+    settings = {"target_modules": ["to_q", "to_out"], "rank_pattern": {"to_q": 1}, "alpha_pattern": {"to_out": 7}}
+    write_subjects(tmp_path, model, "ann", **{**RANKS, **settings})
+    set_adapter(model, "ann")
     x = torch.randn(5, 8)
     lora = export_subject(load_subject(tmp_path / "ann"), tmp_path / "lora", "peft")
     torch.testing.assert_close(peft.PeftModel.from_pretrained(TinyModel(), lora)(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_what_a_format_cannot_say_is_refused(tmp_path):
-    from artefacts_tiny import write_pair
-
     source = load_subject(write_pair(tmp_path)[1])
     with pytest.raises(errors.ExportError, match="diffusers, kohya, comfyui, peft"):
         export_subject(source, tmp_path / "x", "onnx")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metrics.face_models import SIDE, TILE, write_pack
+from face_models import SIDE, TILE, write_pack
 from peft_metalora.errors import EmbedderUnavailableError, MetricInputError
 from peft_metalora.metrics import InsightFaceEmbedder, pose_difference, r_facesim
 

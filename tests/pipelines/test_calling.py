@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from artefacts_tiny import write_subjects
 from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
-from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
+from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_subject
 from peft_metalora.pipelines.table import sample_slots
 from peft_metalora.tuner import fold
 from peft_metalora.tuner.on_model import meta_lora_layers
@@ -28,14 +29,7 @@ def people(tmp_path_factory):
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             model = denoiser(tiny_pipeline(family))
-            settings = {"r": 2, "meta_r": 3, "lora_alpha": 4, "init_weights": False, "target_modules": TARGETS[family]}
-            torch.manual_seed(1)
-            inject_adapter_in_model(MetaLoraConfig(**settings), model, "faces")
-            save_down(folder / "faces", model, "faces")
-            for name in NAMES:
-                inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, name)
-                save_subject(folder / name, model, name, down=folder / "faces")
-            made[family] = folder
+            made[family] = write_subjects(folder, model, *NAMES, target_modules=TARGETS[family])
         return made[family]
 
     return make
@@ -104,12 +98,8 @@ def test_what_cannot_be_mixed_is_said(people, tmp_path):
         picture(pipe, "flux", (0,), subjects=["zoe"])
     with pytest.raises(errors.AdapterStateError, match="one subject for each of 2 prompts"):
         picture(pipe, "flux", (0, 1), subjects=["ann", None, None])
-    other = denoiser(tiny_pipeline("flux"))
-    settings = {"r": 2, "meta_r": 3, "init_weights": False, "target_modules": ["to_q"]}
-    inject_adapter_in_model(MetaLoraConfig(**settings), other, "faces")
-    inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), other, "zoe")
-    save_down(tmp_path / "faces", other, "faces")
-    pipe.load_meta_lora(save_subject(tmp_path / "zoe", other, "zoe", down=tmp_path / "faces"))
+    other = write_subjects(tmp_path, denoiser(tiny_pipeline("flux")), "zoe", seed=2, target_modules=["to_q"])
+    pipe.load_meta_lora(other / "zoe")
     with pytest.raises(errors.AdapterStateError, match="found 2 Downs"):
         picture(pipe, "flux", (0, 1), subjects=["ann", "zoe"])
     assert pipe.get_active_adapters() == ["zoe"]

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from peft import inject_adapter_in_model
 
-from peft_metalora import MetaLoraConfig, enable_meta_lora, save_down, save_subject
+from artefacts_tiny import write_subjects
+from peft_metalora import enable_meta_lora
 from peft_metalora.tuner import subject_state, write_subject
 from pipelines_tiny import tiny_flux_pipeline
 
@@ -44,11 +44,7 @@ def image(pipe):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_thousand_subjects_leave_no_trace(tmp_path, dtype):
     model = tiny_flux_pipeline().transformer
-    settings = {"r": 2, "meta_r": 3, "lora_alpha": 4, "init_weights": False, "target_modules": TARGETS}
-    inject_adapter_in_model(MetaLoraConfig(**settings), model, "faces")
-    save_down(tmp_path / "faces", model, "faces")
-    inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, "ann")
-    save_subject(tmp_path / "ann", model, "ann", down=tmp_path / "faces")
+    write_subjects(tmp_path, model, "ann", target_modules=TARGETS)
 
     pipe = enable_meta_lora(tiny_flux_pipeline()).to(dtype)
     before, base = digest(weights(pipe)), image(pipe)

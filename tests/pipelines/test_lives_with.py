@@ -11,14 +11,16 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from peft import inject_adapter_in_model
+from peft.functional import set_adapter
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+from artefacts_tiny import write_subjects
 from families_tiny import picture as drawn
 from families_tiny import tiny_pipeline
-from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
+from peft_metalora import MetaLoraConfig, enable_meta_lora, errors
 from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import tiny_flux_pipeline
 
@@ -47,14 +49,9 @@ def people(tmp_path_factory):
     folder = tmp_path_factory.mktemp("people")
     pipe = tiny_flux_pipeline()
     images = {None: picture(pipe)}
-    settings = {"r": 2, "meta_r": 3, "lora_alpha": 16, "init_weights": False, "target_modules": TARGETS}
-    torch.manual_seed(1)
-    pipe.transformer.add_adapter(MetaLoraConfig(**settings), "faces")
-    save_down(folder / "faces", pipe.transformer, "faces")
+    write_subjects(folder, pipe.transformer, "ann", "bob", "cleo", lora_alpha=16, target_modules=TARGETS)
     for name in ("ann", "bob", "cleo"):
-        pipe.transformer.add_adapter(MetaLoraConfig(**settings, stage="subject", down="faces"), name)
-        save_subject(folder / name, pipe.transformer, name, down=folder / "faces")
-        pipe.transformer.set_adapter(name)
+        set_adapter(pipe.transformer, name)
         images[name] = picture(pipe)
     return folder, images
 
@@ -395,37 +392,14 @@ def test_flux_embeddings_of_one_text_for_several_images():
 
 def wide_flux():
     """The tiny pipeline with a transformer of width 64: bitsandbytes' CPU kernels take outputs that 32 divides."""
-    pipe = tiny_flux_pipeline()
-    torch.manual_seed(3)
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        guidance_embeds=False,
-        axes_dims_rope=(8, 8, 16),
-    )
-    pipe.register_modules(transformer=transformer.eval().requires_grad_(False))
-    return pipe
+    return tiny_flux_pipeline(attention_head_dim=32)
 
 
 @pytest.fixture(scope="module")
 def wide_people(tmp_path_factory):
     """A Down and three subjects of `wide_flux`."""
-    folder = tmp_path_factory.mktemp("wide")
-    model = wide_flux().transformer
-    settings = {"r": 2, "meta_r": 4, "lora_alpha": 16, "init_weights": False, "target_modules": TARGETS[:4]}
-    torch.manual_seed(1)
-    inject_adapter_in_model(MetaLoraConfig(**settings), model, "faces")
-    save_down(folder / "faces", model, "faces")
-    for name in ("ann", "bob", "cleo"):
-        inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, name)
-        save_subject(folder / name, model, name, down=folder / "faces")
-    return folder
+    settings = {"meta_r": 4, "lora_alpha": 16, "target_modules": TARGETS[:4]}
+    return write_subjects(tmp_path_factory.mktemp("wide"), wide_flux().transformer, "ann", "bob", "cleo", **settings)
 
 
 def four_bit(model, path, linear):

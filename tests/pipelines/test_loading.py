@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from peft import LoraConfig
+from peft.functional import set_adapter
 
-from artefacts_tiny import edit_config, edit_tensors
-from peft_metalora import MetaLoraConfig, errors, save_down, save_subject
+from artefacts_tiny import edit_config, edit_tensors, write_subjects
+from peft_metalora import errors
 from peft_metalora.pipelines.loading import MetaLoraLoaderMixin, enable_meta_lora
 from peft_metalora.tuner import MetaLoraLayer
 from pipelines_tiny import tiny_flux_pipeline
@@ -48,15 +49,10 @@ def artefacts(tmp_path_factory):
     """A Down `faces`, the subjects `ann` and `bob` on it, and their images."""
     folder = tmp_path_factory.mktemp("artefacts")
     pipe = tiny_flux_pipeline()
-    model = pipe.transformer
     images = {"base": image(pipe)}
-    torch.manual_seed(1)
-    model.add_adapter(MetaLoraConfig(**RANKS), "faces")
-    save_down(folder / "faces", model, "faces")
+    write_subjects(folder, pipe.transformer, "ann", "bob", **RANKS)
     for name in ("ann", "bob"):
-        model.add_adapter(MetaLoraConfig(**RANKS, stage="subject", down="faces"), name)
-        save_subject(folder / name, model, name, down=folder / "faces")
-        model.set_adapter(name)
+        set_adapter(pipe.transformer, name)
         images[name] = image(pipe)
     return folder, images
 

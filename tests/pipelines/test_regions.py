@@ -4,11 +4,11 @@
 import numpy as np
 import pytest
 import torch
-from peft import inject_adapter_in_model
 from PIL import Image
 
+from artefacts_tiny import write_subjects
 from families_tiny import denoiser, picture, tiny_pipeline
-from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_down, save_subject
+from peft_metalora import enable_meta_lora, errors
 from peft_metalora.pipelines.table import tables_of
 from peft_metalora.tuner.on_model import meta_lora_layers
 
@@ -37,14 +37,7 @@ def people(tmp_path_factory):
         if targets not in made:
             folder = tmp_path_factory.mktemp(family)
             model = denoiser(tiny_pipeline(family))
-            settings = {"r": 2, "meta_r": 3, "lora_alpha": 4, "init_weights": False, "target_modules": targets}
-            torch.manual_seed(1)
-            inject_adapter_in_model(MetaLoraConfig(**settings), model, "faces")
-            save_down(folder / "faces", model, "faces")
-            for name in ("ann", "bob"):
-                inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, name)
-                save_subject(folder / name, model, name, down=folder / "faces")
-            made[targets] = folder
+            made[targets] = write_subjects(folder, model, "ann", "bob", target_modules=targets)
         pipe = enable_meta_lora(tiny_pipeline(family))
         for name in ("ann", "bob"):
             pipe.add_subject(made[targets] / name)

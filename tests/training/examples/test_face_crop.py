@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from metrics.face_models import SIDE, TILE, write_pack
+from face_models import SIDE, TILE, write_pack
 from peft_metalora.data import read_subjects
 from peft_metalora.errors import ConfigError, EmbedderUnavailableError, NoFaceError, NoImagesError
 from peft_metalora.metrics import Face, InsightFaceDetector
