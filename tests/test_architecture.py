@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -166,6 +167,34 @@ class TestPublicNames:
         assert module.__all__ == sorted(set(module.__all__))
         assert public(module) <= set(module.__all__)
         assert all(hasattr(module, entry) for entry in module.__all__)
+
+
+def statements_of_text(tree: ast.Module) -> set[int]:
+    """Ids of the strings that are statements of their own: docstrings, of modules, functions and names."""
+    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+
+NAMES_OF_FACTORS = PACKAGE / "tuner" / "down.py"
+
+
+class TestNames:
+    FACTOR = re.compile(r"metalora_(down|mid|mid_init|up|magnitude)\b")
+
+    def spelt_out(self, text: str) -> list[str]:
+        tree = ast.parse(text)
+        docs = statements_of_text(tree)
+        texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        return [node.value for node in texts if self.FACTOR.search(node.value) and id(node) not in docs]
+
+    @pytest.mark.parametrize("path", [path for path in MODULES if path != NAMES_OF_FACTORS], ids=label)
+    def test_factors_are_named_by_the_tuners_constants(self, path: Path) -> None:
+        """Bug: a name of a factor spelt out in another room, which renaming or a new factor would miss."""
+        assert self.spelt_out(path.read_text(encoding="utf-8")) == []
+
+    def test_the_probe_sees_names_in_any_text_but_docstrings(self) -> None:
+        text = '"""metalora_up"""\na = f"{b}.metalora_mid" + c["metalora_down"]\nlayer.metalora_up\n'
+        assert sorted(self.spelt_out(text)) == [".metalora_mid", "metalora_down"]
+        assert len(self.spelt_out(NAMES_OF_FACTORS.read_text(encoding="utf-8"))) == 5
 
 
 class TestFiles:

@@ -189,3 +189,32 @@ def test_what_a_format_cannot_say_is_refused(tmp_path):
     with pytest.raises(errors.ExportError, match=r"blocks\.0\.to_out.*Export to diffusers"):
         export_subject(source, tmp_path / "x", "comfyui")
     assert not (tmp_path / "x").exists()
+
+
+class Nested(torch.nn.Module):
+    """A layer `block.proj`, and one of another size whose path ends so too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = torch.nn.ModuleDict({"proj": torch.nn.Linear(8, 6)})
+        self.outer = torch.nn.ModuleDict({"block": torch.nn.ModuleDict({"proj": torch.nn.Linear(6, 8)})})
+
+    def forward(self, x):
+        return self.outer["block"]["proj"](torch.relu(self.block["proj"](x)))
+
+
+def test_a_peft_folder_adapts_no_other_module_of_the_same_ending(tmp_path):
+    """Bug: a path with a dot was taken for unique, so that `block.proj` wrapped `outer.block.proj` too."""
+    settings = {"r": 2, "meta_r": 3, "target_modules": r"block\.proj", "init_weights": False}
+    model = inject_adapter_in_model(MetaLoraConfig(**settings), Nested(), "faces")
+    save_down(tmp_path / "faces", model, "faces")
+    inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, "ann")
+    save_subject(tmp_path / "ann", model, "ann", down=tmp_path / "faces")
+    lora = export_subject(load_subject(tmp_path / "ann"), tmp_path / "lora", "peft")
+    plain = peft.PeftModel.from_pretrained(Nested(), lora)
+    wrapped = [name for name, module in plain.named_modules() if hasattr(module, "lora_A")]
+    assert wrapped == ["base_model.model.block.proj"]
+    model.block["proj"].set_adapter("ann")
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-6)

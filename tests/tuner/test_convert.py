@@ -107,3 +107,28 @@ def test_unknown_adapter_or_slot():
         to_lora(model, "ann")
     with pytest.raises(AdapterStateError, match="0 to 0; got 1"):
         to_lora(model, slot=1)
+
+
+class Nested(nn.Module):
+    """Layers whose paths end alike: `proj`, `block.proj` and `outer.block.proj`."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.block = nn.Linear(8, 8), nn.ModuleDict({"proj": nn.Linear(8, 8)})
+        self.outer = nn.ModuleDict({"block": nn.ModuleDict({"proj": nn.Linear(8, 8)})})
+
+    def forward(self, x):
+        return self.proj(torch.relu(self.block["proj"](torch.relu(self.outer["block"]["proj"](x)))))
+
+
+@pytest.mark.parametrize("targets", ["proj", r"block\.proj", "outer.block.proj|proj", ["proj"]], ids=str)
+def test_a_lora_adapts_the_modules_of_the_subject_and_no_other_of_the_same_ending(targets):
+    """Bug: modules were named by suffix, so that `proj` wrapped `block.proj` too, with the rank of the wrong one."""
+    torch.manual_seed(0)
+    base, x = Nested().eval(), torch.randn(3, 8)
+    model = randomise(adapted(base, r=4, target_modules=targets, rank_pattern={"^proj$": 2}))
+    lora_config, state = to_lora(model)
+    plain = with_lora(base, lora_config, state)
+    wrapped = {name for name, module in plain.named_modules() if hasattr(module, "lora_A")}
+    assert wrapped == {key.removesuffix(".lora_A.weight") for key in state if key.endswith("lora_A.weight")}
+    torch.testing.assert_close(plain(x), model(x))

@@ -31,6 +31,7 @@ from ..errors import (
 )
 from ..files import save_tensors, staged_folder
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
+from ..tuner.down import MID
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
 from .base_model import PREFIX, REPO_ID, bare_model, base_model_name
 from .config_file import CONFIG_FILE, FORMAT_VERSION, config_json, read_config
@@ -256,9 +257,6 @@ def save_down(
     """
     config = _adapter_config(model, adapter_name, "meta")
     tensors = down_state(model, adapter_name)
-    for part in ("metalora_mid", "metalora_up"):
-        for name in [name for name in tensors if name.endswith(part)]:
-            tensors[name] = tensors[name].mean(dim=0, keepdim=True)
     config = _with_plain_patterns(config, tensors)
     config = _file_config(config, model, facts, base_model, base_revision, down_fingerprint=fingerprint(tensors))
     return write_artefact(Path(folder), config, tensors)
@@ -333,7 +331,7 @@ def _with_plain_patterns(config: MetaLoraConfig, tensors: Mapping[str, torch.Ten
     """Ranks and scales that differ, by whole module paths: expressions of any other kind are refused on reading."""
     if not (config.rank_pattern or config.meta_rank_pattern or config.alpha_pattern):
         return config
-    mids = {name.rpartition(".")[0]: tensor for name, tensor in tensors.items() if name.endswith(".metalora_mid")}
+    mids = {name.rpartition(".")[0]: tensor for name, tensor in tensors.items() if name.endswith(f".{MID}")}
     alphas = {module: ranks_of(config, module).lora_alpha for module in mids}
 
     return dataclasses.replace(

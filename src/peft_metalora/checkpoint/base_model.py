@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import BaseModelMismatchError
 from ..tuner import MetaLoraConfig
+from ..tuner.down import DOWN, UP
 from .untrusted import TensorEntry
 
 PREFIX = "base_model.model."
@@ -50,7 +51,7 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
             f"found a {type(model).__name__} without. Load it on the base that it was trained on."
         )
     for module in modules:
-        down, up = source.tensors[f"{module}.metalora_down"], source.tensors.get(f"{module}.metalora_up")
+        down, up = source.tensors[f"{module}.{DOWN}"], source.tensors.get(f"{module}.{UP}")
         found = layer_shape(layers[module])
         expected = (up.shape[1] if up is not None else found[0], *down.shape[1:])
         if found != expected:

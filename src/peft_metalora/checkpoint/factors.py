@@ -14,15 +14,14 @@ import torch
 
 from ..errors import ForeignKeysError, MissingKeysError, NonFiniteError, RankMismatchError, ShapeMismatchError
 from ..tuner import DownSource, MetaLoraConfig
+from ..tuner.down import DOWN, DOWN_PARTS, MAGNITUDE, MID, MID_INIT, UP
 from ..tuner.ranks import ranks_of
 from .base_model import PREFIX
 from .config_file import CONFIG_FILE
 from .untrusted import Header, TensorEntry, TensorFile, open_tensors, require_safe_file
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-DOWN_PARTS = ("metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up")
-SUBJECT_PARTS = ("metalora_mid", "metalora_up")
-MAGNITUDE = "metalora_magnitude"
+SUBJECT_PARTS = (MID, UP)
 # Modules that PEFT saves beside an adapter by itself, after new tokens were added (save_embedding_layers).
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "token_embedding", "shared"}
 
@@ -117,7 +116,7 @@ def _check_header(header: Header, config: MetaLoraConfig, parts: tuple[str, ...]
 
 def _check_shapes(module: str, found: Mapping[str, tuple[int, ...]], config: MetaLoraConfig, path: Path) -> None:
     rank, meta_rank, *_ = ranks_of(config, module)
-    mid, up, down = found["metalora_mid"], found["metalora_up"], found.get("metalora_down")
+    mid, up, down = found[MID], found[UP], found.get(DOWN)
     if len(mid) != 3 or len(up) != 3 or mid[0] != config.num_slots or up[0] != config.num_slots:
         raise _bad_shape(path, module, f"Mid and Up with {config.num_slots} slots", f"{mid} and {up}")
     if down is not None and len(down) not in (2, 3, 4, 5):
@@ -129,8 +128,8 @@ def _check_shapes(module: str, found: Mapping[str, tuple[int, ...]], config: Met
         )
     if MAGNITUDE in found and found[MAGNITUDE] != up[:2]:
         raise _bad_shape(path, module, f"the magnitudes of shape {up[:2]}", str(found[MAGNITUDE]))
-    if "metalora_mid_init" in found and found["metalora_mid_init"] != mid[1:]:
-        raise _bad_shape(path, module, f"the Mid start of shape {mid[1:]}", str(found["metalora_mid_init"]))
+    if MID_INIT in found and found[MID_INIT] != mid[1:]:
+        raise _bad_shape(path, module, f"the Mid start of shape {mid[1:]}", str(found[MID_INIT]))
 
 
 def _bad_shape(path: Path | str, module: str, expected: str, found: str) -> ShapeMismatchError:
@@ -163,17 +162,17 @@ def check_subject_on_down(
             f"{path}: expected the modules of its Down alone, found {listed(mine - its)}. Save it again."
         )
     for module in mine:
-        meta_rank = down[f"{module}.metalora_down"].shape[0]
-        if subject[f"{module}.metalora_mid"].shape[2] != meta_rank:
+        meta_rank = down[f"{module}.{DOWN}"].shape[0]
+        if subject[f"{module}.{MID}"].shape[2] != meta_rank:
             raise RankMismatchError(
                 f"{path}: expected meta_r={meta_rank} in {module}, as its Down has, found "
-                f"{subject[f'{module}.metalora_mid'].shape[2]}. Use the Down that the subject was trained on."
+                f"{subject[f'{module}.{MID}'].shape[2]}. Use the Down that the subject was trained on."
             )
-        mean = down.get(f"{module}.metalora_up")
-        if mean is not None and mean.shape[1] != subject[f"{module}.metalora_up"].shape[1]:
+        mean = down.get(f"{module}.{UP}")
+        if mean is not None and mean.shape[1] != subject[f"{module}.{UP}"].shape[1]:
             raise _bad_shape(
                 str(path),
                 module,
                 f"Up with {mean.shape[1]} outputs",
-                str(tuple(subject[f"{module}.metalora_up"].shape)),
+                str(tuple(subject[f"{module}.{UP}"].shape)),
             )

@@ -11,6 +11,7 @@ import torch
 
 from ..files import save_tensors
 from ..tuner import MetaLoraConfig
+from ..tuner.down import DOWN, MID, UP
 from ..tuner.ranks import ranks_of
 
 FOLD_FILE = "pytorch_lora_weights.safetensors"
@@ -38,8 +39,8 @@ def fold_subject(
     """
     pairs = {}
     for module in sorted({name.rpartition(".")[0] for name in subject}):
-        mid, up = subject[f"{module}.metalora_mid"][0], subject[f"{module}.metalora_up"][0]
-        factor = down[f"{module}.metalora_down"].to(mid.device)
+        mid, up = subject[f"{module}.{MID}"][0], subject[f"{module}.{UP}"][0]
+        factor = down[f"{module}.{DOWN}"].to(mid.device)
         wide = torch.promote_types(mid.dtype, torch.float32)
         a = (mid.to(wide) @ factor.flatten(1).to(wide)).reshape(mid.shape[0], *factor.shape[1:])
         b = (up.to(wide) * ranks_of(config, module).scaling).reshape(*up.shape, *[1] * (factor.ndim - 2))

@@ -20,7 +20,7 @@ from ..checkpoint.folded import FOLD_FILE, LoraPair, _model_class, _with_names, 
 from ..errors import ExportError
 from ..files import save_tensors, staged_folder, write_tensors
 from ..tuner import MetaLoraConfig
-from ..tuner.ranks import exceptions, whole_paths
+from ..tuner.convert import lora_config
 from .original_names import OriginalName, has_depth, original_names
 
 
@@ -53,7 +53,7 @@ def export_subject(source: SubjectSource, path: str | os.PathLike[str], format: 
     if format == "peft":
         with staged_folder(target) as stage:
             save_tensors(stage / "adapter_model.safetensors", _with_names(pairs, "base_model.model.{}"))
-            (stage / "adapter_config.json").write_text(json.dumps(_lora_config(source.config, pairs), indent=2))
+            (stage / "adapter_config.json").write_text(json.dumps(_config_file(source.config, pairs), indent=2))
         return target
     if target.suffix != ".safetensors":
         target = target / (FOLD_FILE if format == "diffusers" else f"{format}.safetensors")
@@ -123,30 +123,14 @@ def _join(parts: tuple[int, ...], members: list[tuple[OriginalName, LoraPair]]) 
     return LoraPair(torch.cat([pair.a for _, pair in members]), b)
 
 
-def _lora_config(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> dict[str, object]:
-    """`adapter_config.json` of an ordinary LoRA whose alpha is its rank everywhere."""
-    ranks = {module: pair.a.shape[0] for module, pair in pairs.items()}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = exceptions(ranks, common)
-    exact = all("." in module for module in pairs)
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "revision": config.revision,
-        "auto_mapping": config.auto_mapping,
-        "inference_mode": True,
-        "r": common,
-        "lora_alpha": common,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "fan_in_fan_out": config.fan_in_fan_out,
-        # A path without a dot would match every layer whose path ends in it.
-        "target_modules": sorted(pairs) if exact else whole_paths(pairs),
-        "rank_pattern": others,
-        "alpha_pattern": others,
-    }
+def _config_file(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> dict[str, object]:
+    """`adapter_config.json` of an ordinary LoRA, with the fields that readers of every age know."""
+    lora = lora_config({module: pair.a.shape[0] for module, pair in pairs.items()})
+    same = "base_model_name_or_path", "revision", "auto_mapping", "fan_in_fan_out"
+    new = "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora"
+    modules = "target_modules", "rank_pattern", "alpha_pattern"
+    own = {name: getattr(lora, name) for name in (*new, *modules)}
+    return own | {name: getattr(config, name) for name in same} | {"inference_mode": True}
 
 
 FORMATS = ("diffusers", "kohya", "comfyui", "peft")

@@ -33,7 +33,7 @@ from ..errors import (
     WrongKindError,
 )
 from ..tuner import DownSource
-from ..tuner.down import subject_config
+from ..tuner.down import DOWN, MID, MID_INIT, UP, subject_config
 from ..tuner.ranks import from_pattern, ranks_of, scale_of
 
 _SUFFIXES = {
@@ -105,16 +105,16 @@ def project(
     errors: dict[str, float] = {}
     lost = whole = 0.0
     for module in modules:
-        factor, start = down.tensors[f"{module}.metalora_down"], down.tensors[f"{module}.metalora_mid_init"]
-        outputs = down.tensors[f"{module}.metalora_up"].shape[1]
-        tensors[f"{module}.metalora_mid"] = start.unsqueeze(0).clone()
-        tensors[f"{module}.metalora_up"] = torch.zeros(1, outputs, start.shape[0], dtype=start.dtype)
+        factor, start = down.tensors[f"{module}.{DOWN}"], down.tensors[f"{module}.{MID_INIT}"]
+        outputs = down.tensors[f"{module}.{UP}"].shape[1]
+        tensors[f"{module}.{MID}"] = start.unsqueeze(0).clone()
+        tensors[f"{module}.{UP}"] = torch.zeros(1, outputs, start.shape[0], dtype=start.dtype)
         if module in pairs:
             a, b = pairs[module]
             _require_shapes(module, a, b, factor, outputs)
             mid, up, residual, norm = nearest(a, b, factor, start.shape[0], ranks_of(config, module).scaling)
-            tensors[f"{module}.metalora_mid"] = mid.unsqueeze(0).to(start.dtype)
-            tensors[f"{module}.metalora_up"] = up.unsqueeze(0).to(start.dtype)
+            tensors[f"{module}.{MID}"] = mid.unsqueeze(0).to(start.dtype)
+            tensors[f"{module}.{UP}"] = up.unsqueeze(0).to(start.dtype)
             errors[module] = residual / norm if norm else 0.0
             lost, whole = lost + residual**2, whole + norm**2
     dropped = sorted(set(pairs) - set(modules))

@@ -23,13 +23,13 @@ from torch import nn
 from ..checkpoint.factors import check_subject_on_down
 from ..errors import AdapterNotFoundError, AdapterStateError
 from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.down import subject_config
+from ..tuner.down import MAGNITUDE, MID, UP, subject_config
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.placing import activate, active_adapters, inject
 from ..tuner.ranks import ranks_of
 from .denoiser import books_of, lock_of, own_factors, while_idle
 
-_PARTS = ("metalora_mid", "metalora_up", "metalora_magnitude")
+_PARTS = (MID, UP, MAGNITUDE)
 
 
 @dataclass(frozen=True)
@@ -268,8 +268,8 @@ class SubjectTable:
         scaled = dict(tensors)
         for path, _ in self._layers:
             ratio = ranks_of(config, path).scaling / ranks_of(self.config, path).scaling
-            if ratio != 1 and f"{path}.metalora_up" in scaled:
-                scaled[f"{path}.metalora_up"] = scaled[f"{path}.metalora_up"] * ratio
+            if ratio != 1 and f"{path}.{UP}" in scaled:
+                scaled[f"{path}.{UP}"] = scaled[f"{path}.{UP}"] * ratio
         return scaled
 
     def _host_row(self, name: str) -> torch.Tensor:

@@ -23,6 +23,7 @@ from ..bases.precision import autocast
 from ..errors import ConfigError, TooFewImagesError
 from ..tuner import DownSource, MetaLoraConfig, fingerprint, reset_slots, set_subjects, set_warmup
 from ..tuner import placing as injection
+from ..tuner.down import DOWN, DOWN_PARTS, MID, MID_INIT, UP
 from ..tuner.on_model import meta_lora_layers
 from .engine.compiling import compile_blocks, uncompile
 from .engine.loop import Step, training_steps
@@ -194,9 +195,9 @@ class MetaTraining:
         means = iter(total / max(self._counted, 1) for total in self._sums)
         tensors = {}
         for path, layer in meta_lora_layers(denoiser):
-            tensors[f"{path}.metalora_down"] = layer.metalora_down[_TRAINING].detach()
-            tensors[f"{path}.metalora_mid_init"] = layer.metalora_mid_init[_TRAINING]
-            tensors[f"{path}.metalora_mid"], tensors[f"{path}.metalora_up"] = next(means)[None], next(means)[None]
+            tensors[f"{path}.{DOWN}"] = layer.metalora_down[_TRAINING].detach()
+            tensors[f"{path}.{MID_INIT}"] = layer.metalora_mid_init[_TRAINING]
+            tensors[f"{path}.{MID}"], tensors[f"{path}.{UP}"] = next(means)[None], next(means)[None]
         set_subjects(denoiser, None)
         injection.inject(denoiser, replace(self.adapter_config, num_slots=1), PUBLISHED)
         for layer in self._layers:
@@ -225,10 +226,10 @@ class MetaTraining:
         """The Down as it is by now, a copy; its mean subject is where all start."""
         tensors: dict[str, Tensor] = {}
         for path, layer in meta_lora_layers(self.base.denoiser):
-            tensors[f"{path}.metalora_down"] = layer.metalora_down[_TRAINING].detach().clone()
-            tensors[f"{path}.metalora_mid_init"] = layer.metalora_mid_init[_TRAINING]
-            tensors[f"{path}.metalora_mid"] = layer.metalora_mid_init[_TRAINING][None]
-            tensors[f"{path}.metalora_up"] = torch.zeros_like(layer.metalora_up[_TRAINING][:1])
+            tensors[f"{path}.{DOWN}"] = layer.metalora_down[_TRAINING].detach().clone()
+            tensors[f"{path}.{MID_INIT}"] = layer.metalora_mid_init[_TRAINING]
+            tensors[f"{path}.{MID}"] = layer.metalora_mid_init[_TRAINING][None]
+            tensors[f"{path}.{UP}"] = torch.zeros_like(layer.metalora_up[_TRAINING][:1])
         return DownSource(replace(self.adapter_config, num_slots=1), tensors, fingerprint(tensors))
 
     def state_dict(self) -> dict[str, Any]:
@@ -261,8 +262,7 @@ class MetaTraining:
         self._counted, self.losses = state["counted"], state["losses"]
 
     def _factors(self) -> list[Tensor]:
-        parts = "metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up"
-        return [getattr(layer, part)[_TRAINING].detach() for layer in self._layers for part in parts]
+        return [getattr(layer, part)[_TRAINING].detach() for layer in self._layers for part in DOWN_PARTS]
 
     def _owns(self, slot: int) -> bool:
         return slot % self.sampler.shards % self.processes.count == self.processes.rank

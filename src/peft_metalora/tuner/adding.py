@@ -29,7 +29,7 @@ from ..errors import (
 from .base_layers import CONVOLUTIONS, base_of, check_supported, factor_shape, quantization_backend
 from .config import MetaLoraConfig
 from .conv import Conv
-from .down import DOWN, MID, MID_INIT, UP, DownSource, check_files, load_down_source
+from .down import DOWN, DOWN_PARTS, MID, MID_INIT, UP, DownSource, check_files, load_down_source
 from .layer import MetaLoraLayer
 from .linear import Linear
 from .on_model import down_fingerprint, meta_lora_layers, module_path
@@ -179,7 +179,7 @@ def _resolve_down(model: nn.Module, config: MetaLoraConfig, plan: Plan, targets:
 
 def _source_shapes(source: DownSource | None, path: str, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     tensors = source.tensors if source is not None else {}
-    missing = [part for part in (DOWN, MID_INIT, MID, UP) if f"{path}.{part}" not in tensors]
+    missing = [part for part in DOWN_PARTS if f"{path}.{part}" not in tensors]
     if missing:
         raise MissingDownError(
             f"The Down holds no {missing[0]} for {path!r}. A subject can adapt only modules that its Down was trained "

@@ -6,6 +6,8 @@ and `save_as_lora` take it for Meta-LoRA layers; PEFT would else take an SVD of 
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import AdapterNotFoundError, AdapterStateError, ConfigError
 from .layer import MetaLoraLayer
 from .on_model import meta_lora_layers
+from .ranks import exceptions, whole_paths
 
 
 @torch.no_grad()
@@ -40,8 +43,9 @@ def to_lora(model: nn.Module, adapter_name: str = "default", slot: int = 0) -> t
         model: anything that holds Meta-LoRA layers. slot: which subject of the adapter.
 
     Returns:
-        A LoraConfig that names each module, and `{module}.lora_A.weight` (r, d_in) and `.lora_B.weight` (d_out, r),
-        with the paths of the bare base model; PEFT files prefix them with `base_model.model.`.
+        A LoraConfig that names each module by its whole path, and `{module}.lora_A.weight` (r, d_in) and
+        `.lora_B.weight` (d_out, r), with the paths of the bare base model; PEFT's files prefix them with
+        `base_model.model.`.
 
     Raises:
         AdapterNotFoundError: no such adapter.
@@ -61,12 +65,25 @@ def to_lora(model: nn.Module, adapter_name: str = "default", slot: int = 0) -> t
             raise AdapterStateError(f"{path!r} of {adapter_name!r} uses DoRA, which no plain LoRA expresses. Merge it.")
         state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = lora_factors(layer, adapter_name, slot)
         ranks[path] = layer.r[adapter_name]
-    r = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {path: rank for path, rank in ranks.items() if rank != r}
-    config = LoraConfig(
-        r=r, lora_alpha=r, target_modules=sorted(ranks), rank_pattern=others, alpha_pattern=dict(others)
+    return lora_config(ranks), state
+
+
+def lora_config(ranks: Mapping[str, int], **settings: Any) -> LoraConfig:
+    """The configuration of an ordinary LoRA on these modules and no others, its alpha the rank of each.
+
+    Args:
+        ranks: by module path. settings: further fields of `LoraConfig`.
+    """
+    r = statistics.mode(ranks.values())
+    others = exceptions(ranks, r)
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=whole_paths(ranks),
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        **settings,
     )
-    return config, state
 
 
 def register_lora_conversion() -> None:

@@ -23,6 +23,8 @@ from .ranks import exceptions, ranks_of, scale_of
 
 DOWN, MID_INIT, MID, UP = "metalora_down", "metalora_mid_init", "metalora_mid", "metalora_up"
 MAGNITUDE = "metalora_magnitude"
+DOWN_PARTS = (DOWN, MID_INIT, MID, UP)
+"""What a Down's file holds of each module: Mid and Up are the mean subject of stage 1."""
 
 
 @dataclass(frozen=True)

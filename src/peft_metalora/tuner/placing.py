@@ -19,9 +19,10 @@ from torch import nn
 
 from ..errors import AdapterNotFoundError
 from .config import MetaLoraConfig
-from .down import DownSource, given
+from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, DownSource, given
 from .layer import MetaLoraLayer
 from .on_model import configs_of, meta_layers, meta_lora_layers
+from .registration import PREFIX
 
 
 def require_adapter(model: nn.Module, name: str) -> MetaLoraConfig:
@@ -52,13 +53,13 @@ def copy_factors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: st
     for path, layer in meta_lora_layers(model):
         if name not in layer.metalora_mid:
             continue
-        layer.metalora_mid[name].copy_(tensors[f"{path}.metalora_mid"])
-        layer.metalora_up[name].copy_(tensors[f"{path}.metalora_up"])
-        if f"{path}.metalora_magnitude" in tensors:
-            layer.metalora_magnitude[name].copy_(tensors[f"{path}.metalora_magnitude"])
+        layer.metalora_mid[name].copy_(tensors[f"{path}.{MID}"])
+        layer.metalora_up[name].copy_(tensors[f"{path}.{UP}"])
+        if f"{path}.{MAGNITUDE}" in tensors:
+            layer.metalora_magnitude[name].copy_(tensors[f"{path}.{MAGNITUDE}"])
         if layer.stage[name] == "meta":
-            layer.metalora_down[name].copy_(tensors[f"{path}.metalora_down"])
-            layer.metalora_mid_init[name].copy_(tensors[f"{path}.metalora_mid_init"])
+            layer.metalora_down[name].copy_(tensors[f"{path}.{DOWN}"])
+            layer.metalora_mid_init[name].copy_(tensors[f"{path}.{MID_INIT}"])
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -82,7 +83,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         with warnings.catch_warnings():
             # PEFT says which adapter it makes active instead; the callers decide that themselves.
             warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-            delete_adapter(model, name, prefix="metalora_")
+            delete_adapter(model, name, prefix=PREFIX)
         configs_of(model).pop(name, None)
 
 
