@@ -206,15 +206,12 @@ class Nested(torch.nn.Module):
 
 def test_a_peft_folder_adapts_no_other_module_of_the_same_ending(tmp_path):
     """Bug: a path with a dot was taken for unique, so that `block.proj` wrapped `outer.block.proj` too."""
-    settings = {"r": 2, "meta_r": 3, "target_modules": r"block\.proj", "init_weights": False}
-    model = inject_adapter_in_model(MetaLoraConfig(**settings), Nested(), "faces")
-    save_down(tmp_path / "faces", model, "faces")
-    inject_adapter_in_model(MetaLoraConfig(**settings, stage="subject", down="faces"), model, "ann")
-    save_subject(tmp_path / "ann", model, "ann", down=tmp_path / "faces")
+    model = Nested()
+    write_subjects(tmp_path, model, "ann", target_modules=r"block\.proj")
     lora = export_subject(load_subject(tmp_path / "ann"), tmp_path / "lora", "peft")
     plain = peft.PeftModel.from_pretrained(Nested(), lora)
     wrapped = [name for name, module in plain.named_modules() if hasattr(module, "lora_A")]
     assert wrapped == ["base_model.model.block.proj"]
-    model.block["proj"].set_adapter("ann")
+    set_adapter(model, "ann")
     x = torch.randn(5, 8)
     torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-6)
