@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are written whole, and never over what they are made from."""
 
+import subprocess
+import sys
+
 import pytest
 
 from peft_metalora.errors import ConfigError
-from peft_metalora.files import require_apart
+from peft_metalora.files import require_apart, staged_folder
 
 
 @pytest.fixture
@@ -37,3 +40,23 @@ def test_outputs_beside_and_around_an_input_are_good(output, source, tmp_path, m
     require_apart(output, down=source, data="owner/repository", base=None)
     require_apart("owner/repository", down="owner/repository")  # nothing here has that name
     require_apart("photo folder", photo=source / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("before", [[], ["config"], ["config", "photo"]])
+def test_the_folder_that_somebody_works_in_stays_where_it_is(before, tmp_path):
+    """Bug: a save to `.` in an empty folder removed the shell's working directory, and a second save exchanged it."""
+    place = tmp_path / "here"
+    place.mkdir()
+    for name in before:
+        (place / name).write_text("old")
+    shell = subprocess.Popen([sys.executable, "-c", "input(); open('found', 'w').close()"], cwd=place, stdin=-1)
+    try:
+        with staged_folder(place) as stage:
+            for name in ("config", "weights"):
+                (stage / name).write_text("new")
+        shell.communicate(b"\n")
+    finally:
+        shell.kill()
+    assert {path.name for path in place.iterdir()} == {"config", "weights", "found", *before}
+    assert (place / "config").read_text() == (place / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]

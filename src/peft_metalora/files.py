@@ -110,8 +110,8 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Give an empty folder to write into; when the block ends well, its files appear in `folder` together.
 
     A new folder, and one whose files are all replaced, changes in one step (rename, or exchange where the system
-    has it). Files of others in an existing folder stay: then each of ours is replaced in one step, in sorted order
-    from last to first, so that `adapter_config.json` comes after the tensors.
+    has it). A folder that holds other files, or that somebody works in, stays what it is: then each of our files is
+    replaced in one step, in sorted order from last to first, so that `adapter_config.json` comes after the tensors.
 
     Raises:
         WriteFailedError: the disk is full or refuses; `folder` is as it was.
@@ -141,13 +141,20 @@ def _install(stage: Path, target: Path) -> None:
         raise NotADirectoryError(f"{target} is a file")
     written = {path.name for path in stage.iterdir()}
     present = {path.name for path in target.iterdir()} if target.exists() else set()
-    if not present and not target.is_symlink():
-        if target.exists():
-            target.rmdir()
+    if not target.exists() and not target.is_symlink():
         os.replace(stage, target)
-    elif not (present <= written and Path.cwd() != target and _exchange(stage, target)):
+    elif not (present and present <= written and not _is_working_directory(target) and _exchange(stage, target)):
         for name in sorted(written, reverse=True):
             os.replace(stage / name, target / name)
+
+
+def _is_working_directory(folder: Path) -> bool:
+    """Whether this process, or one that the system shows (Linux), works in a folder: it must not go away under it."""
+    for place in (".", *Path("/proc").glob("[0-9]*/cwd")):
+        with suppress(OSError):  # ended by now, or another user's
+            if os.path.samefile(place, folder):
+                return True
+    return False
 
 
 def _exchange(one: Path, other: Path) -> bool:
