@@ -150,7 +150,7 @@ def _install(stage: Path, target: Path) -> None:
 
 def _is_working_directory(folder: Path) -> bool:
     """Whether this process, or one that the system shows (Linux), works in a folder: it must not go away under it."""
-    for place in (".", *Path("/proc").glob("[0-9]*/cwd")):
+    for place in (Path(), *Path("/proc").glob("[0-9]*/cwd")):
         with suppress(OSError):  # ended by now, or another user's
             if os.path.samefile(place, folder):
                 return True
