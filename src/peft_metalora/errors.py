@@ -16,6 +16,7 @@ A message says what was expected, what was found and what to do.
     +-- CheckpointError
     |   +-- ArtefactNotFoundError (FileNotFoundError)
     |   +-- WriteFailedError (OSError)            disk full or refused; what was there before still is
+    |   +-- OutputExistsError (FileExistsError)   something else, or somebody else, lies where a file is to be written
     |   +-- UnsafeFileError (ValueError)
     |   |   +-- PickleRefusedError                a pickle, which could run code
     |   |   +-- UnsafeNameError                   a name that leaves its folder or hides something
@@ -102,6 +103,10 @@ class ArtefactNotFoundError(CheckpointError, FileNotFoundError):
 
 class WriteFailedError(CheckpointError, OSError):
     """The disk is full or refuses; what was there before is as it was."""
+
+
+class OutputExistsError(CheckpointError, FileExistsError):
+    """Where a file is to be written lies an input, an artefact of another kind, or another person."""
 
 
 class UnsafeFileError(CheckpointError, ValueError):

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading files that nobody vouches for, and writing files that nobody finds half done.
+"""Writing files that nobody finds half done: to a temporary name in the same folder, flushed to the disk, renamed.
 
-A safetensors file is parsed here, byte for byte, before a single tensor exists: header size, JSON, names, dtypes,
-shapes and offsets are all checked against the size of the file, so that a hostile or broken file costs neither
-time nor memory (format: https://github.com/huggingface/safetensors#format). Pickle is never opened. Writing goes
-to a temporary name in the same folder, is flushed to the disk and then renamed. What the tensors mean is not known
-here: that is `checkpoint`.
+What the files mean is not known here: that is `checkpoint`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,16 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .errors import (
-    ConfigError,
-    MetaLoraError,
-    WriteFailedError,
-)
+from .errors import ConfigError, MetaLoraError, WriteFailedError
 
 STALE_SECONDS = 24 * 3600
-
-
-# Writing
 
 
 def require_apart(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:
@@ -86,8 +78,22 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     path.touch()
     rights = path.stat().st_mode
     save_file(flat, path, metadata={"format": "pt", **(metadata or {})})
+    if metadata:
+        _order_metadata(path)
     # safetensors makes files that only their owner may read, whatever the user's own default is.
     path.chmod(rights)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata in a header, which safetensors writes in another order each time: equal saves, equal files."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -96,6 +102,8 @@ def _write_file(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _flush(temporary)
+        if path.is_file():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
@@ -106,12 +114,17 @@ def _write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def staged_folder(folder: str | os.PathLike[str], stale: Collection[str] = ()) -> Iterator[Path]:
     """Give an empty folder to write into; when the block ends well, its files appear in `folder` together.
 
-    A new folder, and one whose files are all replaced, changes in one step (rename, or exchange where the system
-    has it). A folder that holds other files, or that somebody works in, stays what it is: then each of our files is
-    replaced in one step, in sorted order from last to first, so that `adapter_config.json` comes after the tensors.
+    A new folder, and one of which nothing stays, changes in one step (rename, or exchange where the system has it).
+    A folder that holds files of others, or that somebody works in, stays what it is: then each of ours is replaced in
+    one step, in sorted order from last to first, so that `adapter_config.json` comes after the tensors. The rights of a folder and of files that are replaced
+    stay, and new files of a folder that is closed to others are closed to them.
+
+    Args:
+        stale: names of files made from the others: what an older save left of them goes before anything is replaced,
+            and new ones come last, so that none ever lies beside files that it was not made from.
 
     Raises:
         WriteFailedError: the disk is full or refuses; `folder` is as it was.
@@ -126,7 +139,8 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         for path in stage.iterdir():
             _flush(path)
         _flush(stage)
-        _install(stage, target)
+        _keep_rights(stage, target)
+        _install(stage, target, set(stale))
         _flush(target.parent)
     except MetaLoraError:
         raise
@@ -136,15 +150,29 @@ def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _install(stage: Path, target: Path) -> None:
+def _keep_rights(stage: Path, target: Path) -> None:
+    if not target.is_dir():
+        return
+    rights = stat.S_IMODE(target.stat().st_mode)
+    for path in stage.iterdir():
+        older = target / path.name
+        path.chmod(stat.S_IMODE(older.stat().st_mode if older.is_file() else path.stat().st_mode & rights))
+    stage.chmod(rights)
+
+
+def _install(stage: Path, target: Path, stale: set[str]) -> None:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file")
     written = {path.name for path in stage.iterdir()}
     present = {path.name for path in target.iterdir()} if target.exists() else set()
     if not target.exists() and not target.is_symlink():
         os.replace(stage, target)
-    elif not (present and present <= written and not _is_working_directory(target) and _exchange(stage, target)):
-        for name in sorted(written, reverse=True):
+    elif not (
+        present and present <= written | stale and not _is_working_directory(target) and _exchange(stage, target)
+    ):
+        for name in present & stale:
+            (target / name).unlink()
+        for name in [*sorted(written - stale, reverse=True), *sorted(written & stale)]:
             os.replace(stage / name, target / name)
 
 
@@ -172,15 +200,17 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _remove_stale(target: Path) -> None:
     """Remove what a save that was killed more than a day ago left beside the target."""
-    for path in target.parent.glob(f".{target.name}.*.tmp"):
-        if time.time() - path.lstat().st_mtime > STALE_SECONDS and path.is_dir():
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9]+-[0-9a-f]{{8}}\.tmp")
+    for path in target.parent.iterdir():
+        if ours.fullmatch(path.name) and time.time() - path.lstat().st_mtime > STALE_SECONDS and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY)
+    # Windows flushes only a handle that may write.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -411,7 +411,7 @@ def test_a_killed_save_leaves_the_old_files_or_the_new(tmp_path):
 
 
 def test_a_killed_save_is_swept_up_the_next_day(pair, tmp_path):
-    old, new = tmp_path / ".faces.1-aa.tmp", tmp_path / ".faces.2-bb.tmp"
+    old, new = tmp_path / ".faces.1-aaaaaaaa.tmp", tmp_path / ".faces.2-bbbbbbbb.tmp"
     old.mkdir()
     new.mkdir()
     os.utime(old, (0, 0))

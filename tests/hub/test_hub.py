@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pushing, pulling and loading by repository, with the real client on a Hub that lives in this process."""
 
+import io
 import json
 import multiprocessing
 import shutil
@@ -12,6 +13,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from PIL import Image
 
 from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, with_down, write_pair
 from fake_hub import TOKEN, FakeHub, point_at
@@ -134,13 +136,14 @@ def test_the_card_of_a_down(server, tmp_path):
 
 def test_the_card_of_a_subject(published, pair, tmp_path):
     server, _ = published
-    (tmp_path / "a.png").write_bytes(b"png")
+    Image.new("RGB", (2, 3), (10, 200, 30)).save(tmp_path / "a.png")
     edit_config(pair[1], base_model_name_or_path="a/base", facts={"trigger": "sks person"})
     push_subject(pair[1], "ann/me", down="ann/faces", gallery={str(tmp_path / "a.png"): "sks person on a beach"})
     head, body = card(server, "ann/me")
     assert head["instance_prompt"] == "sks person"
     assert head["widget"] == [{"text": "sks person on a beach", "output": {"url": "images/0.png"}}]
-    assert server.repos["ann/me"].files()["images/0.png"] == b"png"
+    picture = Image.open(io.BytesIO(server.repos["ann/me"].files()["images/0.png"]))
+    assert picture.size == (2, 3) and picture.getpixel((1, 1)) == (10, 200, 30)
     assert "consent" in body and 'pipe.load_lora_weights("ann/me")' in body and "<Gallery />" in body
 
 

@@ -10,11 +10,12 @@ this module reads them. Nothing here changes a model either: what comes back has
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,24 +25,30 @@ from ..errors import (
     AdapterNotFoundError,
     ConfigFormatError,
     FingerprintMismatchError,
+    MetaLoraError,
     MissingDownError,
     NonFiniteError,
+    OutputExistsError,
     UnsafeNameError,
     WrongKindError,
 )
-from ..files import save_tensors, staged_folder
+from ..files import require_apart, staged_folder
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
-from ..tuner.down import MID
+from ..tuner.config import reference_to_write
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
-from .base_model import PREFIX, REPO_ID, bare_model, base_model_name
+from .base_model import REPO_ID, bare_model, base_model_name
 from .config_file import CONFIG_FILE, FORMAT_VERSION, config_json, read_config
 from .factors import (
+    SUBJECT_PARTS,
     WEIGHTS_FILE,
     FactorFile,
     SubjectSource,
     check_subject_on_down,
+    config_of,
     holds_embeddings,
     open_factors,
+    open_weights,
+    save_factors,
 )
 from .folded import FOLD_FILE, LoraPair, component_name, fold_subject, save_diffusers
 
@@ -75,7 +82,11 @@ class Artefact:
                     f"{self.folder}: expected the Down {expected[:16]}…, found {found[:16]}…. "
                     "Load the Down that the subject was trained on (its adapter_config.json names it)."
                 )
-        return DownSource(config=_canonical(self.config, tensors), tensors=tensors, fingerprint=found)
+        self._file.require_digest(tensors)
+        if self.config.num_slots > 1:  # a run of stage 1 that PEFT saved: its people are nobody's business
+            tensors = {name: _mean(name, tensor) for name, tensor in tensors.items()}
+        config = dataclasses.replace(_canonical(self.config, tensors), num_slots=1)
+        return DownSource(config=config, tensors=tensors, fingerprint=found)
 
     def subject(self, down: DownSource) -> SubjectSource:
         """Read it as a subject on `down`, which its header is compared with first; raises as `load_subject`."""
@@ -87,7 +98,9 @@ class Artefact:
             )
         check_subject_on_down(self.tensors, down.tensors, self.folder)
         tensors = self._file.read()
-        return SubjectSource(_canonical(self.config, tensors), tensors, down)
+        self._file.require_digest(tensors)
+        config = _canonical(self.config, tensors).read_from(os.path.abspath(self.folder))
+        return SubjectSource(config, tensors, down)
 
 
 @contextmanager
@@ -95,12 +108,13 @@ def open_artefact(folder: str | os.PathLike[str]) -> Iterator[Artefact]:
     """Open what lies in a local folder, for `Artefact.down` or `Artefact.subject`; raises as `load_down`."""
     path = Path(folder)
     config = read_config(path)
-    if config.stage == "subject" and config.down_fingerprint is None:
-        raise ConfigFormatError(
-            f"{path}: expected down_fingerprint in {CONFIG_FILE}, found none. Save the subject again."
-        )
-    with open_factors(path, config) as file:
-        yield Artefact(path, config, file)
+    with open_weights(path) as file:
+        config = config_of(file, config)
+        if config.stage == "subject" and config.down_fingerprint is None:
+            raise ConfigFormatError(
+                f"{path}: expected down_fingerprint in {CONFIG_FILE}, found none. Save the subject again."
+            )
+        yield Artefact(path, config, FactorFile(file, config))
 
 
 def load_down(folder: str | os.PathLike[str], *, expected_fingerprint: str | None = None) -> DownSource:
@@ -151,7 +165,7 @@ def check_files(folder: Path, config: MetaLoraConfig) -> None:
     more = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
     if not more and not holds_embeddings(folder):
         with open_factors(folder, config) as file:
-            file.read()
+            file.require_digest(file.read())
 
 
 def find_local_down(config: MetaLoraConfig, folder: Path) -> DownSource:
@@ -223,7 +237,12 @@ def _canonical(config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> M
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+        tensors_digest=None,
     )
+
+
+def _mean(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.mean(dim=0, keepdim=True) if name.rpartition(".")[2] in SUBJECT_PARTS else tensor
 
 
 # Writing
@@ -237,6 +256,7 @@ def save_down(
     facts: Mapping[str, Any] | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a stage-`meta` adapter as a Down: its Down, the shared Mid start, and the mean Mid and Up of its slots.
 
@@ -246,12 +266,14 @@ def save_down(
         facts: plain JSON about the training (domain, subjects, steps, recipe), kept in the configuration.
         base_model: repository id or path of the base; by default what the model remembers.
         base_revision: its revision.
+        overwrite: whether it may replace what is no Down.
 
     Returns:
         The folder.
 
     Raises:
         WrongKindError: the adapter is a subject.
+        OutputExistsError: something else lies there.
         NonFiniteError: a tensor holds NaN or infinity.
         WriteFailedError: the disk refuses; what was there is unchanged.
     """
@@ -259,7 +281,7 @@ def save_down(
     tensors = down_state(model, adapter_name)
     config = _with_plain_patterns(config, tensors)
     config = _file_config(config, model, facts, base_model, base_revision, down_fingerprint=fingerprint(tensors))
-    return write_artefact(Path(folder), config, tensors)
+    return write_artefact(Path(folder), config, tensors, overwrite=overwrite)
 
 
 def save_subject(
@@ -273,7 +295,9 @@ def save_subject(
     facts: Mapping[str, Any] | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
+    subject_name: str | None = None,
     fold: bool = True,
+    overwrite: bool = False,
 ) -> Path:
     """Write one slot of a stage-`subject` adapter as a subject, with its exact fold as an ordinary LoRA beside it.
 
@@ -282,7 +306,9 @@ def save_subject(
         slot: which of the adapter's subjects.
         down: the Down to name, as a local folder (written as a relative path when it lies beside the subject) or a
             repository id; by default what the adapter's configuration names.
+        subject_name: who it is; by default the name it was loaded with, or the adapter's.
         fold: whether to ship `pytorch_lora_weights.safetensors`, which plain diffusers loads.
+        overwrite: whether it may replace what is no subject, or somebody else. Never its own Down.
 
     Returns:
         The folder.
@@ -292,9 +318,11 @@ def save_subject(
     """
     target = Path(folder)
     config = _adapter_config(model, adapter_name, "subject")
+    named = str(down) if down is not None else config.located_down()
+    require_apart(target, down=named)
     tensors = subject_state(model, adapter_name, slot)
     factors = down_state(model, adapter_name)
-    reference = reference_to_write(str(down) if down is not None else config.down, target)
+    reference = reference_to_write(named, target)
     config = _file_config(
         _with_plain_patterns(config, tensors),
         model,
@@ -304,10 +332,11 @@ def save_subject(
         down=reference,
         down_revision=down_revision if down is not None else config.down_revision,
         down_fingerprint=down_fingerprint(model, adapter_name),
+        subject_name=subject_name or config.subject_name or (adapter_name if adapter_name != "default" else None),
     )
     # DoRA rescales the weight itself, which no ordinary LoRA can say.
     pairs = fold_subject(config, factors, tensors) if fold and not config.use_dora else {}
-    return write_artefact(target, config, tensors, pairs)
+    return write_artefact(target, config, tensors, pairs, overwrite=overwrite)
 
 
 def _adapter_config(model: nn.Module, adapter_name: str, stage: str) -> MetaLoraConfig:
@@ -367,17 +396,8 @@ def _file_config(
     return dataclasses.replace(config, **fields, **changes)
 
 
-def reference_to_write(reference: str | None, folder: Path) -> str | None:
-    """A path beside the subject is written as a relative one, so that both can move together."""
-    if reference is None or not os.path.isdir(reference):
-        return reference
-    around = Path(os.path.abspath(folder)).parent
-    found = Path(os.path.abspath(reference))
-    return (
-        PurePosixPath(os.path.relpath(found, around / folder.name)).as_posix()
-        if found.is_relative_to(around)
-        else str(found)
-    )
+SIDE_FILES = (FOLD_FILE,)
+"""What a save makes from the tensors and lays beside them."""
 
 
 def write_artefact(
@@ -385,11 +405,17 @@ def write_artefact(
     config: MetaLoraConfig,
     tensors: Mapping[str, torch.Tensor],
     fold: Mapping[str, LoraPair] | None = None,
+    *,
+    card: bytes | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Write the two files of an artefact, and a fold beside them if one is given, all or nothing.
+    """Write the two files of an artefact, and a fold and a card beside them if they are given, all or nothing.
+
+    What an older save left and this one does not write goes; a card that somebody edited stays.
 
     Raises:
         NonFiniteError, WriteFailedError
+        OutputExistsError: as `require_replaceable`.
     """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -397,9 +423,67 @@ def write_artefact(
                 f"{folder}: expected finite numbers in {name}, found NaN or infinity. "
                 "Lower the learning rate, or save an earlier step."
             )
-    with staged_folder(folder) as stage:
-        save_tensors(stage / WEIGHTS_FILE, {PREFIX + name: tensor for name, tensor in tensors.items()})
+    require_replaceable(folder, config.stage, config.subject_name, overwrite=overwrite)
+    edited = (folder / CARD_FILE).exists() and not is_made_card(folder / CARD_FILE)
+    with staged_folder(folder, stale=SIDE_FILES if edited else (*SIDE_FILES, CARD_FILE)) as stage:
+        if card is not None and not edited:
+            (stage / CARD_FILE).write_bytes(card)
+        config = save_factors(stage / WEIGHTS_FILE, config, tensors)
         if fold:
             save_diffusers(stage / FOLD_FILE, fold, component_name(config))
         (stage / CONFIG_FILE).write_bytes(config_json(config))
     return folder
+
+
+def require_replaceable(
+    folder: str | os.PathLike[str], stage: str | None, subject_name: str | None = None, *, overwrite: bool = False
+) -> None:
+    """Check that a save to `folder` replaces nothing but an older save of the same.
+
+    Args:
+        stage: 'meta' or 'subject', as a configuration has it; None for an ordinary LoRA.
+        subject_name: who the subject is, if that is known.
+        overwrite: whether it may replace another kind, or somebody else.
+
+    Raises:
+        OutputExistsError: an adapter of another kind lies there, or the subject of another name.
+    """
+    path = Path(folder)
+    if overwrite or not (path / CONFIG_FILE).exists():
+        return
+    try:
+        there = read_config(path)
+        kind, who = there.stage, there.subject_name
+    except MetaLoraError:
+        kind, who = "another adapter", None
+    if kind != stage:
+        found = {"meta": "a Down", "subject": "a subject"}.get(kind, kind)
+    elif who and subject_name and who != subject_name:
+        found = f"the subject {who!r}, not {subject_name!r}"
+    else:
+        return
+    raise OutputExistsError(
+        f"{folder}: expected a new folder, or an older save of the same, found {found}. Choose another folder, or give "
+        "overwrite=True (--overwrite) to replace it."
+    )
+
+
+# Cards
+
+CARD_FILE = "README.md"
+_SEAL = re.compile(r"<!-- made by peft_metalora, sha256:([0-9a-f]{64}) -->\n\Z")
+
+
+def sealed(card: str) -> str:
+    """A card with a last line that tells it from one that somebody edited."""
+    return f"{card}\n<!-- made by peft_metalora, sha256:{hashlib.sha256(card.encode()).hexdigest()} -->\n"
+
+
+def is_made_card(path: Path) -> bool:
+    """Whether a card is one of ours, as it was made."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    seal = _SEAL.search(text)
+    return seal is not None and sealed(text[: seal.start() - 1]) == text

@@ -40,7 +40,11 @@ def read_config(folder: str | os.PathLike[str]) -> MetaLoraConfig:
         ConfigFormatError: a field is of the wrong type or has a value that cannot be.
     """
     path = Path(folder) / CONFIG_FILE
-    table = read_json(path)
+    return parse_config(read_json(path), path)
+
+
+def parse_config(table: Mapping[str, Any], path: Path) -> MetaLoraConfig:
+    """A configuration out of its JSON, which came from the file `path`; raises as `read_config` does."""
     if table.get("peft_type") != PEFT_TYPE:
         raise WrongKindError(
             f"{path}: expected peft_type {PEFT_TYPE}, found {str(table.get('peft_type'))[:40]!r}. "
@@ -108,9 +112,20 @@ def _check_values(values: Mapping[str, Any], path: Path) -> None:
         raise _bad_field(path, "modules_to_save and bias", "none", (values.get("modules_to_save"), values.get("bias")))
     if values.get("trainable_token_indices"):
         raise _bad_field(path, "trainable_token_indices", "none", values["trainable_token_indices"])
-    named = values.get("down_fingerprint")
-    if named is not None and not re.fullmatch(r"[0-9a-f]{64}", named):
-        raise _bad_field(path, "down_fingerprint", "64 hexadecimal digits", named)
+    for name in ("down_fingerprint", "tensors_digest"):
+        if values.get(name) is not None and not re.fullmatch(r"[0-9a-f]{64}", values[name]):
+            raise _bad_field(path, name, "64 hexadecimal digits", values[name])
+    for name in ("revision", "down_revision"):
+        if values.get(name) is not None and not _is_revision(values[name]):
+            raise _bad_field(path, name, "a branch, tag or commit", values[name])
+    who = values.get("subject_name")
+    if who is not None and not (0 < len(who) <= 256 and who.isprintable()):
+        raise _bad_field(path, "subject_name", "a name of at most 256 printable characters", who)
+
+
+def _is_revision(text: str) -> bool:
+    """Whether a revision is none but that: it becomes part of addresses and of paths in the Hub's cache."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}", text) is not None and ".." not in text
 
 
 def _compiles(pattern: str) -> bool:

@@ -7,20 +7,32 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..errors import ForeignKeysError, MissingKeysError, NonFiniteError, RankMismatchError, ShapeMismatchError
+from ..errors import (
+    CorruptFileError,
+    ForeignKeysError,
+    MissingKeysError,
+    NonFiniteError,
+    RankMismatchError,
+    ShapeMismatchError,
+)
+from ..files import save_tensors
 from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.down import DOWN, DOWN_PARTS, MAGNITUDE, MID, MID_INIT, UP
+from ..tuner.down import DOWN, DOWN_PARTS, MAGNITUDE, MID, MID_INIT, UP, digest_of
 from ..tuner.ranks import ranks_of
 from .base_model import PREFIX
-from .config_file import CONFIG_FILE
-from .untrusted import Header, TensorEntry, TensorFile, open_tensors, require_safe_file
+from .config_file import CONFIG_FILE, config_json, parse_config
+from .untrusted import Header, TensorEntry, TensorFile, open_tensors, parse_json, require_safe_file
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PLACES = "base_model_name_or_path", "revision", "down", "down_revision"
+CONFIG_KEY = "adapter_config"
+"""In the header of the tensors' file: the configuration that it was written with."""
 SUBJECT_PARTS = (MID, UP)
 # Modules that PEFT saves beside an adapter by itself, after new tokens were added (save_embedding_layers).
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "token_embedding", "shared"}
@@ -46,10 +58,13 @@ class FactorFile:
 
     Attributes:
         entries: by the names that the tensors have in a source, without PEFT's prefix.
+
+    Raises:
+        MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError: it is not what the config says.
     """
 
     def __init__(self, file: TensorFile, config: MetaLoraConfig) -> None:
-        self._file, self.path = file, file.path
+        self._file, self.path, self._digest = file, file.path, config.tensors_digest
         _check_header(file.header, config, DOWN_PARTS if config.stage == "meta" else SUBJECT_PARTS, file.path)
         self.entries = {name.removeprefix(PREFIX): entry for name, entry in file.header.entries.items()}
 
@@ -64,19 +79,63 @@ class FactorFile:
                 )
         return tensors
 
+    def require_digest(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Check that what was read is what the configuration was written with; raises CorruptFileError."""
+        if self._digest is not None and digest_of(tensors) != self._digest:
+            raise CorruptFileError(
+                f"{self.path}: expected the tensors that {CONFIG_FILE} was written with, found others. Fetch both "
+                "files again, from one place, or save it again."
+            )
+
 
 @contextmanager
 def open_factors(folder: Path, config: MetaLoraConfig) -> Iterator[FactorFile]:
-    """Open the tensors of the artefact in a folder; raises what `untrusted.open_tensors` does, and for its header:
+    """Open the tensors of an artefact whose configuration is known; raises as `open_weights` and `FactorFile`."""
+    with open_weights(folder) as file:
+        yield FactorFile(file, config)
 
-    Raises:
-        MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError: it is not what `config` says.
-    """
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[TensorFile]:
+    """Open the tensors' file in a folder; raises as `untrusted.open_tensors`."""
     path = folder / WEIGHTS_FILE
     if not path.exists() and (folder / "adapter_model.bin").exists():
         require_safe_file(folder / "adapter_model.bin")
     with open_tensors(path) as file:
-        yield FactorFile(file, config)
+        yield file
+
+
+def config_of(file: TensorFile, beside: MetaLoraConfig) -> MetaLoraConfig:
+    """The configuration that belongs to a tensors' file: the one beside it, or the copy in its header if they differ.
+
+    They differ between the two renames of a save, and after one that was killed there. Where base and Down lie is not
+    in the copy, since it changes when an artefact is pushed; the file beside still knows it.
+    """
+    copy = file.header.metadata.get(CONFIG_KEY)
+    if copy is None:
+        return beside
+    written = parse_config(parse_json(copy, file.path, "configuration in the header"), file.path)
+    if written.tensors_digest == beside.tensors_digest:
+        return beside
+    same_down = written.down_fingerprint == beside.down_fingerprint
+    known: dict[str, Any] = {name: getattr(beside, name) for name in (_PLACES if same_down else _PLACES[:2])}
+    return replace(written, **known)
+
+
+def save_factors(path: Path, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> MetaLoraConfig:
+    """Write the tensors of an artefact in place, with a copy of its configuration in the header.
+
+    Returns:
+        The configuration to write beside it, which says by a hash that it belongs to these tensors.
+    """
+    config = replace(config, tensors_digest=digest_of(tensors))
+    nowhere: dict[str, Any] = dict.fromkeys(_PLACES)
+    save_tensors(
+        path,
+        {PREFIX + name: tensor for name, tensor in tensors.items()},
+        {CONFIG_KEY: config_json(replace(config, **nowhere)).decode()},
+    )
+    return config
 
 
 def holds_embeddings(folder: Path) -> bool:

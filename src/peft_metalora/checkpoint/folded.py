@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import CorruptFileError, NonFiniteError
 from ..files import save_tensors
 from ..tuner import MetaLoraConfig
 from ..tuner.down import DOWN, MID, UP
 from ..tuner.ranks import ranks_of
+from .untrusted import open_tensors
 
 FOLD_FILE = "pytorch_lora_weights.safetensors"
 
@@ -36,6 +38,9 @@ def fold_subject(
 
     Returns:
         A pair a module, in the order of the modules' names and in Mid's dtype; products are taken in float32 or better.
+
+    Raises:
+        NonFiniteError: the product does not fit into that dtype.
     """
     pairs = {}
     for module in sorted({name.rpartition(".")[0] for name in subject}):
@@ -45,6 +50,11 @@ def fold_subject(
         a = (mid.to(wide) @ factor.flatten(1).to(wide)).reshape(mid.shape[0], *factor.shape[1:])
         b = (up.to(wide) * ranks_of(config, module).scaling).reshape(*up.shape, *[1] * (factor.ndim - 2))
         pairs[module] = LoraPair(a.to(mid.dtype), b.to(mid.dtype))
+        if not (torch.isfinite(pairs[module].a).all() and torch.isfinite(pairs[module].b).all()):
+            raise NonFiniteError(
+                f"expected a fold of {module} that {mid.dtype} can hold, found infinity. Save the subject in bfloat16 "
+                "or float32, or leave the fold out (fold=False)."
+            )
     return pairs
 
 
@@ -60,6 +70,28 @@ def _model_class(config: MetaLoraConfig) -> str:
 def save_diffusers(path: Path, pairs: Mapping[str, LoraPair], component: str) -> None:
     """Write `pytorch_lora_weights.safetensors` in place; `component` is "unet" or "transformer"."""
     save_tensors(path, _with_names(pairs, component + ".{}"))
+
+
+def check_fold(path: Path, pairs: Mapping[str, LoraPair], component: str) -> None:
+    """Check that a fold file, which plain diffusers would load, is that of the subject and nothing else.
+
+    Raises:
+        CorruptFileError, and what `untrusted.open_tensors` raises.
+    """
+    wanted = _with_names(pairs, component + ".{}")
+    with open_tensors(path) as file:
+        same = {name: tuple(tensor.shape) for name, tensor in wanted.items()} == {
+            name: entry.shape for name, entry in file.header.entries.items()
+        }
+        found = file.read() if same else {}
+    for name, tensor in wanted.items():
+        # Another machine rounds a product otherwise: a hundredth of the largest number is less than bfloat16's step.
+        limit = 1e-2 * tensor.float().abs().max() + 1e-12
+        if not same or not ((found[name].float() - tensor.float()).abs() <= limit).all():
+            raise CorruptFileError(
+                f"{path}: expected the exact fold of the subject beside it, found something else. Do not use it: pull "
+                "it from its author again, or load the subject with peft_metalora."
+            )
 
 
 def _with_names(pairs: Mapping[str, LoraPair], name: str) -> dict[str, torch.Tensor]:

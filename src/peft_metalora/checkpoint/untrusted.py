@@ -105,6 +105,11 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         return file.read()
 
 
+def parse_json(text: str, path: Path, what: str) -> dict[str, Any]:
+    """A JSON object out of a file's text, as strict as `read_json`; raises CorruptFileError."""
+    return _parse_json_object(text.encode(errors="surrogatepass"), path, what)
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a small JSON object (duplicate keys, NaN and anything that is not an object are refused).
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..tuner import MetaLoraConfig
+from .markdown import as_code, as_literal, as_text
+
+_TEXTS = "domain", "evaluation_data", "trigger", "license", "consent"
+_NUMBERS = "subjects", "steps"
+_TABLES = "recipe", "evaluation"
 
 # The licence of a base binds what is trained on it: (licence, its name, its address).
 BASE_LICENSES: dict[str, tuple[str, str | None, str | None]] = {
@@ -49,21 +53,21 @@ class Picture:
 
 
 def model_card(
-    config: MetaLoraConfig, repo_id: str, folder: Path, gallery: tuple[Picture, ...] = (), has_fold: bool = False
+    config: MetaLoraConfig, repo_id: str, size: int, gallery: tuple[Picture, ...] = (), has_fold: bool = False
 ) -> str:
     """Make README.md, metadata included, for a Down or a subject.
 
     Args:
         config: of the artefact, its facts included.
         repo_id: where it goes; the code in the card loads it from there.
-        folder: what is pushed; gives the sizes.
+        size: of the tensors' file, in bytes.
         gallery: pictures that lie in the repository.
         has_fold: whether the exact fold lies beside, for plain diffusers.
     """
-    facts = config.facts or {}
+    facts = _known(config.facts or {})
     sections = [
         "---",
-        _metadata(config, repo_id, gallery).to_yaml(),
+        _metadata(config, facts, repo_id, gallery).to_yaml(),
         "---",
         "",
         f"# {repo_id.rpartition('/')[2]}",
@@ -72,17 +76,28 @@ def model_card(
         "",
         "## Use",
         "",
-        _snippet(config, repo_id, has_fold),
-        _gallery(gallery),
-        _table("Recipe", _recipe(config, facts, folder)),
+        _snippet(config, facts, repo_id, has_fold),
+        "## Gallery\n\n<Gallery />\n" if gallery else None,
+        _table("Recipe", _recipe(config, facts, size)),
         _table("Evaluation", facts.get("evaluation") or {}, facts.get("evaluation_data")),
         _terms(config, facts),
     ]
     return "\n".join(section for section in sections if section is not None).rstrip() + "\n"
 
 
-def _metadata(config: MetaLoraConfig, repo_id: str, gallery: tuple[Picture, ...]) -> ModelCardData:
-    facts = config.facts or {}
+def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that a card shows, those of another type than theirs left out."""
+    kinds: dict[str, Any] = {
+        **dict.fromkeys(_TEXTS, str),
+        **dict.fromkeys(_NUMBERS, (int, float)),
+        **dict.fromkeys(_TABLES, dict),
+    }
+    return {name: facts[name] for name, kind in kinds.items() if isinstance(facts.get(name), kind)}
+
+
+def _metadata(
+    config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, gallery: tuple[Picture, ...]
+) -> ModelCardData:
     base = config.base_model_name_or_path
     licence, licence_name, licence_link = BASE_LICENSES.get(base or "", (None, None, None))
     family = _FAMILIES.get((config.auto_mapping or {}).get("base_model_class", ""))
@@ -126,36 +141,36 @@ def _is_number(value: Any) -> bool:
 
 
 def _opening(config: MetaLoraConfig, facts: Mapping[str, Any]) -> str:
-    base = f" for `{config.base_model_name_or_path}`" if config.base_model_name_or_path else ""
+    base = f" for {as_code(config.base_model_name_or_path)}" if config.base_model_name_or_path else ""
     if config.stage == "meta":
-        domain = f" of {facts['domain']}" if facts.get("domain") else ""
+        domain = f" of {as_text(facts['domain'])}" if facts.get("domain") else ""
         return (
             f"A Meta-LoRA *Down*{domain}{base}: the factor that all subjects of a domain share "
             "([arXiv 2503.22352](https://arxiv.org/abs/2503.22352)). Train a subject on it from one image."
         )
-    words = f" The words that call it: `{facts['trigger']}`." if facts.get("trigger") else ""
+    words = f" The words that call it: {as_code(facts['trigger'])}." if facts.get("trigger") else ""
     return (
-        f"A Meta-LoRA *subject*{base}: Mid and Up of one subject, on the Down `{config.down}` "
+        f"A Meta-LoRA *subject*{base}: Mid and Up of one subject, on the Down {as_code(config.down)} "
         f"([arXiv 2503.22352](https://arxiv.org/abs/2503.22352)).{words}"
     )
 
 
-def _snippet(config: MetaLoraConfig, repo_id: str, has_fold: bool) -> str:
+def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has_fold: bool) -> str:
     base = config.base_model_name_or_path or "<base model>"
-    prompt = (config.facts or {}).get("trigger") or "a photo of a person"
+    prompt = facts.get("trigger") or "a photo of a person"
     ours = [
         "```python",
         "import torch",
         "import peft_metalora",
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
+        f"pipe = DiffusionPipeline.from_pretrained({as_literal(base)}, torch_dtype=torch.bfloat16)",
         "pipe = peft_metalora.enable_meta_lora(pipe)",
         f'pipe.load_meta_lora("{repo_id}")',
     ]
     if config.stage == "meta":
         return "\n".join([*ours, "# then a subject that stands on it: pipe.load_meta_lora(<subject>)", "```", ""])
-    lines = [*ours, f'image = pipe("{prompt}").images[0]', "```", ""]
+    lines = [*ours, f"image = pipe({as_literal(prompt)}).images[0]", "```", ""]
     if has_fold:
         lines += [
             "Without this package, as an ordinary LoRA (the exact fold, scale included):",
@@ -168,12 +183,7 @@ def _snippet(config: MetaLoraConfig, repo_id: str, has_fold: bool) -> str:
     return "\n".join(lines)
 
 
-def _gallery(gallery: tuple[Picture, ...]) -> str | None:
-    return "## Gallery\n\n<Gallery />\n" if gallery else None
-
-
-def _recipe(config: MetaLoraConfig, facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    size = sum(path.stat().st_size for path in folder.glob("adapter_model.safetensors"))
+def _recipe(config: MetaLoraConfig, facts: Mapping[str, Any], size: int) -> dict[str, Any]:
     rows: dict[str, Any] = {"rank of a subject (r)": config.r, "rank of the Down (meta_r)": config.meta_r}
     rows |= {"lora_alpha": config.lora_alpha, "size": f"{size / 2**20:.2f} MiB"}
     rows |= {name: facts[name] for name in ("domain", "subjects", "steps") if name in facts}
@@ -186,23 +196,19 @@ def _recipe(config: MetaLoraConfig, facts: Mapping[str, Any], folder: Path) -> d
 def _table(title: str, rows: Mapping[str, Any], note: str | None = None) -> str | None:
     if not rows:
         return None
-    lines = [f"## {title}", "", *([f"Measured on {note}.", ""] if note else []), "| | |", "|---|---|"]
-    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    lines = [f"## {title}", "", *([f"Measured on {as_text(note)}.", ""] if note else []), "| | |", "|---|---|"]
+    lines += [f"| {as_text(name)} | {as_text(value)} |" for name, value in rows.items()]
     return "\n".join([*lines, ""])
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _terms(config: MetaLoraConfig, facts: Mapping[str, Any]) -> str:
     base = config.base_model_name_or_path
     licence = facts.get("license") or BASE_LICENSES.get(base or "", (None,))[0]
-    of_base = f" `{base}`" if base else ""
-    bound = f"The licence of the base model{of_base}{f' ({licence})' if licence else ''} binds its use."
+    of_base = f" {as_code(base)}" if base else ""
+    bound = f"The licence of the base model{of_base}{f' ({as_text(licence)})' if licence else ''} binds its use."
     if config.stage == "meta":
         return f"## Terms\n\n{bound}"
-    consent = facts.get("consent") or (
+    consent = as_text(facts.get("consent", "")) or (
         "If this shows a real person, use it only with that person's consent, keep it private unless they agree to "
         "more, and delete it when they ask."
     )

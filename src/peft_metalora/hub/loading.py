@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -47,11 +47,14 @@ class Location:
         name: a folder or a repository id.
         subfolder: a folder inside it.
         options: the rest of `HubOptions`.
+        folder: the local folder, None for a repository: what a file or a push calls a repository never turns into a
+            folder that happens to lie in the working directory.
     """
 
     name: str
     subfolder: str | None
     options: Mapping[str, Any]
+    folder: Path | None = None
 
 
 KnownDown = Callable[[str], DownSource | None]
@@ -86,7 +89,10 @@ def load(
         down = down or find_down(found.config, at, found.folder)
         if model is not None:
             check_fits(model, down, name=str(path_or_repo))
-        return found.subject(down)
+        source = found.subject(down)
+    if at.folder is None:
+        source.config.read_from(at.name, folder=str(found.folder), subfolder=at.subfolder, **at.options)
+    return source
 
 
 def load_down(
@@ -131,7 +137,7 @@ def find_down(config: MetaLoraConfig, at: Location, folder: Path) -> DownSource:
     """
     name = config.down or ""
     is_path = name.startswith(".") or not REPO_ID.fullmatch(name)
-    if name and is_path and not os.path.isabs(name) and not os.path.isdir(at.name):
+    if name and is_path and not os.path.isabs(name) and at.folder is None:
         inside = posixpath.normpath(posixpath.join(at.subfolder or ".", name))
         if inside.startswith("..") or "\\" in inside or inside == ".":
             raise UnsafeNameError(
@@ -153,9 +159,10 @@ def fetch(at: Location) -> Path:
         HubError: the repository, its revision or its files cannot be had.
         ArtefactNotFoundError: a local path that is not there.
     """
-    local = Path(at.name, *([at.subfolder] if at.subfolder else []))
-    if os.path.isdir(local):
-        return local
+    if at.folder is not None:
+        if not at.folder.is_dir():
+            raise ArtefactNotFoundError(f"{at.folder}: expected a folder, found none. Check the path and subfolder=.")
+        return at.folder
     if not REPO_ID.fullmatch(at.name) or ".." in at.name:
         raise ArtefactNotFoundError(
             f"{at.name}: expected a local folder or a repository id such as ann/faces, found neither. Check it."
@@ -167,9 +174,8 @@ def fetch(at: Location) -> Path:
 
 def fetch_beside(at: Location, name: str) -> Path | None:
     """A further file of an artefact, None where there is none; raises HubError as `fetch` does."""
-    local = Path(at.name, at.subfolder or "", name)
-    if os.path.isdir(at.name):
-        return local if local.is_file() else None
+    if at.folder is not None:
+        return at.folder / name if (at.folder / name).is_file() else None
     try:
         return _download(at, name)
     except HubError as error:
@@ -232,7 +238,17 @@ def _origin(config: MetaLoraConfig) -> Location:
 
 
 def locate(path_or_repo: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Location:
-    """Name a place without looking there yet; raises UnsafeNameError for a subfolder that leads out of it."""
+    """Name a place: a local folder if there is one of this path, or else a repository.
+
+    Raises:
+        UnsafeNameError: a subfolder that leads out of it.
+    """
+    at = repository(path_or_repo, **hub)
+    return replace(at, folder=Path(at.name, at.subfolder or "")) if os.path.isdir(at.name) else at
+
+
+def repository(path_or_repo: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Location:
+    """Name a repository without looking there yet; raises as `locate`."""
     unknown = sorted(set(hub) - set(HubOptions.__annotations__))
     if unknown:
         raise TypeError(f"expected the arguments {', '.join(HubOptions.__annotations__)}, found {', '.join(unknown)}")

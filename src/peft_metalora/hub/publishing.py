@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 from huggingface_hub import errors as hub_errors
 from typing_extensions import Unpack
 
+from ..checkpoint import load_down as load_local_down
+from ..checkpoint.artefacts import CARD_FILE, open_artefact, sealed, write_artefact
 from ..checkpoint.base_model import REPO_ID
-from ..checkpoint.config_file import CONFIG_FILE, config_json, read_config
-from ..checkpoint.factors import WEIGHTS_FILE
-from ..checkpoint.folded import FOLD_FILE
-from ..errors import ArtefactNotFoundError, HubError, MissingDownError
-from ..files import staged_folder
+from ..checkpoint.factors import WEIGHTS_FILE, SubjectSource
+from ..checkpoint.folded import FOLD_FILE, LoraPair, check_fold, component_name, fold_subject
+from ..data import load_image
+from ..data.images import png
+from ..errors import ArtefactNotFoundError, HubError, MissingDownError, WrongKindError
 from ..tuner import MetaLoraConfig
 from .cards import Picture, model_card
-from .loading import HubOptions, fetch, fetch_beside, load, load_down, load_subject, locate
+from .loading import HubOptions, Location, fetch, fetch_beside, find_down, repository
 
 
 def push_down(
@@ -55,8 +58,10 @@ def push_down(
         HubError: the Hub refuses.
         Everything that `checkpoint.load_down` raises.
     """
-    load_down(folder)
-    return _push(Path(folder), repo_id, read_config(folder), private, gallery or {}, revision, commit_message, token)
+    with open_artefact(_local(folder)) as found:
+        source = found.down()
+    config = dataclasses.replace(found.config, num_slots=1, down_fingerprint=source.fingerprint)
+    return _push(config, source.tensors, {}, repo_id, private, gallery or {}, revision, commit_message, token)
 
 
 def push_subject(
@@ -91,79 +96,97 @@ def push_subject(
         HubError: the Hub refuses, or the repository is public and `private` is True.
         Everything that `checkpoint.load_subject` raises.
     """
-    config = read_config(folder)
-    reference = down or config.down
-    if (
-        reference is None
-        or not REPO_ID.fullmatch(reference)
-        or (down is None and os.path.isdir(Path(folder, reference)))
-    ):
-        raise MissingDownError(
-            f"{folder}: expected the Down in a repository, so that others can load the subject, found {reference!r}. "
-            "Push the Down first (push_down) and give down=<its repository>."
-        )
-    revision_of_down = down_revision or config.down_revision
-    source = load_down(reference, revision=revision_of_down, token=token, expected_fingerprint=config.down_fingerprint)
-    load_subject(folder, known_down=lambda _: source)
-    revision_of_down = revision_of_down or _commit_of(reference, token)
-    config = dataclasses.replace(config, down=reference, down_revision=revision_of_down)
-    return _push(Path(folder), repo_id, config, private, gallery or {}, revision, commit_message, token)
+    with open_artefact(_local(folder)) as found:
+        config = found.config
+        reference = down or config.down or ""
+        if not REPO_ID.fullmatch(reference) or (down is None and os.path.isdir(found.folder / reference)):
+            raise MissingDownError(
+                f"{folder}: expected the Down in a repository, so that others can load the subject, found "
+                f"{reference!r}. Push the Down first (push_down) and give down=<its repository>."
+            )
+        if config.num_slots > 1:
+            raise WrongKindError(
+                f"{folder}: expected one subject, found {config.num_slots} in one file. Save the one that is "
+                "meant with save_subject(..., slot=<its number>)."
+            )
+        at = Location(reference, None, {"revision": down_revision or config.down_revision, "token": token})
+        source = found.subject(load_local_down(fetch(at), expected_fingerprint=config.down_fingerprint))
+    config = dataclasses.replace(config, down=reference, down_revision=at.options["revision"] or _commit_of(at))
+    # DoRA rescales the weight itself, which no ordinary LoRA can say.
+    pairs = fold_subject(config, source.down.tensors, source.tensors) if not config.use_dora else {}
+    return _push(config, source.tensors, pairs, repo_id, private, gallery or {}, revision, commit_message, token)
 
 
-def pull(repo_id: str, folder: str | os.PathLike[str] | None = None, **hub: Unpack[HubOptions]) -> Path:
+def _local(folder: str | os.PathLike[str]) -> Path:
+    """What is pushed lies here; raises ArtefactNotFoundError."""
+    if not os.path.isdir(folder):
+        raise ArtefactNotFoundError(f"{folder}: expected a local folder to push, found none. Check the path.")
+    return Path(folder)
+
+
+def pull(
+    repo_id: str,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+    **hub: Unpack[HubOptions],
+) -> Path:
     """Download a Down or a subject (its Down too) and check it; afterwards it loads offline.
 
     Args:
         repo_id: the repository.
         folder: a copy of the artefact's files is written here, all at once; None leaves it in the Hub's cache.
+        overwrite: whether the copy may replace another kind, or another person.
         hub: huggingface_hub's arguments, see `HubOptions`.
 
     Returns:
         The folder that holds it.
 
     Raises:
+        CorruptFileError: the fold beside a subject is not its fold.
+        OutputExistsError: something else lies in the folder.
         As `load_subject`.
     """
-    load(repo_id, **hub)
-    at = locate(repo_id, **hub)
-    found = fetch(at)
+    at = repository(repo_id, **hub)
+    with open_artefact(fetch(at)) as found:
+        config = found.config
+        source = found.down() if found.is_down else found.subject(find_down(config, at, found.folder))
+    pairs: dict[str, LoraPair] = {}
+    if isinstance(source, SubjectSource) and (fold := fetch_beside(at, FOLD_FILE)) is not None:
+        pairs = fold_subject(config, source.down.tensors, source.tensors)
+        check_fold(fold, pairs, component_name(config))
     if folder is None:
-        return found
-    beside = {name: fetch_beside(at, name) for name in (FOLD_FILE, "README.md")}
-    with staged_folder(folder) as stage:
-        for name, path in {WEIGHTS_FILE: found / WEIGHTS_FILE, CONFIG_FILE: found / CONFIG_FILE, **beside}.items():
-            if path is not None:
-                shutil.copyfile(path, stage / name)
+        return found.folder
+    card = fetch_beside(at, CARD_FILE)
+    text = card.read_bytes() if card is not None else None
+    write_artefact(Path(folder), config, source.tensors, pairs, card=text, overwrite=overwrite)
     return Path(folder)
 
 
 def _push(
-    folder: Path,
-    repo_id: str,
     config: MetaLoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    fold: Mapping[str, LoraPair],
+    repo_id: str,
     private: bool,
     gallery: Mapping[str, str],
     revision: str | None,
     commit_message: str | None,
     token: str | bool | None,
 ) -> str:
+    """Send what a fresh save of these tensors would hold: nothing is taken from a file by its name."""
     if not REPO_ID.fullmatch(repo_id) or ".." in repo_id:
         raise HubError(f"{repo_id!r}: expected a repository id such as ann/faces-down. Give owner and name.")
-    pictures = {f"images/{index}{Path(path).suffix}": path for index, path in enumerate(gallery)}
-    for path in pictures.values():
-        if not Path(path).is_file():
-            raise ArtefactNotFoundError(f"{path}: expected a picture for the gallery, found none. Check the path.")
+    pictures = {f"images/{index}.png": _picture(path) for index, path in enumerate(gallery)}
     if config.base_model_name_or_path and not REPO_ID.fullmatch(config.base_model_name_or_path):
         # A path on this machine means nothing to others, and may say more about its owner than they like.
         nameless: dict[str, Any] = {"base_model_name_or_path": None}
         config = dataclasses.replace(config, **nameless)
-    fold = folder / FOLD_FILE
-    shown = tuple(Picture(name, gallery[path]) for name, path in pictures.items())
-    card = model_card(config, repo_id, folder, shown, has_fold=fold.is_file())
-    contents: dict[str, bytes | str] = {CONFIG_FILE: config_json(config), "README.md": card.encode()}
-    contents |= {WEIGHTS_FILE: str(folder / WEIGHTS_FILE), **pictures}
-    if fold.is_file():
-        contents[FOLD_FILE] = str(fold)
+    with tempfile.TemporaryDirectory() as made:
+        contents = {path.name: path.read_bytes() for path in _saved(Path(made) / "artefact", config, tensors, fold)}
+    shown = tuple(Picture(name, prompt) for name, prompt in zip(pictures, gallery.values(), strict=True))
+    card = model_card(config, repo_id, len(contents[WEIGHTS_FILE]), shown, has_fold=bool(fold))
+    contents = {**contents, CARD_FILE: sealed(card).encode(), **pictures}
     api = huggingface_hub.HfApi(token=token)
     kind = "Down" if config.stage == "meta" else "subject"
     try:
@@ -188,11 +211,26 @@ def _push(
     return str(done.oid)
 
 
-def _commit_of(repo_id: str, token: str | bool | None) -> str | None:
+def _saved(
+    folder: Path, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor], fold: Mapping[str, LoraPair]
+) -> list[Path]:
+    return sorted(write_artefact(folder, config, tensors, fold).iterdir())
+
+
+def _picture(path: str) -> bytes:
+    """A picture for the gallery, drawn anew: nothing but its pixels goes out.
+
+    Raises:
+        ArtefactNotFoundError, UnreadableImageError: there is none, or it is no picture.
+    """
+    if not Path(path).is_file():
+        raise ArtefactNotFoundError(f"{path}: expected a picture for the gallery, found none. Check the path.")
+    return png(load_image(path))
+
+
+def _commit_of(at: Location) -> str | None:
     """The commit that a repository is at, so that a subject keeps the Down it was checked with."""
-    if os.path.isdir(repo_id):
-        return None
     try:
-        return huggingface_hub.HfApi(token=token).repo_info(repo_id).sha
+        return huggingface_hub.HfApi(token=at.options.get("token")).repo_info(at.name).sha
     except (hub_errors.HfHubHTTPError, hub_errors.OfflineModeIsEnabled, ConnectionError):
         return None

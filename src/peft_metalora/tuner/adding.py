@@ -281,6 +281,7 @@ def inject_all_or_nothing(
     for _, layer in meta_lora_layers(model):
         layer.sync_down()
     config.down_fingerprint = plan.fingerprint
+    config.tensors_digest = None  # of the file it came from; what is saved next are other tensors
 
 
 def replace_target(

@@ -6,7 +6,10 @@ A user of PEFT's LoRA has two new words to learn: `meta_r` (the rank of the shar
 
 from __future__ import annotations
 
+import copy
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -127,13 +130,21 @@ class MetaLoraConfig(PeftConfig):
     down_fingerprint: str | None = field(
         default=None, metadata={"help": "Hash that identifies the Down's tensors; set when a Down is bound."}
     )
+    subject_name: str | None = field(
+        default=None,
+        metadata={"help": "Who a subject is, for the files: a save of somebody else does not replace it unasked."},
+    )
+    tensors_digest: str | None = field(
+        default=None,
+        metadata={"help": "Hash of the tensors that a file of this configuration belongs to; set when one is written."},
+    )
     format_version: int = field(default=1, metadata={"help": "Version of the file format (docs/format.md)."})
     facts: dict[str, Any] | None = field(
         default=None,
         metadata={"help": "What the publisher says about it: domain, subjects, steps, recipe; plain JSON."},
     )
 
-    # Where from_pretrained found it (its arguments), so that a Down named by a relative path can be found; never saved.
+    # Where it was read: the arguments that found it, so that a Down named by a relative path can be found. Never saved.
     origin: ClassVar[dict[str, Any] | None] = None
 
     @classmethod
@@ -141,8 +152,32 @@ class MetaLoraConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> MetaLoraConfig:
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        vars(config)["origin"] = {"name": pretrained_model_name_or_path, "subfolder": subfolder, **kwargs}
-        return config
+        return config.read_from(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def read_from(self, name: str, *, folder: str | None = None, **origin: Any) -> MetaLoraConfig:
+        """Remember where it was read.
+
+        Args:
+            name: a folder or a repository. folder: where that lies here.
+            origin: `subfolder` and what else found it, as huggingface_hub calls it.
+        """
+        self.__dict__["origin"] = {"name": name, "folder": folder, **origin}
+        return self
+
+    def located_down(self) -> str | None:
+        """The Down by a name that finds it from anywhere: an absolute path where it was a relative one."""
+        if self.down is None or self.origin is None or os.path.isabs(self.down):
+            return self.down
+        origin = self.origin
+        folder = origin["folder"] or os.path.join(origin["name"], origin.get("subfolder") or "")
+        found = os.path.normpath(os.path.join(os.path.abspath(folder), self.down))
+        return found if os.path.isdir(found) else self.down
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, as PEFT does; the Down is named as it is found from there."""
+        written = copy.copy(self)
+        written.down = reference_to_write(self.located_down(), save_directory)
+        super(MetaLoraConfig, written).save_pretrained(save_directory, **kwargs)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,6 +225,20 @@ class MetaLoraConfig(PeftConfig):
                 f"stage 'meta' trains its own Down, but down={self.down!r} was given. "
                 "Use stage='subject' to start from an existing Down."
             )
+
+
+def reference_to_write(reference: str | None, folder: str | os.PathLike[str]) -> str | None:
+    """A Down that lies beside a subject or below it is named by a relative path, so that both can move together.
+
+    It begins with a dot: a bare `parts/down` would be taken for the name of a repository.
+    """
+    if reference is None or not os.path.isdir(reference):
+        return reference
+    here, found = Path(os.path.abspath(folder)), Path(os.path.abspath(reference))
+    if not found.is_relative_to(here.parent):
+        return str(found)
+    path = Path(os.path.relpath(found, here)).as_posix()
+    return path if path.startswith("..") else f"./{path}"
 
 
 def _require_positive_int(name: str, value: Any) -> None:

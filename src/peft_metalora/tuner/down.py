@@ -117,7 +117,7 @@ def set_file_check(check: FileCheck | None) -> None:
 
 def check_files(config: MetaLoraConfig) -> None:
     """Check the files that `config` was read from, if it was and if a check is installed."""
-    if _check is not None and config.origin is not None:
+    if _check is not None and config.origin is not None and _given.get() is None:  # what is given has been checked
         _check(config)
 
 
@@ -148,8 +148,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
     Keys that do not end in `.metalora_down` are ignored, so a whole Down file gives the same value as its Down part.
     """
+    return digest_of({key: tensor for key, tensor in tensors.items() if key.endswith(f".{DOWN}")})
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 (hex) over sorted name, shape, dtype and bytes of tensors."""
     digest = hashlib.sha256()
-    for name in sorted(key for key in tensors if key.endswith(f".{DOWN}")):
+    for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
