@@ -117,10 +117,10 @@ def _write_file(path: Path, write: Callable[[Path], object]) -> None:
 def staged_folder(folder: str | os.PathLike[str], stale: Collection[str] = ()) -> Iterator[Path]:
     """Give an empty folder to write into; when the block ends well, its files appear in `folder` together.
 
-    A new folder, and one of which nothing stays, changes in one step (rename, or exchange where the system has it).
-    A folder that holds files of others, or that somebody works in, stays what it is: then each of ours is replaced in
-    one step, in sorted order from last to first, so that `adapter_config.json` comes after the tensors. The rights of a folder and of files that are replaced
-    stay, and new files of a folder that is closed to others are closed to them.
+    A new folder, and one of which nothing stays, changes in one step (rename, or exchange where the system has it). A
+    folder that holds files of others, or that somebody works in, stays what it is: then each of our files is replaced
+    in one step, in sorted order from last to first, so that `adapter_config.json` comes after the tensors. The rights
+    of a folder and of files that are replaced stay, and new files of a folder that is closed to others are closed too.
 
     Args:
         stale: names of files made from the others: what an older save left of them goes before anything is replaced,

@@ -35,6 +35,7 @@ from ..errors import (
 from ..files import require_apart, staged_folder
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
 from ..tuner.config import reference_to_write
+from ..tuner.down import MID
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
 from .base_model import REPO_ID, bare_model, base_model_name
 from .config_file import CONFIG_FILE, FORMAT_VERSION, config_json, read_config
