@@ -35,7 +35,7 @@ from peft_metalora.training.injecting import inject
 from peft_metalora.training.settings import PersonalizeConfig
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner import set_subjects
-from peft_metalora.tuner.placing import eject
+from peft_metalora.tuner.placing import restore
 
 
 class MetaLoraRun:
@@ -141,7 +141,7 @@ def main() -> None:
             if done in args.at:
                 with run.shown():
                     score(done, lr, time.perf_counter() - start)
-        eject(base.denoiser)
+        restore(base.denoiser, every=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner import DownSource, MetaLoraConfig, down_state, fingerprint
-from peft_metalora.tuner.placing import eject
+from peft_metalora.tuner.placing import restore
 
 ATTENTION = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 # cuDNN's attention is left to no recipe: its backward fails on these shapes in some builds of torch (seen with 2.11).
@@ -104,7 +104,7 @@ def make_down(base: Base, meta_r: int) -> DownSource:
     config = MetaLoraConfig(r=1, lora_alpha=1, meta_r=meta_r, target_modules=ATTENTION)
     base.denoiser.add_adapter(config, adapter_name="down")
     tensors = {name: tensor.clone().cpu() for name, tensor in down_state(base.denoiser, "down").items()}
-    eject(base.denoiser)
+    restore(base.denoiser, every=True)
     return DownSource(config, tensors, fingerprint(tensors))
 
 
@@ -212,7 +212,7 @@ class Clock:
             self.peak[name] = max(self.peak.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
             self.kernel_ms[name] = kernel_milliseconds(steps)
         del steps
-        eject(self.base.denoiser)
+        restore(self.base.denoiser, every=True)
         self.base.denoiser.requires_grad_(False)
 
     def median(self, name: str) -> float:

@@ -19,7 +19,7 @@ from peft_metalora.demo.scoring import PROMPTS, Scorer, generate
 from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.settings import PersonalizeConfig
 from peft_metalora.training.stage_2 import Personalization
-from peft_metalora.tuner.placing import eject
+from peft_metalora.tuner.placing import restore
 
 
 def test_learned_person_is_recognised_beyond_what_random_adapters_reach(tmp_path):
@@ -63,7 +63,7 @@ def test_learned_person_is_recognised_beyond_what_random_adapters_reach(tmp_path
                 noise = torch.randn(factor.shape, generator=generator)
                 factor.copy_(noise * factor.norm() / noise.norm())
         random_scores.append(score())
-    eject(pipe.transformer)
+    restore(pipe.transformer, every=True)
     assert score() == pytest.approx(without, abs=1e-6)
     margin = max(random_scores) - without
     assert learned - without > max(0.1, 2 * margin)

@@ -84,6 +84,24 @@ def test_another_rank_keeps_the_downs_scale_and_its_decomposition(base, down, se
     assert [layer.scaling["default"] for layer in layers] == pytest.approx([expected] * len(layers))
 
 
+@pytest.mark.parametrize("changes", [{}, {"method": "lora", "rank": 2}], ids=str)
+def test_removing_gives_the_denoiser_back_as_it_was(base, down, changes):
+    """Bug: what was trainable, training mode and gradient checkpointing stayed as the run had set them."""
+
+    def look():
+        modes = [module.training for module in base.denoiser.modules()]
+        return modes, [p.requires_grad for p in base.denoiser.parameters()], base.denoiser.is_gradient_checkpointing
+
+    base.denoiser.train()
+    base.denoiser.proj_out.requires_grad_(False)
+    before = look()
+    config = personal_config(gradient_checkpointing=True, **changes)
+    run = Personalization(base, tiny_examples(base, subjects=1), config, down)
+    assert base.denoiser.is_gradient_checkpointing
+    run.remove()
+    assert look() == before and not hasattr(base.denoiser, "peft_config")
+
+
 def test_down_and_base_never_move_and_have_no_gradient(base, down):
     before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
     run = Personalization(base, tiny_examples(base, subjects=1), personal_config(), down)

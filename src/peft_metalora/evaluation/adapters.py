@@ -13,6 +13,7 @@ from ..bases import Base
 from ..training.injecting import inject
 from ..training.settings import TrainingConfig
 from ..tuner import DownSource, MetaLoraConfig, set_warmup
+from ..tuner.placing import remember
 
 NAME = "default"
 
@@ -57,6 +58,7 @@ def put_adapter(base: Base, adapter: PeftConfig, config: TrainingConfig) -> list
     """
     denoiser = base.denoiser
     if isinstance(adapter, VeraConfig):  # its projections live on PEFT's wrapper, which injection has none of
+        remember(denoiser)
         denoiser.requires_grad_(False)
         get_peft_model(denoiser, adapter, adapter_name=NAME)
     else:

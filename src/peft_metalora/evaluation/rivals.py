@@ -22,7 +22,7 @@ from ..bases import Base
 from ..training.engine.stacked import AdapterStack
 from ..training.settings import TrainingConfig
 from ..tuner.down import DownSource, given, subject_config
-from ..tuner.placing import eject
+from ..tuner.placing import restore
 from .adapters import adapter_config, put_adapter
 
 _LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -101,7 +101,7 @@ def put_on(
     seeds: list[int],
     start: dict[str, Tensor] | None = None,
 ) -> AdapterStack:
-    """Put a method on the denoiser and stack it; `eject(base.denoiser)` takes it off again.
+    """Put a method on the denoiser and stack it; `take_off` takes it off again.
 
     Args:
         rows: number of rows; row n has the random start of seed `seeds[n % len(seeds)]`.
@@ -113,7 +113,7 @@ def put_on(
         return AdapterStack(denoiser, rows)
     starts: list[dict[str, Tensor]] = []
     for seed in reversed(seeds):  # what is frozen is that of the first seed, for all rows
-        eject(denoiser)
+        restore(denoiser, every=True)
         with given(down):
             put_adapter(base, rival.config(base.target_modules, down), replace(config, seed=seed))
         starts.insert(0, {name: p.detach().clone() for name, p in denoiser.named_parameters() if p.requires_grad})
@@ -125,7 +125,7 @@ def put_on(
 
 def take_off(base: Base) -> None:
     """The denoiser as it was, all of it frozen."""
-    eject(base.denoiser)
+    restore(base.denoiser, every=True)
     base.denoiser.requires_grad_(False)
 
 

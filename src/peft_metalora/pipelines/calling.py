@@ -18,7 +18,7 @@ from ..errors import AdapterNotFoundError, AdapterStateError, RegionError
 from ..hub.loading import HubOptions, load_subject
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_subjects, subject_state
 from ..tuner.on_model import configs_of, down_on_model
-from ..tuner.placing import activate, active_adapters, remember
+from ..tuner.placing import activate, active_adapters
 from .denoiser import books_of, denoiser, free_name, lock_of, offload_paused, own_factors, refresh_offload
 from .regions import read_regions, shown_in_regions
 from .table import SubjectTable, sample_slots, tables_of
@@ -168,7 +168,6 @@ class PerSampleMixin:
                     f"expected a loaded Down without a table, found {'a table' if down else 'no Down'} for "
                     f"{fingerprint[:16]}. Load the Down, or unload_meta_lora first."
                 )
-            remember(model)
             with offload_paused(self):
                 tables[fingerprint] = SubjectTable(model, down, capacity, host_capacity)
             return tables[fingerprint]
@@ -218,7 +217,6 @@ class PerSampleMixin:
         check_fits(model, source.down, name=str(path_or_repo))
         with self._idle():
             if fingerprint not in tables:
-                remember(model)
                 with offload_paused(self):
                     tables[fingerprint] = SubjectTable(model, source.down, 8)
             return enter(tables[fingerprint])

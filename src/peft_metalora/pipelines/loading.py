@@ -28,11 +28,9 @@ from ..tuner.placing import (
     active_adapters,
     copy_factors,
     inject,
-    remember,
-    remove_adapter,
+    remove_adapters,
     require_adapter,
     restore,
-    settle,
 )
 from .calling import PerSampleMixin
 from .denoiser import books_of, denoiser, free_name, named_denoiser, offload_paused, while_idle
@@ -122,7 +120,6 @@ class MetaLoraLoaderMixin(PerSampleMixin):
         model = denoiser(self)
         down = source if isinstance(source, DownSource) else source.down
         before = active_adapters(model)
-        remember(model)
         with offload_paused(self):
             try:
                 inject(model, source.config, name, down)
@@ -130,8 +127,7 @@ class MetaLoraLoaderMixin(PerSampleMixin):
                 activate(model, before if source is down else [name])
                 configs_of(model)[name].down_fingerprint = down.fingerprint
             except BaseException:
-                remove_adapter(model, name)
-                settle(model, before)
+                remove_adapters(model, [name], before)
                 raise
 
     @while_idle
@@ -236,9 +232,7 @@ class MetaLoraLoaderMixin(PerSampleMixin):
                     ours.append(tables.pop(fingerprint).adapter_name)
         with offload_paused(self):
             active = [name for name in active_adapters(model) if name not in ours]
-            for name in sorted(ours, key=lambda name: known[name].stage == "meta"):
-                remove_adapter(model, name)
-            settle(model, active)
+            remove_adapters(model, sorted(ours, key=lambda name: known[name].stage == "meta"), active)
 
     @while_idle
     def fuse_meta_lora(self, adapter_names: str | Sequence[str] | None = None, safe_fusing: bool = False) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..bases import Base
 from ..errors import AdapterStateError
-from ..tuner.placing import eject
+from ..tuner.placing import remember, restore
 from .settings import TrainingConfig
 
 
@@ -37,6 +37,7 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
         raise AdapterStateError(
             f"expected a denoiser without adapters, found {', '.join(denoiser.peft_config)}: unload them first"
         )
+    remember(denoiser)
     denoiser.requires_grad_(False)
     before = set(denoiser.parameters())
     try:
@@ -44,7 +45,7 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
             torch.manual_seed(config.seed)
             denoiser.add_adapter(adapter, adapter_name=name)
     except BaseException:
-        eject(denoiser)
+        restore(denoiser, every=True)
         raise
     own = [parameter for parameter in denoiser.parameters() if parameter not in before]
     for parameter in own:

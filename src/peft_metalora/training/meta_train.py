@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ..bases import Base
 from ..bases.precision import choose_device
-from ..tuner.placing import eject
+from ..tuner.placing import restore
 from .engine.compiling import uncompile
 from .engine.processes import Processes
 from .engine.state import checkpoint_folder, read_state, write_state
@@ -32,7 +32,7 @@ def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, pr
     try:
         _run(run, progress)
     except BaseException:
-        eject(base.denoiser)
+        restore(base.denoiser, every=True)
         uncompile(base.denoiser, config)
         raise
     return run.finish()

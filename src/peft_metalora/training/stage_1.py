@@ -203,8 +203,7 @@ class MetaTraining:
         for layer in self._layers:
             layer.metalora_down[PUBLISHED].data = layer.metalora_down[PUBLISHED].data.float()
         injection.copy_factors(denoiser, tensors, PUBLISHED)
-        injection.remove_adapter(denoiser, _TRAINING)
-        injection.activate(denoiser, [PUBLISHED])
+        injection.remove_adapters(denoiser, [_TRAINING], [PUBLISHED])
         uncompile(denoiser, config)
         denoiser.eval()
         kept = "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "resolution", "seed"

@@ -28,7 +28,7 @@ from ..files import staged_folder
 from ..tuner import DownSource, set_subjects
 from ..tuner.down import given, subject_config
 from ..tuner.on_model import meta_lora_layers
-from ..tuner.placing import eject
+from ..tuner.placing import restore
 from ..tuner.subject_index import SubjectIndex
 from .engine.compiling import compile_blocks, uncompile
 from .engine.loop import Step, training_steps
@@ -282,7 +282,7 @@ class Personalization:
 
     def remove(self) -> None:
         """Take the adapter off; the denoiser is the one it was before."""
-        eject(self.base.denoiser)
+        restore(self.base.denoiser, every=True)
         uncompile(self.base.denoiser, self.config)
 
 

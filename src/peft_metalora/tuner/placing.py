@@ -7,8 +7,9 @@ Works on any nn.Module (a diffusers model above all); knows neither files nor pi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from ..errors import AdapterNotFoundError
 from .config import MetaLoraConfig
-from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, DownSource, given
+from .down import DOWN_PARTS, MAGNITUDE, MID, UP, DownSource, given
 from .layer import MetaLoraLayer
 from .on_model import configs_of, meta_layers, meta_lora_layers
 from .registration import PREFIX
@@ -37,6 +38,7 @@ def require_adapter(model: nn.Module, name: str) -> MetaLoraConfig:
 
 def inject(model: nn.Module, config: MetaLoraConfig, name: str, down: DownSource | None = None) -> None:
     """Put an adapter's layers on the model, nothing of it trainable; a subject's stand on `down`."""
+    remember(model)
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
     with warnings.catch_warnings(), given(down):
@@ -51,15 +53,10 @@ def inject(model: nn.Module, config: MetaLoraConfig, name: str, down: DownSource
 def copy_factors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> None:
     """Fill an adapter's factors, keyed as `load_down` and `load_subject` give them."""
     for path, layer in meta_lora_layers(model):
-        if name not in layer.metalora_mid:
-            continue
-        layer.metalora_mid[name].copy_(tensors[f"{path}.{MID}"])
-        layer.metalora_up[name].copy_(tensors[f"{path}.{UP}"])
-        if f"{path}.{MAGNITUDE}" in tensors:
-            layer.metalora_magnitude[name].copy_(tensors[f"{path}.{MAGNITUDE}"])
-        if layer.stage[name] == "meta":
-            layer.metalora_down[name].copy_(tensors[f"{path}.{DOWN}"])
-            layer.metalora_mid_init[name].copy_(tensors[f"{path}.{MID_INIT}"])
+        if name in layer.metalora_mid:
+            parts = DOWN_PARTS if layer.stage[name] == "meta" else (MID, UP)
+            for part in (*parts, MAGNITUDE) if f"{path}.{MAGNITUDE}" in tensors else parts:
+                getattr(layer, part)[name].copy_(tensors[f"{path}.{part}"])
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -77,28 +74,18 @@ def activate(model: nn.Module, names: list[str]) -> None:
     set_adapter(model, names, inference_mode=True)
 
 
-def remove_adapter(model: nn.Module, name: str) -> None:
-    """Delete an adapter if the model has it; its layers stay (see `settle`)."""
-    if name in configs_of(model):
-        with warnings.catch_warnings():
-            # PEFT says which adapter it makes active instead; the callers decide that themselves.
-            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-            delete_adapter(model, name, prefix=PREFIX)
-        configs_of(model).pop(name, None)
+def remove_adapters(model: nn.Module, names: Iterable[str], active: list[str]) -> None:
+    """Delete those of our adapters that the model has, in this order; then `active` are the active ones.
 
-
-_BEFORE = "_meta_lora_before"
-
-
-def remember(model: nn.Module) -> None:
-    """Keep what injection changes beside the modules: the base's trainability and diffusers' flag."""
-    if not meta_layers(model) and _BEFORE not in vars(model):
-        flags = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-        vars(model)[_BEFORE] = (flags, getattr(model, "_hf_peft_config_loaded", None), hasattr(model, "peft_config"))
-
-
-def settle(model: nn.Module, active: list[str]) -> None:
-    """After adapters went: activate what was active, take off layers that hold nothing, restore all after the last."""
+    Layers that hold none any more are taken off, and after the last adapter of ours the model is restored.
+    """
+    for name in names:
+        if name in configs_of(model):
+            with warnings.catch_warnings():
+                # PEFT says which adapter it makes active instead, which is decided here.
+                warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+                delete_adapter(model, name, prefix=PREFIX)
+            configs_of(model).pop(name, None)
     if any(isinstance(config, MetaLoraConfig) for config in configs_of(model).values()):
         _put_back(model, [layer for layer in meta_layers(model) if not layer.metalora_mid])
         activate(model, active)
@@ -106,60 +93,86 @@ def settle(model: nn.Module, active: list[str]) -> None:
         restore(model)
 
 
-def restore(model: nn.Module) -> None:
-    """Put the base layers back where they were, and forget that there were adapters of ours."""
-    _put_back(model, meta_layers(model))
+_BEFORE = "_meta_lora_before"
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What adapters and their training change of a model beside its modules; parameters and modules by `id`."""
+
+    trainable: dict[int, bool]
+    training: dict[int, bool]
+    checkpointing: bool
+
+
+def remember(model: nn.Module) -> None:
+    """Keep what `restore` gives back, unless it is kept already; to be called before the first adapter comes."""
+    if not meta_layers(model) and _BEFORE not in vars(model):
+        vars(model)[_BEFORE] = _Before(
+            {id(parameter): parameter.requires_grad for parameter in model.parameters()},
+            {id(module): module.training for module in model.modules()},
+            getattr(model, "is_gradient_checkpointing", False),
+        )
+
+
+def restore(model: nn.Module, *, every: bool = False) -> None:
+    """Take our adapters off, or with `every` those of every method: modules, weights and flags are as they were."""
+    _put_back(model, [layer for layer in _tuner_layers(model).values() if every or isinstance(layer, MetaLoraLayer)])
     configs = configs_of(model)
-    for name in [name for name, config in configs.items() if isinstance(config, MetaLoraConfig)]:
+    for name in [name for name, config in configs.items() if every or isinstance(config, MetaLoraConfig)]:
         del configs[name]
-    flags, loaded, had_config = vars(model).pop(_BEFORE, ({}, None, True))
+    if not configs:
+        vars(model).pop("peft_config", None)
+        if hasattr(model, "_hf_peft_config_loaded"):
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+    before: _Before | None = vars(model).pop(_BEFORE, None)
+    if before is None:
+        return
     for parameter in model.parameters():
-        if id(parameter) in flags:
-            parameter.requires_grad_(flags[id(parameter)])
-    if not configs and hasattr(model, "peft_config") and not had_config:
-        del model.peft_config
-        if loaded is not None:
-            model._hf_peft_config_loaded = loaded
-
-
-def _put_back(model: nn.Module, layers: list[MetaLoraLayer]) -> None:
-    """Replace layers of ours by the base layers inside them, their weights unmerged."""
-    gone = {id(layer) for layer in layers}
-    for path, module in list(model.named_modules()):
-        if id(module) in gone:
-            layer = cast(MetaLoraLayer, module)
-            if layer.merged:
-                layer.unmerge()
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
-
-
-def eject(denoiser: Any) -> None:
-    """Take every adapter off the denoiser: its modules are the ones it had before."""
-    for path, module in list(denoiser.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, name = path.rpartition(".")
-            setattr(denoiser.get_submodule(parent), name, module.get_base_layer())
-    denoiser.__dict__.pop("peft_config", None)
-    if hasattr(denoiser, "_hf_peft_config_loaded"):
-        denoiser._hf_peft_config_loaded = False
-    denoiser.eval()
+        parameter.requires_grad_(before.trainable.get(id(parameter), parameter.requires_grad))
+    for module in model.modules():
+        module.training = before.training.get(id(module), module.training)
+    if getattr(model, "is_gradient_checkpointing", False) and not before.checkpointing:
+        cast(Any, model).disable_gradient_checkpointing()
 
 
 @contextmanager
-def set_aside(denoiser: Any) -> Iterator[None]:
-    """Take the adapters off for the length of a `with` block; then the same layers are back in their places."""
-    layers = {path: module for path, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
-    kept = "peft_config", "_hf_peft_config_loaded"
-    flags = {name: vars(denoiser)[name] for name in kept if name in vars(denoiser)}
-    training = denoiser.training
-    eject(denoiser)
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Take all adapters off for the length of a `with` block; then the same layers are back in their places.
+
+    The model is in inference mode meanwhile. Adapters that come in the block are gone after it.
+    """
+    layers, training = _tuner_layers(model), model.training
+    kept = {name: vars(model).pop(name) for name in ("peft_config", _BEFORE) if name in vars(model)}
+    loaded = getattr(model, "_hf_peft_config_loaded", None)
+    restore(model, every=True)
+    model.eval()
     try:
         yield
     finally:
-        eject(denoiser)
+        restore(model, every=True)
         for path, layer in layers.items():
-            parent, _, name = path.rpartition(".")
-            setattr(denoiser.get_submodule(parent), name, layer)
-        vars(denoiser).update(flags)
-        denoiser.train(training)
+            _put(model, path, layer)
+        vars(model).update(kept)
+        if loaded is not None:
+            model._hf_peft_config_loaded = loaded
+        model.train(training)
+
+
+def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _put_back(model: nn.Module, layers: Iterable[BaseTunerLayer]) -> None:
+    """Replace layers by the modules inside them, their weights unmerged."""
+    gone = {id(layer) for layer in layers}
+    for path, layer in reversed(_tuner_layers(model).items()):  # those inside others first
+        if id(layer) in gone:
+            if layer.merged:
+                layer.unmerge()
+            _put(model, path, layer.base_layer)
+
+
+def _put(model: nn.Module, path: str, module: Any) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
