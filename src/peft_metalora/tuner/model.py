@@ -5,7 +5,6 @@ Everything that can go wrong with a config is found by `plan_injection` before t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -109,30 +108,7 @@ class MetaLoraModel(BaseTuner):
             )
         super().delete_adapter(adapter_name)
 
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "cat",
-        svd_rank: int | None = None,
-        slots: Sequence[int] | None = None,
-        *,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-    ) -> None:
-        """Add the weighted sum of adapters, of one Down or of several, as a new one; see `add_weighted_subject`."""
-        add_weighted_subject(
-            self.model,
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank,
-            slots,
-            density=density,
-            majority_sign_method=majority_sign_method,
-        )
+    add_weighted_adapter = add_weighted_subject
 
     # ---- merging -------------------------------------------------------------------------------------------------
 

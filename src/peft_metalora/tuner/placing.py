@@ -159,11 +159,11 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+def _tuner_layers(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _put_back(model: nn.Module, layers: Iterable[BaseTunerLayer]) -> None:
+def _put_back(model: nn.Module, layers: Iterable[Any]) -> None:
     """Replace layers by the modules inside them, their weights unmerged."""
     gone = {id(layer) for layer in layers}
     for path, layer in reversed(_tuner_layers(model).items()):  # those inside others first
