@@ -44,7 +44,7 @@ from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.training.stage_1 import MetaTraining
-from peft_metalora.tuner import init_down_from_data, set_subjects
+from peft_metalora.tuner import init_down_from_data, set_slots
 from peft_metalora.tuner.down import DownSource
 from peft_metalora.tuner.on_model import meta_lora_layers
 from peft_metalora.tuner.starts import start_down
@@ -420,7 +420,7 @@ def short_stage_1(bench: Bench, examples: Examples, how: str) -> tuple[DownSourc
         generator = torch.Generator(bench.device).manual_seed(0)
         noise = torch.randn(latents.shape, generator=generator, device=bench.device)
         times = bench.base.sample_times(latents, generator)
-        set_subjects(denoiser, None)
+        set_slots(denoiser, None)
         with torch.no_grad():
             init_down_from_data(denoiser, lambda: bench.base.loss(latents, text, noise, times), "stage_1")
     elif how != "uniform":

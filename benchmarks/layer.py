@@ -29,7 +29,7 @@ from origin import origin
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from peft_metalora.tuner import MetaLoraConfig, fold, set_subjects
+from peft_metalora.tuner import MetaLoraConfig, fold, set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
 
 
@@ -198,7 +198,7 @@ class Bench:
         self.in_turns(models, 1, 4 * self.repeats)
         models["four_subjects_unfolded"], models["four_subjects_folded"] = self.meta_lora(4), self.meta_lora(4)
         for name in ("four_subjects_unfolded", "four_subjects_folded"):
-            set_subjects(models[name], [0, 1, 2, 3])
+            set_slots(models[name], [0, 1, 2, 3])
         fold(models["four_subjects_folded"])
         self.in_turns(models, 4, self.repeats)
         del models

@@ -25,7 +25,7 @@ from origin import origin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
-from peft_metalora import MetaLoraConfig, set_subjects
+from peft_metalora import MetaLoraConfig, set_slots
 from peft_metalora.pipelines.table import SubjectTable
 from peft_metalora.tuner import down_fingerprint
 from peft_metalora.tuner.on_model import down_on_model, meta_lora_layers
@@ -105,18 +105,18 @@ class Bench:
 
             def one_by_one(subjects: list[int] = different) -> None:
                 for slot in subjects:
-                    set_subjects(self.model, [slot])
+                    set_slots(self.model, [slot])
                     alone()
 
             def timed(index: list[int] | None, run: Callable[[], object] = run) -> float:
-                set_subjects(self.model, index)
+                set_slots(self.model, index)
                 return self.milliseconds(run)
 
             self.note(f"mixed_over_single_b{batch}", self.ratio(lambda d=different: timed(d), lambda: timed(None)))
             by_turns = self.ratio(lambda f=one_by_one: self.milliseconds(f, warm_up=1), lambda d=different: timed(d), 1)
             self.note(f"one_by_one_over_mixed_b{batch}", by_turns)
         self.compiled(table)
-        set_subjects(self.model, None)
+        set_slots(self.model, None)
         restore(self.model)
 
     def compiled(self, table: SubjectTable) -> None:
@@ -125,16 +125,16 @@ class Bench:
         torch._dynamo.reset()
         self.model.compile_repeated_blocks(fullgraph=True, backend="eager" if self.small else "inductor")
         run, graphs = self.forward(4), torch._dynamo.utils.counters["stats"]
-        set_subjects(self.model, None)
+        set_slots(self.model, None)
         single = self.milliseconds(run)
-        set_subjects(self.model, list(table.bring(map(str, range(4))).values()))
+        set_slots(self.model, list(table.bring(map(str, range(4))).values()))
         self.note("mixed_over_single_compiled_b4", self.milliseconds(run) / single)
         before = graphs["unique_graphs"]
         if not before:
             raise RuntimeError("expected compiled graphs, found none: the count below would mean nothing")
         for turn in range(5):
             slots = table.bring(str((turn * 3 + number) % 16) for number in range(4))
-            set_subjects(self.model, [*list(slots.values())[:3], -1])
+            set_slots(self.model, [*list(slots.values())[:3], -1])
             run()
         self.note("recompilations", graphs["unique_graphs"] - before)
         for module in self.model.modules():

@@ -34,7 +34,7 @@ from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.injecting import inject
 from peft_metalora.training.settings import PersonalizeConfig
 from peft_metalora.training.stage_2 import Personalization
-from peft_metalora.tuner import set_subjects
+from peft_metalora.tuner import set_slots
 from peft_metalora.tuner.placing import restore
 
 
@@ -57,7 +57,7 @@ class MetaLoraRun:
     def shown(self):
         count = self.run.num_subjects
         self.base.denoiser.eval()
-        set_subjects(self.base.denoiser, [slot for slot in range(count) for _ in PROMPTS])
+        set_slots(self.base.denoiser, [slot for slot in range(count) for _ in PROMPTS])
         yield
         self.base.denoiser.train()
 

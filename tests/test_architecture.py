@@ -9,6 +9,7 @@ import inspect
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from types import ModuleType
 import pytest
 
 import peft_metalora
+from peft_metalora import tuner
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "peft_metalora"
@@ -148,6 +150,54 @@ def public(module: ModuleType) -> set[str]:
     }
 
 
+# The top level of the first version that had one.
+OLD_NAMES = [
+    "DownSource",
+    "MetaLoraConfig",
+    "MetaLoraError",
+    "MetaLoraModel",
+    "MetaTrainConfig",
+    "PersonalizeConfig",
+    "__version__",
+    "add_weighted_subject",
+    "checkpoint",
+    "data",
+    "demo",
+    "down_state",
+    "enable_meta_lora",
+    "errors",
+    "export_subject",
+    "fingerprint",
+    "fold",
+    "hub",
+    "init_down_from_data",
+    "load_down",
+    "load_subject",
+    "lora_plus_groups",
+    "meta_train",
+    "metrics",
+    "personalize",
+    "pipelines",
+    "project",
+    "pull",
+    "push_down",
+    "push_subject",
+    "reset_slots",
+    "save_down",
+    "save_subject",
+    "set_merge_backup",
+    "set_subjects",
+    "set_warmup",
+    "subject_state",
+    "subjects",
+    "to_lora",
+    "training",
+    "tuner",
+    "unfold",
+    "write_subject",
+]
+
+
 class TestPublicNames:
     def test_every_name_is_there(self) -> None:
         for name in peft_metalora.__all__:
@@ -160,6 +210,28 @@ class TestPublicNames:
         assert public(peft_metalora) <= set(peft_metalora.__all__)
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             peft_metalora.nothing  # noqa: B018
+
+    @pytest.mark.parametrize(("old", "new"), [*peft_metalora._MOVED.items(), *tuner._RENAMED.items()])
+    def test_old_names_work_and_say_the_new_one(self, old: str, new: str) -> None:
+        """Bug: a public name that moved or was renamed and is no longer found."""
+        for module in [peft_metalora, *([tuner] if old in tuner._RENAMED else [])]:
+            with pytest.warns(DeprecationWarning, match=rf"{old} is now .*{new}"):
+                found = getattr(module, old)
+            assert found is getattr(tuner, new.rpartition(".")[2])
+            assert old not in module.__all__
+
+    def test_old_imports_of_all_that_was_public_still_work(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for name in OLD_NAMES:
+                assert getattr(peft_metalora, name) is not None, name
+
+    def test_a_star_import_is_silent(self) -> None:
+        code = (
+            "import warnings; warnings.simplefilter('error', DeprecationWarning); from peft_metalora import *; generate"
+        )
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+        assert "peft_metalora" not in done.stderr.rpartition("\n\n")[2] and done.returncode == 0, done.stderr
 
     @pytest.mark.parametrize("name", ["", ".tuner", ".metrics"])
     def test_all_is_sorted_and_true(self, name: str) -> None:

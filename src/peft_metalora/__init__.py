@@ -8,6 +8,7 @@ else: diffusers, transformers' pipelines and face models are imported by the nam
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import tuner
@@ -21,9 +22,16 @@ __version__ = "0.1.0"
 
 # Where each lazy name lives; `tests/test_architecture.py` keeps this, `__all__` and the modules in agreement.
 _LAZY = {
+    "DownResult": "training.stage_1",
     "DownSource": "tuner",
+    "GenerateConfig": "commands.generate",
+    "MetaLoraLayer": "tuner",
     "MetaTrainConfig": "training.settings",
+    "Personalization": "training.stage_2",
     "PersonalizeConfig": "training.settings",
+    "Projection": "lora.projection",
+    "SubjectSource": "checkpoint",
+    "SubjectTable": "pipelines",
     "add_weighted_subject": "tuner",
     "checkpoint": "",
     "data": "",
@@ -34,40 +42,55 @@ _LAZY = {
     "export_subject": "lora.export",
     "fingerprint": "tuner",
     "fold": "tuner",
+    "generate": "commands.generate",
     "hub": "",
-    "init_down_from_data": "tuner",
     "load_down": "hub",
     "load_subject": "hub",
-    "lora_plus_groups": "tuner",
     "meta_train": "training.meta_train",
     "metrics": "",
     "personalize": "training.personalize",
+    "personalize_many": "training.personalize",
     "pipelines": "",
     "project": "lora.projection",
     "pull": "hub",
     "push_down": "hub",
     "push_subject": "hub",
-    "reset_slots": "tuner",
     "save_down": "checkpoint",
     "save_subject": "checkpoint",
-    "set_merge_backup": "tuner",
-    "set_subjects": "tuner",
-    "set_warmup": "tuner",
+    "set_slots": "tuner",
     "subject_state": "tuner",
-    "subjects": "tuner",
     "to_lora": "tuner",
     "training": "",
     "unfold": "tuner",
+    "using_slots": "tuner",
     "write_subject": "tuner",
 }
 
+# What only a trainer's author needs left the top level, and what took numbers for subjects is named so.
+_MOVED = {
+    "init_down_from_data": "tuner.init_down_from_data",
+    "lora_plus_groups": "tuner.lora_plus_groups",
+    "reset_slots": "tuner.reset_slots",
+    "set_merge_backup": "tuner.set_merge_backup",
+    "set_subjects": "set_slots",
+    "set_warmup": "tuner.set_warmup",
+    "subjects": "using_slots",
+}
+
 __all__ = [
+    "DownResult",
     "DownSource",
+    "GenerateConfig",
     "MetaLoraConfig",
     "MetaLoraError",
+    "MetaLoraLayer",
     "MetaLoraModel",
     "MetaTrainConfig",
+    "Personalization",
     "PersonalizeConfig",
+    "Projection",
+    "SubjectSource",
+    "SubjectTable",
     "__version__",
     "add_weighted_subject",
     "checkpoint",
@@ -79,36 +102,36 @@ __all__ = [
     "export_subject",
     "fingerprint",
     "fold",
+    "generate",
     "hub",
-    "init_down_from_data",
     "load_down",
     "load_subject",
-    "lora_plus_groups",
     "meta_train",
     "metrics",
     "personalize",
+    "personalize_many",
     "pipelines",
     "project",
     "pull",
     "push_down",
     "push_subject",
-    "reset_slots",
     "save_down",
     "save_subject",
-    "set_merge_backup",
-    "set_subjects",
-    "set_warmup",
+    "set_slots",
     "subject_state",
-    "subjects",
     "to_lora",
     "training",
     "tuner",
     "unfold",
+    "using_slots",
     "write_subject",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MOVED:
+        warnings.warn(f"peft_metalora.{name} is now peft_metalora.{_MOVED[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(tuner, _MOVED[name].rpartition(".")[2])
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not _LAZY[name]:

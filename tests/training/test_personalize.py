@@ -26,7 +26,7 @@ from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import personalize, personalize_many
 from peft_metalora.training.stage_2 import Personalization
-from peft_metalora.tuner import set_subjects, subject_state
+from peft_metalora.tuner import set_slots, subject_state
 from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
@@ -249,7 +249,7 @@ def test_the_adapter_can_be_looked_at_between_steps_without_changing_the_run(bas
         run = Personalization(base, tiny_examples(base, 2), personal_config(), down)
         for _ in run.steps():
             if look:
-                set_subjects(base.denoiser, [1])
+                set_slots(base.denoiser, [1])
                 torch.manual_seed(5)
                 base.pipeline(
                     "a red shirt", height=16, width=16, num_inference_steps=1, max_sequence_length=16, output_type="pt"

@@ -15,7 +15,7 @@ from peft_metalora.training.examples.encoding import encode_captions, encode_sub
 from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.prior import class_prompt, distance_from_base
 from peft_metalora.training.stage_2 import Personalization
-from peft_metalora.tuner import set_subjects
+from peft_metalora.tuner import set_slots
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 
 CLASS = "a photo of a person"
@@ -51,7 +51,7 @@ def drift(run, slots=None):
     times = base.sample_times(latents, generator)
     distance = distance_from_base(base, run.examples.prior, latents, noise, times)
     if run.uses_slots:
-        set_subjects(base.denoiser, slots)
+        set_slots(base.denoiser, slots)
     with torch.no_grad():
         return distance()
 

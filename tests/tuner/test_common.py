@@ -27,7 +27,7 @@ from transformers import (
 )
 from tuner_models import Mlp, config, down_source, randomise
 
-from peft_metalora.tuner import MetaLoraConfig, set_down_loader, set_subjects
+from peft_metalora.tuner import MetaLoraConfig, set_down_loader, set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
 
 
@@ -297,13 +297,13 @@ def test_beams_of_a_batch_of_several_adapters(kind):
 
 def test_copies_and_pickles_are_independent_and_equal(row):
     _, model, inputs, _ = row
-    set_subjects(model, [0, -1, 0])
+    set_slots(model, [0, -1, 0])
     expected = output(model, inputs)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(output(twin, inputs), expected)
         indices = {id(layer.subject_index) for _, layer in meta_lora_layers(twin)}
         assert len(indices) == 1
-        set_subjects(twin, None)
+        set_slots(twin, None)
         assert torch.equal(output(model, inputs), expected)
 
 
@@ -539,7 +539,7 @@ def test_compiles_without_breaks_for_training_and_serving():
     model, x = randomise(get_peft_model(Mlp(), config(num_slots=2))), torch.randn(4, 12)
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     for index in (None, [0, 1]):
-        set_subjects(model, index)
+        set_slots(model, index)
         close(compiled(x), model(x))
         compiled(x).square().sum().backward()
         grad = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -14,9 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from tuner_models import adapted, mlp, randomise
 
 from peft_metalora.errors import AdapterNotFoundError, AdapterStateError, ConfigError
-from peft_metalora.tuner import to_lora
+from peft_metalora.tuner import to_lora, using_slots
 from peft_metalora.tuner.convert import register_lora_conversion
-from peft_metalora.tuner.functional import subjects
 
 BASES = {
     "linear": (lambda: nn.Linear(12, 16), (3, 12)),
@@ -43,7 +42,7 @@ def test_to_lora_is_exact(kind, slot, r, meta_r):
     model = randomise(adapted(base, r=r, meta_r=meta_r, **settings))
     lora_config, state = to_lora(model, slot=slot)
     assert (lora_config.r, lora_config.lora_alpha) == (r, r)
-    with subjects(model, [slot]):
+    with using_slots(model, [slot]):
         torch.testing.assert_close(with_lora(base, lora_config, state)(x), model(x))
 
 

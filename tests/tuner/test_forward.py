@@ -14,8 +14,7 @@ from torch import nn
 from tuner_models import adapted, config, layer_of, mlp, randomise
 
 from peft_metalora.errors import SubjectIndexError
-from peft_metalora.tuner import set_subjects
-from peft_metalora.tuner.functional import subjects
+from peft_metalora.tuner import set_slots, using_slots
 
 
 def dense(layer, x, slot, name="default"):
@@ -55,7 +54,7 @@ def test_forward_is_the_dense_product(d_in, d_out, r, meta_r, lead, slots, alpha
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
     with torch.set_grad_enabled(grad):
         alone = model(x)
-        with subjects(model, index):
+        with using_slots(model, index):
             mixed = model(x)
     assert alone.dtype == dtype
     torch.testing.assert_close(alone.double(), dense(layer, x, 0), atol=tolerance, rtol=tolerance)
@@ -66,7 +65,7 @@ def test_forward_is_the_dense_product(d_in, d_out, r, meta_r, lead, slots, alpha
 def test_slots_equal_separate_adapters():
     base, x = mlp(), torch.randn(3, 12)
     model = randomise(adapted(base, num_slots=3))
-    with subjects(model, [2, 0, 1]):
+    with using_slots(model, [2, 0, 1]):
         together = model(x)
     for row, slot in enumerate([2, 0, 1]):
         alone = adapted(base)
@@ -84,64 +83,64 @@ def test_no_subject_is_exactly_the_base_even_beside_a_broken_slot(grad):
     model = randomise(adapted(base, num_slots=2))
     layer_of(model).metalora_up["default"].data.fill_(float("nan"))
     layer_of(model).metalora_mid["default"].data.fill_(float("inf"))
-    with torch.set_grad_enabled(grad), subjects(model, [-1, -1]):
+    with torch.set_grad_enabled(grad), using_slots(model, [-1, -1]):
         assert torch.equal(model(x), base(x))
 
 
 def test_index_repeats_as_a_whole_for_guidance():
     model, x = randomise(adapted(num_slots=2)), torch.randn(4, 12)
-    with subjects(model, [1, 0, 1, 0]):
+    with using_slots(model, [1, 0, 1, 0]):
         spelled_out = model(x)
-    with subjects(model, [1, 0]):
+    with using_slots(model, [1, 0]):
         assert torch.equal(model(x), spelled_out)
 
 
 def test_batch_that_is_no_multiple_is_refused():
     model = adapted(num_slots=2)
-    with subjects(model, [0, 1]), pytest.raises(SubjectIndexError, match="3 samples, which is no multiple of the 2"):
+    with using_slots(model, [0, 1]), pytest.raises(SubjectIndexError, match="3 samples, which is no multiple of the 2"):
         model(torch.randn(3, 12))
 
 
 @pytest.mark.parametrize("index", [[2], [-2], [0, 5]])
 def test_unknown_slots_are_refused_and_the_index_stays(index):
     model = adapted(num_slots=2)
-    set_subjects(model, [1])
+    set_slots(model, [1])
     with pytest.raises(SubjectIndexError, match=r"2 slot\(s\), numbered 0 to 1"):
-        set_subjects(model, index)
+        set_slots(model, index)
     assert layer_of(model).subject_index.values == (1,)
 
 
 @pytest.mark.parametrize("index", [[], [0.5], [True]])
 def test_index_must_be_whole_numbers(index):
     with pytest.raises(SubjectIndexError, match="must be whole numbers"):
-        set_subjects(adapted(), index)
+        set_slots(adapted(), index)
 
 
 def test_one_index_for_all_layers_overwritten_in_place():
     model = adapted(num_slots=3)
-    set_subjects(model, [0, 1])
+    set_slots(model, [0, 1])
     index = layer_of(model).subject_index
     assert layer_of(model, "lin1").subject_index is index
     before = index.slot.data_ptr()
-    set_subjects(model, torch.tensor([2, -1]))
+    set_slots(model, torch.tensor([2, -1]))
     assert index.slot.data_ptr() == before
     assert index.slot.tolist() == [2, 0]
     assert index.present.flatten().tolist() == [True, False]
-    set_subjects(model, None)
+    set_slots(model, None)
     assert index.slot is None
 
 
 def test_context_restores_the_index_before_it():
     model = adapted(num_slots=2)
-    set_subjects(model, [1])
-    with pytest.raises(RuntimeError, match="inside"), subjects(model, [0, 0]):
+    set_slots(model, [1])
+    with pytest.raises(RuntimeError, match="inside"), using_slots(model, [0, 0]):
         raise RuntimeError("inside")
     assert layer_of(model).subject_index.values == (1,)
 
 
 def test_layers_without_the_index_are_reported():
     with pytest.raises(SubjectIndexError, match="no Meta-LoRA layers"):
-        set_subjects(mlp(), [0])
+        set_slots(mlp(), [0])
 
 
 def test_frozen_down_keeps_no_input_for_backward():
@@ -165,14 +164,14 @@ def test_a_hook_sees_the_output_of_the_base():
 
 def test_compiled_graph_survives_swaps_and_mixes_of_subjects():
     model, x = randomise(adapted(num_slots=3)), torch.randn(4, 12)
-    set_subjects(model, [0, 1, 2, -1])
+    set_slots(model, [0, 1, 2, -1])
     torch._dynamo.reset()
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="eager")
     with torch.no_grad():
         compiled(x)
         with torch._dynamo.config.patch(error_on_recompile=True):
             for index in ([2, 2, -1, 0], [1, 1, 1, 1]):
-                set_subjects(model, index)
+                set_slots(model, index)
                 torch.testing.assert_close(compiled(x), model(x))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tuner_models import adapted, config, layer_of, randomise
 
-from peft_metalora.tuner import fold, fused, kernels, linear, set_subjects
+from peft_metalora.tuner import fold, fused, kernels, linear, set_slots
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -93,7 +93,7 @@ def model_and_input(r, stage, dtype):
 @pytest.mark.parametrize("r", [1, 4])
 def test_inference_is_that_of_plain_products(monkeypatch, r, folded, index):
     model, x = model_and_input(r, "subject", torch.float32)
-    set_subjects(model, index)
+    set_slots(model, index)
     if folded:
         fold(model)
     calls = []
@@ -113,7 +113,7 @@ def test_inference_is_that_of_plain_products(monkeypatch, r, folded, index):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_training_is_that_of_plain_products(monkeypatch, dtype, tolerance, stage, index):
     model, x = model_and_input(2, stage, dtype)
-    set_subjects(model, index)
+    set_slots(model, index)
     goal = torch.randn(4, 5, 16, dtype=dtype, device=DEVICE)
 
     def gradients():

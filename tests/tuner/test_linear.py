@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from tuner_models import adapted, config, layer_of, randomise
 
-from peft_metalora.tuner import fold, set_subjects
+from peft_metalora.tuner import fold, set_slots
 from peft_metalora.tuner.fused import FusedLinear
 
 
@@ -49,7 +49,7 @@ def gradients(model, layer, x):
 @pytest.mark.parametrize("bias", [True, False])
 def test_fused_and_general_roads_have_the_same_output_and_gradients(stage, bias, index):
     model, layer, x = layer_and_input(stage, bias)
-    set_subjects(model, index)
+    set_slots(model, index)
     fused = gradients(model, layer, x)
     assert "FusedLinearBackward" in nodes(model(x))
     handle = layer.base_layer.register_forward_hook(lambda *_: None)
@@ -64,7 +64,7 @@ def test_fused_and_general_roads_have_the_same_output_and_gradients(stage, bias,
 @pytest.mark.parametrize("stage", ["meta", "subject"])
 def test_autocast_takes_the_fused_road_where_it_would_not_convert_the_weights(stage, index):
     model, layer, x = layer_and_input(stage, dtype=torch.float32)
-    set_subjects(model, index)
+    set_slots(model, index)
     layer.base_layer.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fused = gradients(model, layer, x)
@@ -113,7 +113,7 @@ def test_a_subject_keeps_down_x_and_not_x():
 )
 def test_compiled_and_eager_serve_the_same(index, folded, r):
     model, layer, x = layer_and_input(r=r, dtype=torch.float32)
-    set_subjects(model, index)
+    set_slots(model, index)
     if folded:
         fold(model)
     torch._dynamo.reset()

@@ -18,12 +18,12 @@ from peft_metalora.tuner import (
     add_weighted_subject,
     fold,
     set_merge_backup,
-    set_subjects,
+    set_slots,
     subject_state,
     unfold,
+    using_slots,
     write_subject,
 )
-from peft_metalora.tuner.functional import subjects
 
 BASES = {
     "linear": (lambda: nn.Linear(12, 16), (4, 5, 12)),
@@ -59,7 +59,7 @@ def test_merge_and_fold_equal_the_forward_pass_and_undo_exactly(kind, dtype, ran
     weight = layer_of(model, "0").get_base_layer().weight
     before = weight.detach().clone()
     with torch.no_grad():
-        set_subjects(model, None if slot == 0 else [slot])
+        set_slots(model, None if slot == 0 else [slot])
         expected = model(x)
         fold(model)
         torch.testing.assert_close(model(x), expected, atol=tolerance, rtol=tolerance)
@@ -78,9 +78,9 @@ def test_mixed_batches_equal_one_by_one(kind):
     with torch.no_grad():
         alone = []
         for slot in (0, 1, 2):
-            set_subjects(model, [slot])
+            set_slots(model, [slot])
             alone.append(model(x))
-        set_subjects(model, [2, -1, 0, 1])
+        set_slots(model, [2, -1, 0, 1])
         for folded in (False, True):
             together = model(x)
             for row, expected in enumerate([alone[2], base(x), alone[0], alone[1]]):
@@ -158,15 +158,15 @@ def test_disable_while_merged_is_the_base():
 
 def test_merging_needs_one_subject_and_holds_the_index():
     model, x = randomise(adapted(num_slots=3)), torch.randn(2, 12)
-    set_subjects(model, [0, 2])
+    set_slots(model, [0, 2])
     with pytest.raises(AdapterStateError, match=r"one subject for the whole batch, but \[0, 2\]"):
         model.merge_adapter()
-    set_subjects(model, [2, 2])
+    set_slots(model, [2, 2])
     expected = model(x)
     model.merge_adapter()
     torch.testing.assert_close(model(x), expected)
     with pytest.raises(SubjectIndexError, match="Unmerge it"):
-        set_subjects(model, [0, 0])
+        set_slots(model, [0, 0])
 
 
 def test_several_adapters_merge_together_and_by_name():
@@ -221,7 +221,7 @@ def test_a_fold_follows_a_written_subject_and_training_ignores_it():
     fold(model)
     state = {key: value * 3 for key, value in subject_state(model, "default", 0).items()}
     write_subject(model, "default", state, slot=1)
-    with subjects(model, [1]):
+    with using_slots(model, [1]):
         with torch.no_grad():
             folded = model(x)
         live = model(x)
@@ -341,10 +341,10 @@ def test_a_fold_does_not_outlive_training():
 def test_index_and_fold_made_in_inference_mode_can_be_written_outside():
     model, x = randomise(adapted(num_slots=2)), torch.randn(2, 12)
     with torch.inference_mode():
-        set_subjects(model, [0, 1])
+        set_slots(model, [0, 1])
         fold(model)
         model(x)
-    set_subjects(model, [1, 0])
+    set_slots(model, [1, 0])
     write_subject(model, "default", {k: v.clone() for k, v in subject_state(model, "default", 0).items()}, 1)
     rows = model(torch.cat([x[:1], x[:1]]))
     torch.testing.assert_close(rows[0], rows[1])

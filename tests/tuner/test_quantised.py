@@ -16,8 +16,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from tuner_models import config, layer_of, randomise
 
 from peft_metalora.errors import UnsupportedModuleError
-from peft_metalora.tuner import fold, set_subjects, to_lora
-from peft_metalora.tuner.functional import subjects
+from peft_metalora.tuner import fold, set_slots, to_lora, using_slots
 
 
 def eight_bit(linear):
@@ -82,11 +81,11 @@ def test_forward_is_the_base_plus_the_product(kind):
     layer = layer_of(model, "lin")
     with torch.no_grad():
         expected = before + x @ layer.get_delta_weight("default", 1).T
-        with subjects(model, [1]):
+        with using_slots(model, [1]):
             torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
             fold(model)
             torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
-        set_subjects(model, [-1, 0, -1])
+        set_slots(model, [-1, 0, -1])
         mixed = model(x)
         assert torch.equal(mixed[[0, 2]], before[[0, 2]])
 

@@ -8,7 +8,7 @@ import torch
 from tuner_models import adapted, config, down_source, layer_of, mlp, randomise
 
 from peft_metalora.errors import AdapterNotFoundError, AdapterStateError
-from peft_metalora.tuner import reset_slots, set_down_loader, set_subjects, set_warmup
+from peft_metalora.tuner import reset_slots, set_down_loader, set_slots, set_warmup
 
 
 def gradients(model, x=None):
@@ -100,7 +100,7 @@ def test_all_slots_share_the_one_stored_mid_and_a_new_adapter_changes_nothing():
     layer = layer_of(model)
     for slot in range(3):
         assert torch.equal(layer.metalora_mid["default"][slot], layer.metalora_mid_init["default"])
-    set_subjects(model, [2, 1])
+    set_slots(model, [2, 1])
     torch.testing.assert_close(model(x), base(x))
 
 
@@ -150,7 +150,7 @@ def test_reset_to_the_mean_of_a_loaded_down():
 
 def test_only_the_slots_of_a_batch_get_a_gradient():
     model = randomise(adapted(num_slots=4))
-    set_subjects(model, [1, 3, 1])
+    set_slots(model, [1, 3, 1])
     gradients(model)
     for factors in (layer_of(model).metalora_mid, layer_of(model).metalora_up):
         moved = [bool(grad.any()) for grad in factors["default"].grad]

@@ -9,8 +9,7 @@ from torch import nn
 from tuner_models import adapted, layer_of, mlp, randomise
 
 from peft_metalora.errors import SubjectIndexError
-from peft_metalora.tuner import TokenSlots, fold, set_subjects, set_token_slots
-from peft_metalora.tuner.functional import subjects
+from peft_metalora.tuner import TokenSlots, fold, set_slots, set_token_slots, using_slots
 
 SLOTS = torch.tensor([-1, 0, 2, 2, -1, 0, 1])
 
@@ -29,7 +28,7 @@ def test_each_token_is_what_its_subject_makes_of_it(settings, grad):
     with torch.set_grad_enabled(grad):
         alone = []
         for slot in (-1, 0, 1, 2):
-            with subjects(model, [slot, slot]):
+            with using_slots(model, [slot, slot]):
                 alone.append(model(x))
         expected = torch.stack(alone)[SLOTS + 1, :, torch.arange(7)].transpose(0, 1)
         set_token_slots(model, dict.fromkeys(("lin0", "lin1"), table({(7,): SLOTS})))
@@ -57,7 +56,7 @@ def test_maps_of_a_convolution(kernel, stride):
     slots = torch.randint(-1, 2, base(x).shape[2:])
     expected = base(x)
     for slot in (0, 1):
-        with subjects(model, [slot, slot]):
+        with using_slots(model, [slot, slot]):
             expected = torch.where(slots == slot, model(x), expected)
     set_token_slots(model, {"0": table({tuple(slots.shape): slots})})
     mixed = model(x)
@@ -68,7 +67,7 @@ def test_maps_of_a_convolution(kernel, stride):
 def test_tables_take_the_place_of_the_samples_index_and_leave_it_alone():
     base, x = mlp(), torch.randn(2, 3, 12)
     model = randomise(adapted(base, num_slots=2))
-    set_subjects(model, [1, 0])
+    set_slots(model, [1, 0])
     before = model(x)
     set_token_slots(model, {})
     assert torch.equal(model(x), base(x)), "layers without a table show nobody"

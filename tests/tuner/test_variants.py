@@ -18,12 +18,12 @@ from peft_metalora.tuner import (
     lora_plus_groups,
     reset_slots,
     set_down_loader,
-    set_subjects,
+    set_slots,
     subject_state,
     to_lora,
+    using_slots,
     write_subject,
 )
-from peft_metalora.tuner.functional import subjects
 
 
 def test_rslora_divides_by_the_root_of_the_rank():
@@ -128,13 +128,13 @@ def test_dora_starts_as_the_base_with_slots_means_and_no_subject():
         factor.metalora_magnitude["default"].data.mul_(torch.rand(factor.metalora_magnitude["default"].shape) + 0.5)
     alone = []
     for slot in (0, 1, 2):
-        with subjects(model, [slot]):
+        with using_slots(model, [slot]):
             alone.append(model(x))
-    with subjects(model, [2, -1, 0]):
+    with using_slots(model, [2, -1, 0]):
         mixed = model(x)
     torch.testing.assert_close(mixed[0], alone[2][0])
     torch.testing.assert_close(mixed[2], alone[0][2])
-    with subjects(model, [-1]):
+    with using_slots(model, [-1]):
         assert torch.equal(model(x), base(x))
     reset_slots(model)
     torch.testing.assert_close(model(x), base(x))
@@ -154,7 +154,7 @@ def test_dora_saves_writes_and_says_what_it_cannot(tmp_path):
     assert "lin0.metalora_magnitude" in state
     write_subject(model, "default", state, slot=1)
     expected = model(x)
-    set_subjects(model, [1])
+    set_slots(model, [1])
     torch.testing.assert_close(model(x), expected)
     with pytest.raises(AdapterStateError, match="uses DoRA"):
         to_lora(model)

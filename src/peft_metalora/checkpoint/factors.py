@@ -196,6 +196,7 @@ def _bad_shape(path: Path | str, module: str, expected: str, found: str) -> Shap
 
 
 def listed(names: Iterable[str], limit: int = 3) -> str:
+    """The first names in order and how many more there are, for a message."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 

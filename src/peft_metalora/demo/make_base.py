@@ -378,6 +378,7 @@ def _half(network: nn.Module) -> dict[str, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run one job, with the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=["judges", "vae", "base", "down", "report"])
     parser.add_argument("--output", type=Path, required=True)

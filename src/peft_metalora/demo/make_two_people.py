@@ -91,6 +91,7 @@ def _examples(base: Base, pairs: int) -> Examples:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train and write what two people in one picture need, with the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=120, help="of training; the rendering comes before")

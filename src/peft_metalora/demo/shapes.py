@@ -37,6 +37,7 @@ def cover(distance: Tensor, pixel: Tensor) -> Tensor:
 
 
 def paint(image: Tensor, colour: Tensor, coverage: Tensor) -> Tensor:
+    """Lay a colour over an image (n, 3, h, w), as far as coverage (n, h, w) in [0, 1] says."""
     return torch.lerp(image, colour, coverage.unsqueeze(1))
 
 

@@ -65,6 +65,7 @@ class FaceJudge:
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], reference: Image.Image, others: list[Image.Image]
     ) -> list[dict[str, Any]]:
+        """A dict for each image: found, r_facesim, face_sim, and a figure of each further model."""
         made, learned = self.faces.embed(images), self.faces.embed([reference])
         columns: dict[str, list[Any]] = {
             "found": made.found.tolist(),
@@ -97,6 +98,7 @@ class DemoJudge(FaceJudge):
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], reference: Image.Image, others: list[Image.Image]
     ) -> list[dict[str, Any]]:
+        """As `FaceJudge.score`, with `adherence`."""
         from ..demo.judges import adherence
         from ..demo.scene import parse_caption
 

@@ -16,6 +16,7 @@ from ..training.examples.encoding import encode_subjects
 from ..training.settings import PersonalizeConfig
 from ..training.stage_2 import Personalization
 from ..tuner import DownSource
+from ..tuner.placing import remember
 from .adapters import adapter_config, put_adapter
 from .settings import DEMO, EvaluateConfig, Method
 from .textual_inversion import NewWord, replace_word, spoken_examples, token_names
@@ -57,6 +58,7 @@ class MethodRun(Personalization):
             self.subject_name = replace_word(self.subject_name, noun, self._word.text)
             return self._word.parameters
         if kind == "full":
+            remember(denoiser)
             self._before = {name: tensor.detach().clone() for name, tensor in denoiser.state_dict().items()}
             denoiser.requires_grad_(True).train()
             return list(denoiser.parameters())
@@ -67,6 +69,7 @@ class MethodRun(Personalization):
         return parameters
 
     def remove(self) -> None:
+        """Take the method off, a word of its own and full fine-tuning included; the denoiser is frozen."""
         super().remove()
         if self._word is not None:
             self._word.remove()

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ..checkpoint.base_model import check_fits
 from ..errors import AdapterNotFoundError, AdapterStateError, RegionError
 from ..hub.loading import HubOptions, load_subject
-from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_subjects, subject_state
+from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_slots, subject_state
 from ..tuner.on_model import configs_of, down_on_model
 from ..tuner.placing import activate, active_adapters
 from .denoiser import books_of, denoiser, free_name, lock_of, offload_paused, own_factors, refresh_offload
@@ -66,7 +66,7 @@ class PerSampleMixin:
             with self._showing(model, names) as slots:
                 index = sample_slots(names, slots, prompts, images)
                 if slots:
-                    set_subjects(model, index)
+                    set_slots(model, index)
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @contextmanager
@@ -100,7 +100,7 @@ class PerSampleMixin:
             yield slots
         finally:
             if table:
-                set_subjects(model, None)
+                set_slots(model, None)
             activate(model, before)
 
     def _table_with(self, model: nn.Module, names: list[str]) -> SubjectTable | None:

@@ -103,7 +103,7 @@ def personalize_many(
     """Learn all subjects of `examples` at once, each in its slot, on a base that is loaded already; writes nothing.
 
     Returns:
-        The finished run: `set_subjects` shows a subject, `save(folder, slot)` writes one, `remove()` takes all off.
+        The finished run: `set_slots` shows a subject, `save(folder, slot)` writes one, `remove()` takes all off.
 
     Raises:
         As `Personalization`; TrainingError when the loss is not finite. The denoiser is then as it was.

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..bases import Base, Text
 from ..data import TRIGGER_MARK
 from ..errors import ConfigError
-from ..tuner.functional import subjects
+from ..tuner import using_slots
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.subject_index import NO_SUBJECT
 from .settings import PersonalizeConfig, TrainingConfig
@@ -69,7 +69,7 @@ def distance_from_base(base: Base, text: Text, latents: Tensor, noise: Tensor, t
 @contextmanager
 def _without_adapter(denoiser: Any, samples: int) -> Iterator[None]:
     if next(meta_lora_layers(denoiser), None) is not None:
-        with subjects(denoiser, [NO_SUBJECT] * samples):
+        with using_slots(denoiser, [NO_SUBJECT] * samples):
             yield
         return
     denoiser.disable_adapters()

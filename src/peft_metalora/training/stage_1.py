@@ -21,7 +21,7 @@ from .. import checkpoint
 from ..bases import Base, send
 from ..bases.precision import autocast
 from ..errors import ConfigError, TooFewImagesError
-from ..tuner import DownSource, MetaLoraConfig, fingerprint, reset_slots, set_subjects, set_warmup
+from ..tuner import DownSource, MetaLoraConfig, fingerprint, reset_slots, set_slots, set_warmup
 from ..tuner import placing as injection
 from ..tuner.down import DOWN, DOWN_PARTS, MID, MID_INIT, UP
 from ..tuner.on_model import meta_lora_layers
@@ -198,7 +198,7 @@ class MetaTraining:
             tensors[f"{path}.{DOWN}"] = layer.metalora_down[_TRAINING].detach()
             tensors[f"{path}.{MID_INIT}"] = layer.metalora_mid_init[_TRAINING]
             tensors[f"{path}.{MID}"], tensors[f"{path}.{UP}"] = next(means)[None], next(means)[None]
-        set_subjects(denoiser, None)
+        set_slots(denoiser, None)
         injection.inject(denoiser, replace(self.adapter_config, num_slots=1), PUBLISHED)
         for layer in self._layers:
             layer.metalora_down[PUBLISHED].data = layer.metalora_down[PUBLISHED].data.float()
@@ -297,7 +297,7 @@ class MetaTraining:
             self._parts = self._draw()
         part, device = self._parts.pop(0), self.base.device
         latents, text, mask = self.examples.batch(send(torch.tensor(part.index), device), part.seeds)
-        # All layers share one index; set_subjects would look at every module of the model in each step.
+        # All layers share one index; set_slots would look at every module of the model in each step.
         self._layers[0].subject_index.write(tuple(part.slots), device)
         self.optimizer.see(part.slots)
         with autocast(self.config.mixed_precision, device, adapter_casts=True):

@@ -25,7 +25,7 @@ from ..checkpoint.base_model import check_fits
 from ..data import TRIGGER_MARK
 from ..errors import ConfigError, TooFewImagesError
 from ..files import staged_folder
-from ..tuner import DownSource, set_subjects
+from ..tuner import DownSource, set_slots
 from ..tuner.down import given, subject_config
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.placing import restore
@@ -47,7 +47,7 @@ class Personalization:
     """One run of stage 2 on examples in memory: `steps()` trains, `save()` writes, `remove()` undoes the adapter.
 
     Between two steps the pipeline of `base` generates with the adapter as it is by then (choose a subject with
-    `set_subjects`; the random streams of the run are its own).
+    `set_slots`; the random streams of the run are its own).
 
     Args:
         base: its denoiser gets the adapter 'default'; everything stays on the denoiser's device.
@@ -208,7 +208,7 @@ class Personalization:
             slots = range(self.num_subjects)
             wanted = None if len(slots) == 1 else tuple(slot for slot in slots for _ in range(size))[own]
             if self._index.values != wanted:  # to set it anew in each step would look at every module of the model
-                set_subjects(base.denoiser, wanted)
+                set_slots(base.denoiser, wanted)
             self.optimizer.see(slots)
         with cast():
             losses = base.loss(latents, text, spread, levels, mask)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PEFT tuner: configuration, layers, model and their registration with PEFT. torch and peft only."""
 
+import warnings
+from typing import TYPE_CHECKING, Any
+
 from . import convert, model, registration
 from .combine import add_weighted_subject
 from .config import MetaLoraConfig
@@ -10,12 +13,12 @@ from .functional import (
     fold,
     reset_slots,
     set_merge_backup,
-    set_subjects,
+    set_slots,
     set_token_slots,
     set_warmup,
     subject_state,
-    subjects,
     unfold,
+    using_slots,
     write_subject,
 )
 from .layer import MetaLoraLayer
@@ -45,16 +48,26 @@ __all__ = [
     "set_down_loader",
     "set_file_check",
     "set_merge_backup",
-    "set_subjects",
+    "set_slots",
     "set_token_slots",
     "set_warmup",
     "subject_state",
-    "subjects",
     "to_lora",
     "unfold",
+    "using_slots",
     "write_subject",
 ]
 
 registration.register(MetaLoraConfig, MetaLoraModel)
 registration.register_mixed(MetaLoraConfig, MetaLoraLayer, model.inject_all_or_nothing, model.replace_target)
 convert.register_lora_conversion()
+
+_RENAMED = {"set_subjects": "set_slots", "subjects": "using_slots"}
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that is here
+
+    def __getattr__(name: str) -> Any:
+        if name not in _RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warnings.warn(f"{name} is now {_RENAMED[name]}: it takes slots, which are numbers", DeprecationWarning, 2)
+        return globals()[_RENAMED[name]]

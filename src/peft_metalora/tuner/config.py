@@ -111,7 +111,7 @@ class MetaLoraConfig(PeftConfig):
         default="meta", metadata={"help": "'meta': Down, Mid and Up train. 'subject': Down is given and never trains."}
     )
     num_slots: int = field(
-        default=1, metadata={"help": "How many subjects the adapter holds; set_subjects chooses one for each sample."}
+        default=1, metadata={"help": "How many subjects the adapter holds; set_slots chooses one for each sample."}
     )
     start: str = field(
         default="stored",

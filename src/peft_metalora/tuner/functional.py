@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the Meta-LoRA layers of a model, and say which subjects it shows; works on anything with such layers."""
+"""What a user does with the subjects of a model: choose, read, write, fold; works on anything with Meta-LoRA layers."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .on_model import meta_lora_layers
 from .subject_index import NO_SUBJECT, TokenSlots
 
 
-def set_subjects(model: nn.Module, index: Sequence[int] | Tensor | None) -> None:
+def set_slots(model: nn.Module, slots: Sequence[int] | Tensor | None) -> None:
     """Say which slot each sample of the coming batches uses.
 
     Args:
         model: anything that holds Meta-LoRA layers.
-        index: one slot for each sample, -1 for no subject (exactly the base); None: every sample uses slot 0.
+        slots: one number for each sample, -1 for no subject (exactly the base); None: every sample uses slot 0.
 
     Raises:
-        SubjectIndexError: an index that no active adapter has, or an adapter is merged.
+        SubjectIndexError: a slot that no active adapter has, or an adapter is merged.
     """
     layers = [layer for _, layer in meta_lora_layers(model)]
     if not layers:
         raise SubjectIndexError("The model holds no Meta-LoRA layers. Add an adapter before choosing subjects.")
-    values = _checked_values(layers, index)
+    values = _checked_values(layers, slots)
     written: set[int] = set()
     for layer in layers:
         if id(layer.subject_index) not in written:
@@ -64,17 +64,17 @@ def _refuse_merged(layers: list[MetaLoraLayer]) -> None:
         )
 
 
-def _checked_values(layers: list[MetaLoraLayer], index: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
-    if index is None:
+def _checked_values(layers: list[MetaLoraLayer], slots: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+    if slots is None:
         return None
-    raw = index.tolist() if isinstance(index, Tensor) else list(index)
+    raw = slots.tolist() if isinstance(slots, Tensor) else list(slots)
     if not raw or not all(isinstance(value, int) and not isinstance(value, bool) for value in raw):
         raise SubjectIndexError(f"The subject index must be whole numbers, one for each sample, got {raw!r}.")
-    slots = min((layer.active_slots() for layer in layers), default=1)
-    wrong = sorted({value for value in raw if not NO_SUBJECT <= value < slots})
+    count = min((layer.active_slots() for layer in layers), default=1)
+    wrong = sorted({value for value in raw if not NO_SUBJECT <= value < count})
     if wrong:
         raise SubjectIndexError(
-            f"The active adapter holds {slots} slot(s), numbered 0 to {slots - 1} (-1 = no subject); got {wrong}. "
+            f"The active adapter holds {count} slot(s), numbered 0 to {count - 1} (-1 = no subject); got {wrong}. "
             "Raise num_slots or choose other subjects."
         )
     _refuse_merged(layers)
@@ -82,14 +82,14 @@ def _checked_values(layers: list[MetaLoraLayer], index: Sequence[int] | Tensor |
 
 
 @contextmanager
-def subjects(model: nn.Module, index: Sequence[int] | Tensor | None) -> Iterator[None]:
-    """`set_subjects` for the length of a `with` block; the index before it comes back afterwards."""
+def using_slots(model: nn.Module, slots: Sequence[int] | Tensor | None) -> Iterator[None]:
+    """`set_slots` for the length of a `with` block; what was set before it comes back afterwards."""
     before = next((layer.subject_index.values for _, layer in meta_lora_layers(model)), None)
-    set_subjects(model, index)
+    set_slots(model, slots)
     try:
         yield
     finally:
-        set_subjects(model, before)
+        set_slots(model, before)
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraLayer]]:

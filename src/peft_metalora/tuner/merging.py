@@ -117,7 +117,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
         if len(values) > 1:
             raise AdapterStateError(
                 f"Merging needs one subject for the whole batch, but {sorted(values)} are set. "
-                "Choose one, for example set_subjects(model, [0]), or None for slot 0."
+                "Choose one, for example set_slots(model, [0]), or None for slot 0."
             )
         slot = values.pop()
         return None if slot < 0 else slot

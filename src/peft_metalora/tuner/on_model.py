@@ -15,10 +15,12 @@ from .layer import MetaLoraLayer
 
 
 def meta_layers(model: nn.Module) -> list[MetaLoraLayer]:
+    """The Meta-LoRA layers of a model, without their paths."""
     return [module for module in model.modules() if isinstance(module, MetaLoraLayer)]
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:
+    """PEFT's configurations of a model by adapter name, those of other methods too; empty where there are none."""
     return getattr(model, "peft_config", {})
 
 

@@ -27,6 +27,7 @@ from .registration import PREFIX
 
 
 def require_adapter(model: nn.Module, name: str) -> MetaLoraConfig:
+    """The configuration of a Down or subject on the model; raises AdapterNotFoundError when there is none."""
     configs = configs_of(model)
     if not isinstance(configs.get(name), MetaLoraConfig):
         raise AdapterNotFoundError(

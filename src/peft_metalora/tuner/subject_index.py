@@ -68,7 +68,7 @@ class SubjectIndex:
         if rows % length:
             raise SubjectIndexError(
                 f"The batch has {rows} samples, which is no multiple of the {length} subjects that were set. "
-                "Give set_subjects one subject for each sample."
+                "Give set_slots one subject for each sample."
             )
         return slot.repeat(rows // length), present.repeat(rows // length, 1, 1)
 

@@ -22,7 +22,7 @@ from peft_metalora.training.personalize import personalize
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.training.watching.scores import HeldOutLoss
-from peft_metalora.tuner import set_subjects
+from peft_metalora.tuner import set_slots
 from pipelines_tiny import save_tiny_flux
 from training_tiny import CAPTIONS, meta_config, personal_config, tiny_base, write_people
 
@@ -159,7 +159,7 @@ def test_gradient_of_several_shapes_is_that_of_the_mean(base):
     run.optimizer.zero_grad(set_to_none=True)
     parts = run._draw()
     for part in parts:
-        set_subjects(base.denoiser, part.slots)
+        set_slots(base.denoiser, part.slots)
         latents, text = examples.pick(torch.tensor(part.index))
         (base.loss(latents, text, part.noise, part.times).sum() / 2).backward()
     assert len(parts) == 2 and found.abs().max() > 0

@@ -18,7 +18,7 @@ from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.watching import of_a_down as down_validation
 from peft_metalora.training.watching.scores import HeldOutLoss
-from peft_metalora.tuner import set_subjects
+from peft_metalora.tuner import set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
@@ -98,7 +98,7 @@ def test_the_score_is_that_of_stage_2_on_the_down_as_it_is_by_then(place, tmp_pa
     alone = personalize_many(base, learned, again, run.down(), progress=False)
     scores = []
     for slot in (0, 1):
-        set_subjects(base.denoiser, [slot])
+        set_slots(base.denoiser, [slot])
         scores.append(HeldOutLoss(base, scored, seed=0)())
     assert alone.steps_done == 4 and scores[0] != scores[1]
     assert found == pytest.approx(sum(scores) / 2, rel=1e-6)

@@ -24,7 +24,7 @@ from ...data import Photo, Subject, read_subjects
 from ...data.images import png
 from ...errors import ConfigError
 from ...files import write_bytes
-from ...tuner import set_subjects
+from ...tuner import set_slots
 from ...tuner.placing import set_aside
 from ..engine.compiling import eagerly
 from ..examples.batches import Examples
@@ -139,7 +139,7 @@ class DownValidation:
             learning = personalize_many(base, held.learned, self.stage_2, down, progress=False)
             with autocast(config.mixed_precision, base.device, adapter_casts=True):
                 for slot in range(len(held.names)):
-                    set_subjects(base.denoiser, [slot])
+                    set_slots(base.denoiser, [slot])
                     pictures.append(self.painter.images())
                     scores.append(self.faces[slot](pictures[-1]) if self.faces else self.losses[slot]())
             learning.remove()

@@ -21,7 +21,7 @@ from ...bases.precision import autocast
 from ...data import Photo, Subject, read_photos
 from ...data.images import png
 from ...files import write_bytes
-from ...tuner import set_subjects
+from ...tuner import set_slots
 from ..engine.compiling import eagerly
 from ..examples.batches import Examples
 from ..examples.encoding import encode_subjects
@@ -98,7 +98,7 @@ class Validation:
             return False
         denoiser.eval()
         if self.run.uses_slots:
-            set_subjects(denoiser, None)
+            set_slots(denoiser, None)
         with autocast(config.mixed_precision, self.run.base.device), eagerly(config):
             images = self.painter.images()
             # All processes look, because a base that is divided needs them all; what counts is what one of them sees.
