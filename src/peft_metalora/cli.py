@@ -169,9 +169,11 @@ def make_config(cls: type, file: str | None, given: dict[str, Any]) -> Any:
 def _read_yaml(cls: type, file: str) -> dict[str, Any]:
     import yaml
 
+    from .files import open_regular
+
     try:
-        with open(file, encoding="utf-8") as stream:
-            values = yaml.safe_load(stream)
+        with open_regular(file) as stream:
+            values = yaml.safe_load(stream.read().decode("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"expected a YAML file at {file}, found: {error}") from error
     if not isinstance(values, dict):

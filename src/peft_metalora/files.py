@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing files that nobody finds half done: to a temporary name in the same folder, flushed to the disk, renamed.
 
-What the files mean is not known here: that is `checkpoint`.
+Reading opens only what is a file. What the files mean is not known here: that is `checkpoint`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -53,6 +55,25 @@ def require_apart(output: str | os.PathLike[str], **inputs: str | os.PathLike[st
                 f"expected an output apart from {name}, found {os.fspath(output)!r} for {name} "
                 f"{os.fspath(source)!r}: write to a folder of its own"
             )
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to read its bytes, if it is one: of a pipe or a device a reader might wait for ever.
+
+    Raises:
+        OSError: as `open` does, and for anything but a regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "expected a regular file, found a pipe or a device", os.fspath(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

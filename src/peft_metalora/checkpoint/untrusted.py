@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 
 from ..errors import ArtefactNotFoundError, CorruptFileError, PickleRefusedError, TensorDtypeError, UnsafeNameError
+from ..files import open_regular
 
 # FLUX.1-dev on all attention layers needs about 130 kB of header; json of this size stays below 100 MB in memory.
 MAX_HEADER_BYTES = 2 * 1024 * 1024
@@ -147,7 +148,7 @@ def require_safe_file(path: Path) -> None:
 def _open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     require_safe_file(Path(path))
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed by the `with` below, whose errors are not this one
+        file = open_regular(path)  # closed by the `with` below, whose errors are not this one
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ArtefactNotFoundError(
             f"{path}: expected a file, found {'a folder' if os.path.isdir(path) else 'nothing'}. "

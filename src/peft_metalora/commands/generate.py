@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -119,5 +120,7 @@ def _file_names(subjects: Sequence[str]) -> list[str]:
     for subject in subjects or ["base"]:
         last = subject.replace("\\", "/").rstrip("/").rpartition("/")[2]
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", last).lstrip(".") or "subject"
-        names.append(stem if stem not in names else f"{stem}_{len(names)}")
+        taken = {name.casefold() for name in names}
+        numbered = (f"{stem}_{number}" for number in itertools.count(len(names)))
+        names.append(next(name for name in itertools.chain([stem], numbered) if name.casefold() not in taken))
     return names

@@ -5,26 +5,46 @@ No model is known here, and nothing is written.
 """
 
 from .folders import (
-    IMAGE_SUFFIXES,
+    CONDITIONS_FOLDER,
+    MAX_CAPTION,
     METADATA_FILE,
     PEOPLE_FILE,
     TRIGGER_MARK,
     Photo,
     Subject,
+    caption_beside,
     read_photos,
     read_subjects,
     read_tags,
+    require_distinct,
+    usable_caption,
 )
-from .images import augment, cut, cut_mask, decode_image, decode_mask, flip_caption, load_image, random_box, read_file
+from .images import (
+    IMAGE_SUFFIXES,
+    MAX_MEGAPIXELS,
+    augment,
+    cut,
+    cut_mask,
+    decode_image,
+    decode_mask,
+    flip_caption,
+    load_image,
+    random_box,
+    read_file,
+)
 
 __all__ = [
+    "CONDITIONS_FOLDER",
     "IMAGE_SUFFIXES",
+    "MAX_CAPTION",
+    "MAX_MEGAPIXELS",
     "METADATA_FILE",
     "PEOPLE_FILE",
     "TRIGGER_MARK",
     "Photo",
     "Subject",
     "augment",
+    "caption_beside",
     "cut",
     "cut_mask",
     "decode_image",
@@ -36,4 +56,6 @@ __all__ = [
     "read_photos",
     "read_subjects",
     "read_tags",
+    "require_distinct",
+    "usable_caption",
 ]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Photos of people on disk: folders, captions, masks, and what is said of the people.
 
-The layout is `DIR/<subject>/*.{png,jpg,jpeg,webp}`. A caption comes from `metadata.jsonl` (in the subject's folder or
-in `DIR`; a line has `file_name` and optionally `text`, `subject`, `reference`, `mask`), else from a `.txt` of the same
-name, else from a template. A mask is `<name>.mask.png` beside `<name>.jpg`, unless `metadata.jsonl` names another. What
-else a line says (strings, numbers) is a tag of the photo's subject; so is what `DIR/people.json` says of people by
-name. Nothing is written.
+The layout is `DIR/<subject>/*.jpg` (or another of `IMAGE_SUFFIXES`). A caption comes from `metadata.jsonl` (in the
+subject's folder or in `DIR`; a line has `file_name` and optionally `text` or `caption`, `subject`, `reference`,
+`mask`), else from a `.txt` of the same name, else from a template. A mask is `<name>.mask.png` beside `<name>.jpg`,
+unless `metadata.jsonl` names another. What else a line says (strings, numbers) is a tag of the photo's subject; so is
+what `DIR/people.json` says of people by name. A subject's name may become the name of a folder, and has to be able to.
+What lies in a subject's folder and is not used is named in a warning. Nothing is written.
 """
 
 from __future__ import annotations
@@ -13,23 +14,34 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from PIL import Image
 
 from ..errors import MetadataError, NoImagesError, TooFewImagesError, UnreadableImageError
-from .images import decode_image, read_file
+from ..files import open_regular
+from .images import HEIC_EXTRA, HEIC_SUFFIXES, IMAGE_SUFFIXES, decode_image, read_file, reads_heic
 
 METADATA_FILE = "metadata.jsonl"
 PEOPLE_FILE = "people.json"
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+CONDITIONS_FOLDER = "conditions"  # of bad references, in a person's folder; see `evaluation`
 TRIGGER_MARK = "{trigger}"
+MAX_CAPTION = 10_000
+"""Characters of the longest caption: several times what any text encoder reads, and no book."""
 
-_FIELDS: dict[str, type] = {"file_name": str, "text": str, "subject": str, "reference": bool, "mask": str}
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("file_name", "text", "caption", "subject", "mask"), str),
+    "reference": bool,
+}
 _MASK_SUFFIX = ".mask.png"
+_MAX_NAME = 200  # bytes: file systems take 255, and files beside it have longer names
+_OF_THE_SYSTEM = {"desktop.ini", "thumbs.db"}
+_NAMED = 10  # of what is left out
 
 
 @dataclass(frozen=True)
@@ -69,11 +81,22 @@ class Subject:
 
     Attributes:
         tags: what is said of the person, e.g. {"sex": "female"}: in `people.json`, or alike in the lines of all photos.
+
+    Raises:
+        MetadataError: a name that cannot be the name of a folder, such as "../ann".
     """
 
     name: str
     photos: list[Photo] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _is_component(self.name):
+            raise MetadataError(
+                f"expected a subject's name that can be the name of a folder, found {self.name[:60]!r}: rename it, "
+                "without slashes, control characters, a dot in front, a dot or space at the end, or more than "
+                f"{_MAX_NAME} bytes"
+            )
 
     def split(self) -> tuple[Photo, list[Photo]]:
         """The reference (the photo marked so, else the first) and the other photos, as R-FaceSim needs them.
@@ -101,6 +124,23 @@ class _Entry:
     tags: dict[str, str]
 
 
+def require_distinct(subjects: Iterable[Subject]) -> None:
+    """Check that each subject can have a folder of its own, on any file system and after any cleaning of names.
+
+    Raises:
+        MetadataError: two names that differ in case, or in what stands between letters and digits, alone.
+    """
+    known: dict[str, str] = {}
+    for subject in subjects:
+        plain = re.sub(r"[^A-Za-z0-9\x80-\U0010ffff]+", "_", unicodedata.normalize("NFKC", subject.name)).casefold()
+        other = known.setdefault(plain, subject.name)
+        if other != subject.name:
+            raise MetadataError(
+                f"expected names of subjects that differ in letters or digits, found {other!r} and {subject.name!r}, "
+                "who would share a folder: rename one, or give both one name if they are one"
+            )
+
+
 def read_subjects(
     directory: str | os.PathLike[str],
     *,
@@ -109,6 +149,8 @@ def read_subjects(
     min_photos: int = 1,
 ) -> list[Subject]:
     """Read a folder of people.
+
+    Warns of files that were left out, with their number and names.
 
     Args:
         directory: `DIR` of the layout above.
@@ -122,15 +164,16 @@ def read_subjects(
     Raises:
         NoImagesError: no such folder, no subject in it, or a subject without images.
         TooFewImagesError: a subject has fewer than `min_photos` images.
-        MetadataError: a `metadata.jsonl` or `people.json` cannot be understood.
-        UnreadableImageError: a caption file is no UTF-8 text.
+        MetadataError: a `metadata.jsonl` or `people.json` cannot be understood, or a name cannot be a folder's.
+        UnreadableImageError: a caption file is no UTF-8 text, or too long.
     """
     root = Path(directory)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise NoImagesError(f"expected a folder with a folder of photos for each person, found no folder {root}")
     entries = _read_metadata(root)
     people: dict[str, dict[Path, _Entry | None]] = {}
-    for folder in sorted((path for path in root.iterdir() if path.is_dir() and _visible(path)), key=_natural):
+    folders = sorted((path for path in _visible_in(root) if path.is_dir()), key=_natural)
+    for folder in folders:
         people[folder.name] = dict.fromkeys(_images_in(folder))
         people[folder.name].update(_read_metadata(folder))
     for path, entry in entries.items():
@@ -144,10 +187,12 @@ def read_subjects(
         for photos in people.values():
             photos.pop(path, None)
         people.setdefault(name, {})[path] = entry
-    people = {name: photos for name, photos in people.items() if photos or (root / name).is_dir()}
+    here = {folder.name for folder in folders}
+    people = {name: photos for name, photos in people.items() if photos or name in here}
+    loose = [path for path in _images_in(root) if path not in entries]
     if not people:
-        hint = "put the photos of each person into a folder of their own" if _images_in(root) else "check the path"
-        raise NoImagesError(f"expected {root}/<subject>/*.png (or .jpg, .webp), found no subject: {hint}")
+        hint = "put the photos of each person into a folder of their own" if loose else "check the path"
+        raise NoImagesError(f"expected {root}/<subject>/*.jpg (or .png, .heic), found no subject: {hint}")
     told = read_tags(root)
     subjects = [
         Subject(
@@ -157,9 +202,17 @@ def read_subjects(
         )
         for name in sorted(people, key=_natural)
     ]
+    require_distinct(subjects)
+    used = _used(photo for subject in subjects for photo in subject.photos)
+    left = [*loose, *(path for folder in folders for path in _left_out(folder, used))]
+    _warn_left_out(root, left)
     for subject in subjects:
         if not subject.photos:
-            raise NoImagesError(f"expected images in {root / subject.name}, found none: add some or remove the folder")
+            unused = [path for path in left if path.parent.name == subject.name]
+            raise NoImagesError(
+                f"expected images in {root / subject.name}, found "
+                f"{_listed(root, unused) if unused else 'none'}: add some or remove the folder"
+            )
         if len(subject.photos) < min_photos:
             raise TooFewImagesError(
                 f"expected at least {min_photos} images of {subject.name!r}, found {len(subject.photos)}: "
@@ -173,6 +226,8 @@ def read_photos(
 ) -> list[Photo]:
     """Read the photos of one person: a folder of images, or one image file.
 
+    Warns of files of the folder that were left out, with their number and names.
+
     Args:
         path: the folder or the file; a `metadata.jsonl` or `.txt` beside the images gives captions.
         template: caption of images that have none.
@@ -181,19 +236,22 @@ def read_photos(
     Raises:
         NoImagesError: no such path, or no image in it.
         MetadataError: `metadata.jsonl` cannot be understood.
-        UnreadableImageError: a caption file is no UTF-8 text.
+        UnreadableImageError: a caption file is no UTF-8 text, or too long.
     """
     given = Path(path)
-    if given.is_dir():
+    if os.path.isdir(given):
         found: dict[Path, _Entry | None] = dict.fromkeys(_images_in(given))
         found.update(_read_metadata(given))
-        if not found:
-            raise NoImagesError(f"expected images (.png, .jpg, .webp) in {given}, found none: check the folder")
-    elif given.is_file():
-        found = {given: _read_metadata(given.parent).get(given)}
-    else:
+        photos = _photos(found, template, trigger)
+        left = _left_out(given, _used(photos))
+        if not photos:
+            what = _listed(given, left) if left else "none"
+            raise NoImagesError(f"expected images (.jpg, .png, .heic) in {given}, found {what}: check the folder")
+        _warn_left_out(given, left)
+        return photos
+    if not os.path.isfile(given):
         raise NoImagesError(f"expected an image or a folder of images, found nothing at {given}: check the path")
-    return _photos(found, template, trigger)
+    return _photos({given: _read_metadata(given.parent).get(given)}, template, trigger)
 
 
 def read_tags(directory: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
@@ -206,7 +264,7 @@ def read_tags(directory: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
     try:
-        tags = json.loads(path.read_text(encoding="utf-8"))
+        tags = json.loads(_read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise MetadataError(f"{path}: expected JSON, found: {error}") from error
     if not isinstance(tags, dict) or not all(isinstance(one, dict) for one in tags.values()):
@@ -214,22 +272,72 @@ def read_tags(directory: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     return {name: {str(k): str(v) for k, v in one.items()} for name, one in tags.items()}
 
 
+def caption_beside(path: Path) -> str | None:
+    """What the `.txt` of an image's name says; None without one, and of a blank one.
+
+    Raises:
+        UnreadableImageError: it is no UTF-8 text, or longer than `MAX_CAPTION`.
+    """
+    return _caption_of(_companions(path.parent).get((path.stem, ".txt")))
+
+
+def usable_caption(text: str | None) -> str | None:
+    """A caption without blanks and byte order mark around it; None of a blank one.
+
+    Raises:
+        ValueError: it is longer than `MAX_CAPTION`.
+    """
+    text = (text or "").strip().removeprefix("\ufeff").strip()
+    if len(text) > MAX_CAPTION:
+        raise ValueError(f"{len(text)} characters, where at most {MAX_CAPTION} are read")
+    return text or None
+
+
 def _photos(found: dict[Path, _Entry | None], template: str | None, trigger: str | None) -> list[Photo]:
     photos = []
     masks = {entry.mask for entry in found.values() if entry is not None}
+    beside = {folder: _companions(folder) for folder in {path.parent for path in found}}
     for path in sorted(found.keys() - masks, key=_natural):
         entry = found[path]
-        caption = (entry.text if entry else None) or _text_beside(path) or template
+        near = beside[path.parent]
+        caption = (entry.text if entry else None) or _caption_of(near.get((path.stem, ".txt"))) or template
         if caption is not None and trigger is not None:
             caption = caption.replace(TRIGGER_MARK, trigger)
-        mask = entry.mask if entry is not None and entry.mask is not None else _mask_beside(path)
+        mask = entry.mask if entry is not None and entry.mask is not None else near.get((path.stem, _MASK_SUFFIX))
         photos.append(Photo(path, caption, bool(entry and entry.reference), mask))
     return photos
 
 
-def _mask_beside(path: Path) -> Path | None:
-    mask = path.with_suffix(_MASK_SUFFIX)
-    return mask if mask.is_file() else None
+def _companions(folder: Path) -> dict[tuple[str, str], Path]:
+    """Captions and masks of a folder by the name of their photo and their kind; suffixes in capitals count too."""
+    found: dict[tuple[str, str], Path] = {}
+    for path in sorted(_visible_in(folder)):  # small letters come last, and win
+        for suffix in (".txt", _MASK_SUFFIX):
+            if path.name.lower().endswith(suffix) and path.is_file():
+                found[path.name[: -len(suffix)], suffix] = path
+    return found
+
+
+def _caption_of(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return usable_caption(_read_text(file, 5 * MAX_CAPTION))
+    except (OSError, ValueError) as error:
+        raise UnreadableImageError(f"expected a caption as UTF-8 text, found {file} ({error}): rewrite it") from error
+
+
+def _read_text(path: Path, limit: int | None = None) -> str:
+    """UTF-8, with Windows' byte order mark or without.
+
+    Args:
+        limit: bytes that it may have.
+    """
+    with open_regular(path) as file:
+        content = file.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(content) > limit:
+        raise ValueError(f"{limit} bytes and more, where at most {MAX_CAPTION} characters are read")
+    return content.decode("utf-8-sig")
 
 
 def _common_tags(entries: list[_Entry | None]) -> dict[str, str]:
@@ -241,23 +349,14 @@ def _common_tags(entries: list[_Entry | None]) -> dict[str, str]:
     return {key: values.pop() for key, values in said.items() if len(values) == 1}
 
 
-def _text_beside(path: Path) -> str | None:
-    file = path.with_suffix(".txt")
-    try:
-        return file.read_text(encoding="utf-8").strip() or None
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableImageError(f"expected a caption as UTF-8 text, found {file} ({error}): rewrite it") from error
-
-
 def _read_metadata(folder: Path) -> dict[Path, _Entry]:
     """What `metadata.jsonl` in a folder says, by image path; nothing where there is no such file."""
     file = folder / METADATA_FILE
     if not file.is_file():
         return {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: U+2028 and its kin end a line of text, but no line of JSON.
+        lines = _read_text(file).replace("\r", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise MetadataError(f"expected UTF-8 text, found {file} ({error}): rewrite it") from error
     entries: dict[Path, _Entry] = {}
@@ -285,13 +384,23 @@ def _read_line(folder: Path, where: str, line: str) -> tuple[Path, _Entry]:
     mask = _file_inside(folder, where, row["mask"]) if row.get("mask") else None
     tags = {key: str(value) for key, value in row.items() if key not in _FIELDS and isinstance(value, (str, int))}
     return _file_inside(folder, where, row["file_name"]), _Entry(
-        row.get("text") or None, row.get("subject") or None, bool(row.get("reference")), mask, tags
+        _text_of(where, row), row.get("subject") or None, bool(row.get("reference")), mask, tags
     )
+
+
+def _text_of(where: str, row: dict[str, Any]) -> str | None:
+    try:
+        texts = dict.fromkeys(filter(None, (usable_caption(row.get("text")), usable_caption(row.get("caption")))))
+    except ValueError as error:
+        raise MetadataError(f"{where}: expected a caption, found {error}: shorten it") from error
+    if len(texts) > 1:
+        raise MetadataError(f'{where}: expected "text" or "caption", found both, which differ: remove one')
+    return next(iter(texts), None)
 
 
 def _file_inside(folder: Path, where: str, given: str) -> Path:
     name = PurePosixPath(given.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts or not name.parts:
+    if name.is_absolute() or ".." in name.parts or not name.parts or PureWindowsPath(given).drive:
         raise MetadataError(f"{where}: expected a file inside {folder}, found {given!r}: correct the path")
     path = folder / name
     if not path.is_file():
@@ -299,16 +408,83 @@ def _file_inside(folder: Path, where: str, given: str) -> Path:
     return path
 
 
+def _is_component(name: str) -> bool:
+    """Whether a name is one part of a path, on any system, as it is."""
+    try:
+        short = len(name.encode("utf-8")) <= _MAX_NAME
+    except UnicodeEncodeError:
+        return False
+    plain = PurePosixPath(name).name == PureWindowsPath(name).name == name
+    kept = name == name.strip().rstrip(".") and not name.startswith(".")
+    written = not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name)
+    return bool(name) and short and plain and kept and written
+
+
+def _visible_in(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise NoImagesError(f"expected a folder that can be read, found {folder} ({error}): allow it") from error
+
+
 def _images_in(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and _is_photo(path)]
+    return [path for path in _visible_in(folder) if _is_photo(path)]
 
 
 def _is_photo(path: Path) -> bool:
-    return _visible(path) and not path.name.endswith(_MASK_SUFFIX)
+    suffix = path.suffix.lower()
+    known = suffix in IMAGE_SUFFIXES and (suffix not in HEIC_SUFFIXES or reads_heic())
+    return known and not path.name.lower().endswith(_MASK_SUFFIX) and path.is_file()
 
 
-def _visible(path: Path) -> bool:
-    return not path.name.startswith(".")
+def _used(photos: Iterable[Photo]) -> set[Path]:
+    """Photos, their masks and their captions."""
+    used: set[Path] = set()
+    for photo in photos:
+        used.update(filter(None, (photo.path, photo.mask)))
+    for folder in {path.parent for path in used}:
+        names = {path.stem for path in used if path.parent == folder}
+        used.update(path for (name, suffix), path in _companions(folder).items() if suffix == ".txt" and name in names)
+    return used
+
+
+def _left_out(folder: Path, used: set[Path]) -> list[Path]:
+    """What lies in a person's folder and is none of the files that are used; folders, if photos lie in them."""
+    left = []
+    for path in sorted(_visible_in(folder), key=_natural):
+        if path.is_dir():
+            known = path.name == CONDITIONS_FOLDER or not set(_images_in(path)) - used
+        elif path.name in (METADATA_FILE, PEOPLE_FILE):
+            known = path.is_file()
+        else:
+            known = path in used or path.name.lower() in _OF_THE_SYSTEM
+        if not known:
+            left.append(path)
+    return left
+
+
+def _warn_left_out(root: Path, left: list[Path]) -> None:
+    if left:
+        count = f"{len(left)} file{'s' if len(left) > 1 else ''}"
+        warnings.warn(f"left out {count} of {root}, no photos, captions or masks: {_listed(root, left)}", stacklevel=3)
+
+
+def _listed(root: Path, left: list[Path]) -> str:
+    """Names, and why where the name does not say it."""
+    texts = []
+    for path in left[:_NAMED]:
+        why = ""
+        if path.is_dir():
+            why = " (a folder in a person's folder)"
+        elif path.suffix.lower() in HEIC_SUFFIXES:
+            why = f" ({HEIC_EXTRA})"
+        elif not path.is_file():
+            why = " (a link to nothing)" if not path.exists() else " (no regular file)"
+        elif path.parent == root and path.suffix.lower() in IMAGE_SUFFIXES:
+            why = " (of nobody)"
+        texts.append(f"{path.relative_to(root)}{why}")
+    more = len(left) - _NAMED
+    return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
 
 
 def _natural(path: Path | str) -> tuple[tuple[int, int, str], ...]:

@@ -3,17 +3,31 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import os
 import re
-from pathlib import Path
+import struct
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 from torch import Tensor
 
 from ..errors import NoImagesError, UnreadableImageError
+from ..files import open_regular
+
+# What photos come in. Pillow's other formats stay closed: of EPS, say, it would start Ghostscript.
+FORMATS = "AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"
+HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+IMAGE_SUFFIXES = HEIC_SUFFIXES | {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png"}
+IMAGE_SUFFIXES |= {".ppm", ".tga", ".tif", ".tiff", ".webp"}
+HEIC_EXTRA = "HEIC needs pip install 'peft-metalora[heic]'"
+MAX_MEGAPIXELS = 64
+"""An image of more is refused; a JPEG is decoded at half or a quarter of its sides."""
+MAX_FILE_BYTES = 2**29
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -36,16 +50,23 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
     Raises:
         NoImagesError: there is no such file.
-        UnreadableImageError: it cannot be read.
+        UnreadableImageError: it cannot be read, is no file, or has more than `MAX_FILE_BYTES`.
     """
     try:
-        return Path(path).read_bytes()
-    except FileNotFoundError as error:
+        with open_regular(path) as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no file can have
         raise NoImagesError(f"expected an image, found no file {os.fspath(path)}: check the path") from error
     except OSError as error:
         raise UnreadableImageError(
             f"expected an image, found {os.fspath(path)} which cannot be read: {error}"
         ) from error
+    if len(content) > MAX_FILE_BYTES:
+        raise UnreadableImageError(
+            f"expected an image of at most {MAX_FILE_BYTES >> 20} MiB, found {os.fspath(path)}, which is larger: save "
+            "it smaller"
+        )
+    return content
 
 
 def decode_image(content: bytes, name: str | os.PathLike[str]) -> Image.Image:
@@ -54,23 +75,89 @@ def decode_image(content: bytes, name: str | os.PathLike[str]) -> Image.Image:
     Raises:
         UnreadableImageError: they are damaged, too large, or no image.
     """
-    stream = io.BytesIO(content)
     try:
-        with Image.open(stream) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(repr(stream), os.fspath(name))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            try:
+                return _decoded(content)
+            except ValueError as error:
+                if "MAX_TEXT_" not in str(error):
+                    raise
+                return _decoded(_without_text(content))
+    except (_TooLargeError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(
-            f"expected an image, found {os.fspath(name)} which cannot be decoded ({reason}): replace or remove it"
+            f"expected an image of at most {MAX_MEGAPIXELS} megapixels, found {os.fspath(name)} of more ({error}): "
+            "save it smaller"
         ) from error
+    except Exception as error:  # a decoder raises nearly anything of a broken file
+        reason = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", lambda _: repr(os.fspath(name)), str(error))
+        hint = "replace or remove it"
+        if content[4:8] == b"ftyp" and not reads_heic():
+            hint = HEIC_EXTRA
+        raise UnreadableImageError(
+            f"expected an image, found {os.fspath(name)} which cannot be decoded ({reason}): {hint}"
+        ) from error
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _decoded(content: bytes) -> Image.Image:
+    image: Image.Image
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        _limit(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
     if image.mode.startswith("I;16"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("expected 8 or 16 bits a channel, found 32, whose black and white nothing tells")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _limit(opened: Image.Image) -> None:
+    """Have a large JPEG decoded at a part of its size, and refuse what is large still."""
+    (width, height), limit = opened.size, MAX_MEGAPIXELS * 10**6
+    # libjpeg holds all of a progressive one in memory, whatever is made of it.
+    if isinstance(opened, JpegImagePlugin.JpegImageFile) and "progressive" not in opened.info:
+        part = 1
+        while width * height > limit * part * part:
+            part *= 2
+        opened.draft(None, (width // part, height // part))
+    if opened.width * opened.height > limit:
+        raise _TooLargeError(f"{width} x {height}")
+
+
+def _without_text(content: bytes) -> bytes:
+    """A PNG without its chunks of text, of which Pillow reads no more than a megabyte: a workflow, for example."""
+    kept, position = [content[:8]], 8
+    while position + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, position)
+        if kind not in (b"iTXt", b"tEXt", b"zTXt"):
+            kept.append(content[position : position + length + 12])
+        position += length + 12
+    return b"".join(kept)
+
+
+@functools.cache
+def reads_heic() -> bool:
+    """Whether the extra that reads HEIC is installed."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+@functools.cache
+def _formats() -> list[str]:
+    if reads_heic():
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def decode_mask(content: bytes, name: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image:

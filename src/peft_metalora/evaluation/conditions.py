@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import IMAGE_SUFFIXES, Photo, Subject, load_image
+from ..data import CONDITIONS_FOLDER, IMAGE_SUFFIXES, Photo, Subject, caption_beside, load_image
 from ..data.images import png
 from ..errors import ConfigError
 from ..files import write_bytes
@@ -70,14 +70,13 @@ def bad_reference(data: str | Path, subject: Subject, condition: Condition, fold
     reference = subject.split()[0]
     path = _photo(data, subject, condition)
     if path is not None:
-        text = path.with_suffix(".txt")
-        return Photo(path, text.read_text(encoding="utf-8").strip() if text.is_file() else reference.caption, True)
+        return Photo(path, caption_beside(path) or reference.caption, True)
     path = folder / f"{subject.name}.png"
     write_bytes(path, png(degrade(load_image(reference.path), condition.name, condition.strength)))
     return Photo(path, reference.caption, True)
 
 
 def _photo(data: str | Path, subject: Subject, condition: Condition) -> Path | None:
-    folder = Path(data) / subject.name / "conditions"
+    folder = Path(data) / subject.name / CONDITIONS_FOLDER
     files = (folder / f"{condition}{suffix}" for suffix in sorted(IMAGE_SUFFIXES))
     return next((path for path in files if path.is_file()), None)

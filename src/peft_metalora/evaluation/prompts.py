@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import open_regular
 from .settings import DEMO, EvaluateConfig
 
 _MARK = "{subject}"
@@ -43,7 +44,8 @@ def read_prompts(path: str | Path | None, subject_name: str) -> list[Prompt]:
 
     source = importlib.resources.files(__package__).joinpath("prompts.yaml") if path is None else Path(path)
     try:
-        found = yaml.safe_load(source.read_text(encoding="utf-8"))
+        with source.open("rb") if path is None else open_regular(path) as stream:
+            found = yaml.safe_load(stream.read().decode("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"expected a YAML file of prompts at {source}, found: {error}") from error
     if not isinstance(found, dict) or not all(

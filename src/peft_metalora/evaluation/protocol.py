@@ -62,5 +62,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
         names = [method.text for method in methods] + [named(text)[0] for text in config.images]
         cells = read_cells(output, names)
         bad = [cell for one in conditions for cell in read_cells(home_of(output, one), [it.text for it in learners])]
+        # An earlier run may have left the cells of people who are no longer in the data.
+        people = {subject.name for subject in subjects}
+        cells, bad = ([cell for cell in some if cell["subject"] in people] for some in (cells, bad))
         write_report(output, cells, bad, gallery=config.gallery, thresholds=config.thresholds())
     return output / "report.html"

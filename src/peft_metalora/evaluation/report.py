@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from ..data import load_image
+from ..errors import DataError
 from ..files import write_bytes
 from .cells import Cell
 from .figures import LABELS, Table, by_method, degraded, degraded_table, reaches, summary, tables
@@ -152,9 +152,8 @@ def _failures(output: Path, cells: Sequence[Cell], bad: Sequence[Cell]) -> str:
 
 def _picture(path: Path) -> str:
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError:
+        image = load_image(path)
+    except DataError:
         return "(gone)"
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()

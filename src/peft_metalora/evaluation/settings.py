@@ -114,7 +114,10 @@ class EvaluateConfig:
                 raise ConfigError(f"images must be NAME=DIR with a folder that is there, found {text!r}")
         names = [Method.parse(text).folder for text in self.method]
         names += [safe(named(text)[0]) for text in self.images]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        plain = [name.casefold() for name in names]  # folders are one on file systems that ignore case
+        if "degraded" in plain:
+            raise ConfigError("images must have another name than 'degraded', whose folder is that of bad references")
+        twice = sorted({name for name, key in zip(names, plain, strict=True) if plain.count(key) > 1})
         if twice:
             raise ConfigError(f"expected each method once, found {', '.join(twice)} twice: leave one out or rename it")
         self.thresholds()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -110,3 +111,28 @@ def test_the_trigger_takes_its_place_in_captions(base, people, tmp_path):
         encode(base, copy, config)
     text = encode(base, copy, replace(config, trigger="a red shirt")).text
     assert torch.equal(text["sequence"], encode_captions(base, ["a photo of a red shirt"])["sequence"])
+
+
+def test_a_photo_that_went_missing_is_skipped_like_a_broken_one(base, tmp_path):
+    """Bug: a link to nothing, or a photo that was moved meanwhile, ended a run that skips broken photos."""
+    people = read_subjects(write_people(tmp_path / "people", subjects=2, each=3))
+    (tmp_path / "people" / "person-0" / "1.png").unlink()
+    (tmp_path / "people" / "person-1" / "0.png").write_bytes(b"no image")
+    for views in (2, 0):
+        with pytest.warns(UserWarning, match=r"skipped 2 of 6 images: .*found no file .*1\.png.*0\.png"):
+            examples = encode_subjects(base, people, personal_config(), views, progress=False, skip_unreadable=True)
+        assert examples.subject.bincount().tolist() == [2 * max(views, 1)] * 2 if views else [2, 2]
+
+
+@pytest.mark.parametrize("views", [1, 0])
+def test_a_group_photo_comes_with_a_hint(base, tmp_path, views):
+    """Bug: of a wide photo of several people, crops anywhere were trained on, and nothing spoke of --face_crop."""
+    wide = read_subjects(write_people(tmp_path / "wide", 1, 2, sizes=[(48, 20), (20, 20)]))
+    with pytest.warns(UserWarning, match=r"at most 42% of .*0\.png \(1 photo\(s\).*face_crop.*aspect_ratio_buckets"):
+        encode_subjects(base, wide, personal_config(), views, progress=False)
+    near = read_subjects(write_people(tmp_path / "near", 1, 2, sizes=[(20, 24), (28, 20)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode_subjects(base, near, personal_config(), views, progress=False)
+        fitting = personal_config(aspect_ratio_buckets="16,16;16,32")
+        encode_subjects(base, wide, fitting, views, progress=False)

@@ -175,3 +175,35 @@ def test_balance_needs_the_tag_of_everybody(place, tmp_path):
     assert [person.tags["sex"] for person in found] == ["female", "male", "female"]
     with pytest.raises(MetadataError, match="tag 'shot' of every subject, alike on all their photos"):
         training_subjects(config(tmp_path, place / "people.parquet", balance_by="shot"))
+
+
+def rows_of(place, **columns):
+    """The six rows of the people with other columns."""
+    content = [photo.path.read_bytes() for person in read_subjects(place / "people") for photo in person.photos]
+    return [
+        {"image": {"bytes": content[row], "path": None}, **{name: values[row] for name, values in columns.items()}}
+        for row in range(len(content))
+    ]
+
+
+def test_captions_are_found_and_cleaned(place, tmp_path):
+    """Bug: a column "caption" was not looked at, blanks were a caption, and a book kept the tokenizer busy."""
+    captions = ["\ufeffone", " ", "three\n", None, "", "six"]
+    rows = rows_of(place, caption=captions, subject=["a", "a", "b", "b", "c", "c"])
+    people = read_dataset(config(tmp_path, write(rows, tmp_path / "a.parquet")))
+    assert [photo.caption for person in people for photo in person.photos] == ["one", None, "three", None, None, "six"]
+    assert all("caption" not in person.tags for person in people)
+    rows[2]["caption"] = "word " * 3000
+    with pytest.raises(MetadataError, match=r"\[train\]\[2\]: expected a caption, found 14999 characters"):
+        read_dataset(config(tmp_path, write(rows, tmp_path / "b.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["../a"] * 6, "can be the name of a folder"), (["Ann", "ann", *"bbbb"], "who would share a folder")],
+)
+def test_names_that_are_no_folders_are_refused(place, tmp_path, names, message):
+    """Bug: a name from a data set was a path to whatever writes a folder a person."""
+    path = write(rows_of(place, subject=names), tmp_path / "a.parquet")
+    with pytest.raises(MetadataError, match=message):
+        read_dataset(config(tmp_path, path))

@@ -43,8 +43,8 @@ def encode_subjects(
 
     Args:
         views: 0: none is encoded before training; every batch cuts and encodes new ones (see `fresh`).
-        skip_unreadable: go on without photos that cannot be decoded or show no face where one is needed, and warn with
-            their names and number. The only photo there is is an error.
+        skip_unreadable: go on without photos that are gone, cannot be decoded or show no face where one is needed, and
+            warn with their names and number. The only photo there is is an error.
 
     Raises:
         NoImagesError: no subject, or one without photos.
@@ -72,6 +72,7 @@ def encode_subjects(
         plain = [caption_of(photo, config) for _, (photo, _) in opened]
         texts = [text for one in plain for text in (one, flip_caption(one) if config.random_flip else one)]
         latents, mask = [], None
+    cutter.warn_of_narrow_views()
     present = set(owners)
     lost = [subject.name for number, subject in enumerate(subjects) if number not in present]
     if lost:
@@ -98,7 +99,7 @@ def _see(
         count += 1
         try:
             seen.append((number, look(photo)))
-        except (UnreadableImageError, NoFaceError) as error:
+        except (NoImagesError, UnreadableImageError, NoFaceError) as error:
             if not skip_unreadable:
                 raise
             unusable.append(error)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...data import Photo, Subject
-from ...errors import DatasetUnavailableError, MetadataError, NoImagesError, UnreadableImageError
+from ...data import Photo, Subject, read_file, require_distinct, usable_caption
+from ...errors import DataError, DatasetUnavailableError, MetadataError, NoImagesError, UnreadableImageError
 from ..settings import TrainingConfig
 
 _SPLIT = "train"
@@ -29,7 +29,7 @@ def read_dataset(config: TrainingConfig, *, one_subject: bool = False) -> list[S
     Raises:
         DatasetUnavailableError: the datasets library is not installed.
         NoImagesError: no such data set, or nothing in it.
-        MetadataError: a column is missing, or is not what it should be.
+        MetadataError: a column is missing, or is not what it should be; a name cannot be a folder's.
     """
     name = str(config.dataset_name)
     table = _load(config, name)
@@ -56,7 +56,7 @@ def read_dataset(config: TrainingConfig, *, one_subject: bool = False) -> list[S
             f"expected names or labels in the column {config.subject_column!r} of {name}, found "
             f"{features[config.subject_column]}: name another subject_column"
         )
-    captions = texts.pop(config.caption_column, None)
+    captions = _captions(config, name, texts)
     owners = texts.pop(config.subject_column, None) or ["subject"] * len(table)
     people: dict[str, list[int]] = {}
     for row, owner in enumerate(owners):
@@ -64,7 +64,7 @@ def read_dataset(config: TrainingConfig, *, one_subject: bool = False) -> list[S
     if not people or "" in people:
         what = f"a row without {config.subject_column!r}" if people else "no row"
         raise NoImagesError(f"expected images of named subjects in {name}, found {what}: correct the data set")
-    return [
+    subjects = [
         Subject(
             owner,
             [
@@ -83,6 +83,8 @@ def read_dataset(config: TrainingConfig, *, one_subject: bool = False) -> list[S
         )
         for owner, rows in people.items()
     ]
+    require_distinct(subjects)
+    return subjects
 
 
 def _load(config: TrainingConfig, name: str) -> Any:
@@ -110,6 +112,23 @@ def _load(config: TrainingConfig, name: str) -> Any:
         ) from error
 
 
+def _captions(config: TrainingConfig, name: str, texts: dict[str, list[str | None]]) -> list[str | None] | None:
+    """The column of captions, taken out of `texts`; where nobody chose one, 'caption' serves as 'text' does."""
+    column = config.caption_column
+    if column not in texts and column == "text" and config.subject_column != "caption":
+        column = "caption"
+    captions = texts.pop(column, None)
+    if captions is None:
+        return None
+    usable = []
+    for row, caption in enumerate(captions):
+        try:
+            usable.append(usable_caption(caption))
+        except ValueError as error:
+            raise MetadataError(f"{name}[{_SPLIT}][{row}]: expected a caption, found {error}: shorten it") from error
+    return usable
+
+
 def _as_text(table: Any, column: str) -> list[str | None] | None:
     """A column of strings, whole numbers or labels as strings; None for any other."""
     feature = table.features[column]
@@ -127,8 +146,8 @@ def _content(images: Any, column: str, row: int, name: str) -> Callable[[], byte
         if image and image.get("bytes"):
             return bytes(image["bytes"])
         try:
-            return Path(image["path"]).read_bytes()
-        except (OSError, TypeError, KeyError) as error:
+            return read_file(image["path"])
+        except (DataError, TypeError, KeyError) as error:
             raise UnreadableImageError(f"expected an image, found none in {name} ({error}): correct it") from error
 
     return read

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from ...errors import NoFaceError
 from ..settings import TrainingConfig
 from .face_crop import FaceCrop, Region
 from .shapes import Shape, crop_shapes, nearest_shape
+
+_NARROW = 0.7  # of a photo of 3 : 2, a square shows two thirds
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class ViewCutter:
     def __init__(self, base: Base, config: TrainingConfig) -> None:
         self.shapes = crop_shapes(config.aspect_ratio_buckets, config.resolution, base.pixel_multiple)
         self._flips = config.random_flip
+        self._narrow: dict[Path, float] = {}
         self._faces: FaceCrop | None = None
         self.settings: dict[str, Any] = {"shapes": self.shapes, "random_flip": config.random_flip}
         if config.face_crop is not None:
@@ -81,7 +86,22 @@ class ViewCutter:
         if region is not None:
             image, mask = region.cut(image), None if mask is None else region.cut(mask)
         shape = nearest_shape(self.shapes, *image.size) if plan is None else plan.shape
+        share = _share(image.size, shape)
+        if self._faces is None and share < _NARROW:
+            self._narrow[photo.path] = share
         return Opened(image, mask, Plan(region, shape))
+
+    def warn_of_narrow_views(self) -> None:
+        """Hint, once, at what helps where views show so little of opened photos that they may miss a person."""
+        if self._narrow:
+            path, share = min(self._narrow.items(), key=lambda item: item[1])
+            warnings.warn(
+                f"views show at most {share:.0%} of {path} ({len(self._narrow)} photo(s) are so far from the views' "
+                "shape): where somebody stands at the side, or several people are in the photo, some views miss the "
+                "person. Give face_crop, which cuts around the face, or aspect_ratio_buckets='auto'.",
+                stacklevel=3,
+            )
+            self._narrow.clear()
 
     def _region(self, photo: Photo, image: Image.Image) -> Region | None:
         if self._faces is None:
@@ -98,6 +118,12 @@ class ViewCutter:
         pixels = cut(opened.image, box, opened.plan.shape, flip=flip)
         mask = None if opened.mask is None else cut_mask(opened.mask, box, opened.plan.shape, flip=flip)
         return View(pixels, flip, mask)
+
+
+def _share(size: tuple[int, int], shape: Shape) -> float:
+    """The part of a photo (width, height) that the largest view of a shape (height, width) shows."""
+    ratio = size[0] / size[1] * shape[0] / shape[1]
+    return min(ratio, 1 / ratio)
 
 
 def mask_content(photo: Photo) -> bytes | None:
