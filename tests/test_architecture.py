@@ -151,51 +151,11 @@ def public(module: ModuleType) -> set[str]:
 
 
 # The top level of the first version that had one.
-OLD_NAMES = [
-    "DownSource",
-    "MetaLoraConfig",
-    "MetaLoraError",
-    "MetaLoraModel",
-    "MetaTrainConfig",
-    "PersonalizeConfig",
-    "__version__",
-    "add_weighted_subject",
-    "checkpoint",
-    "data",
-    "demo",
-    "down_state",
-    "enable_meta_lora",
-    "errors",
-    "export_subject",
-    "fingerprint",
-    "fold",
-    "hub",
-    "init_down_from_data",
-    "load_down",
-    "load_subject",
-    "lora_plus_groups",
-    "meta_train",
-    "metrics",
-    "personalize",
-    "pipelines",
-    "project",
-    "pull",
-    "push_down",
-    "push_subject",
-    "reset_slots",
-    "save_down",
-    "save_subject",
-    "set_merge_backup",
-    "set_subjects",
-    "set_warmup",
-    "subject_state",
-    "subjects",
-    "to_lora",
-    "training",
-    "tuner",
-    "unfold",
-    "write_subject",
-]
+OLD_NAMES = """DownSource MetaLoraConfig MetaLoraError MetaLoraModel MetaTrainConfig PersonalizeConfig __version__
+add_weighted_subject checkpoint data demo down_state enable_meta_lora errors export_subject fingerprint fold hub
+init_down_from_data load_down load_subject lora_plus_groups meta_train metrics personalize pipelines project pull
+push_down push_subject reset_slots save_down save_subject set_merge_backup set_subjects set_warmup subject_state subjects to_lora
+training tuner unfold write_subject"""
 
 
 class TestPublicNames:
@@ -223,15 +183,12 @@ class TestPublicNames:
     def test_old_imports_of_all_that_was_public_still_work(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            for name in OLD_NAMES:
+            for name in OLD_NAMES.split():
                 assert getattr(peft_metalora, name) is not None, name
 
     def test_a_star_import_is_silent(self) -> None:
-        code = (
-            "import warnings; warnings.simplefilter('error', DeprecationWarning); from peft_metalora import *; generate"
-        )
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-        assert "peft_metalora" not in done.stderr.rpartition("\n\n")[2] and done.returncode == 0, done.stderr
+        code = "import warnings; warnings.filterwarnings('error', 'peft_metalora'); from peft_metalora import *"
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
     @pytest.mark.parametrize("name", ["", ".tuner", ".metrics"])
     def test_all_is_sorted_and_true(self, name: str) -> None:

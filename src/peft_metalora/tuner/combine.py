@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, merge_utils
 from torch import Tensor, nn
 
@@ -63,6 +64,8 @@ def add_weighted_subject(
             is needed, ranks that differ where factors are summed, DoRA, a module that more than one of them trained
             whole (modules_to_save).
     """
+    if isinstance(model, BaseTuner):  # as its method `add_weighted_adapter`
+        model = model.model
     slots = list(slots) if slots is not None else [0] * len(adapters)
     layers = list(meta_lora_layers(model))
     how = Combination(combination_type, svd_rank, density, majority_sign_method)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..errors import MissingDownError
@@ -71,7 +70,6 @@ def down_fingerprint(model: nn.Module, name: str) -> str:
 
 def meta_lora_layers(model: nn.Module) -> Iterator[tuple[str, MetaLoraLayer]]:
     """Yield (path, layer) for each Meta-LoRA layer; the path is the base model's, without PEFT's wrappers."""
-    model = model.model if isinstance(model, BaseTuner) else model
     for name, module in model.named_modules():
         if isinstance(module, MetaLoraLayer):
             yield module_path(name), module
