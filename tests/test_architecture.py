@@ -154,8 +154,8 @@ def public(module: ModuleType) -> set[str]:
 OLD_NAMES = """DownSource MetaLoraConfig MetaLoraError MetaLoraModel MetaTrainConfig PersonalizeConfig __version__
 add_weighted_subject checkpoint data demo down_state enable_meta_lora errors export_subject fingerprint fold hub
 init_down_from_data load_down load_subject lora_plus_groups meta_train metrics personalize pipelines project pull
-push_down push_subject reset_slots save_down save_subject set_merge_backup set_subjects set_warmup subject_state subjects to_lora
-training tuner unfold write_subject"""
+push_down push_subject reset_slots save_down save_subject set_merge_backup set_subjects set_warmup subject_state
+subjects to_lora training tuner unfold write_subject"""
 
 
 class TestPublicNames:
