@@ -195,7 +195,7 @@ class Bench:
             batch_size=BATCH,
             lr=lr,
             seed=0,
-            subjects=[row // seeds for row in range(rows)],
+            numbers=[row // seeds for row in range(rows)],
             scale=(lambda name: rival.up_rate if "metalora_up" in name else 1.0) if rival.up_rate != 1 else None,
             graph=self.args.graph,
         )

@@ -12,7 +12,9 @@ from torch import nn
 
 from ..errors import BaseModelMismatchError
 from ..tuner import MetaLoraConfig
+from ..tuner.base_layers import base_of, factor_shape
 from ..tuner.down import DOWN, UP
+from ..tuner.on_model import module_path
 from .untrusted import TensorEntry
 
 PREFIX = "base_model.model."
@@ -42,7 +44,7 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
         raise BaseModelMismatchError(
             f"{name}: expected the base model {wanted}, found {has}. Load it on the base that it was trained on."
         )
-    layers = base_layers(model)
+    layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
     modules = sorted({key.rpartition(".")[0] for key in source.tensors})
     absent = [module for module in modules if module not in layers]
     if absent:
@@ -52,7 +54,7 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
         )
     for module in modules:
         down, up = source.tensors[f"{module}.{DOWN}"], source.tensors.get(f"{module}.{UP}")
-        found = layer_shape(layers[module])
+        found = _shape(layers[module])
         expected = (up.shape[1] if up is not None else found[0], *down.shape[1:])
         if found != expected:
             raise BaseModelMismatchError(
@@ -61,26 +63,13 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
             )
 
 
-def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that an adapter could stand on, by the path they have without any adapter around them."""
-    layers = {}
-    for path, module in model.named_modules():
-        path = path.removeprefix(PREFIX)
-        if ".base_layer" in path or path.startswith("base_layer"):
-            continue
-        while hasattr(module, "base_layer"):
-            module = module.base_layer
-        layers[path] = module
-    return layers
-
-
-def layer_shape(layer: nn.Module) -> tuple[int, ...]:
+def _shape(base: nn.Module) -> tuple[int, ...]:
     """(outputs, inputs), or (outputs, inputs, kernel...) of a linear layer or a convolution; () of anything else."""
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return (int(layer.out_features), int(layer.in_features))  # type: ignore[arg-type]
-    if hasattr(layer, "kernel_size") and hasattr(layer, "in_channels"):
-        return (int(layer.out_channels), int(layer.in_channels), *layer.kernel_size)  # type: ignore[arg-type, misc]
-    return ()
+    try:
+        row, outputs = factor_shape(base)
+    except AttributeError:
+        return ()
+    return (outputs, *row)
 
 
 def bare_model(model: Any) -> Any:

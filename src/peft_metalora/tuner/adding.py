@@ -170,14 +170,14 @@ def _resolve_down(model: nn.Module, config: MetaLoraConfig, plan: Plan, targets:
     for key, module in targets.items():
         path = module_path(key)
         if key in lacking:
-            shapes = _source_shapes(plan.source, path, len(lacking))
+            shapes = _source_shapes(plan.source, path)
         else:
             layer = layers[path]
             shapes = tuple(layer.metalora_down[plan.key].shape), tuple(layer.metalora_mid_init[plan.key].shape)
         _check_fit(config, plan.ranks[key], key, module, *shapes)
 
 
-def _source_shapes(source: DownSource | None, path: str, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _source_shapes(source: DownSource | None, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     tensors = source.tensors if source is not None else {}
     missing = [part for part in DOWN_PARTS if f"{path}.{part}" not in tensors]
     if missing:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError, ConfigError
 from .layer import MetaLoraLayer
-from .on_model import meta_lora_layers
+from .on_model import meta_lora_layers, require_slot
 from .ranks import exceptions, whole_paths
 
 
@@ -55,9 +55,7 @@ def to_lora(model: nn.Module, adapter_name: str = "default", slot: int = 0) -> t
     if not layers:
         known = sorted({name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid})
         raise AdapterNotFoundError(f"The model has no adapter {adapter_name!r}. It has: {', '.join(known) or 'none'}.")
-    slots = layers[0][1].metalora_mid[adapter_name].shape[0]
-    if not 0 <= slot < slots:
-        raise AdapterStateError(f"Adapter {adapter_name!r} has {slots} slot(s), 0 to {slots - 1}; got {slot}.")
+    require_slot(layers[0][1], adapter_name, slot)
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for path, layer in layers:
@@ -98,7 +96,7 @@ def register_lora_conversion() -> None:
     def convert(module: Any, rank: float, adapter_name: str = "default") -> tuple[Tensor, Tensor, int]:
         if not isinstance(module, MetaLoraLayer) or adapter_name not in module.metalora_mid:
             return approximate(module, rank=rank, adapter_name=adapter_name)
-        a, b = lora_factors(module, adapter_name, module.merge_slot(adapter_name) or 0)
+        a, b = lora_factors(module, adapter_name, module.merge_slot() or 0)
         limit = min(a[0].numel(), b.shape[0])
         if isinstance(rank, int) and rank > limit:
             raise ConfigError(

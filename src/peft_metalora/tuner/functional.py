@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterNotFoundError, AdapterStateError, SubjectIndexError
+from ..errors import AdapterStateError, SubjectIndexError
 from .config import STARTS
 from .down import MAGNITUDE, MID, UP
 from .layer import MetaLoraLayer
 from .merging import MERGE_BACKUPS
-from .on_model import meta_lora_layers
+from .on_model import layers_of, meta_lora_layers, require_slot
 from .subject_index import NO_SUBJECT, TokenSlots
 
 
@@ -92,16 +92,6 @@ def using_slots(model: nn.Module, slots: Sequence[int] | Tensor | None) -> Itera
         set_slots(model, before)
 
 
-def _layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraLayer]]:
-    layers = [(path, layer) for path, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
-    if not layers:
-        known = sorted({name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid})
-        raise AdapterNotFoundError(
-            f"The model has no Meta-LoRA adapter {adapter_name!r}. It has: {', '.join(known) or 'none'}."
-        )
-    return layers
-
-
 def set_warmup(model: nn.Module, enabled: bool, adapter_name: str = "default") -> None:
     """Freeze (or release) the Down of a stage 'meta' adapter while fresh Mids and Ups settle.
 
@@ -109,7 +99,7 @@ def set_warmup(model: nn.Module, enabled: bool, adapter_name: str = "default") -
         AdapterNotFoundError: no such adapter.
         AdapterStateError: the adapter is a subject, whose Down is always frozen.
     """
-    layers = _layers_of(model, adapter_name)
+    layers = layers_of(model, adapter_name)
     if any(layer.stage[adapter_name] != "meta" for _, layer in layers):
         raise AdapterStateError(f"Adapter {adapter_name!r} is a subject: its Down never trains. Warm-up is for 'meta'.")
     for _, layer in layers:
@@ -128,9 +118,9 @@ def reset_slots(
     """
     if start not in STARTS:
         raise AdapterStateError(f"start must be one of {', '.join(map(repr, STARTS))}, got {start!r}.")
-    layers = _layers_of(model, adapter_name)
+    layers = layers_of(model, adapter_name)
     for slot in slots or ():
-        _require_slot(layers, adapter_name, slot)
+        require_slot(layers[0][1], adapter_name, slot)
     for _, layer in layers:
         layer.start_slots(adapter_name, start, None if slots is None else list(slots))
 
@@ -142,8 +132,8 @@ def subject_state(model: nn.Module, adapter_name: str, slot: int = 0) -> dict[st
         AdapterNotFoundError: no such adapter.
         AdapterStateError: no such slot.
     """
-    layers = _layers_of(model, adapter_name)
-    _require_slot(layers, adapter_name, slot)
+    layers = layers_of(model, adapter_name)
+    require_slot(layers[0][1], adapter_name, slot)
     state: dict[str, Tensor] = {}
     for path, layer in layers:
         state[f"{path}.{MID}"] = layer.metalora_mid[adapter_name].detach()[slot : slot + 1]
@@ -161,8 +151,8 @@ def write_subject(model: nn.Module, adapter_name: str, state: dict[str, Tensor],
         AdapterNotFoundError: no such adapter.
         AdapterStateError: no such slot, or keys or shapes that differ; nothing is written then.
     """
-    layers = _layers_of(model, adapter_name)
-    _require_slot(layers, adapter_name, slot)
+    layers = layers_of(model, adapter_name)
+    require_slot(layers[0][1], adapter_name, slot)
     pairs: list[tuple[Tensor, Tensor]] = []
     wanted: set[str] = set()
     for path, layer in layers:
@@ -224,9 +214,3 @@ def unfold(model: nn.Module) -> None:
     """Forget every fold."""
     for _, layer in meta_lora_layers(model):
         layer.unfold()
-
-
-def _require_slot(layers: list[tuple[str, MetaLoraLayer]], adapter_name: str, slot: int) -> None:
-    slots = layers[0][1].metalora_mid[adapter_name].shape[0]
-    if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < slots:
-        raise AdapterStateError(f"Adapter {adapter_name!r} has {slots} slot(s), 0 to {slots - 1}; got {slot!r}.")

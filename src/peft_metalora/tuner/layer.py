@@ -244,9 +244,6 @@ class MetaLoraLayer(Mergeable):
 
     # ---- adapters come and go ------------------------------------------------------------------------------------
 
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.metalora_mid)
-
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.metalora_mid)
 

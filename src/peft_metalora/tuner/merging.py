@@ -107,7 +107,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
         flat = mid.to(dtype) @ down.to(dtype).flatten(1)
         return flat.view(*mid.shape[:-1], *down.shape[1:])
 
-    def merge_slot(self, adapter_name: str) -> int | None:
+    def merge_slot(self) -> int | None:
         """The one slot that all samples use, None for no subject.
 
         Raises:
@@ -172,14 +172,14 @@ class Mergeable(BaseTunerLayer, nn.Module):
                 f"A weight quantised by {self.quantization_backend.backend_name} cannot be merged into here: the model "
                 "does not say how it was quantised. Serve the adapter unmerged or folded (docs/quantisation.md)."
             )
-        slots = {name: self.merge_slot(name) for name in names}
-        before = self.get_base_weight()
+        slot, before = self.merge_slot(), self.get_base_weight()
+        if slot is None:
+            return before.clone()
         if self._is_plain(names):
-            return self._merged_at_once(before, slots)
+            return self._merged_at_once(before, names, slot)
         total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
-        for name, slot in slots.items():
-            if slot is not None:
-                total += self.get_delta_weight(name, slot).to(total)
+        for name in names:
+            total += self.get_delta_weight(name, slot).to(total)
         return total.to(before.dtype)
 
     def _is_plain(self, names: list[str]) -> bool:
@@ -189,18 +189,15 @@ class Mergeable(BaseTunerLayer, nn.Module):
         plain = plain and base.weight.element_size() > 1  # eight bits are for storage: no product is formed in them
         return plain and not any(name in self.metalora_magnitude for name in names)
 
-    def _merged_at_once(self, before: Tensor, slots: dict[str, int | None]) -> Tensor:
+    def _merged_at_once(self, before: Tensor, names: list[str], slot: int) -> Tensor:
         """All adapters as one product that is summed onto the weight inside the product's own accumulator."""
-        parts = [(name, slot) for name, slot in slots.items() if slot is not None]
-        if not parts:
-            return before.clone()
-        if len(parts) == 1:  # a service merges one subject after another: two launches a layer
-            name, slot = parts[0]
+        if len(names) == 1:  # a service merges one subject after another: two launches a layer
+            name = names[0]
             mid, up, down = self.metalora_mid[name], self.metalora_up[name], self.metalora_down[self.down_key[name]]
             if mid.dtype == up.dtype == down.dtype == before.dtype:
                 return torch.addmm(before, up[slot], mid[slot] @ down, alpha=self.scaling[name])
-        folded = [self.folded_factor(name, slot).mul_(self.scaling[name]).to(before) for name, slot in parts]
-        ups = [self.metalora_up[name][slot].detach().to(before) for name, slot in parts]
+        folded = [self.folded_factor(name, slot).mul_(self.scaling[name]).to(before) for name in names]
+        ups = [self.metalora_up[name][slot].detach().to(before) for name in names]
         return torch.addmm(before, torch.cat(ups, dim=1), torch.cat(folded))
 
     def _keep_weight(self) -> None:

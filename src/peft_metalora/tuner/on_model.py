@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import MissingDownError
+from ..errors import AdapterNotFoundError, AdapterStateError, MissingDownError
 from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint
 from .layer import MetaLoraLayer
 
@@ -73,6 +73,24 @@ def meta_lora_layers(model: nn.Module) -> Iterator[tuple[str, MetaLoraLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, MetaLoraLayer):
             yield module_path(name), module
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraLayer]]:
+    """The layers that hold an adapter, with their paths; raises AdapterNotFoundError when none does."""
+    layers = [(path, layer) for path, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
+    if not layers:
+        known = sorted({name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid})
+        raise AdapterNotFoundError(
+            f"The model has no Meta-LoRA adapter {adapter_name!r}. It has: {', '.join(known) or 'none'}."
+        )
+    return layers
+
+
+def require_slot(layer: MetaLoraLayer, adapter_name: str, slot: int) -> None:
+    """Raise AdapterStateError when an adapter of this layer has no such slot."""
+    slots = layer.metalora_mid[adapter_name].shape[0]
+    if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < slots:
+        raise AdapterStateError(f"Adapter {adapter_name!r} has {slots} slot(s), 0 to {slots - 1}; got {slot!r}.")
 
 
 def module_path(name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError
 from .down import MID, UP
-from .on_model import meta_lora_layers
+from .on_model import layers_of, meta_lora_layers
 from .starts import set_rows
 
 
@@ -32,9 +32,7 @@ def init_down_from_data(
     Raises:
         AdapterNotFoundError, AdapterStateError: no such adapter, or one that does not own its Down; a convolution.
     """
-    layers = [(path, layer) for path, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
-    if not layers:
-        raise AdapterNotFoundError(f"The model has no Meta-LoRA adapter {adapter_name!r}.")
+    layers = layers_of(model, adapter_name)
     for path, layer in layers:
         if layer.stage[adapter_name] != "meta":
             raise AdapterStateError(f"{adapter_name!r} is a subject; only a stage 'meta' adapter has a Down to start.")

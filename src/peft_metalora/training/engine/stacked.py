@@ -90,7 +90,7 @@ def train_stack(
     batch_size: int,
     lr: float | Tensor,
     seed: int,
-    subjects: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
     scale: Callable[[str], float] | None = None,
     graph: bool = False,
 ) -> Iterator[int]:
@@ -100,7 +100,7 @@ def train_stack(
         base: its denoiser is the model of `stack`.
         examples: views of subjects, an equal number of each.
         lr: one rate, or one for each row (S,).
-        subjects: which subject of `examples` each row learns. Default: row n learns subject n.
+        numbers: of the subject in `examples` that each row learns. Default: row n learns subject n.
         scale: factor on the rate by parameter name (LoRA+).
         graph: replay the step as a CUDA graph, where the device can.
 
@@ -108,8 +108,8 @@ def train_stack(
         The number of steps done, after each.
     """
     positions = torch.stack(examples.by_subject())
-    if subjects is not None:
-        positions = positions[list(subjects)]
+    if numbers is not None:
+        positions = positions[list(numbers)]
     examples, positions = examples.to(base.device), positions.to(base.device)
     rates = torch.as_tensor(lr, dtype=torch.float32).expand(stack.count).to(base.device)[:, None]
     if scale is not None:
