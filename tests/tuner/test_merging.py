@@ -348,3 +348,36 @@ def test_index_and_fold_made_in_inference_mode_can_be_written_outside():
     write_subject(model, "default", {k: v.clone() for k, v in subject_state(model, "default", 0).items()}, 1)
     rows = model(torch.cat([x[:1], x[:1]]))
     torch.testing.assert_close(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("backup", ["device", "host", "none"])
+@pytest.mark.parametrize("first", [None, ["default"]])
+def test_a_merge_that_is_refused_leaves_what_was_merged_before(first, backup):
+    """Bug: only layers without a merge were restored; on top of one, half of the second merge stayed."""
+    model = adapted()
+    model.add_adapter("bob", config(stage="subject", down="default"))
+    randomise(model)
+    layer_of(model, "lin1").metalora_up["bob"].data.fill_(float("nan"))
+    set_merge_backup(model, backup)
+    if first:
+        model.base_model.merge_adapter(first)
+    before = {path: layer_of(model, path).base_layer.weight.clone() for path in ("lin0", "lin1")}
+    with pytest.raises(NonFiniteError):
+        model.base_model.merge_adapter(["bob"], safe_merge=True)
+    for path, weight in before.items():
+        assert torch.equal(layer_of(model, path).base_layer.weight, weight)
+        assert layer_of(model, path).merged_adapters == (first or [])
+    if first and backup != "none":
+        model.base_model.unmerge_adapter()
+        assert torch.equal(layer_of(model).base_layer.weight, mlp().lin0.weight)
+
+
+def test_merge_and_unload_is_refused_as_a_whole():
+    """Bug: `merge_and_unload(safe_merge=True)` merged the layers before the broken one for good."""
+    model = randomise(adapted())
+    layer_of(model, "lin1").metalora_up["default"].data.fill_(float("nan"))
+    x = torch.randn(3, 12)
+    with pytest.raises(NonFiniteError):
+        model.merge_and_unload(safe_merge=True)
+    assert torch.equal(layer_of(model).base_layer.weight, mlp().lin0.weight) and not layer_of(model).merged
+    assert model(x).isnan().all()

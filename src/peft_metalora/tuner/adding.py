@@ -258,30 +258,61 @@ def inject_all_or_nothing(
 ) -> None:
     """Check an injection, let PEFT do it (`proceed`), then bind the new adapter to its Down and start it."""
     config: MetaLoraConfig = tuner.peft_config[adapter_name]
+    before: _Before | None = None
     try:
         check_files(config)
-        plan = plan_injection(tuner, model, config, adapter_name, state_dict)
-    except Exception:
+        plan = tuner._plan = plan_injection(tuner, model, config, adapter_name, state_dict)
+        tuner._index = next((layer.subject_index for _, layer in meta_lora_layers(model)), None) or SubjectIndex()
+        before = _Before(model)
+        proceed()
+        for path, layer in meta_lora_layers(model):
+            if adapter_name not in layer.metalora_mid:
+                continue
+            if plan.source is not None and plan.key not in layer.metalora_down:
+                layer.bind_down(plan.key, *plan.factors(path), plan.source.fingerprint)
+            if config.stage == "subject" and not layer.metalora_mid[adapter_name].is_meta and config.init_weights:
+                layer.start_slots(adapter_name, config.start)
+        for _, layer in meta_lora_layers(model):
+            layer.sync_down()
+    except BaseException:
+        if before is not None:
+            before.bring_back(adapter_name)
         tuner.peft_config.pop(adapter_name, None)
         # diffusers sets this flag before it injects; a model left with it could not take another adapter.
         if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
             model._hf_peft_config_loaded = False  # type: ignore[assignment]
         raise
-    tuner._plan = plan
-    tuner._index = next((layer.subject_index for _, layer in meta_lora_layers(model)), None) or SubjectIndex()
-    proceed()
-    del tuner._plan
-    for path, layer in meta_lora_layers(model):
-        if adapter_name not in layer.metalora_mid:
-            continue
-        if plan.source is not None and plan.key not in layer.metalora_down:
-            layer.bind_down(plan.key, *plan.factors(path), plan.source.fingerprint)
-        if config.stage == "subject" and not layer.metalora_mid[adapter_name].is_meta and config.init_weights:
-            layer.start_slots(adapter_name, config.start)
-    for _, layer in meta_lora_layers(model):
-        layer.sync_down()
+    finally:
+        vars(tuner).pop("_plan", None)
     config.down_fingerprint = plan.fingerprint
-    config.tensors_digest = None  # of the file it came from; what is saved next are other tensors
+
+
+class _Before:
+    """What an injection changes, to take it back half way: modules exchanged, an adapter in layers, what trains."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self._active = [(layer, layer._active_adapter) for layer in layers]
+        inside = {id(part) for layer in layers if isinstance(layer, MetaLoraLayer) for part in _containers(layer)}
+        self._children = [(module, dict(module._modules)) for module in model.modules() if id(module) not in inside]
+        self._trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def bring_back(self, adapter_name: str) -> None:
+        for module, children in self._children:
+            module._modules.clear()
+            module._modules.update(children)
+        for layer, active in self._active:
+            layer._active_adapter = active
+            if isinstance(layer, MetaLoraLayer):
+                layer.forget_adapter(adapter_name)
+        for parameter, trains in self._trains:
+            parameter.requires_grad_(trains)
+
+
+def _containers(layer: MetaLoraLayer) -> Iterator[nn.Module]:
+    for name, child in layer.named_children():
+        if name != "base_layer":
+            yield from child.modules()
 
 
 def replace_target(

@@ -18,25 +18,28 @@ from .on_model import layers_of, meta_lora_layers, require_slot
 from .subject_index import NO_SUBJECT, TokenSlots
 
 
-def set_slots(model: nn.Module, slots: Sequence[int] | Tensor | None) -> None:
+def set_slots(model: nn.Module, slots: Sequence[int] | Tensor | None, *, each: bool = False) -> None:
     """Say which slot each sample of the coming batches uses.
 
     Args:
         model: anything that holds Meta-LoRA layers.
         slots: one number for each sample, -1 for no subject (exactly the base); None: every sample uses slot 0.
+        each: a batch of k times these samples holds each of them k times in a row, as frames are flattened; by default
+            all of them k times, as for guidance.
 
     Raises:
-        SubjectIndexError: a slot that no active adapter has, or an adapter is merged.
+        SubjectIndexError: a slot that no active adapter has, or others than now while an adapter is merged.
     """
     layers = [layer for _, layer in meta_lora_layers(model)]
     if not layers:
         raise SubjectIndexError("The model holds no Meta-LoRA layers. Add an adapter before choosing subjects.")
     values = _checked_values(layers, slots)
-    written: set[int] = set()
-    for layer in layers:
-        if id(layer.subject_index) not in written:
-            written.add(id(layer.subject_index))
-            layer.subject_index.write(values, layer.adapter_device())
+    for layer in _one_of_each_index(layers):
+        layer.subject_index.write(values, layer.adapter_device(), each)
+
+
+def _one_of_each_index(layers: list[MetaLoraLayer]) -> list[MetaLoraLayer]:
+    return list({id(layer.subject_index): layer for layer in layers}.values())
 
 
 def set_token_slots(model: nn.Module, tables: Mapping[str, TokenSlots] | None) -> None:
@@ -66,6 +69,8 @@ def _refuse_merged(layers: list[MetaLoraLayer]) -> None:
 
 def _checked_values(layers: list[MetaLoraLayer], slots: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
     if slots is None:
+        if any(layer.subject_index.values is not None for layer in layers):
+            _refuse_merged(layers)
         return None
     raw = slots.tolist() if isinstance(slots, Tensor) else list(slots)
     if not raw or not all(isinstance(value, int) and not isinstance(value, bool) for value in raw):
@@ -84,12 +89,14 @@ def _checked_values(layers: list[MetaLoraLayer], slots: Sequence[int] | Tensor |
 @contextmanager
 def using_slots(model: nn.Module, slots: Sequence[int] | Tensor | None) -> Iterator[None]:
     """`set_slots` for the length of a `with` block; what was set before it comes back afterwards."""
-    before = next((layer.subject_index.values for _, layer in meta_lora_layers(model)), None)
+    layers = _one_of_each_index([layer for _, layer in meta_lora_layers(model)])
+    before = [(layer, layer.subject_index.written) for layer in layers]
     set_slots(model, slots)
     try:
         yield
-    finally:
-        set_slots(model, before)
+    finally:  # unchecked: what was merged in the block stays merged, whatever the index says
+        for layer, written in before:
+            layer.subject_index.write(written.values, layer.adapter_device(), written.each)
 
 
 def set_warmup(model: nn.Module, enabled: bool, adapter_name: str = "default") -> None:

@@ -14,6 +14,7 @@ The key of a Down is the name of the adapter that trains it, or its fingerprint 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from ..errors import AdapterStateError
 from .base_layers import factor_shape, is_packed, unpack
 from .config import MetaLoraConfig
 from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, Downs
-from .merging import Mergeable, decomposed_norms
+from .merging import Mergeable, decomposed_norms, dtype_of_sums
 from .ranks import Ranks
 from .starts import start_down
 from .subject_index import Chosen, Positions, SubjectIndex, TokenSlots
 
 transformed = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks: vmap, grad and their kin
+hooked_everywhere = torch.nn.modules.module._has_any_global_hook  # as nn.Module asks before it calls forward alone
 
 
 class MetaLoraLayer(Mergeable):
@@ -166,7 +168,7 @@ class MetaLoraLayer(Mergeable):
         """Norm of each row of the adapted weight for every slot, (slots, d_out), for DoRA."""
         weight, up = self._rows_of_weight(), self.metalora_up[adapter_name].detach()
         if self.down_key[adapter_name] not in self.metalora_down:  # not bound yet; Up is 0
-            return weight.float().norm(dim=-1).expand(up.shape[0], -1)
+            return weight.to(dtype_of_sums(weight)).norm(dim=-1).expand(up.shape[0], -1)
         folded = self.folded_factor(adapter_name)
         return decomposed_norms(weight.to(folded.device), folded, up, self.scaling[adapter_name])
 
@@ -225,6 +227,23 @@ class MetaLoraLayer(Mergeable):
             return down.detach()
         return down
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        """As PEFT's, without a dtype where the base's is for storage only: factors keep one that is computed in."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, None if dtype is not None and dtype.itemsize == 1 else dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MetaLoraLayer:
+        """As nn.Module's, except that no cast stores factors in eight bits."""
+
+        def computable(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            stored = moved.is_floating_point() and moved.element_size() == 1 < tensor.element_size()
+            return tensor.to(moved.device) if stored else moved
+
+        for name, child in self.named_children() if recurse else ():
+            child._apply(fn if name == "base_layer" else computable)
+        return self
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         trained = self.trains(adapter_name)
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -271,18 +290,22 @@ class MetaLoraLayer(Mergeable):
             raise AdapterStateError(
                 f"Adapter {adapter_name!r} holds the Down that {', '.join(map(repr, users))} use(s). Delete them first."
             )
-        key = self.down_key.get(adapter_name)
         super().delete_adapter(adapter_name)
-        if key is not None and key not in self.down_key.values():
-            for container in (
-                self.metalora_down,
-                self.metalora_mid_init,
-                self.metalora_mean_mid,
-                self.metalora_mean_up,
-                self.down_fingerprint,
-            ):
-                if key in container:
-                    del container[key]
+        self._forget_unused_downs()
+
+    def forget_adapter(self, adapter_name: str) -> None:
+        """Drop whatever there is of an adapter that did not come about; what is active stays."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, name)
+            if adapter_name in container:
+                del container[adapter_name]
+        self._forget_unused_downs()
+
+    def _forget_unused_downs(self) -> None:
+        downs = self.metalora_down, self.metalora_mid_init, self.metalora_mean_mid, self.metalora_mean_up
+        for container in (*downs, self.down_fingerprint):
+            for key in set(container) - set(self.down_key.values()):
+                del container[key]
         self.sync_down()
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -328,7 +351,7 @@ class MetaLoraLayer(Mergeable):
             if name not in self.metalora_mid:
                 continue
             rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            part = None if chosen is None else (chosen[0][rows], chosen[1][rows])
+            part = None if chosen is None else Chosen(chosen.slot[rows], chosen.present[rows])
             base = result[rows]
             result = result.index_copy(0, rows, self._add(base, base, x[rows], name, part))
         return result
@@ -347,7 +370,7 @@ class MetaLoraLayer(Mergeable):
         # With autograd an in-place sum on a view copies the gradient; a hook may have kept the base's output.
         # DoRA reads it again. torch.func's vmap has no rule for a product that adds onto its output.
         kept = self.base_layer._forward_hooks or self.quantization_backend is not None or len(self.metalora_magnitude)
-        return not torch.is_grad_enabled() and not kept and not transformed()
+        return not torch.is_grad_enabled() and not kept and not transformed() and not hooked_everywhere()
 
     def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         """Return result + the adapter's contribution for x.

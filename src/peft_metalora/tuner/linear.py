@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .down import MAGNITUDE, UP
 from .fused import FusedLinear, add_outer_, add_product_, folding_first_is_cheaper, times, triton_kernels
-from .layer import MetaLoraLayer, cast, transformed
+from .layer import MetaLoraLayer, cast, hooked_everywhere, transformed
+from .merging import dtype_of_sums
 from .subject_index import Chosen, Positions, gather
 
 AUTOCAST = torch.float32, torch.bfloat16, torch.float16  # what autocast converts before a product
@@ -75,6 +76,8 @@ class Linear(MetaLoraLayer):
             or base._forward_hooks
             or base._forward_pre_hooks
             or base._backward_hooks
+            or base._backward_pre_hooks
+            or hooked_everywhere()
             or "forward" in base.__dict__
         ):
             return None
@@ -104,9 +107,9 @@ class Linear(MetaLoraLayer):
     def _forward_fused(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.base_layer
         chosen = self._chosen(x)
-        rows = 1 if chosen is None else chosen[0].shape[0]
+        rows = 1 if chosen is None else chosen.slot.shape[0]
         deep = x.reshape(rows, -1, self.in_features)
-        complete = self.subject_index.complete
+        complete = chosen is not None and chosen.complete
         up = gather(self.metalora_up[name], chosen, complete)
         if torch.is_grad_enabled():
             down, mid = self._down(self.down_key[name]), gather(self.metalora_mid[name], chosen, complete)
@@ -142,7 +145,7 @@ class Linear(MetaLoraLayer):
 
     def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         dtype = result.dtype
-        rows = 1 if chosen is None else chosen[0].shape[0]
+        rows = 1 if chosen is None else chosen.slot.shape[0]
         deep = cast(self._dropped(x, name), dtype).reshape(rows, -1, self.in_features)
         up = gather(cast(self.metalora_up[name], dtype), chosen)
         total = result.reshape(rows, -1, self.d_out)
@@ -173,7 +176,7 @@ class Linear(MetaLoraLayer):
             delta = scaling * F.linear(F.linear(h.index_select(1, where), mid), up)
             part = total.index_select(1, where)
             if name in self.metalora_magnitude:
-                chosen = where.new_tensor([slot]), where.new_ones(1, 1, 1, dtype=torch.bool)
+                chosen = Chosen(where.new_tensor([slot]), where.new_ones(1, 1, 1, dtype=torch.bool))
                 part = self._decomposed(part, alone.index_select(1, where), delta, name, chosen)
             else:
                 part = part + delta
@@ -188,17 +191,18 @@ class Linear(MetaLoraLayer):
         bias = getattr(self.get_base_layer(), "bias", None)
         magnitude = self.metalora_magnitude[name]
         scale = (magnitude / self.row_norms(name).to(magnitude.dtype)).unsqueeze(1)
-        scale = gather(scale, chosen) if chosen is None else torch.where(chosen[1], scale[chosen[0]], 1)
+        scale = gather(scale, chosen) if chosen is None else torch.where(chosen.present, scale[chosen.slot], 1)
         product = base if bias is None else base - bias.to(base.dtype)
         if chosen is not None:
-            delta = torch.where(chosen[1], delta, 0)
+            delta = torch.where(chosen.present, delta, 0)
         return total + (scale - 1).to(base.dtype) * product + scale.to(base.dtype) * delta
 
     def _pointwise_project(self, deep: Tensor, name: str, chosen: Chosen | None) -> tuple[Tensor, float]:
         if name not in self.metalora_folded:
             return self._project(deep, name, chosen)
         folded = self._folded(name, deep.dtype, chosen)
-        sums = [(deep * folded[:, k : k + 1]).sum(-1, dtype=torch.float32) for k in range(folded.shape[1])]
+        dtype = dtype_of_sums(deep)
+        sums = [(deep * folded[:, k : k + 1]).sum(-1, dtype=dtype) for k in range(folded.shape[1])]
         return torch.stack(sums, dim=-1), self.scaling[name] / self.fold_scale[name]
 
     def __repr__(self) -> str:
@@ -206,6 +210,7 @@ class Linear(MetaLoraLayer):
 
 
 def _pointwise(total: Tensor, z: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """total + scaling * z @ up^T as sums of outer products in float32."""
-    small = sum(z[..., k : k + 1].float() * up[:, None, :, k].float() for k in range(up.shape[-1]))
-    return (total.float() + scaling * small).to(total.dtype)
+    """total + scaling * z @ up^T as sums of outer products, at least in float32."""
+    dtype = dtype_of_sums(total)
+    small = sum(z[..., k : k + 1].to(dtype) * up[:, None, :, k].to(dtype) for k in range(up.shape[-1]))
+    return (total.to(dtype) + scaling * small).to(total.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,7 +105,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
         """Return A = Mid @ Down, at least in float32: (slots, r, *down.shape[1:]), or without `slots` for one slot."""
         mid, down = self.metalora_mid[adapter_name].detach(), self.metalora_down[self.down_key[adapter_name]].detach()
         mid = mid if slot is None else mid[slot]
-        dtype = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
+        dtype = dtype_of_sums(mid, down)
         flat = mid.to(dtype) @ down.to(dtype).flatten(1)
         return flat.view(*mid.shape[:-1], *down.shape[1:])
 
@@ -154,33 +156,47 @@ class Mergeable(BaseTunerLayer, nn.Module):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.metalora_mid]
         if not names:
             return
-        merged = self.merged_weight(names)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise NonFiniteError(
-                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; the base is kept."
-            )
-        if not self.merged:
+        merged = self.merged_weight(names, finite=safe_merge)
+        if not self.merged and self.merge_backup != "none":
             self._keep_weight()
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
+    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise what `merge` would raise, and touch nothing."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in names if name in self.metalora_mid and name not in self.merged_adapters]
+        if names and safe_merge:
+            self.merged_weight(names, finite=True)
+        elif names:
+            self._slot_to_merge()
+
     @torch.no_grad()
-    def merged_weight(self, names: list[str]) -> Tensor:
+    def merged_weight(self, names: list[str], finite: bool = False) -> Tensor:
         """The base weight with these adapters added, summed at least in float32; the base is not touched."""
+        slot, before = self._slot_to_merge(), self.get_base_weight()
+        if slot is None:
+            return before.clone()
+        if self._is_plain(names):
+            merged = self._merged_at_once(before, names, slot)
+        else:
+            total = before.to(dtype_of_sums(before), copy=True)
+            for name in names:
+                total += self.get_delta_weight(name, slot).to(total)
+            merged = total.to(before.dtype)
+        if finite and not torch.isfinite(merged.to(dtype_of_sums(merged))).all():
+            raise NonFiniteError(
+                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; the base is kept."
+            )
+        return merged
+
+    def _slot_to_merge(self) -> int | None:
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise UnsupportedModuleError(
                 f"A weight quantised by {self.quantization_backend.backend_name} cannot be merged into here: the model "
                 "does not say how it was quantised. Serve the adapter unmerged or folded (docs/quantisation.md)."
             )
-        slot, before = self.merge_slot(), self.get_base_weight()
-        if slot is None:
-            return before.clone()
-        if self._is_plain(names):
-            return self._merged_at_once(before, names, slot)
-        total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
-        for name in names:
-            total += self.get_delta_weight(name, slot).to(total)
-        return total.to(before.dtype)
+        return self.merge_slot()
 
     def _is_plain(self, names: list[str]) -> bool:
         """Whether the adapters only add a product to a weight (d_out, d_in)."""
@@ -202,15 +218,33 @@ class Mergeable(BaseTunerLayer, nn.Module):
 
     def _keep_weight(self) -> None:
         """Keep what `unmerge` needs. `set_base_weight` replaces the storage, so that keeping the old one is no copy."""
-        base: Any = self.get_base_layer()
-        if self.merge_backup == "none":
-            return
-        if self.quantization_backend is not None:
-            # PEFT's handlers change the old weight's attributes while they make the new one.
-            self._kept_quantised = base.weight, dict(base.weight.__dict__), copy.copy(getattr(base, "state", None))
-        else:
-            weight = base.weight.data
+        weight = self.weight_now()
+        if isinstance(weight, Tensor):
             self.metalora_kept["weight"] = weight.to("cpu", copy=True) if self.merge_backup == "host" else weight
+        else:
+            self._kept_quantised = weight
+
+    def weight_now(self) -> Any:
+        """The base weight as `put_weight` takes it; for a quantised one with all that belongs to it."""
+        base: Any = self.get_base_layer()
+        if self.quantization_backend is None:
+            return base.weight.data
+        # PEFT's handlers change the old weight's attributes while they make the new one.
+        return base.weight, dict(base.weight.__dict__), copy.copy(getattr(base, "state", None))
+
+    def put_weight(self, kept: Any) -> None:
+        """Bring a weight of `weight_now` back, bit for bit."""
+        base: Any = self.get_base_layer()
+        if isinstance(kept, Tensor):
+            base.weight.data = kept.to(base.weight)
+            return
+        weight, attributes, state = kept
+        weight.__dict__.update(attributes)
+        base.weight = weight
+        if state is not None:
+            base.state = state
+        if "quant_state" in attributes:  # bitsandbytes keeps a second reference on the 4-bit layer
+            base.quant_state = weight.quant_state
 
     def unmerge(self) -> None:
         """Restore the base weight bit for bit to what it was before the first merge.
@@ -221,22 +255,12 @@ class Mergeable(BaseTunerLayer, nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base: Any = self.get_base_layer()
-        if self._kept_quantised is not None:
-            weight, attributes, state = self._kept_quantised
-            weight.__dict__.update(attributes)
-            base.weight = weight
-            if state is not None:
-                base.state = state
-            if "quant_state" in attributes:  # bitsandbytes keeps a second reference on the 4-bit layer
-                base.quant_state = weight.quant_state
-        elif "weight" in self.metalora_kept:
-            base.weight.data = self.metalora_kept["weight"].to(base.weight)
-        else:
+        if self._kept_quantised is None and "weight" not in self.metalora_kept:
             raise AdapterStateError(
                 "The weight before the merge was not kept (merge backup 'none'), so it cannot be restored. "
                 "Load the base model again."
             )
+        self.put_weight(self.metalora_kept["weight"] if self._kept_quantised is None else self._kept_quantised)
         self.forget_kept_weight()
         self.merged_adapters.clear()
 
@@ -249,15 +273,48 @@ class Mergeable(BaseTunerLayer, nn.Module):
         return adapter_name not in self.metalora_magnitude
 
 
+@contextmanager
+def merged_or_as_before(
+    layers: Sequence[Mergeable], safe_merge: bool = False, adapter_names: list[str] | None = None
+) -> Iterator[None]:
+    """Let a block merge layers: all of them, or they are what they were, with what was merged into them before.
+
+    Raises:
+        As `Mergeable.merge`. What can be known beforehand is raised before the block.
+    """
+    for layer in layers:
+        if layer.merge_backup == "none":  # such a merge could not be undone
+            layer.check_merge(safe_merge, adapter_names)
+    before = [(layer, [*layer.merged_adapters], layer.weight_now() if layer.merged else None) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, names, weight in before:
+            if len(layer.merged_adapters) == len(names):
+                continue
+            if names:
+                layer.put_weight(weight)
+                layer.merged_adapters[:] = names
+            elif layer.merge_backup != "none":
+                layer.unmerge()
+        raise
+
+
+def dtype_of_sums(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where a tensor has it; torch promotes no eight-bit floats, which are for storage."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
 @torch.no_grad()
 def decomposed_norms(weight: Tensor, folded: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """Row norms of weight + scaling * up @ folded for every slot, (slots, d_out), in float32, for DoRA
+    """Row norms of weight + scaling * up @ folded for every slot, (slots, d_out), at least in float32, for DoRA
     (arXiv 2402.09353), without forming the sum.
 
     Args:
         weight: (d_out, d_in). folded: Mid @ Down, (slots, r, d_in). up: (slots, d_out, r).
     """
-    weight, folded, up = weight.float(), folded.float(), up.float() * scaling
+    dtype = dtype_of_sums(weight, folded, up)
+    weight, folded, up = weight.to(dtype), folded.to(dtype), up.to(dtype) * scaling
     cross = (up * (weight @ folded.mT)).sum(-1)
     own = (up * (up @ (folded @ folded.mT))).sum(-1)
     return (weight.square().sum(-1) + 2 * cross + own).clamp(min=1e-12).sqrt()

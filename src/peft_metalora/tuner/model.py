@@ -20,6 +20,7 @@ from .combine import add_weighted_subject
 from .down import DOWN, MID_INIT
 from .functional import set_merge_backup
 from .layer import MetaLoraLayer
+from .merging import merged_or_as_before
 from .on_model import meta_lora_layers
 from .registration import PREFIX
 
@@ -113,15 +114,10 @@ class MetaLoraModel(BaseTuner):
     # ---- merging -------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge every layer, or none: if one layer refuses, those merged before it are restored."""
-        before = [layer for _, layer in meta_lora_layers(self.model) if not layer.merged]
-        try:
+        """Merge every layer, or none: if one layer refuses, all are what they were before the call."""
+        layers = [layer for _, layer in meta_lora_layers(self.model)]
+        with merged_or_as_before(layers, safe_merge, adapter_names):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        except Exception:
-            for layer in before:
-                if layer.merged and layer.merge_backup != "none":
-                    layer.unmerge()
-            raise
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):
@@ -129,13 +125,21 @@ class MetaLoraModel(BaseTuner):
         else:  # unloading: the base layer is whole, and PEFT would assign it weights that trained tokens compute
             setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         # The layers are thrown away, so that nothing could ever be unmerged: no weight needs keeping.
         backups = [(layer, layer.merge_backup) for _, layer in meta_lora_layers(self.model)]
         if merge:
+            for layer, _ in backups:
+                layer.check_merge(safe_merge, adapter_names)
             set_merge_backup(self.model, "none")
         try:
-            return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         finally:
             for layer, backup in backups:
                 layer.merge_backup = backup

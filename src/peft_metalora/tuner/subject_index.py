@@ -7,7 +7,10 @@ kind of layer (`TokenSlots`), which goes before the samples' index."""
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +18,21 @@ from torch import Tensor
 from ..errors import SubjectIndexError
 
 NO_SUBJECT = -1
-Chosen = tuple[Tensor, Tensor]  # slot (rows,) int64, present (rows, 1, 1) bool
+
+
+class Chosen(NamedTuple):
+    """The slot of each row (rows,) int64, whether it has one (rows, 1, 1) bool, and whether all are known to have."""
+
+    slot: Tensor
+    present: Tensor
+    complete: bool = False
+
+
+class Written(NamedTuple):
+    """An index: a slot for each sample, None for slot 0 everywhere, and how a larger batch repeats it."""
+
+    values: tuple[int, ...] | None = None
+    each: bool = False
 
 
 class SubjectIndex:
@@ -28,49 +45,113 @@ class SubjectIndex:
     def __init__(self) -> None:
         self.slot: Tensor | None = None
         self.present: Tensor | None = None
-        self.values: tuple[int, ...] | None = None
+        self.written = Written()
         self.complete = True
+        self._for_gradients: tuple[Tensor, Tensor] | None = None  # the same, never overwritten: autograd keeps them
+        self._last = Written()  # of the last forward pass
+        self._recalled: tuple[Written, Tensor, Tensor] | None = None
 
-    def write(self, values: tuple[int, ...] | None, device: torch.device) -> None:
-        """Set the index; the tensors are overwritten in place if their length and device stay."""
-        self.values = values
+    @property
+    def values(self) -> tuple[int, ...] | None:
+        """The slot of each sample, None for slot 0 everywhere."""
+        return self.written.values
+
+    def write(self, values: tuple[int, ...] | None, device: torch.device, each: bool = False) -> None:
+        """Set the index; the tensors are overwritten in place if their length and device stay.
+
+        Args:
+            values: the slot of each sample, -1 for no subject; None: slot 0 everywhere.
+            device: where the layers are.
+            each: how a batch of k times the index repeats it: each sample k times in a row, as a denoiser of videos
+                flattens its frames, or else the index as a whole, as pipelines repeat their prompts for guidance.
+        """
+        self.written = Written(values, each)
         self.complete = values is None or NO_SUBJECT not in values
         if values is None:
-            self.slot = self.present = None
+            self.slot = self.present = self._for_gradients = None
             return
         with torch.inference_mode(False):  # or tensors made inside inference_mode could not be overwritten outside
-            # Pinned, or the host would wait here until the GPU has done all that is queued.
-            index = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
-            index = index.to(device, non_blocking=True)
-            slot, present = index.clamp(min=0), (index >= 0).view(-1, 1, 1)
+            slot, present = self._for_gradients = _tensors(values, device)
             if self.slot is None or self.present is None or self.slot.shape != slot.shape or self.slot.device != device:
-                self.slot, self.present = slot, present
+                self.slot, self.present = slot.clone(), present.clone()
             else:
                 self.slot.copy_(slot)
                 self.present.copy_(present)
 
-    def select(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Return (slot (rows,), present (rows, 1, 1)) for a batch, or None if every sample uses slot 0.
+    def select(self, rows: int, device: torch.device) -> Chosen | None:
+        """Return each row's slot for a batch, or None if every sample uses slot 0.
 
-        A batch of k times the index repeats it as a whole, as pipelines repeat their prompts for guidance.
+        A forward pass that activation checkpointing repeats sees what it saw the first time.
 
         Raises:
             SubjectIndexError: the batch is no multiple of the index.
         """
-        slot, present = self.slot, self.present
+        slot, present, each, complete = self.slot, self.present, self.written.each, False
+        if not torch.compiler.is_compiling():
+            complete = self.complete
+            if torch.is_grad_enabled() and self._for_gradients is not None:
+                slot, present = self._for_gradients
+            if (then := self._of_the_first_time()) is not None:
+                each, complete = then.each, then.values is None or NO_SUBJECT not in then.values
+                slot, present = self._again(then, device) if then.values is not None else (None, None)
         if slot is None or present is None:
             return None
         if slot.device != device:
             slot, present = slot.to(device), present.to(device)
         length = slot.shape[0]
         if rows == length:
-            return slot, present
+            return Chosen(slot, present, complete)
         if rows % length:
             raise SubjectIndexError(
                 f"The batch has {rows} samples, which is no multiple of the {length} subjects that were set. "
                 "Give set_slots one subject for each sample."
             )
-        return slot.repeat(rows // length), present.repeat(rows // length, 1, 1)
+        times = rows // length
+        if each:
+            return Chosen(slot.repeat_interleave(times), present.repeat_interleave(times, 0), complete)
+        return Chosen(slot.repeat(times), present.repeat(times, 1, 1), complete)
+
+    def _of_the_first_time(self) -> Written | None:
+        """In a repeated forward pass: what it was given, if that is not what is written now.
+
+        The pass is repeated during backward, when a `with` block around the loss has long ended."""
+        if torch._C._current_graph_task_id() == -1:
+            self._last = self.written
+            if torch.is_grad_enabled() and (frame := _checkpoint()) is not None:
+                _first_time.setdefault(frame, {})[id(self)] = self.written
+            return None
+        frame = _checkpoint()  # None with use_reentrant=True, which says nothing about the pass
+        then = self._last if frame is None else _first_time.setdefault(frame, {}).setdefault(id(self), self._last)
+        return None if then == self.written else then
+
+    def _again(self, then: Written, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._recalled is None or self._recalled[0] != then or self._recalled[1].device != device:
+            self._recalled = then, *_tensors(then.values or (), device)
+        return self._recalled[1:]
+
+
+_first_time: weakref.WeakKeyDictionary[Any, dict[int, Written]] = weakref.WeakKeyDictionary()
+"""By checkpoint and index: what its forward pass was given. A checkpoint lives as long as the graph."""
+
+
+def _checkpoint() -> Any:
+    """The activation checkpoint whose forward pass runs, for the first time or again; None outside of one.
+
+    torch names it nowhere; the hooks that it sets on saved tensors know it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    pack = None if hooks is None else inspect.unwrap(hooks[0])
+    names, cells = getattr(getattr(pack, "__code__", None), "co_freevars", ()), getattr(pack, "__closure__", None)
+    known = dict(zip(names, cells or (), strict=True))
+    if "frame" in known:
+        return known["frame"].cell_contents
+    return known["target_frame_ref"].cell_contents() if "target_frame_ref" in known else None
+
+
+def _tensors(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Pinned, or the host would wait here until the GPU has done all that is queued.
+    index = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    index = index.to(device, non_blocking=True)
+    return index.clamp(min=0), (index >= 0).view(-1, 1, 1)
 
 
 def gather(stacked: Tensor, chosen: Chosen | None, complete: bool = False) -> Tensor:
@@ -82,9 +163,8 @@ def gather(stacked: Tensor, chosen: Chosen | None, complete: bool = False) -> Te
     """
     if chosen is None:
         return stacked if stacked.shape[0] == 1 else stacked[:1]
-    slot, present = chosen
-    own = stacked.index_select(0, slot)  # the gradient of stacked[slot] is a sort and more
-    return own if complete else torch.where(present, own, 0)
+    own = stacked.index_select(0, chosen.slot)  # the gradient of stacked[slot] is a sort and more
+    return own if complete else torch.where(chosen.present, own, 0)
 
 
 Positions = list[tuple[int, Tensor]]  # a slot and the places of a flattened image or text that show it
