@@ -160,7 +160,7 @@ def test_torch_func_sees_what_autograd_sees(stage):
 @pytest.mark.parametrize("kind", ["full_backward_pre_hook", "full_backward_hook", "forward_pre_hook", "forward_hook"])
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_hooks_of_the_base_layer_are_called(kind, everywhere):
-    """Bug: the fused road never calls the base, and looked for some kinds of hooks only, and for none that are global."""
+    """Bug: the fused road, which never calls the base, looked for some kinds of hooks only, and for no global ones."""
     _, layer, x = layer_and_input()
     seen = []
 
