@@ -20,12 +20,14 @@ from peft_metalora.errors import (
     WriteFailedError,
 )
 from peft_metalora.hub.cards import model_card
+from peft_metalora.training.examples.batches import Examples
+from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.training.meta_train import meta_train, meta_train_on
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.tuner import down_state
 from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import save_tiny_flux
-from training_tiny import meta_config, tiny_base, tiny_examples, write_people
+from training_tiny import CAPTIONS, meta_config, tiny_base, tiny_examples, write_people
 
 
 @pytest.fixture
@@ -224,3 +226,24 @@ def test_unreadable_images_are_left_out_and_named(tmp_path):
     with pytest.warns(match=r"skipped 1 of 6 images: .*person-1/0\.png"):
         result = meta_train(config, progress=False)
     assert (result.facts["subjects"], result.facts["images"]) == (3, 5)
+
+
+def test_a_step_that_was_interrupted_is_over(base):
+    """Bug: of a batch in several passes, those after an error were left for the next step, beside half of its own."""
+    latents = [torch.randn(4, 4, 6), torch.randn(4, 6, 4)]
+    examples = Examples(latents, encode_captions(base, CAPTIONS), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    run = MetaTraining(base, examples, meta_config(subjects_per_batch=2, shards=2, max_train_steps=4, warmup_steps=0))
+    forward, calls = base.loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(sorted(run.optimizer._seen))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    base.loss = broken
+    with pytest.raises(KeyboardInterrupt):
+        next(run.steps())
+    assert len(list(run.steps())) == 4 and not run._parts
+    # Each step sees the first shard's subject, then both.
+    assert calls == [[0], *([0], [0, 1]) * 4]

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
+from ..errors import TrainingError
+
 Text = dict[str, Tensor]
 _COMPUTES = torch.float32, torch.bfloat16, torch.float16  # what weights compute in; others are only stored
 
@@ -110,8 +112,12 @@ class Base(ABC):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        """Embeddings of n prompts: a dict of tensors with n rows each, on the CPU."""
-        return {name: tensor.cpu() for name, tensor in self.text_of(prompts).items()}
+        """Embeddings of n prompts: a dict of tensors with n rows each, on the CPU.
+
+        Raises:
+            TrainingError: a text encoder gives NaN or infinity.
+        """
+        return {name: _finite(tensor.cpu(), "a text encoder") for name, tensor in self.text_of(prompts).items()}
 
     @abstractmethod
     def text_of(self, prompts: Sequence[str]) -> Text:
@@ -128,10 +134,14 @@ class Base(ABC):
 
         Returns:
             (n, c, h / f, w / f), f the VAE's factor.
+
+        Raises:
+            TrainingError: the VAE gives NaN or infinity.
         """
         vae = self.pipeline.vae
         device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
-        return torch.cat([self.latents_of(part.to(device, dtype)).float().cpu() for part in pixels.split(batch_size)])
+        parts = [_finite(self.latents_of(part.to(device, dtype)).cpu(), "the VAE") for part in pixels.split(batch_size)]
+        return torch.cat(parts).float()
 
     def latents_of(self, pixels: Tensor) -> Tensor:
         """One batch of `encode_images`."""
@@ -221,3 +231,12 @@ class FlowBase(Base):
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return noise - latents
+
+
+def _finite(tensor: Tensor, source: str) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise TrainingError(
+            f"expected numbers from {source}, found NaN or infinity in {tensor.dtype}: it overflows there, as some do "
+            "in float16, or its weights are damaged. Give mixed_precision 'bf16' or 'no', or another base."
+        )
+    return tensor

@@ -161,6 +161,7 @@ class MetaTraining:
     def steps(self) -> Iterator[Step]:
         """Train, bucket after bucket; yields each step when it is finished."""
         denoiser, config = self.base.denoiser, self.config
+        self._parts = []  # of a batch whose step was interrupted
         for number in range(self._number, len(self.buckets)):
             first = sum(self.bucket_steps[:number])
             if not self._open:  # else the run goes on in the middle of this bucket

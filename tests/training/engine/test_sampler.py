@@ -85,6 +85,32 @@ def test_with_shapes_a_shard_s_batch_has_one_and_subjects_are_still_equally_ofte
     assert sum(len(visits) for waiting in sampler._waiting for visits in waiting.values()) <= 2 * per_batch
 
 
+@pytest.mark.parametrize(("subjects", "per_batch", "shapes"), [(3, 2, 2), (6, 4, 2), (8, 8, 2), (10, 4, 5)])
+@pytest.mark.parametrize("seed", range(3))
+def test_with_shapes_no_batch_holds_a_subject_twice(subjects, per_batch, shapes, seed):
+    """Bug: 45 of 300 batches of two of three subjects, each with images of two shapes, held one subject twice."""
+    positions = [list(range(subject * shapes, (subject + 1) * shapes)) for subject in range(subjects)]
+    kinds = [position % shapes for position in range(subjects * shapes)]
+    sampler = SubjectSampler(positions, per_batch, 1, 1, seed, shapes=kinds)
+    sampler.start(range(subjects))
+    seen = Counter()
+    for _ in range(300):
+        rows, index = sampler.draw()
+        assert len(set(rows)) == per_batch and len({kinds[position] for position in index}) == 1
+        assert all(position in positions[slot] for slot, position in zip(rows, index, strict=True))
+        seen.update(index)
+    # Every image of a subject, and so every shape, is still drawn equally often, give or take five deviations.
+    share = 300 * per_batch / (subjects * shapes)
+    assert all(abs(seen[position] - share) < 5 * (share * (1 - 1 / shapes)) ** 0.5 for position in range(len(kinds)))
+
+
+def test_who_alone_has_a_shape_comes_twice_rather_than_never():
+    sampler = SubjectSampler([[0], [1], [2], [3]], 2, 1, 1, 0, shapes=[1, 0, 0, 0])
+    sampler.start(range(4))
+    seen = Counter(slot for _ in range(300) for slot in sampler.draw()[0])
+    assert all(abs(seen[slot] - 150) <= 4 for slot in range(4))
+
+
 # Subject 5 and 6 are alone in their group with seven others.
 GROUPS = ["f", "f", "m", "f", "f", "f", "m", "f", "f"]
 NINE = [[subject] for subject in range(9)]

@@ -172,3 +172,23 @@ def test_errors():
         SlotOptimizer(torch.optim.SGD, [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4, 3))], lr=0.1)
     with pytest.raises(SubjectIndexError, match="slots 0 to 3"):
         SlotOptimizer(torch.optim.SGD, make(), lr=0.1).see([4])
+
+
+def test_an_interrupted_step_leaves_nothing_behind():
+    """Bug: after an error between `see` and `step`, the next step moved the slots of both, the first by momentum."""
+    parameters = make()
+    optimizer = SlotOptimizer(torch.optim.AdamW, parameters, lr=0.1, weight_decay=0.5)
+    for step, slots in enumerate(([0, 1], [1])):
+        optimizer.zero_grad()
+        gradients(parameters, step)
+        optimizer.see(slots)
+        if step == 0:
+            optimizer.step()
+    optimizer.zero_grad()  # of the next step, where the one before stopped
+    before = flat(parameters)
+    gradients(parameters, 2)
+    optimizer.see([0])
+    optimizer.see([2])  # of a second micro-batch
+    optimizer.step()
+    moved = (flat(parameters) != before).any(dim=1)
+    assert moved.tolist() == [True, False, True, False]

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peft_metalora.data import augment, load_image, read_subjects
-from peft_metalora.errors import ConfigError
+from peft_metalora.errors import ConfigError, TrainingError
 from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
 from training_tiny import CAPTIONS, personal_config, tiny_base, write_people
 
@@ -136,3 +137,36 @@ def test_a_group_photo_comes_with_a_hint(base, tmp_path, views):
         encode_subjects(base, near, personal_config(), views, progress=False)
         fitting = personal_config(aspect_ratio_buckets="16,16;16,32")
         encode_subjects(base, wide, fitting, views, progress=False)
+
+
+def test_overflow_is_named_and_never_kept(base, people, tmp_path):
+    """Bug: NaN of a VAE in float16 was cached, and later runs in any precision were told to lower the learning rate."""
+    config = personal_config(cache_dir=str(tmp_path))
+    with torch.no_grad():
+        weight = next(base.pipeline.vae.parameters())
+        kept = weight.clone()
+        weight.mul_(float("inf"))
+    for views in (2, 0):
+        with pytest.raises(TrainingError, match="the VAE, found NaN or infinity in torch"):
+            encode(base, people, config, views).batch(torch.tensor([0]))
+    with torch.no_grad():
+        weight.copy_(kept)
+        next(base.pipeline.text_encoder_2.parameters()).mul_(float("inf"))
+    with pytest.raises(TrainingError, match="a text encoder, found NaN"):
+        encode_captions(base, CAPTIONS, cache_dir=str(tmp_path))
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
+
+
+def test_numbers_that_an_older_release_kept_are_made_anew(base, people, tmp_path):
+    """Bug: a cache that held NaN poisoned every run that found it."""
+    config = personal_config(cache_dir=str(tmp_path))
+    first = encode(base, people, config)
+    for path in list(tmp_path.rglob("*.safetensors")):
+        tensors = {
+            name: tensor * float("nan") if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path)
+    assert equal(encode(base, people, config), first)
+    assert equal(encode(base, people, config), first)

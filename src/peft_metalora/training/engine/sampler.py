@@ -40,6 +40,11 @@ def balanced_buckets(groups: Sequence[Hashable], size: int, shards: int) -> list
     return buckets
 
 
+def _of_each(visits: list[Visit]) -> list[Visit]:
+    """The first visit of each subject."""
+    return list({slot: visit for visit in reversed(visits) for slot in [visit[0]]}.values())[::-1]
+
+
 class SubjectSampler:
     """Draws batches from a bucket of subjects.
 
@@ -47,8 +52,9 @@ class SubjectSampler:
     so that each process of a run, owning whole shards, has equal work. Within a shard every subject comes once, in
     random order, before any comes again; of groups the next subject is taken in turn.
 
-    If images have several shapes, what a shard gives to a batch is of one shape. Subjects are drawn as ever; those
-    whose image has another shape wait until there are enough of theirs.
+    If images have several shapes, what a shard gives to a batch is of one shape, and of different subjects. Subjects
+    are drawn as ever; those whose image has another shape wait until there are enough of theirs. When many wait, some
+    show another image of theirs, and a subject comes twice into a batch only where too few have its shape.
 
     Args:
         positions: for each subject of the run, where its images are among the examples.
@@ -115,26 +121,55 @@ class SubjectSampler:
         return rows, index
 
     def _alike(self, shard: int, shapes: Sequence[int]) -> list[Visit]:
-        """As many visits as ever, of the shape of which most wait."""
+        """As many visits as ever, of one shape, and of different subjects wherever there are enough who have it."""
         waiting, wanted = self._waiting[shard], self._per_batch(shard)
         while True:
-            fullest = max(waiting, key=lambda shape: (len(waiting[shape]), -shape), default=0)
-            if len(waiting.get(fullest, ())) >= wanted:
-                chosen, waiting[fullest] = waiting[fullest][:wanted], waiting[fullest][wanted:]
-                return chosen
+            by_length = sorted(waiting, key=lambda shape: (-len(waiting[shape]), shape))
+            for shape in by_length:
+                if len(chosen := _of_each(waiting[shape])) >= wanted:
+                    return self._take(shard, chosen[:wanted])
+            if sum(map(len, waiting.values())) > wanted * len(waiting):  # rather than let ever more of them wait
+                return self._filled_up(shard, by_length[0], wanted)
             for slot, picks in self._visits(shard):
                 waiting.setdefault(shapes[picks[0]], []).append((slot, picks))
+
+    def _filled_up(self, shard: int, shape: int, wanted: int) -> list[Visit]:
+        """The different subjects who wait with a shape, others who wait with an image of theirs that has it, and last
+        the same ones again."""
+        waiting = self._waiting[shard]
+        chosen = self._take(shard, _of_each(waiting[shape]))
+        elsewhere = [visit for visits in waiting.values() for visit in visits]
+        for visit in elsewhere:
+            slot = visit[0]
+            if len(chosen) < wanted and slot not in {one for one, _ in chosen} and self._positions_of(slot, shape):
+                self._take(shard, [visit])
+                chosen.append((slot, self._images_of(slot, shape)))
+        return chosen + self._take(shard, waiting[shape][: wanted - len(chosen)])
+
+    def _take(self, shard: int, visits: list[Visit]) -> list[Visit]:
+        """These visits, which wait no longer."""
+        gone = {id(visit) for visit in visits}
+        for shape, own in self._waiting[shard].items():
+            self._waiting[shard][shape] = [visit for visit in own if id(visit) not in gone]
+        return visits
 
     def _visits(self, shard: int) -> list[Visit]:
         return [(slot, self._images_of(slot)) for slot in self._subjects(shard)]
 
-    def _images_of(self, slot: int) -> list[int]:
-        positions = self._positions[self.bucket[slot]]
-        if self._shapes is not None:
+    def _images_of(self, slot: int, shape: int | None = None) -> list[int]:
+        positions = self._positions_of(slot, shape)
+        if shape is None and self._shapes is not None:
             first = positions[int(torch.randint(len(positions), (), generator=self._generator))]
-            positions = [position for position in positions if self._shapes[position] == self._shapes[first]]
+            positions = self._positions_of(slot, self._shapes[first])
         picks = torch.randint(len(positions), (self._images,), generator=self._generator)
         return [positions[pick] for pick in picks.tolist()]
+
+    def _positions_of(self, slot: int, shape: int | None) -> Sequence[int]:
+        """Of a subject's images, or of those that have a shape."""
+        positions = self._positions[self.bucket[slot]]
+        if shape is None or self._shapes is None:
+            return positions
+        return [position for position in positions if self._shapes[position] == shape]
 
     def _members(self, shard: int) -> range:
         return range(shard, len(self.bucket), self.shards)

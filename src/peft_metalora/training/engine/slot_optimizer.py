@@ -30,6 +30,7 @@ class SlotOptimizer(Optimizer):
 
     ```python
     optimizer = SlotOptimizer(torch.optim.AdamW, [mid, up], shared=[down], lr=1e-3, shared_options={"lr": 1e-4})
+    optimizer.zero_grad()
     optimizer.see([0, 3])  # the subjects of this batch
     loss.backward()
     optimizer.step()  # slots 0 and 3 and Down move; all others keep every bit
@@ -86,6 +87,8 @@ class SlotOptimizer(Optimizer):
     def see(self, slots: Sequence[int] | torch.Tensor) -> None:
         """Say which slots the batch holds; they, and only they, move in the next `step`.
 
+        Slots of several calls since the last `step` or `zero_grad` add up, as gradients do.
+
         Raises:
             SubjectIndexError: a slot outside 0 .. num_slots - 1.
         """
@@ -107,8 +110,9 @@ class SlotOptimizer(Optimizer):
             self._rows[slot] = torch.cat([parameter.detach()[slot].flatten() for parameter in self._slotted])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, those that were clipped too."""
+        """Drop the gradients, those that were clipped too, and whose they are: a step that was interrupted is over."""
         self._grads = None
+        self._seen.clear()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()

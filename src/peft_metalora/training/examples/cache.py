@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,13 @@ class Cache:
             return make()
         name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         path = self.folder / name[:2] / f"{name}.safetensors"
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError):  # not there yet, or damaged: made anew
-            tensors = make()
+        tensors: dict[str, Tensor] = {}
+        with suppress(OSError, SafetensorError):
+            tensors = load_file(path) if path.is_file() else {}
+        if not tensors or not all(torch.isfinite(one).all() for one in tensors.values()):
+            tensors = make()  # not there yet, or damaged
             write_tensors(path, tensors)
-            return tensors
+        return tensors
 
 
 def identity(*modules: nn.Module | None) -> str:
