@@ -22,7 +22,7 @@ from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner.placing import restore
 
 
-def test_learned_person_is_recognised_beyond_what_random_adapters_reach(tmp_path):
+def test_learned_person_is_recognised_beyond_what_random_adapters_reach(tmp_path, coarse_images):
     write_dataset(tmp_path / "people", "held-out", [3], 5)
     (person,) = read_subjects(tmp_path / "people")
     reference, others = person.split()
@@ -40,7 +40,7 @@ def test_learned_person_is_recognised_beyond_what_random_adapters_reach(tmp_path
         resolution=RESOLUTION,
         learning_rate=3e-3,
         start="mean",
-        max_train_steps=40,
+        max_train_steps=25,
         views_per_image=16,
     )
     without = score()
@@ -69,7 +69,7 @@ def test_learned_person_is_recognised_beyond_what_random_adapters_reach(tmp_path
     assert learned - without > max(0.1, 2 * margin)
 
 
-def test_demo_writes_a_picture_and_an_object_for_every_method(tmp_path, capsys):
+def test_demo_writes_a_picture_and_an_object_for_every_method(tmp_path, capsys, coarse_images):
     results = run_demo(tmp_path, person=1, steps=2)
     assert json.loads((tmp_path / "demo.json").read_text()) == results
     assert [result["method"] for result in results] == [method.name for method in METHODS]

@@ -118,7 +118,7 @@ def test_scores_tell_whose_face_a_half_shows():
     assert both.swapped.tolist() == [[0, 1]] * 3, "one person twice"
 
 
-def test_regions_keep_two_learned_people_apart_better_than_a_sum(tmp_path):
+def test_regions_keep_two_learned_people_apart_better_than_a_sum(tmp_path, coarse_images):
     faces.write_dataset(tmp_path / "people", "held-out", [2, 3], 5)
     pair = read_subjects(tmp_path / "people")
     config = PersonalizeConfig(
@@ -127,7 +127,7 @@ def test_regions_keep_two_learned_people_apart_better_than_a_sum(tmp_path):
         resolution=RESOLUTION,
         learning_rate=3e-3,
         start="mean",
-        max_train_steps=30,
+        max_train_steps=20,
         views_per_image=8,
     )
     base = base_for(load_base())

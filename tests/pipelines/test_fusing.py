@@ -16,7 +16,7 @@ from peft_metalora.tuner import subject_state, write_subject
 from pipelines_tiny import tiny_flux_pipeline
 
 SUBJECTS = 1000
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "proj_mlp", "proj_out", "norm1.linear"]
+TARGETS = ["to_q", "add_q_proj", "proj_mlp", "norm1.linear"]
 
 
 def digest(state: Mapping[str, torch.Tensor]) -> str:
