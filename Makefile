@@ -5,13 +5,20 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 # torchao, which the tests of quantised layers need, would report each GPU library that it cannot load.
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
-.PHONY: demo test drift lint types fix docs bench report clean
+.PHONY: demo test quick drift lint types fix docs bench report clean
 
 demo: .venv/.installed
 	.venv/bin/metalora demo
 
+# worksteal leaves a file to one process, and its fixtures with it, until the other has nothing left to do.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal
+
 test: .venv/.installed-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
+	$(PYTEST)
+
+# What most changes touch, in a minute: the tuner, files, data and metrics.
+quick: .venv/.installed-test
+	$(PYTEST) tests/tuner tests/checkpoint tests/data tests/metrics tests/test_files.py tests/test_errors.py
 
 # The suite against the newest releases of what tests/test_hosts.py watches, all else as constraints.txt pins it (torch is
 # large). TESTS="tests/test_hosts.py tests/tuner" runs a part.
@@ -21,7 +28,7 @@ drift:
 	test -x .venv-drift/bin/python || $(PYTHON) -m venv .venv-drift
 	for host in $(HOSTS) tokenizers hf-xet; do echo "^$$host=="; done | grep -vf - constraints.txt > .venv-drift/constraints.txt
 	$(subst .venv,.venv-drift,$(PIP)) install -q -U -c .venv-drift/constraints.txt $(HOSTS) -e '.[data,face,test]'
-	OMP_NUM_THREADS=1 .venv-drift/bin/python -m pytest -q -n 2 $(TESTS)
+	$(subst .venv,.venv-drift,$(PYTEST)) $(TESTS)
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .

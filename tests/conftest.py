@@ -18,6 +18,12 @@ if not torch.cuda.is_available():  # read when Triton is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what waits for other processes, so that nobody waits for it at the end."""
+    waiting = {"test_service.py", "test_processes.py", "test_state.py"}
+    items.sort(key=lambda item: item.path.name not in waiting)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Each test draws the same numbers, whichever ran before it."""

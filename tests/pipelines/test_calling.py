@@ -121,17 +121,26 @@ def test_samples_find_their_slots(subjects, prompts, images, index):
 # Slots
 
 
+@pytest.fixture(scope="module")
+def portraits(people):
+    """The image of each subject, drawn with no slots but its adapter's own."""
+    pipe, images = pipeline("flux"), {}
+    for name in NAMES:
+        pipe.load_meta_lora(people("flux") / name)
+        images[name] = picture(pipe, "flux", (0,))
+    return images
+
+
 @pytest.fixture
-def served(people):
-    """A pipeline with two slots and six registered subjects, and the image of each."""
+def served(people, portraits):
+    """A pipeline with two slots and six registered subjects that have been there, and the image of each."""
     folder, pipe = people("flux"), pipeline("flux")
     pipe.load_meta_lora(folder / "faces")
     table = pipe.enable_subject_slots(2, host_capacity=3)
-    alone = {}
     for name in NAMES:
         pipe.add_subject(folder / name)
-        alone[name] = picture(pipe, "flux", (0,), subjects=name)
-    return pipe, table, alone
+        table.bring([name])
+    return pipe, table, portraits
 
 
 def test_the_least_recently_used_leaves_and_comes_back(served):
