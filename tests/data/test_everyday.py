@@ -153,14 +153,15 @@ class TestFormats:
         """Bug: whatever had another suffix, or lay a folder deeper, was left out without a word."""
         for name in ("ann/1.png", "ann/old/0.png", "ann/conditions/yaw=1.0.png", "loose.jpg"):
             paint(tmp_path / name)
+        (tmp_path / "bob").symlink_to(tmp_path / "gone")
         for name in ("ann/1.txt", "ann/orphan.txt", "ann/clip.mov", "ann/.DS_Store", "ann/Thumbs.db", "README.md"):
             (tmp_path / name).write_text("x")
         with pytest.warns(UserWarning) as said:
             read_subjects(tmp_path)
         (text,) = [str(one.message) for one in said]
-        assert text.startswith(f"left out 4 files of {tmp_path}")
+        assert text.startswith(f"left out 5 files of {tmp_path}")
         left = {part.partition(" (")[0] for part in text.rpartition("masks: ")[2].split(", ")}
-        assert left == {"loose.jpg", "ann/clip.mov", "ann/old", "ann/orphan.txt"}
+        assert left == {"bob", "loose.jpg", "ann/clip.mov", "ann/old", "ann/orphan.txt"}
 
     def test_nothing_is_said_where_nothing_is_left_out(self, tmp_path: Path) -> None:
         for name in ("ann/1.png", "ann/1.mask.png", "ann/2.jpg", "ann/masks/2.png"):

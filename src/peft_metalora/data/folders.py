@@ -189,9 +189,8 @@ def read_subjects(
         people.setdefault(name, {})[path] = entry
     here = {folder.name for folder in folders}
     people = {name: photos for name, photos in people.items() if photos or name in here}
-    loose = [path for path in _images_in(root) if path not in entries]
     if not people:
-        hint = "put the photos of each person into a folder of their own" if loose else "check the path"
+        hint = "put the photos of each person into a folder of their own" if _images_in(root) else "check the path"
         raise NoImagesError(f"expected {root}/<subject>/*.jpg (or .png, .heic), found no subject: {hint}")
     told = read_tags(root)
     subjects = [
@@ -204,7 +203,9 @@ def read_subjects(
     ]
     require_distinct(subjects)
     used = _used(photo for subject in subjects for photo in subject.photos)
-    left = [*loose, *(path for folder in folders for path in _left_out(folder, used))]
+    loose = [path for path in _visible_in(root) if path.suffix.lower() in IMAGE_SUFFIXES or not path.exists()]
+    left = [path for path in sorted(loose, key=_natural) if path not in used and not path.is_dir()]
+    left += [path for folder in folders for path in _left_out(folder, used)]
     _warn_left_out(root, left)
     for subject in subjects:
         if not subject.photos:

@@ -90,7 +90,9 @@ def decode_image(content: bytes, name: str | os.PathLike[str]) -> Image.Image:
             "save it smaller"
         ) from error
     except Exception as error:  # a decoder raises nearly anything of a broken file
-        reason = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", lambda _: repr(os.fspath(name)), str(error))
+        reason = re.sub(
+            r"<_io\.BytesIO object at 0x[0-9a-f]+>", lambda _: repr(os.fspath(name)), str(error) or type(error).__name__
+        )
         hint = "replace or remove it"
         if content[4:8] == b"ftyp" and not reads_heic():
             hint = HEIC_EXTRA

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data import read_file
 from ..errors import CorruptFileError, MetaLoraError
 from .settings import safe
 
@@ -50,8 +51,8 @@ def is_complete(output: Path, folder: Path, key: str) -> bool:
 
 
 def hash_of(what: Path | Any) -> str:
-    """Of a file's bytes, or of anything that JSON can hold."""
-    data = what.read_bytes() if isinstance(what, Path) else json.dumps(what, sort_keys=True).encode()
+    """Of an image file's bytes, or of anything that JSON can hold; raises as `read_file`."""
+    data = read_file(what) if isinstance(what, Path) else json.dumps(what, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()
 
 

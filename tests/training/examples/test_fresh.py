@@ -11,9 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from peft_metalora.bases import Base
-from peft_metalora.data import read_subjects
+from peft_metalora.data import load_image, read_subjects
 from peft_metalora.errors import UnreadableImageError
+from peft_metalora.training.examples import fresh
 from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
+from peft_metalora.training.examples.views import ViewCutter
 from peft_metalora.training.meta_train import meta_train, meta_train_on
 from peft_metalora.training.personalize import personalize
 from pipelines_tiny import save_tiny_flux
@@ -104,3 +106,20 @@ def test_photos_that_cannot_be_used_are_found_before_training(place, tmp_path):
             tiny_base(), read_subjects(folder), personal_config(), 0, progress=False, skip_unreadable=True
         )
     assert found.subject.tolist() == [0, 0, 1]
+
+
+def test_photos_kept_open_are_counted_by_their_pixels(place, monkeypatch):
+    """Bug: 64 photos stayed decoded in memory, whatever their size: 16 GB of the largest."""
+    monkeypatch.setattr(fresh, "_KEPT_PIXELS", 1200)  # two photos of 24 x 24
+    examples = encode_subjects(tiny_base(), read_subjects(place / "people"), personal_config(), 0, progress=False)
+    opened, original = [], ViewCutter.open
+
+    def open_(self, photo, content=None, plan=None):
+        opened.append(photo.path)
+        return original(self, photo, content, plan)
+
+    monkeypatch.setattr(ViewCutter, "open", open_)
+    shown = [examples.opened(position).image.tobytes() for position in (0, 2, 0, 4, 0, 2)]
+    assert [path.parent.name for path in opened] == ["person-0", "person-1", "person-2", "person-1"]  # 1 made way for 2
+    content = [load_image(path).tobytes() for path in opened]
+    assert shown == [content[0], content[1], content[0], content[2], content[0], content[1]]

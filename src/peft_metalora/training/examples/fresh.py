@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from ...data import Photo
 from .batches import Batch, Examples
 from .views import Opened, Plan, ViewCutter, latent_mask
 
-_KEPT_OPEN = 64  # decoded photos in memory
+_KEPT_PIXELS = 750_000_000  # of decoded photos in memory, at 4 bytes each: 64 photos of a phone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +50,14 @@ class FreshExamples(Examples):
         given["latents"] = [torch.empty(sizes[plan.shape], device="meta") for _, plan in photos]
         given["caption"] = examples.caption.view(-1, 2)
 
-        @lru_cache(maxsize=_KEPT_OPEN)
+        kept: dict[int, Opened] = {}  # the one that was used last is the last
+
         def opened(position: int) -> Opened:
             photo, plan = photos[position]
-            return cutter.open(photo, plan=plan)
+            kept[position] = kept.pop(position) if position in kept else cutter.open(photo, plan=plan)
+            while len(kept) > 1 and sum(math.prod(one.image.size) for one in kept.values()) > _KEPT_PIXELS:
+                del kept[next(iter(kept))]
+            return kept[position]
 
         masked = any(photo.mask is not None for photo, _ in photos)
         return cls(**given, base=base, cutter=cutter, opened=opened, masked=masked)
