@@ -12,7 +12,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from .settings import EvaluateConfig, Method, named
+from .settings import DEMO, EvaluateConfig, Method, named, safe
 
 
 def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
@@ -37,6 +37,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
     from .prompts import export_prompts, prompts_of
     from .report import write_report
 
+    _check_places(config)
     subjects = read_subjects(config.data, min_photos=2)
     conditions = conditions_of(config.degrade, config.data, subjects)
     prompts = prompts_of(config)
@@ -67,3 +68,23 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
         cells, bad = ([cell for cell in some if cell["subject"] in people] for some in (cells, bad))
         write_report(output, cells, bad, gallery=config.gallery, thresholds=config.thresholds())
     return output / "report.html"
+
+
+def _check_places(config: EvaluateConfig) -> None:
+    """Raise ConfigError if something would be written over, or into, what is read."""
+    from ..files import require_apart
+
+    methods = [Method.parse(text) for text in config.method]
+    images = [named(text) for text in config.images]
+    inputs = {
+        "data": config.data,
+        "base": None if config.base == DEMO else config.base,
+        "down": config.down,
+        "prompts": config.prompts,
+        **{f"method {one.text}": one.options.get("down") for one in methods},
+        **{f"images {name}": folder for name, folder in images},
+    }
+    for name in ("", *(one.folder for one in methods), *(safe(name) for name, _ in images)):
+        require_apart(Path(config.output, name), **inputs)
+    if config.export_prompts is not None:
+        require_apart(config.export_prompts, **inputs)

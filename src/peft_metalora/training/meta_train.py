@@ -11,11 +11,12 @@ from ..bases import Base
 from ..bases.precision import choose_device
 from ..tuner.placing import restore
 from .engine.compiling import uncompile
+from .engine.origin import Origin
 from .engine.processes import Processes
-from .engine.state import checkpoint_folder, read_state, write_state
+from .engine.state import checkpoint_folder, read_state, understanding, write_state
 from .examples.batches import Examples
 from .examples.sources import training_subjects
-from .preparing import prepare
+from .preparing import check_places, prepare
 from .settings import MetaTrainConfig
 from .stage_1 import DownResult, MetaTraining
 from .watching.of_a_down import DownValidation, encode_held_out, split_subjects
@@ -55,6 +56,7 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
+    check_places(config)
     subjects = training_subjects(config)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
@@ -62,16 +64,17 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     trackers = Trackers(config, processes)
     subjects, others = split_subjects(subjects, config)
     look = partial(encode_held_out, subjects=others, config=config, progress=progress) if others else None
-    base, examples, held = prepare(config, subjects, device, processes, look, progress=progress)
+    base, examples, held, origin = prepare(config, subjects, device, processes, look, progress=progress)
     run = MetaTraining(base, examples, config, processes)
-    state = read_state(config, processes)
+    state = read_state(config, processes, origin, extendable=run.extendable)
     if state is not None:
-        run.load_state_dict(state)
+        with understanding(str(config.resume_from_checkpoint)):
+            run.load_state_dict(state)
     done = len(run.losses)
     validation = DownValidation(run, held, trackers, done) if held is not None else None
     try:
         trackers.start(done)
-        _run(run, progress, config.checkpointing_steps, trackers, validation)
+        _run(run, progress, trackers, validation, origin)
     except KeyboardInterrupt:
         if run.losses and processes.count == 1:  # the others may be gone already
             run.finish().save(config.output_dir, config.pretrained_model_name_or_path, config.revision)
@@ -88,11 +91,13 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
 def _run(
     run: MetaTraining,
     progress: bool,
-    checkpointing_steps: int | None = None,
     trackers: Trackers | None = None,
     validation: DownValidation | None = None,
+    origin: Origin | None = None,
 ) -> None:
+    """Train; with an `origin`, write checkpoints."""
     total, done = run.config.max_train_steps, len(run.losses)
+    every = run.config.checkpointing_steps if origin is not None else None
     with tqdm(total=total, initial=done, desc="meta-training", unit="step", disable=not progress) as bar:
         for step in run.steps():
             bar.update()
@@ -101,6 +106,6 @@ def _run(
                 trackers.step(step)
             if validation is not None:
                 validation.look(step.number)
-            if checkpointing_steps and step.number % checkpointing_steps == 0 and step.number < total:
+            if every and step.number % every == 0 and step.number < total:
                 folder = checkpoint_folder(run.config.output_dir, step.number)
-                write_state(folder, run.state_dict(), run.config, run.processes)
+                write_state(folder, run.state_dict(), run.config, run.processes, origin)

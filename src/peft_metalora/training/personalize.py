@@ -11,13 +11,15 @@ from tqdm.auto import tqdm
 from .. import hub
 from ..bases import Base
 from ..bases.precision import choose_device
+from ..data import Subject
 from ..errors import ConfigError
 from ..tuner import DownSource
+from .engine.origin import photos_of
 from .engine.processes import Processes
-from .engine.state import checkpoint_folder, read_state, write_state
+from .engine.state import checkpoint_folder, read_state, understanding, write_state
 from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject
-from .preparing import prepare
+from .preparing import check_places, prepare
 from .settings import PersonalizeConfig
 from .stage_2 import Personalization
 from .watching.of_a_subject import Validation, held_out
@@ -43,6 +45,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
     check_instance_source(config)
+    check_places(config)
     if config.method == "meta-lora" and config.down is None:
         raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
     subject = instance_subject(config)
@@ -54,14 +57,19 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     if config.method == "meta-lora" and config.down is not None:
         down = hub.load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
     look = partial(held_out, subject=subject, config=config) if config.validation_steps else None
-    base, examples, others = prepare(config, [subject], device, processes, look, progress=progress)
+    base, examples, others, origin = prepare(config, [subject], device, processes, look, progress=progress)
     run = Personalization(base, examples, config, down, processes)
     validation = Validation(run, *others, trackers) if others is not None else None
-    state = read_state(config)
+    if down is not None:
+        origin["Down"] = {str(config.down): down.fingerprint}
+    if others is not None:
+        origin["validation photos"] = photos_of([Subject("of validation", others[0])])
+    state = read_state(config, origin=origin, extendable=config.has_constant_rate)
     if state is not None:
-        run.load_state_dict(state["run"])
-        if validation is not None:
-            validation.best.load_state_dict(state["best"])
+        with understanding(str(config.resume_from_checkpoint)):
+            run.load_state_dict(state["run"])
+            if validation is not None:
+                validation.best.load_state_dict(state["best"])
     output, total, every = Path(config.output_dir), config.max_train_steps, config.checkpointing_steps
     with tqdm(total=total, initial=run.steps_done, desc=config.method, unit="step", disable=not progress) as bar:
         try:
@@ -77,7 +85,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
                 if every and step.number % every == 0 and step.number < total and processes.is_main:
                     folder = run.save(checkpoint_folder(config.output_dir, step.number))
                     best = validation.best.state_dict() if validation is not None else None
-                    write_state(folder, {"run": run.state_dict(), "best": best}, config)
+                    write_state(folder, {"run": run.state_dict(), "best": best}, config, origin=origin)
         except KeyboardInterrupt:
             if run.steps_done and processes.is_main:
                 run.save(output)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,13 +13,32 @@ import torch
 from ..bases import Base, load_base
 from ..bases.precision import choose_dtype
 from ..data import Subject
+from ..errors import ConfigError
+from ..files import require_apart
+from .engine.origin import Origin, base_of, photos_of
 from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
 from .examples.batches import Examples
 from .examples.encoding import encode_subjects
-from .settings import MetaTrainConfig, PersonalizeConfig
+from .settings import INPUTS, VALIDATION_FOLDER, MetaTrainConfig, PersonalizeConfig
 
 _HeldOut = TypeVar("_HeldOut")
+
+
+def check_places(config: MetaTrainConfig | PersonalizeConfig) -> None:
+    """Raise ConfigError if the run would write over, or into, what it reads."""
+    inputs = {name: getattr(config, name, None) for name in INPUTS}
+    output = Path(config.output_dir)
+    require_apart(output, **inputs, resume_from_checkpoint=config.resume_from_checkpoint)
+    require_apart(output / VALIDATION_FOLDER, **inputs)
+    require_apart(output / config.logging_dir, **inputs)
+    if config.cache_dir is not None:
+        require_apart(config.cache_dir, **inputs)
+        if os.path.realpath(config.cache_dir) == os.path.realpath(output):
+            raise ConfigError(
+                f"expected cache_dir apart from output_dir, found {config.cache_dir!r} for both: a run's output is "
+                f"given away whole, so keep the cache in a folder of its own, for example {str(output / 'cache')!r}"
+            )
 
 
 def prepare(
@@ -28,7 +49,7 @@ def prepare(
     encode_held_out: Callable[[Base], _HeldOut] | None,
     *,
     progress: bool = True,
-) -> tuple[Base, Examples, _HeldOut | None]:
+) -> tuple[Base, Examples, _HeldOut | None, Origin]:
     """Load the base in the precision for `device` and encode the subjects on it.
 
     Afterwards the denoiser is on the device, or divided over the processes if the launcher asks for it; the VAE and the
@@ -38,7 +59,7 @@ def prepare(
         encode_held_out: gives what validation looks at; None: there is none.
 
     Returns:
-        The base, its examples, and what `encode_held_out` gave.
+        The base, its examples, what `encode_held_out` gave, and, if there are to be checkpoints, what all is made from.
 
     Raises:
         As `load_base`, `encode_subjects` and `shard`.
@@ -52,10 +73,14 @@ def prepare(
         weighting_scheme=config.weighting_scheme,
         max_sequence_length=config.max_sequence_length,
     )
+    origin: Origin = {}
+    if config.checkpointing_steps is not None or config.resume_from_checkpoint is not None:
+        origin["base model"] = {config.pretrained_model_name_or_path: base_of(base)}
+        origin["photos"] = photos_of(subjects, getattr(config, "balance_by", None))
     base.place(device, encoders=True, denoiser=whole)
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
     held_out = None if encode_held_out is None else encode_held_out(base)
     draws = held_out is not None and bool(config.validation_prompt)
     base.place(device, encoders=draws, denoiser=whole, vae=not config.views_per_image)
     shard(base, device, processes, config)
-    return base, examples, held_out
+    return base, examples, held_out, origin

@@ -7,8 +7,10 @@ has one. Plain Python only, so that `metalora --help` loads no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import os
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 from ..settings import setting
@@ -18,6 +20,16 @@ _VIEWS = (
     "Crops (and mirror images) of each photo that are encoded before training. 0: every batch cuts and encodes new "
     "ones, and the VAE stays on the device."
 )
+
+VALIDATION_FOLDER = "validation"
+"""In output_dir: the pictures and scores of validation."""
+INPUTS = (
+    "pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir", "validation_data_dir",
+    "down",
+)  # fmt: skip
+"""Settings that may be paths of this machine, or name something elsewhere: a run only reads what they name."""
+OUTPUTS = "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint"
+"""Settings that are paths of this machine and say where a run keeps what."""
 
 
 @dataclass(kw_only=True)
@@ -143,6 +155,11 @@ class TrainingConfig:
                 raise ConfigError(f"{name} must be 0 or more, found {getattr(self, name)!r}")
         if Path(self.output_dir).is_file():
             raise ConfigError(f"output_dir must be a folder, found a file: {self.output_dir}")
+
+    @property
+    def has_constant_rate(self) -> bool:
+        """Whether the learning rate of a step does not depend on how many steps there are in all."""
+        return self.lr_scheduler in ("constant", "constant_with_warmup")
 
     def _at_least_one(self) -> tuple[str, ...]:
         return "resolution", "max_sequence_length", "gradient_accumulation_steps", "checkpointing_steps"
@@ -301,3 +318,13 @@ class PersonalizeConfig(TrainingConfig):
 
     def _zero_or_more(self) -> tuple[str, ...]:
         return *super()._zero_or_more(), "prior_loss_weight"
+
+
+def public_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The settings as they may leave this machine: of its paths only the last name."""
+    values = asdict(config)
+    for name in (*INPUTS, *OUTPUTS):
+        value = values.get(name)
+        if value and (os.path.isabs(value) or os.path.exists(value)):
+            values[name] = os.path.basename(os.path.abspath(value))
+    return values

@@ -27,10 +27,11 @@ from ..tuner.down import DOWN, DOWN_PARTS, MID, MID_INIT, UP
 from ..tuner.on_model import meta_lora_layers
 from .engine.compiling import compile_blocks, uncompile
 from .engine.loop import Step, training_steps
-from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options
+from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options, restore_scheduler
 from .engine.processes import ALONE, Processes
 from .engine.sampler import SubjectSampler, balanced_buckets
 from .engine.slot_optimizer import SlotOptimizer
+from .engine.state import check_steps
 from .examples.batches import Examples
 from .injecting import inject, targets
 from .settings import MetaTrainConfig
@@ -158,6 +159,11 @@ class MetaTraining:
         self.losses: list[float] = []
         self._start = time.perf_counter()
 
+    @property
+    def extendable(self) -> bool:
+        """Whether another `max_train_steps` would have left the steps so far as they are."""
+        return self.config.has_constant_rate and len(self.buckets) == 1
+
     def steps(self) -> Iterator[Step]:
         """Train, bucket after bucket; yields each step when it is finished."""
         denoiser, config = self.base.denoiser, self.config
@@ -247,19 +253,25 @@ class MetaTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a `state_dict` that was made between two steps."""
+        """Take up a `state_dict` that was made between two steps.
+
+        Raises:
+            ConfigError: the run is to end before them. What Python and torch raise of a state that makes no sense.
+        """
+        check_steps(len(state["losses"]), self.config)
         with torch.no_grad():
             for factor, value in zip(self._factors(), state["factors"], strict=True):
                 factor.copy_(value)
             for total, value in zip(self._sums, state["sums"], strict=True):
                 total.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        restore_scheduler(self.scheduler, state["scheduler"])
         self._generator.set_state(state["generator"])
-        self._number, self._bucket, self._open = state["bucket"], self.buckets[state["bucket"]], True
+        self._number, self._open = range(len(self.buckets))[state["bucket"]], True
+        self._bucket = self.buckets[self._number]
         self.sampler.start(self._bucket)
         self.sampler.load_state_dict(state["sampler"])
-        self._counted, self.losses = state["counted"], state["losses"]
+        self._counted, self.losses = int(state["counted"]), [float(loss) for loss in state["losses"]]
 
     def _factors(self) -> list[Tensor]:
         return [getattr(layer, part)[_TRAINING].detach() for layer in self._layers for part in DOWN_PARTS]

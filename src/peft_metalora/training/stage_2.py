@@ -32,9 +32,10 @@ from ..tuner.placing import restore
 from ..tuner.subject_index import SubjectIndex
 from .engine.compiling import compile_blocks, uncompile
 from .engine.loop import Step, training_steps
-from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options
+from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options, restore_scheduler
 from .engine.processes import ALONE, Processes
 from .engine.slot_optimizer import SlotOptimizer
+from .engine.state import check_steps
 from .examples.batches import Examples
 from .injecting import inject, targets
 from .prior import distance_from_base
@@ -227,12 +228,17 @@ class Personalization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a `state_dict` that was made between two steps."""
+        """Take up a `state_dict` that was made between two steps.
+
+        Raises:
+            ConfigError: the run is to end before them. What Python and torch raise of a state that makes no sense.
+        """
+        check_steps(state["steps"], self.config)
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        restore_scheduler(self.scheduler, state["scheduler"])
         for generator, value in zip(self._generators, state["generators"], strict=True):
             generator.set_state(value)
         self.steps_done = state["steps"]

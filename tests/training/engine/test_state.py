@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import multiprocessing
 import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from peft_metalora.errors import ArtefactNotFoundError, ConfigError, CorruptFileError
-from peft_metalora.training.engine.state import STATE_FILE, read_state, write_state
+from peft_metalora.training.engine.processes import Processes
+from peft_metalora.training.engine.state import STATE_FILE, read_state, understanding, write_state
 from peft_metalora.training.meta_train import meta_train, meta_train_on
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.stage_1 import MetaTraining
+from peft_metalora.training.stage_2 import Personalization
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 
@@ -38,7 +44,8 @@ def make_config(place, stage, output, **changes):
     shared = {"pretrained_model_name_or_path": str(place / "base"), "output_dir": str(output), "max_train_steps": 12}
     shared |= {"lr_scheduler": "cosine", **changes}
     if stage == "meta":
-        return meta_config(train_data_dir=str(place / "people"), bucket_size=2, warmup_steps=2, **shared)
+        shared = {"bucket_size": 2, "warmup_steps": 2, **shared}
+        return meta_config(train_data_dir=str(place / "people"), **shared)
     photo = str(place / "people" / "person-0" / "0.png")
     down = str(place / "down") if stage == "meta-lora" else None
     return personal_config(instance_data_dir=photo, down=down, method=stage, **shared)
@@ -128,6 +135,131 @@ def test_states_that_do_not_fit_are_refused(tmp_path):
         (tmp_path / STATE_FILE).write_bytes(broken)
         with pytest.raises(CorruptFileError, match="resume from an earlier checkpoint"):
             read_state(config)
+
+
+@pytest.mark.parametrize("stage", ["meta", "meta-lora"])
+def test_resume_takes_what_leaves_the_past_as_it_was(place, tmp_path, stage):
+    """Bug: more steps, and the same photos, base and Down in another place, were refused."""
+    settings = {"lr_scheduler": "constant", "checkpointing_steps": 2}
+    one_bucket = {"bucket_size": None} if stage == "meta" else {}
+    run(make_config(place, stage, tmp_path / "whole", **{**settings, "max_train_steps": 14}, **one_bucket))
+    run(make_config(place, stage, tmp_path / "short", **settings, **one_bucket))
+    moved = tmp_path / "moved"
+    shutil.copytree(place, moved)
+    for place_of in tmp_path.glob("short/checkpoint-*"):
+        if place_of.name not in ("checkpoint-2", "checkpoint-10"):
+            shutil.rmtree(place_of)
+    # 10 is the latest, though a name with 2 sorts after it.
+    longer = {**settings, "max_train_steps": 14, "resume_from_checkpoint": "latest"}
+    run(make_config(moved, stage, tmp_path / "short", **longer, **one_bucket))
+    whole, found = result(tmp_path / "whole"), result(tmp_path / "short")
+    assert all(torch.equal(whole[file][name], found[file][name]) for file in whole for name in whole[file])
+    shutil.rmtree(tmp_path / "short" / "checkpoint-10")
+    longer["resume_from_checkpoint"] = "checkpoint-2"  # by its name in output_dir
+    run(make_config(moved, stage, tmp_path / "short", **longer, **one_bucket))
+    found = result(tmp_path / "short")
+    assert all(torch.equal(whole[file][name], found[file][name]) for file in whole for name in whole[file])
+
+
+def test_resume_names_what_it_refuses(place, tmp_path):
+    """Bug: it named the settings without their values, and other photos under the same path were accepted."""
+    config = make_config(place, "meta", tmp_path / "down", checkpointing_steps=2)
+    run(config)
+    resumed = replace(config, resume_from_checkpoint="latest")
+    told = r"other values of learning_rate, rank \(learning_rate was 0.01 and is 0.5; rank was 2 and is 3\)"
+    with pytest.raises(ConfigError, match=told):
+        run(replace(resumed, learning_rate=0.5, rank=3))
+    with pytest.raises(ConfigError, match=r"max_train_steps was 12 and is 14.*constant rate"):
+        run(replace(resumed, max_train_steps=14))
+    with pytest.raises(ConfigError, match=r"at least the 10 steps .*, found 9"):
+        constant = {"lr_scheduler": "constant", "bucket_size": None, "output_dir": str(tmp_path / "constant")}
+        run(replace(config, **constant))
+        run(replace(resumed, **constant, max_train_steps=9))
+    people = tmp_path / "people"
+    shutil.copytree(place / "people", people)
+    shutil.copy(people / "person-0" / "0.png", people / "person-1" / "1.png")
+    with pytest.raises(ConfigError, match=r"photos of the run that wrote .*found others \(person-1\)"):
+        run(replace(resumed, train_data_dir=str(people)))
+    shutil.rmtree(people / "person-1")
+    with pytest.raises(ConfigError, match=r"photos .*3 then and 2 now"):
+        run(replace(resumed, train_data_dir=str(people)))
+
+
+@pytest.mark.parametrize("stage", ["meta", "meta-lora"])
+def test_no_checkpoint_and_no_tracker_says_where_photos_lie(place, tmp_path, stage):
+    """Bug: states and the trackers' settings held absolute paths of a person's photos."""
+    output = tmp_path / "out"
+    run(make_config(place, stage, output, checkpointing_steps=5, report_to="tensorboard"))
+    kept = [path for where in ("checkpoint-5", "logs") for path in (output / where).rglob("*") if path.is_file()]
+    assert {STATE_FILE, "hparams.yml"} <= {path.name for path in kept}
+    for path in kept:
+        content = path.read_bytes()
+        assert str(place / "people").encode() not in content
+        assert path.name != STATE_FILE or str(place.parent).encode() not in content
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    """Bug: it was accepted, and the subjects of the processes that were missing were lost."""
+    config = meta_config(output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    folder = tmp_path / "checkpoint-6"
+    for rank in range(2):
+        write_state(folder, {"rank": rank}, config, Processes(rank, 2))
+    for wanted in ("latest", "checkpoint-6"):
+        with pytest.raises(ConfigError, match=r"the 2 process\(es\) .*found 1: start as many"):
+            read_state(replace(config, resume_from_checkpoint=wanted))
+    with pytest.raises(ConfigError, match=r"the 2 process\(es\) .*found 3: start as many"):
+        read_state(replace(config, resume_from_checkpoint="checkpoint-6"), Processes(2, 3))
+    direct = replace(config, resume_from_checkpoint=str(folder))
+    assert read_state(direct, Processes(1, 2)) == {"rank": 1}
+    (folder / "training_state-1.safetensors").unlink()
+    with pytest.raises(ArtefactNotFoundError, match="training_state-1"):
+        read_state(direct, Processes(1, 2))
+
+
+def hostile_states(good):
+    """States that are readable and make no sense."""
+    yield from ([], None, 5, {}, {"steps": 1})
+    for key in good:
+        for value in (None, [], {}, "abc", -(10**30), float("inf"), [[[]]], {"a": {"b": []}}, torch.zeros(2)):
+            yield {**good, key: value}
+
+
+def test_states_that_make_no_sense_are_corrupt_files(tmp_path):
+    """Bug: KeyError, AttributeError, TypeError, RecursionError and others reached the user."""
+    base = tiny_base()
+    training = MetaTraining(base, tiny_examples(base), meta_config())
+    list(itertools.islice(training.steps(), 2))
+    learning = Personalization(tiny_base(), tiny_examples(base, subjects=1), personal_config(method="lora"))
+    list(itertools.islice(learning.steps(), 2))
+    taken = 0
+    for one in (training, learning):
+        good = one.state_dict()
+        for state in hostile_states(good):
+            try:
+                with understanding(tmp_path):
+                    one.load_state_dict(state)
+                list(one.steps())
+                taken += 1
+            except (CorruptFileError, ConfigError):
+                pass
+        one.load_state_dict(good)
+        assert list(one.steps())
+    assert taken < 10
+    config = personal_config(resume_from_checkpoint=str(tmp_path))
+    write_state(tmp_path, {"steps": 1}, config)
+    header = load_header(tmp_path / STATE_FILE)
+    deep = "[" * 100000
+    for text in ("5", "null", "[]", deep, '["dict", 5]', '["dict", [["state", 1]]]', '["tensor", "9"]', "1e999"):
+        metadata = {"training_state": text, "training_state_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for broken in (metadata, {**metadata, "training_state": header.replace("1", "2")}, {}):
+            save_file({}, tmp_path / STATE_FILE, metadata=broken)
+            with pytest.raises(CorruptFileError, match="resume from an earlier checkpoint"):
+                read_state(config)
+
+
+def load_header(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()["training_state"]
 
 
 def test_a_subject_is_beside_each_state(place, tmp_path):

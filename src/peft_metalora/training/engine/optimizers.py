@@ -65,3 +65,9 @@ def make_scheduler(optimizer: Optimizer, config: TrainingConfig, steps: int) -> 
     if name == "constant" and config.lr_warmup_steps:
         name = "constant_with_warmup"
     return get_scheduler(name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps)
+
+
+def restore_scheduler(scheduler: LRScheduler, state: dict[str, Any]) -> None:
+    """Take up a `state_dict`, of it only what a schedule keeps: `load_state_dict` would replace its methods, too."""
+    own = scheduler.state_dict()
+    scheduler.load_state_dict({name: state[name] for name in own if isinstance(state.get(name), type(own[name]))})

@@ -2,34 +2,39 @@
 """The state of a run on disk: one safetensors file, written atomically, from which the run goes on bit for bit.
 
 Tensors go into the file's body, everything else (dicts, lists, numbers, strings) as JSON into its header; there is no
-pickle. What the state means is known to the stage that wrote it.
+pickle, and no path of the machine. What the state means is known to the stage that wrote it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError
+from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError, MetaLoraError
 from ...files import write_tensors
-from ..settings import TrainingConfig
+from ..settings import INPUTS, OUTPUTS, MetaTrainConfig, PersonalizeConfig, TrainingConfig
+from .origin import Origin
 from .processes import ALONE, Processes
 
 STATE_FILE = "training_state.safetensors"
-_HEADER = "training_state"
+_HEADER, _DIGEST = "training_state", "training_state_sha256"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-# May differ between a run and the one that goes on with it.
-_FREE = {"output_dir", "device", "cache_dir", "local_files_only", "checkpointing_steps", "resume_from_checkpoint"} | {
-    "report_to",
-    "logging_dir",
-    "tracker_project_name",
-}
+# May differ between a run and the one that goes on with it: where things lie (`Origin` says what they are), and what
+# leaves every number as it is, or as exact.
+_FREE = {*INPUTS, *OUTPUTS, "revision", "down_revision", "local_files_only"} | {
+    "dataset_config_name", "image_column", "caption_column", "subject_column", "checkpointing_steps", "report_to",
+    "tracker_project_name", "device", "gradient_checkpointing", "dynamo_backend",
+}  # fmt: skip
 
 
 def checkpoint_folder(output_dir: str, step: int) -> Path:
@@ -37,51 +42,178 @@ def checkpoint_folder(output_dir: str, step: int) -> Path:
     return Path(output_dir) / f"checkpoint-{step}"
 
 
-def write_state(folder: Path, state: dict[str, Any], config: TrainingConfig, processes: Processes = ALONE) -> None:
-    """Write a state and the settings it belongs to; raises WriteFailedError, and then the old file is unchanged."""
+def last_checkpoint(output_dir: str, up_to: float = math.inf) -> Path | None:
+    """The newest checkpoint of an output folder, none after step `up_to`; None: there is none."""
+    found = {step: path for step, path in _checkpoints(output_dir, STATE_FILE).items() if step <= up_to}
+    return found[max(found)] if found else None
+
+
+def write_state(
+    folder: Path,
+    state: dict[str, Any],
+    config: TrainingConfig,
+    processes: Processes = ALONE,
+    origin: Origin | None = None,
+) -> None:
+    """Write a state and what it belongs to; raises WriteFailedError, and then the old file is unchanged."""
     tensors: dict[str, torch.Tensor] = {}
-    plain = _pack({"state": state, "config": asdict(config)}, tensors)
-    write_tensors(folder / _file_name(processes), tensors, {_HEADER: json.dumps(plain)})
+    plain = _pack(
+        {
+            "state": state,
+            "config": {name: value for name, value in asdict(config).items() if name not in _FREE},
+            "processes": processes.count,
+            "origin": {kind: list(hashes.values()) for kind, hashes in (origin or {}).items()},
+        },
+        tensors,
+    )
+    text = json.dumps(plain)
+    write_tensors(folder / _file_name(processes), tensors, {_HEADER: text, _DIGEST: _hash(text)})
 
 
-def read_state(config: TrainingConfig, processes: Processes = ALONE) -> dict[str, Any] | None:
-    """The state that `resume_from_checkpoint` names: a checkpoint's folder, or 'latest' (None if there is none yet).
+def read_state(
+    config: TrainingConfig,
+    processes: Processes = ALONE,
+    origin: Origin | None = None,
+    *,
+    extendable: bool = False,
+) -> dict[str, Any] | None:
+    """The state that `resume_from_checkpoint` names: a checkpoint's folder (its path, or its name in `output_dir`), or
+    'latest' (None if there is none yet).
+
+    Args:
+        origin: what the run is made from now.
+        extendable: whether another `max_train_steps` would have left the steps so far as they are.
 
     Raises:
         ArtefactNotFoundError: no state in the folder. CorruptFileError: it cannot be read.
-        ConfigError: the run that wrote it had other settings.
+        ConfigError: the run that wrote it had other settings, another origin or another number of processes.
     """
-    if config.resume_from_checkpoint is None:
+    folder = _wanted_folder(config, processes)
+    if folder is None:
         return None
-    if config.resume_from_checkpoint == "latest":
-        # A killed run may have left the last checkpoint of some of its processes only.
-        steps = processes.common(_steps(Path(config.output_dir), _file_name(processes)))
-        if not steps:
-            return None
-        path = checkpoint_folder(config.output_dir, max(steps)) / _file_name(processes)
-    else:
-        path = Path(config.resume_from_checkpoint) / _file_name(processes)
+    own = folder / _file_name(processes)
+    path = own if own.is_file() else folder / STATE_FILE
     if not path.is_file():
         raise ArtefactNotFoundError(
-            f"expected {path.name} in {path.parent}, found none: give a checkpoint folder of this run, or 'latest'"
+            f"expected {own.name} in {folder}, found none: give a checkpoint folder of this run, its name in "
+            "output_dir, or 'latest'"
         )
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-            content = _unpack(json.loads(file.metadata()[_HEADER]), tensors)
-        state, before = content["state"], content["config"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(
-            f"expected the state of a run in {path}, found something else ({error}): resume from an earlier checkpoint"
-        ) from error
-    now = asdict(config)
-    changed = sorted(name for name in now.keys() - _FREE if now[name] != before.get(name))
-    if changed:
+    content = _read(path)
+    with understanding(path):
+        count, before = content["processes"], dict(content["config"])
+        state, origin_before = content["state"], {kind: list(hashes) for kind, hashes in content["origin"].items()}
+    if count != processes.count:
         raise ConfigError(
-            f"expected the settings of the run that wrote {path.parent}, found other values of {', '.join(changed)}: "
-            "give the same, or start anew without resume_from_checkpoint"
+            f"expected the {count} process(es) of the run that wrote {folder}, each of which keeps its own subjects, "
+            f"found {processes.count}: start as many, or start anew without resume_from_checkpoint"
         )
+    if path != own:
+        if config.resume_from_checkpoint == "latest":  # killed before every process had written its first
+            return None
+        raise ArtefactNotFoundError(f"expected {own.name} in {folder}, found only other processes' files: take another")
+    _check_settings(folder, before, config, extendable)
+    for kind, hashes in (origin or {}).items():
+        _check_origin(folder, kind, origin_before.get(kind, []), hashes)
     return state
+
+
+@contextmanager
+def understanding(path: Path | str) -> Iterator[None]:
+    """Context in which a state is taken apart; what Python or torch say of one that makes no sense becomes ours.
+
+    Raises:
+        CorruptFileError
+    """
+    try:
+        yield
+    except (MetaLoraError, torch.OutOfMemoryError):
+        raise
+    except (
+        SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+        MemoryError,
+    ) as error:  # fmt: skip
+        raise CorruptFileError(
+            f"expected the state of a run in {path}, found something else ({type(error).__name__}: {error}): resume "
+            "from an earlier checkpoint"
+        ) from error
+
+
+def _wanted_folder(config: TrainingConfig, processes: Processes) -> Path | None:
+    wanted, file = config.resume_from_checkpoint, _file_name(processes)
+    if wanted is None:
+        return None
+    if wanted != "latest":
+        folder = Path(wanted)
+        return folder if folder.exists() else Path(config.output_dir, folder)
+    # A killed run may have left the last checkpoint of some of its processes only.
+    found = _checkpoints(config.output_dir, file)
+    steps = processes.common(set(found))
+    return found[max(steps)] if steps else last_checkpoint(config.output_dir)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with understanding(path), safe_open(path, "pt") as file:
+        header = file.metadata()
+        if header[_DIGEST] != _hash(header[_HEADER]):
+            raise ValueError("not as it was written")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        return dict(_unpack(json.loads(header[_HEADER]), tensors))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_steps(done: Any, config: MetaTrainConfig | PersonalizeConfig) -> None:
+    """Check that a run can go on after `done` steps.
+
+    Raises:
+        ConfigError: it is to end before. ValueError: that is no number of steps.
+    """
+    if not isinstance(done, int) or done < 0:
+        raise ValueError(f"{done!r} steps")
+    if done > config.max_train_steps:
+        raise ConfigError(
+            f"expected max_train_steps of at least the {done} steps that the checkpoint has behind it, found "
+            f"{config.max_train_steps}: raise it, or resume from an earlier checkpoint"
+        )
+
+
+def _check_settings(folder: Path, before: Mapping[str, Any], config: TrainingConfig, extendable: bool) -> None:
+    free = {"max_train_steps"} if extendable else set()
+    default = {one.name: None if one.default is MISSING else one.default for one in fields(config)}
+    changed = {
+        name: (before.get(name, default[name]), now)
+        for name, now in sorted(asdict(config).items())
+        # Stage 1 does not notice that it is looked at.
+        if name not in _FREE | free and not (isinstance(config, MetaTrainConfig) and name.startswith("validation_"))
+    }
+    changed = {name: (then, now) for name, (then, now) in changed.items() if then != now}
+    if changed:
+        told = "; ".join(f"{name} was {then!r} and is {now!r}" for name, (then, now) in changed.items())
+        hint = ""
+        if "max_train_steps" in changed:
+            hint = (
+                " More steps go on from a checkpoint at a constant rate, in stage 1 if all subjects share one bucket."
+            )
+        raise ConfigError(
+            f"expected the settings of the run that wrote {folder}, found other values of {', '.join(changed)} "
+            f"({told}): give the same, or start anew without resume_from_checkpoint.{hint}"
+        )
+
+
+def _check_origin(folder: Path, kind: str, before: list[str], now: Mapping[str, str]) -> None:
+    if list(now.values()) == before:
+        return
+    if len(now) != len(before):
+        told = f"{len(before)} then and {len(now)} now"
+    else:
+        other = [name for (name, found), then in zip(now.items(), before, strict=True) if found != then]
+        told = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+    raise ConfigError(
+        f"expected the {kind} of the run that wrote {folder}, from wherever they are read, found others ({told}): give "
+        "the same, or start anew without resume_from_checkpoint"
+    )
 
 
 def _file_name(processes: Processes) -> str:
@@ -89,10 +221,10 @@ def _file_name(processes: Processes) -> str:
     return STATE_FILE if processes.is_main else f"training_state-{processes.rank}.safetensors"
 
 
-def _steps(output_dir: Path, file: str) -> set[int]:
-    """Steps of the checkpoint folders that hold a file."""
-    folders = ((path, _FOLDER.fullmatch(path.name)) for path in output_dir.glob("checkpoint-*"))
-    return {int(match[1]) for path, match in folders if match and (path / file).is_file()}
+def _checkpoints(output_dir: str, file: str) -> dict[int, Path]:
+    """The checkpoint folders that hold a file, by step."""
+    folders = ((path, _FOLDER.fullmatch(path.name)) for path in Path(output_dir).glob("checkpoint-*"))
+    return {int(match[1]): path for path, match in folders if match and (path / file).is_file()}
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -30,7 +30,7 @@ from ..engine.compiling import eagerly
 from ..examples.batches import Examples
 from ..examples.encoding import encode_subjects
 from ..personalize import personalize_many
-from ..settings import MetaTrainConfig, PersonalizeConfig, TrainingConfig
+from ..settings import VALIDATION_FOLDER, MetaTrainConfig, PersonalizeConfig, TrainingConfig
 from ..stage_1 import MetaTraining
 from .scores import FaceScore, HeldOutLoss, Painter, load_embedder
 from .tracking import Trackers
@@ -111,7 +111,7 @@ class DownValidation:
 
     def __init__(self, run: MetaTraining, held: HeldOut, trackers: Trackers, done: int = 0) -> None:
         self.run, self.held, self.trackers = run, held, trackers
-        self.folder = Path(run.config.output_dir, "validation")
+        self.folder = Path(run.config.output_dir, VALIDATION_FOLDER)
         base, config = run.base, run.config
         self.stage_2 = _stage_2(config, len(held.names), run.processes.count)
         self.painter = Painter(base, config.validation_prompt, resolution=config.resolution, seed=config.seed)

@@ -25,7 +25,7 @@ from ...tuner import set_slots
 from ..engine.compiling import eagerly
 from ..examples.batches import Examples
 from ..examples.encoding import encode_subjects
-from ..settings import PersonalizeConfig
+from ..settings import VALIDATION_FOLDER, PersonalizeConfig
 from ..stage_2 import Personalization
 from .scores import FaceScore, HeldOutLoss, Painter, load_embedder
 from .tracking import Trackers
@@ -107,7 +107,7 @@ class Validation:
         self.trackers.log(step, {"validation_score": score})
         self.trackers.images(step, images)
         for number, image in enumerate(images if self.run.processes.is_main else []):
-            write_bytes(Path(config.output_dir) / "validation" / f"{step:05d}-{number:02d}.png", png(image))
+            write_bytes(Path(config.output_dir) / VALIDATION_FOLDER / f"{step:05d}-{number:02d}.png", png(image))
         denoiser.train()
         return True
 

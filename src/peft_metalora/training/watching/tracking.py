@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run reports to trackers (TensorBoard, Weights & Biases and others), through accelerate's classes for them.
 
-Reported are the loss and the learning rate of every step, the validation score and the validation images.
+Reported are the settings (of paths the last name alone), the loss and the learning rate of every step, the validation
+score and the validation images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from ...errors import ConfigError
 from ..engine.loop import Step
 from ..engine.processes import Processes
-from ..settings import TrainingConfig
+from ..settings import TrainingConfig, public_settings
 
 # What pip knows by another name.
 _PACKAGES = {"comet_ml": "comet-ml"}
@@ -71,7 +71,7 @@ class Trackers:
             else:
                 tracker = cls(config.tracker_project_name, **options)
             tracker.start()
-            tracker.store_init_configuration({key: _plain(value) for key, value in asdict(config).items()})
+            tracker.store_init_configuration({key: _plain(value) for key, value in public_settings(config).items()})
             self._trackers.append(tracker)
 
     def step(self, step: Step) -> None:

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is made from beside its settings, as hashes: the base, the photos with their captions, the Down.
+
+A checkpoint keeps these in place of paths. The run goes on from wherever the same things lie by then, nobody reads in
+it where a person's photos are, and what has changed meanwhile is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...bases import Base
+from ...data import Subject
+from ...errors import NoImagesError, UnreadableImageError
+
+Origin = dict[str, dict[str, str]]
+"""Kind ('photos') to hash by name ('ann'), in the order in which the run takes them."""
+
+# A retrained base differs nearly everywhere, so that a few numbers of each tensor tell it apart from its origin.
+_SAMPLE = 64
+
+
+def photos_of(subjects: Sequence[Subject], tag: str | None = None) -> dict[str, str]:
+    """A hash of each subject's photos, masks and captions, and of a tag of theirs."""
+    return {subject.name: _hash([subject.tags.get(tag or ""), *map(_photo, subject.photos)]) for subject in subjects}
+
+
+def base_of(base: Base) -> str:
+    """A hash of what is loaded of a base: names, shapes and some numbers, in whatever precision they are held.
+
+    To be taken before the base is divided over processes.
+    """
+    digest = hashlib.sha256()
+    for name in (*base.encoder_names, base.denoiser_name):
+        module = getattr(base.pipeline, name, None)
+        for key, tensor in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
+            digest.update(f"{name}.{key}|{tuple(tensor.shape)}|".encode())
+            # What a quantiser made has a layout of its own, which may differ from device to device.
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta:
+                some = tensor.detach().reshape(-1)[:_SAMPLE].to("cpu", torch.float32).bfloat16()
+                digest.update(some.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _photo(photo: Any) -> list[Any]:
+    try:
+        content = hashlib.sha256(photo.read()).hexdigest()
+        mask = None if photo.mask is None else hashlib.sha256(photo.mask.read_bytes()).hexdigest()
+    except (NoImagesError, UnreadableImageError, OSError):  # left out of the run, too
+        return [None, photo.caption]
+    return [content, mask, photo.caption]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
