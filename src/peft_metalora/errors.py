@@ -186,7 +186,15 @@ class PipelineError(MetaLoraError, TypeError):
 
 
 class TrainingError(MetaLoraError, RuntimeError):
-    """A training run that cannot go on."""
+    """A training run that cannot go on.
+
+    Attributes:
+        good_step: the last step whose weights are worth something, if that is known.
+    """
+
+    def __init__(self, message: str, good_step: int | None = None) -> None:
+        super().__init__(message)
+        self.good_step = good_step
 
 
 class DataError(MetaLoraError):

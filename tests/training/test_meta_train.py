@@ -217,6 +217,24 @@ def test_data_that_cannot_be_used(tmp_path):
     assert not (tmp_path / "down").exists()
 
 
+def test_an_output_among_the_people_is_refused_before_any_work(tmp_path):
+    """Bug: a Down or a cache written into train_data_dir became a person of the next run, or replaced photos."""
+    people = write_people(tmp_path / "people")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    settings = {"pretrained_model_name_or_path": "none", "train_data_dir": str(people)}
+    out = str(tmp_path / "down")
+    for changes in (
+        {"output_dir": str(people)},
+        {"output_dir": str(people / "down")},
+        {"output_dir": out, "cache_dir": str(people / "cache")},
+        {"output_dir": out, "logging_dir": str(people / "logs")},
+        {"output_dir": out, "validation_steps": 1, "validation_data_dir": out + "/../people", "cache_dir": str(people)},
+    ):
+        with pytest.raises(ConfigError, match="apart from"):
+            meta_train(meta_config(**settings, **changes), progress=False)
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 def test_unreadable_images_are_left_out_and_named(tmp_path):
     people, model = write_people(tmp_path / "people"), save_tiny_flux(tmp_path / "base")
     (people / "person-1" / "0.png").write_bytes(b"no image")

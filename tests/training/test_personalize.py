@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import errno
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,18 +15,23 @@ from safetensors.torch import load_file
 
 from peft_metalora import enable_meta_lora, hub
 from peft_metalora.bases import base_for
+from peft_metalora.demo.base import ASSETS, BASE
+from peft_metalora.demo.faces import write_dataset
 from peft_metalora.errors import (
     ConfigError,
     MetaLoraError,
     NoImagesError,
     RankMismatchError,
+    TrainingError,
     UnreadableImageError,
     WriteFailedError,
 )
 from peft_metalora.hub.cards import model_card
+from peft_metalora.training import personalize as personalize_module
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import personalize, personalize_many
+from peft_metalora.training.settings import PersonalizeConfig
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner import set_slots, subject_state
 from peft_metalora.tuner.on_model import meta_lora_layers
@@ -257,6 +264,67 @@ def test_the_adapter_can_be_looked_at_between_steps_without_changing_the_run(bas
         states.append({name: tensor.clone() for name, tensor in subject_state(base.denoiser, "default", 1).items()})
         run.remove()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_learning_rate_that_destroys_ends_the_run(tmp_path):
+    """Bug: `learning_rate 1e3` trained to rubbish, wrote it and said nothing."""
+    write_dataset(tmp_path / "people", "held-out", 1, 1)
+    config = PersonalizeConfig(
+        pretrained_model_name_or_path=str(BASE),
+        down=str(ASSETS / "down"),
+        instance_data_dir=str(next((tmp_path / "people").glob("*/*.png"))),
+        output_dir=str(tmp_path / "ann"),
+        resolution=64,
+        views_per_image=4,
+        learning_rate=1e3,
+        max_train_steps=8,
+        checkpointing_steps=3,
+    )
+    with pytest.raises(TrainingError, match=r"destroyed what it learns.* No result was written to .*no checkpoint"):
+        personalize(config, progress=False)
+    assert not (tmp_path / "ann" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("start", [1, 3, 5])
+def test_an_error_says_which_checkpoint_is_good(place, tmp_path, monkeypatch, start):
+    """Bug: a NaN gradient spoiled the weights in silence, and no word said what was left of the run."""
+    calls, real = [], Personalization._loss
+
+    def loss(self):
+        calls.append(None)
+        found = real(self)
+        if len(calls) > start:
+            found.register_hook(lambda gradient: gradient * float("nan"))
+        return found
+
+    monkeypatch.setattr(Personalization, "_loss", loss)
+    config = file_config(place, tmp_path / "ann", max_train_steps=9, checkpointing_steps=2)
+    left = f"the last good checkpoint is {tmp_path / 'ann' / f'checkpoint-{start - 1}'}"
+    with pytest.raises(TrainingError, match="no checkpoint is from before" if start == 1 else re.escape(left)):
+        personalize(config, progress=False)
+    assert not (tmp_path / "ann" / "adapter_config.json").exists()
+    assert start == 1 or hub.load_subject(tmp_path / "ann" / f"checkpoint-{start - 1}")
+
+
+def test_an_output_that_would_fall_on_an_input_is_refused_before_any_work(place, tmp_path, monkeypatch):
+    """Bug: `personalize --down D --output_dir D` left a subject where the Down was, with exit code 0."""
+    monkeypatch.setattr(personalize_module, "prepare", lambda *_, **__: pytest.fail("work before the check"))
+    shutil.copytree(place / "down", tmp_path / "down")
+    shutil.copytree(place / "people" / "person-0", tmp_path / "photos")
+    write_people(tmp_path / "out" / "validation", subjects=1)
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    settings = {"down": str(tmp_path / "down"), "instance_data_dir": str(tmp_path / "photos")}
+    places = ["down", "down/../down", "photos", "photos/new"]
+    cases = [{"output_dir": str(tmp_path / name)} for name in places]
+    cases += [{"cache_dir": str(tmp_path / name)} for name in ("down", "photos", "photos/cache", "ann")]
+    cases += [{"logging_dir": str(tmp_path / "photos")}]
+    cases += [{"output_dir": str(tmp_path / "out"), "validation_data_dir": str(tmp_path / "out" / "validation")}]
+    cases += [{"output_dir": str(tmp_path / "out"), "resume_from_checkpoint": str(tmp_path / "out")}]
+    for changes in cases:
+        config = file_config(place, tmp_path / "ann", **{**settings, **changes})
+        with pytest.raises(ConfigError, match="apart from"):
+            personalize(config, progress=False)
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_bad_input_is_one_clear_sentence_and_changes_nothing(place, tmp_path, base, down):

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from peft import PeftConfig
 from torch import nn
 
 from ..bases import Base
-from ..errors import AdapterStateError
+from ..errors import AdapterStateError, TrainingError
 from ..tuner.placing import remember, restore
+from .engine.loop import Sanity
+from .engine.state import last_checkpoint
+from .examples.batches import Examples
 from .settings import TrainingConfig
 
 
@@ -55,3 +61,30 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
         denoiser.enable_gradient_checkpointing()
     denoiser.train()
     return [parameter for parameter in own if parameter.requires_grad]
+
+
+def sanity_of(
+    base: Base, examples: Examples, *, prior_loss_weight: float = 0.0, losses: Sequence[float] = ()
+) -> Sanity:
+    """What stops a run that destroys what it learns; `losses` are those of a run that goes on."""
+    generator = torch.Generator().manual_seed(0)
+    squares = []
+    for position in range(0, len(examples), -(-len(examples) // 16)):
+        shape = examples.like(position, 1).shape
+        # Fresh views are not cut yet; latents are scaled to a deviation of 1.
+        latents = torch.randn(shape, generator=generator) if examples.fresh else examples.latents[position][None].cpu()
+        noise = torch.randn(shape, generator=generator)
+        squares.append(base.target(latents.float(), noise, base.sample_times(latents, generator)).square().mean())
+    return Sanity(float(torch.stack(squares).mean()) * (1 + prior_loss_weight), losses)
+
+
+@contextmanager
+def saying_what_is_left(config: TrainingConfig) -> Iterator[None]:
+    """Context of a run that writes: a TrainingError also says what there is of the run, and where."""
+    try:
+        yield
+    except TrainingError as error:
+        good = error.good_step
+        checkpoint = None if good is None else last_checkpoint(config.output_dir, good)
+        left = "no checkpoint is from before" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
+        raise TrainingError(f"{error} No result was written to {config.output_dir}; {left}.", good) from error

@@ -16,6 +16,7 @@ from .engine.processes import Processes
 from .engine.state import checkpoint_folder, read_state, understanding, write_state
 from .examples.batches import Examples
 from .examples.sources import training_subjects
+from .injecting import saying_what_is_left
 from .preparing import check_places, prepare
 from .settings import MetaTrainConfig
 from .stage_1 import DownResult, MetaTraining
@@ -74,7 +75,8 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     validation = DownValidation(run, held, trackers, done) if held is not None else None
     try:
         trackers.start(done)
-        _run(run, progress, trackers, validation, origin)
+        with saying_what_is_left(config):
+            _run(run, progress, trackers, validation, origin)
     except KeyboardInterrupt:
         if run.losses and processes.count == 1:  # the others may be gone already
             run.finish().save(config.output_dir, config.pretrained_model_name_or_path, config.revision)

@@ -19,6 +19,7 @@ from .engine.processes import Processes
 from .engine.state import checkpoint_folder, read_state, understanding, write_state
 from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject
+from .injecting import saying_what_is_left
 from .preparing import check_places, prepare
 from .settings import PersonalizeConfig
 from .stage_2 import Personalization
@@ -71,7 +72,8 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
             if validation is not None:
                 validation.best.load_state_dict(state["best"])
     output, total, every = Path(config.output_dir), config.max_train_steps, config.checkpointing_steps
-    with tqdm(total=total, initial=run.steps_done, desc=config.method, unit="step", disable=not progress) as bar:
+    bar = tqdm(total=total, initial=run.steps_done, desc=config.method, unit="step", disable=not progress)
+    with bar, saying_what_is_left(config):
         try:
             trackers.start(run.steps_done)
             for step in run.steps():

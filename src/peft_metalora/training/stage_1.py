@@ -33,7 +33,7 @@ from .engine.sampler import SubjectSampler, balanced_buckets
 from .engine.slot_optimizer import SlotOptimizer
 from .engine.state import check_steps
 from .examples.batches import Examples
-from .injecting import inject, targets
+from .injecting import inject, sanity_of, targets
 from .settings import MetaTrainConfig
 
 _TRAINING, PUBLISHED = "stage_1", "default"
@@ -168,6 +168,7 @@ class MetaTraining:
         """Train, bucket after bucket; yields each step when it is finished."""
         denoiser, config = self.base.denoiser, self.config
         self._parts = []  # of a batch whose step was interrupted
+        sanity = sanity_of(self.base, self.examples, losses=self.losses)
         for number in range(self._number, len(self.buckets)):
             first = sum(self.bucket_steps[:number])
             if not self._open:  # else the run goes on in the middle of this bucket
@@ -183,11 +184,13 @@ class MetaTraining:
                 accumulation=config.gradient_accumulation_steps * self._passes,
                 clip=self._finish_gradients,
                 read=self.processes.later,
+                share=self.processes.sum_,
                 done=len(self.losses),
             )
             set_warmup(denoiser, len(self.losses) - first < config.warmup_steps, _TRAINING)
             for step in run:
                 self.losses.append(step.loss)
+                sanity.see(step)
                 if step.number - first == config.warmup_steps:
                     set_warmup(denoiser, False, _TRAINING)
                 yield step

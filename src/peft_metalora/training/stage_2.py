@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from .engine.processes import ALONE, Processes
 from .engine.slot_optimizer import SlotOptimizer
 from .engine.state import check_steps
 from .examples.batches import Examples
-from .injecting import inject, targets
+from .injecting import inject, sanity_of, targets
 from .prior import distance_from_base
 from .settings import PersonalizeConfig
 
@@ -157,6 +158,7 @@ class Personalization:
     def steps(self) -> Iterator[Step]:
         """Train; yields each step when it is finished. With several subjects `loss` is their mean."""
         config = self.config
+        sanity = sanity_of(self.base, self.examples, prior_loss_weight=config.prior_loss_weight)
         for step in training_steps(
             self._loss,
             self.optimizer,
@@ -165,10 +167,13 @@ class Personalization:
             accumulation=config.gradient_accumulation_steps,
             clip=self._finish_gradients,
             read=self.processes.later,
+            share=self.processes.sum_,
             done=self.steps_done,
         ):
             self.steps_done = step.number
-            yield Step(step.number, step.loss / self.num_subjects, step.lr, step.seconds)
+            step = replace(step, loss=step.loss / self.num_subjects)
+            sanity.see(step)
+            yield step
 
     def _finish_gradients(self) -> None:
         """Sum the gradients over the processes, then clip."""

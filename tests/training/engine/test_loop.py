@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_metalora.errors import MetaLoraError
-from peft_metalora.training.engine.loop import training_steps
+from peft_metalora.errors import MetaLoraError, TrainingError
+from peft_metalora.training.engine.loop import Sanity, Step, training_steps
+from peft_metalora.training.engine.slot_optimizer import SlotOptimizer
 
 TARGET = torch.tensor([1.0, -2.0, 0.5])
 DATA = torch.randn(64, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -92,3 +93,85 @@ def test_a_loss_is_waited_for_after_all_that_a_gpu_can_do_meanwhile_and_before_t
     expected = [error(torch.zeros(3), inputs).item() for inputs in DATA[:2]]
     assert next(steps).loss == pytest.approx(sum(expected) / 2)
     assert events == ["read", "read", "clip", "wait", "wait", "step"]
+
+
+OPTIMIZERS = {
+    "sgd": lambda one: torch.optim.SGD([one], lr=0.1, momentum=0.9),
+    "adamw": lambda one: torch.optim.AdamW([one], lr=0.1),
+    "fused adamw": lambda one: torch.optim.AdamW([one], lr=0.1, fused=True),
+    "fused sgd": lambda one: torch.optim.SGD([one], lr=0.1, momentum=0.9, fused=True),
+    "slots": lambda one: SlotOptimizer(torch.optim.AdamW, [one], lr=0.1),
+    "fused slots": lambda one: SlotOptimizer(torch.optim.AdamW, [one], lr=0.1, fused=True),
+    "fused shared": lambda one: SlotOptimizer(
+        torch.optim.AdamW, [nn.Parameter(torch.ones(1, 2))], shared=[one], lr=0.1, fused=True
+    ),
+}
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_no_weight_moves_by_a_gradient_that_is_not_finite(kind, value, clipped):
+    """Bug: with a finite loss it destroyed the weights, and a step later they were said to be those of before."""
+    weight = nn.Parameter(torch.ones(1, 3))
+    optimizer = OPTIMIZERS[kind](weight)
+    calls = []
+
+    def loss():
+        calls.append(None)
+        if isinstance(optimizer, SlotOptimizer):
+            optimizer.see([0])
+        found = (weight * torch.arange(1.0, 4.0)).sum()
+        if len(calls) == 3:
+            found.register_hook(lambda gradient: gradient * value)
+        return found
+
+    def clip():
+        if isinstance(optimizer, SlotOptimizer):
+            optimizer.clip_grad_norm_(1.0)
+        else:
+            nn.utils.clip_grad_norm_([weight], 1.0)
+
+    shared = []
+    seen = {}
+    with pytest.raises(TrainingError, match=r"finite gradients, found NaN or infinity in step 3: lower") as raised:
+        for step in training_steps(
+            loss, optimizer, steps=3, clip=clip if clipped else None, share=lambda tensors: shared.append(tensors)
+        ):
+            seen[step.number] = weight.detach().clone()
+    assert raised.value.good_step == 2 and seen[2].isfinite().all() and not torch.equal(seen[1], seen[2])
+    assert torch.equal(weight, seen[2])
+    assert [[tensor.item() for tensor in tensors] for tensors in shared] == [[0], [0], [1]]
+
+
+def test_a_fused_optimiser_is_not_waited_for():
+    """The host hears of a bad gradient in the next step; the weights and the moments are as they were meanwhile."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    losses = iter([lambda: weight.sum(), lambda: (weight.sum() * 0).sqrt() + weight.sum(), lambda: weight.sum()])
+    steps = training_steps(lambda: next(losses)(), optimizer, steps=3)
+    next(steps)
+    kept, moments = weight.detach().clone(), {k: v.clone() for k, v in optimizer.state[weight].items()}
+    assert next(steps).number == 2
+    assert torch.equal(weight, kept)
+    assert all(torch.equal(optimizer.state[weight][name], value) for name, value in moments.items())
+    with pytest.raises(TrainingError, match="in step 2"):
+        next(steps)
+    assert torch.equal(weight, kept)
+
+
+def see_all(losses, nothing=2.0):
+    sanity = Sanity(nothing)
+    for number, loss in enumerate(losses, start=1):
+        sanity.see(Step(number, loss, 0.1, 0.0))
+
+
+def test_a_run_that_is_worse_than_knowing_nothing_is_lost():
+    """Bug: `learning_rate 1e3` trained to rubbish in silence: the loss settles where a constant has it."""
+    good = [0.6, 0.5, 0.7, 0.4]
+    with pytest.raises(TrainingError, match=r"loss below 2, .* after 0.4 at best: .*lower the learning rate") as raised:
+        see_all([*good, 4.7, 3.9, 2.4, 1.9, 2.0, 1.9, 1.9])
+    assert raised.value.good_step == 3  # the loss of step 4 was that of the weights of step 3
+    see_all([*good, 9.0, 0.5, 0.6, 0.4, 0.5])  # a spike
+    see_all([2.8, 2.5, 2.9, 2.0, 3.1] * 20)  # random weights, no better from the start
+    see_all([0.02, 1.5, 0.8, 1.4, 0.02, 1.9] * 20)  # low and high noise levels, one by one

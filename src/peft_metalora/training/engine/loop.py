@@ -3,13 +3,18 @@
 
 It knows optimisers, accumulation, clipping and learning-rate schedules, and nothing of Meta-LoRA or diffusion: what a
 loss is comes in as a function. Each step is yielded once; logging, saving and stopping live in the caller's `for`.
+
+No step moves the weights by a gradient that is not finite. A fused optimiser is told on the device, as PyTorch's
+gradient scaler tells it, and the host, which need not wait, hears of it in the next step; any other waits.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +52,7 @@ def training_steps(
     accumulation: int = 1,
     clip: Callable[[], Any] | None = None,
     read: Callable[[torch.Tensor], Callable[[], float]] = ALONE.later,
+    share: Callable[[Sequence[torch.Tensor]], Any] = ALONE.sum_,
     done: int = 0,
 ) -> Iterator[Step]:
     """Run steps `done + 1` to `steps` and yield each when it is finished.
@@ -57,11 +63,14 @@ def training_steps(
         clip: called when the gradients of a step are complete, before the optimiser uses them.
         read: starts to read a loss and returns what waits for its value (`Processes.later`); asked for before the
             optimiser moves, when a GPU still has the backward pass to do.
+        share: sums tensors over the processes in place, so that all of them stop at what one of them finds.
         done: steps that were finished before (resume).
 
     Raises:
-        TrainingError: the loss is not finite; the weights are those of the last good step.
+        TrainingError: a loss or a gradient is not finite; the weights are those of the last good step.
     """
+    on_device = bool(optimizer.defaults.get("fused"))
+    is_bad: Callable[[], float] = float  # of the step before: 0.0
     for number in range(done + 1, steps + 1):
         start = time.perf_counter()
         parts = []
@@ -70,16 +79,87 @@ def training_steps(
             loss = compute_loss() / accumulation
             parts.append(read(loss))
             loss.backward()
+        bad = _not_finite(optimizer)
+        share([bad])
         if clip is not None:
             clip()
         total = sum(part() for part in parts)
+        if is_bad():
+            raise _bad_gradient(number - 1)
         if not math.isfinite(total):
             raise TrainingError(
                 f"expected a finite loss, found {total} in step {number}: lower the learning rate, or train in "
-                "float32. The weights are those of the step before."
+                "float32. The weights are those of the step before.",
+                number - 1,
             )
+        if on_device:
+            optimizer.found_inf = bad.clamp(max=1)  # type: ignore[attr-defined]
+            is_bad = ALONE.later(bad)
+        elif bad.item():
+            raise _bad_gradient(number)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
         yield Step(number, total, float(lr), time.perf_counter() - start)
+    if is_bad():
+        raise _bad_gradient(steps)
+
+
+def _not_finite(optimizer: Optimizer) -> torch.Tensor:
+    """1.0 if any gradient is not, else 0.0, on the device."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    return (~norm.isfinite()).float().to(parameters[0].device)
+
+
+def _bad_gradient(number: int) -> TrainingError:
+    return TrainingError(
+        f"expected finite gradients, found NaN or infinity in step {number}: lower the learning rate, or train in "
+        "float32. The weights are those of the step before.",
+        number - 1,
+    )
+
+
+class Sanity:
+    """Says when a run has destroyed what it learns: the loss is finite, and worse than that of knowing nothing.
+
+    A learning rate that is far too high rarely ends in NaN: the denoiser's layers normalise whatever comes, and the
+    loss settles where a constant prediction has it. A run is over when its median loss of some steps is above that,
+    and far above the best that the run has seen (a base of random weights is no better from the start).
+
+    Args:
+        nothing: the loss of a model that predicts 0.
+        losses: of the run so far, if it goes on.
+    """
+
+    _STEPS, _FAR = 5, 3.0
+
+    def __init__(self, nothing: float, losses: Sequence[float] = ()) -> None:
+        self.nothing = nothing
+        self._best, self._sane = math.inf, 0
+        self._last: deque[float] = deque(maxlen=self._STEPS)
+        for number, loss in enumerate(losses, start=1):
+            self._take(number, loss)
+
+    def see(self, step: Step) -> None:
+        """Take in the loss of a step.
+
+        Raises:
+            TrainingError: the run is lost.
+        """
+        self._take(step.number, step.loss)
+        median = statistics.median(self._last)
+        if len(self._last) == self._STEPS and median > max(self.nothing, self._FAR * self._best):
+            raise TrainingError(
+                f"expected a loss below {self.nothing:.3g}, which a model has that predicts nothing, found a median of "
+                f"{median:.3g} in the {self._STEPS} steps up to {step.number}, after {self._best:.3g} at best: the run "
+                "has destroyed what it learns, so lower the learning rate.",
+                self._sane,
+            )
+
+    def _take(self, number: int, loss: float) -> None:
+        self._last.append(loss)
+        self._best = min(self._best, loss)
+        if loss <= max(self.nothing, self._FAR * self._best):
+            self._sane = number - 1  # the loss of a step is of the weights before it

@@ -82,7 +82,10 @@ class SlotOptimizer(Optimizer):
         if shared:
             self._shared = optimizer_class(shared, **{**options, **(shared_options or {})})
             groups.append({"params": shared, "lr": self._shared.param_groups[0]["lr"]})
-        super().__init__(groups, {"lr": options["lr"]})
+        super().__init__(groups, {"lr": options["lr"], "fused": options.get("fused", False)})
+
+    found_inf: torch.Tensor | None = None
+    """1 on the device: the next `step` of fused optimisers leaves everything as it is (as in PyTorch's own)."""
 
     def see(self, slots: Sequence[int] | torch.Tensor) -> None:
         """Say which slots the batch holds; they, and only they, move in the next `step`.
@@ -138,6 +141,7 @@ class SlotOptimizer(Optimizer):
         """Move the seen slots and the shared parameters that have a gradient; then nothing is seen."""
         if self._shared is not None:
             self._shared.param_groups[0]["lr"] = self.param_groups[1]["lr"]
+            self._shared.found_inf = self.found_inf  # type: ignore[attr-defined]
             self._shared.step()
         grads = self._gradients() if self._grads is None else self._grads
         if self._seen and grads is not None:
@@ -176,6 +180,7 @@ class SlotOptimizer(Optimizer):
         optimizer = self._optimizers[slot]
         group = optimizer.param_groups[0]
         group["lr"] = self.param_groups[0]["lr"]
+        optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
         if self._flat:
             group["params"][0].grad = grad
         else:

@@ -22,7 +22,7 @@ from ...bases import Base
 from ...bases.precision import autocast
 from ...data import Photo, Subject, read_subjects
 from ...data.images import png
-from ...errors import ConfigError
+from ...errors import ConfigError, TrainingError
 from ...files import write_bytes
 from ...tuner import set_slots
 from ...tuner.placing import set_aside
@@ -136,7 +136,10 @@ class DownValidation:
         down, scores, pictures = self.run.down(), [], []
         devices = [base.device] if base.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), set_aside(base.denoiser), eagerly(config):
-            learning = personalize_many(base, held.learned, self.stage_2, down, progress=False)
+            try:
+                learning = personalize_many(base, held.learned, self.stage_2, down, progress=False)
+            except TrainingError as error:
+                raise TrainingError(f"validation, which learns held-out subjects: {error}", step) from error
             with autocast(config.mixed_precision, base.device, adapter_casts=True):
                 for slot in range(len(held.names)):
                     set_slots(base.denoiser, [slot])

@@ -8,6 +8,7 @@ is R-FaceSim (arXiv 2503.22352): images of the validation prompts, compared with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,10 @@ class BestStep:
         self._best = [parameter.detach().clone() for parameter in parameters]
 
     def offer(self, step: int, score: float) -> None:
-        """Take in the score of a step."""
-        if self.step and score <= self.score + _MIN_RISE * abs(self.score):
+        """Take in the score of a step; one that is no number is the worst there is."""
+        score = score if math.isfinite(score) else -math.inf
+        least = self.score + _MIN_RISE * abs(self.score) if math.isfinite(self.score) else self.score
+        if self.step and score <= least:
             self.waited += 1
             return
         self.step, self.score, self.waited = step, score, 0
