@@ -24,6 +24,7 @@ from torch import nn
 from ..errors import (
     AdapterNotFoundError,
     ConfigFormatError,
+    CorruptFileError,
     FingerprintMismatchError,
     MetaLoraError,
     MissingDownError,
@@ -38,7 +39,7 @@ from ..tuner.config import reference_to_write
 from ..tuner.down import MID
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
 from .base_model import REPO_ID, bare_model, base_model_name
-from .config_file import CONFIG_FILE, FORMAT_VERSION, config_json, read_config
+from .config_file import CONFIG_FILE, FORMAT_VERSION, PEFT_TYPE, check_values, config_json, read_config
 from .factors import (
     SUBJECT_PARTS,
     WEIGHTS_FILE,
@@ -46,12 +47,11 @@ from .factors import (
     SubjectSource,
     check_subject_on_down,
     config_of,
-    holds_embeddings,
-    open_factors,
     open_weights,
     save_factors,
 )
 from .folded import FOLD_FILE, LoraPair, component_name, fold_subject, save_diffusers
+from .untrusted import read_json
 
 # Reading
 
@@ -155,18 +155,34 @@ def load_subject(folder: str | os.PathLike[str]) -> SubjectSource:
 
 
 def check_files(folder: Path, config: MetaLoraConfig) -> None:
-    """Check the tensors' file of an adapter that PEFT is about to load, its configuration read already.
+    """Check the files of an adapter that PEFT is about to load, its configuration read already.
 
-    An adapter with further trained modules, or embeddings that PEFT saved along, is left to PEFT: the format knows
-    factors alone.
+    Further trained modules, biases and embeddings that PEFT saved along are left to PEFT: the format knows factors
+    alone. The file's expression for the modules, which could be made slow, is replaced by their names.
 
     Raises:
         As `load_down`.
     """
-    more = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
-    if not more and not holds_embeddings(folder):
-        with open_factors(folder, config) as file:
-            file.require_digest(file.read())
+    check_values(config.to_dict(), folder / CONFIG_FILE, expressions=True)
+    with open_weights(folder) as file:
+        if config_of(file, config) is not config:
+            raise CorruptFileError(
+                f"{folder}: expected a configuration and tensors of one save, found those of two: a save was killed "
+                "between them. Load it with peft_metalora.load_subject or load_down, which can, and save it again."
+            )
+        factors = FactorFile(file, config, others=True)
+        tensors = factors.read()
+        factors.require_digest(tensors)
+    if config.stage == "meta" and config.down_fingerprint not in (None, fingerprint(tensors)):
+        raise FingerprintMismatchError(
+            f"{folder}: expected the Down {str(config.down_fingerprint)[:16]}…, as its configuration says, found "
+            f"{fingerprint(tensors)[:16]}…. Fetch it again."
+        )
+    modules = {name.rpartition(".")[0] for name in tensors}
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        config.target_modules = whole_paths(modules)
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = None
 
 
 def find_local_down(config: MetaLoraConfig, folder: Path) -> DownSource:
@@ -449,16 +465,16 @@ def require_replaceable(
     Raises:
         OutputExistsError: an adapter of another kind lies there, or the subject of another name.
     """
-    path = Path(folder)
-    if overwrite or not (path / CONFIG_FILE).exists():
+    path = Path(folder) / CONFIG_FILE
+    if overwrite or not path.exists():
         return
     try:
-        there = read_config(path)
-        kind, who = there.stage, there.subject_name
+        there = read_json(path)
     except MetaLoraError:
-        kind, who = "another adapter", None
-    if kind != stage:
-        found = {"meta": "a Down", "subject": "a subject"}.get(kind, kind)
+        there = {}
+    kind, who = there.get("stage") if there.get("peft_type") == PEFT_TYPE else None, there.get("subject_name")
+    if kind != stage or (kind is None and there.get("peft_type") != "LORA"):
+        found = {"meta": "a Down", "subject": "a subject"}.get(str(kind), "another adapter")
     elif who and subject_name and who != subject_name:
         found = f"the subject {who!r}, not {subject_name!r}"
     else:

@@ -64,7 +64,12 @@ def parse_config(table: Mapping[str, Any], path: Path) -> MetaLoraConfig:
     for name, value in values.items():
         if not _matches(value, hints[name]):
             raise _bad_field(path, name, str(hints[name]).replace("typing.", ""), value)
-    _check_values(values, path)
+    check_values(values, path)
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if values.get(name):
+            raise _bad_field(path, name, "none: the files of Downs and subjects hold factors alone", values[name])
+    if values.get("bias", "none") != "none":
+        raise _bad_field(path, "bias", "'none'", values["bias"])
     try:
         return MetaLoraConfig(**values)
     except (MetaLoraError, ValueError, TypeError, LookupError, ArithmeticError) as error:
@@ -94,24 +99,32 @@ def _matches(value: Any, hint: Any) -> bool:
     return isinstance(hint, type) and isinstance(value, hint)
 
 
-def _check_values(values: Mapping[str, Any], path: Path) -> None:
+def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = False) -> None:
+    """Check what a configuration of a file says, its types being right, whoever goes on to load it.
+
+    Args:
+        expressions: whether patterns may be more than names of modules, as PEFT's users write them.
+
+    Raises:
+        ConfigFormatError: a number that no model holds, an expression that could be made slow, a name that is none.
+    """
     for name in ("r", "meta_r", "num_slots"):
         if name in values and not 1 <= values[name] <= 2**20:
             raise _bad_field(path, name, "a number from 1 to 2**20", values[name])
     for name in ("rank_pattern", "meta_rank_pattern", "alpha_pattern"):
         for key, value in (values.get(name) or {}).items():
             # Keys are used as regular expressions: without repetition none of them can be made slow.
-            if not _PATTERN_KEY.fullmatch(key) or len(key) > 256 or not _compiles(key):
+            if (
+                not (_is_tame(key) if expressions else _PATTERN_KEY.fullmatch(key))
+                or len(key) > 256
+                or not _compiles(key)
+            ):
                 raise _bad_field(path, name, "module names as keys", key)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 2**20:
                 raise _bad_field(path, name, "positive numbers as values", value)
     alphas = [values.get("lora_alpha"), *(values.get("alpha_pattern") or {}).values()]
     if any(alpha is not None and not (math.isfinite(alpha) and abs(alpha) <= 65504) for alpha in alphas):
         raise _bad_field(path, "lora_alpha", "a number that half precision can hold", values.get("lora_alpha"))
-    if values.get("modules_to_save") or values.get("bias", "none") != "none":
-        raise _bad_field(path, "modules_to_save and bias", "none", (values.get("modules_to_save"), values.get("bias")))
-    if values.get("trainable_token_indices"):
-        raise _bad_field(path, "trainable_token_indices", "none", values["trainable_token_indices"])
     for name in ("down_fingerprint", "tensors_digest"):
         if values.get(name) is not None and not re.fullmatch(r"[0-9a-f]{64}", values[name]):
             raise _bad_field(path, name, "64 hexadecimal digits", values[name])
@@ -126,6 +139,12 @@ def _check_values(values: Mapping[str, Any], path: Path) -> None:
 def _is_revision(text: str) -> bool:
     """Whether a revision is none but that: it becomes part of addresses and of paths in the Hub's cache."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}", text) is not None and ".." not in text
+
+
+def _is_tame(pattern: str) -> bool:
+    """Whether an expression takes a number of steps that is a small power of the length of a module's path."""
+    bare = re.sub(r"\\.", "", pattern)
+    return len(re.findall(r"[*+{]", bare)) <= 3 and not re.search(r"\)[*+{]", bare)
 
 
 def _compiles(pattern: str) -> bool:

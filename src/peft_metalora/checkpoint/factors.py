@@ -27,15 +27,14 @@ from ..tuner.down import DOWN, DOWN_PARTS, MAGNITUDE, MID, MID_INIT, UP, digest_
 from ..tuner.ranks import ranks_of
 from .base_model import PREFIX
 from .config_file import CONFIG_FILE, config_json, parse_config
-from .untrusted import Header, TensorEntry, TensorFile, open_tensors, parse_json, require_safe_file
+from .untrusted import TensorEntry, TensorFile, open_tensors, parse_json, require_safe_file
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PLACES = "base_model_name_or_path", "revision", "down", "down_revision"
 CONFIG_KEY = "adapter_config"
 """In the header of the tensors' file: the configuration that it was written with."""
 SUBJECT_PARTS = (MID, UP)
-# Modules that PEFT saves beside an adapter by itself, after new tokens were added (save_embedding_layers).
-EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "token_embedding", "shared"}
+_ALL_PARTS = {*DOWN_PARTS, MAGNITUDE}
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,25 @@ class FactorFile:
     Attributes:
         entries: by the names that the tensors have in a source, without PEFT's prefix.
 
+    Args:
+        others: whether tensors of other kinds may lie in the file, as PEFT saves them along; they are passed over.
+
     Raises:
         MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError: it is not what the config says.
     """
 
-    def __init__(self, file: TensorFile, config: MetaLoraConfig) -> None:
+    def __init__(self, file: TensorFile, config: MetaLoraConfig, *, others: bool = False) -> None:
         self._file, self.path, self._digest = file, file.path, config.tensors_digest
-        _check_header(file.header, config, DOWN_PARTS if config.stage == "meta" else SUBJECT_PARTS, file.path)
-        self.entries = {name.removeprefix(PREFIX): entry for name, entry in file.header.entries.items()}
+        entries = dict(file.header.entries)
+        if others:
+            entries = {name: entry for name, entry in entries.items() if name.rpartition(".")[2] in _ALL_PARTS}
+        _check_header(entries, config, DOWN_PARTS if config.stage == "meta" else SUBJECT_PARTS, file.path)
+        self.entries = {name.removeprefix(PREFIX): entry for name, entry in entries.items()}
 
     def read(self) -> dict[str, torch.Tensor]:
         """All tensors, on the CPU; raises CorruptFileError, and NonFiniteError for NaN or infinity."""
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in self._file.read().items()}
+        tensors = {name: tensors[name] for name in self.entries}
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise NonFiniteError(
@@ -86,13 +92,6 @@ class FactorFile:
                 f"{self.path}: expected the tensors that {CONFIG_FILE} was written with, found others. Fetch both "
                 "files again, from one place, or save it again."
             )
-
-
-@contextmanager
-def open_factors(folder: Path, config: MetaLoraConfig) -> Iterator[FactorFile]:
-    """Open the tensors of an artefact whose configuration is known; raises as `open_weights` and `FactorFile`."""
-    with open_weights(folder) as file:
-        yield FactorFile(file, config)
 
 
 @contextmanager
@@ -138,18 +137,11 @@ def save_factors(path: Path, config: MetaLoraConfig, tensors: Mapping[str, torch
     return config
 
 
-def holds_embeddings(folder: Path) -> bool:
-    """Whether PEFT saved a model's embeddings beside an adapter; raises as `open_tensors` does."""
-    path = folder / WEIGHTS_FILE
-    if not path.exists():
-        return False
-    with open_tensors(path) as file:
-        return any(EMBEDDINGS & set(name.split(".")[-2:-1]) for name in file.header.entries)
-
-
-def _check_header(header: Header, config: MetaLoraConfig, parts: tuple[str, ...], path: Path) -> None:
-    shapes = {name.removeprefix(PREFIX): entry.shape for name, entry in header.entries.items()}
-    if len(shapes) != len(header.entries):
+def _check_header(
+    entries: Mapping[str, TensorEntry], config: MetaLoraConfig, parts: tuple[str, ...], path: Path
+) -> None:
+    shapes = {name.removeprefix(PREFIX): entry.shape for name, entry in entries.items()}
+    if len(shapes) != len(entries):
         raise ForeignKeysError(
             f"{path}: expected each tensor once, found some with and without {PREFIX}. Save it again."
         )

@@ -60,16 +60,16 @@ def fold_subject(
 
 def component_name(config: MetaLoraConfig) -> str:
     """The name that a diffusers pipeline gives the adapted model: "unet" or "transformer"."""
-    return "unet" if "UNet" in _model_class(config) else "transformer"
+    return "unet" if "UNet" in model_class(config) else "transformer"
 
 
-def _model_class(config: MetaLoraConfig) -> str:
-    return (config.auto_mapping or {}).get("base_model_class", "")
+def model_class(config: MetaLoraConfig) -> str:
+    return (config.auto_mapping or {}).get("basemodel_class", "")
 
 
 def save_diffusers(path: Path, pairs: Mapping[str, LoraPair], component: str) -> None:
     """Write `pytorch_lora_weights.safetensors` in place; `component` is "unet" or "transformer"."""
-    save_tensors(path, _with_names(pairs, component + ".{}"))
+    save_tensors(path, with_names(pairs, component + ".{}"))
 
 
 def check_fold(path: Path, pairs: Mapping[str, LoraPair], component: str) -> None:
@@ -78,7 +78,7 @@ def check_fold(path: Path, pairs: Mapping[str, LoraPair], component: str) -> Non
     Raises:
         CorruptFileError, and what `untrusted.open_tensors` raises.
     """
-    wanted = _with_names(pairs, component + ".{}")
+    wanted = with_names(pairs, component + ".{}")
     with open_tensors(path) as file:
         same = {name: tuple(tensor.shape) for name, tensor in wanted.items()} == {
             name: entry.shape for name, entry in file.header.entries.items()
@@ -94,7 +94,8 @@ def check_fold(path: Path, pairs: Mapping[str, LoraPair], component: str) -> Non
             )
 
 
-def _with_names(pairs: Mapping[str, LoraPair], name: str) -> dict[str, torch.Tensor]:
+def with_names(pairs: Mapping[str, LoraPair], name: str) -> dict[str, torch.Tensor]:
+    """The tensors of pairs by the names of diffusers and PEFT; `name` formats a module's path."""
     tensors = {}
     for module, pair in pairs.items():
         tensors[f"{name.format(module)}.lora_A.weight"] = pair.a

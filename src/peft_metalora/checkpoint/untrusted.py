@@ -147,6 +147,8 @@ def require_safe_file(path: Path) -> None:
 @contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     require_safe_file(Path(path))
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise CorruptFileError(f"{path}: expected an ordinary file, found a pipe or a device. Give a file.")
     try:
         file = open_regular(path)  # closed by the `with` below, whose errors are not this one
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint.config_file import read_config
+from ..files import require_apart
 from ..hub.loading import load_down, load_subject
 from ..hub.publishing import pull, push_down, push_subject
 from ..lora.export import FORMATS, export_subject
@@ -39,6 +40,9 @@ class PullConfig:
     )
     subfolder: str | None = field(default=None, metadata={"help": "Folder inside the repository."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace an artefact of another kind, or another person's, that lies there."}
+    )
 
 
 @dataclass(kw_only=True)
@@ -48,6 +52,9 @@ class ExportConfig:
     subject: str = field(metadata={"help": "Folder or repository of the subject."})
     output: str = field(metadata={"help": "File (.safetensors) or folder to write."})
     format: str = field(default="diffusers", metadata={"help": "The tool that shall read it.", "choices": FORMATS})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace an artefact of another kind, or another person's, that lies there."}
+    )
 
 
 @dataclass(kw_only=True)
@@ -58,6 +65,9 @@ class ProjectConfig:
     down: str = field(metadata={"help": "Folder or repository of the Down."})
     output_dir: str = field(metadata={"help": "Folder for the subject."})
     down_revision: str | None = field(default=None, metadata={"help": "Revision of the Down's repository."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace an artefact of another kind, or another person's, that lies there."}
+    )
 
 
 def run_push(config: PushConfig) -> str:
@@ -82,20 +92,35 @@ def run_push(config: PushConfig) -> str:
 
 def run_pull(config: PullConfig) -> str:
     """Pull, and say where it lies."""
-    place = pull(config.repo_id, config.output_dir, subfolder=config.subfolder, revision=config.revision)
+    place = pull(
+        config.repo_id,
+        config.output_dir,
+        subfolder=config.subfolder,
+        revision=config.revision,
+        overwrite=config.overwrite,
+    )
     return f"{config.repo_id} is checked and lies in {place}"
 
 
 def run_export(config: ExportConfig) -> str:
     """Export, and say where to."""
-    return f"wrote {export_subject(load_subject(config.subject), config.output, config.format)}"
+    source = load_subject(config.subject)
+    return f"wrote {export_subject(source, config.output, config.format, overwrite=config.overwrite)}"
 
 
 def run_project(config: ProjectConfig) -> str:
     """Project, and say the relative error of each layer."""
+    require_apart(config.output_dir, lora=config.lora, down=config.down)
     down = load_down(config.down, revision=config.down_revision)
     local = str(Path(config.down).resolve()) if Path(config.down).is_dir() else config.down
-    done = project(config.lora, down, config.output_dir, down_reference=local, down_revision=config.down_revision)
+    done = project(
+        config.lora,
+        down,
+        config.output_dir,
+        down_reference=local,
+        down_revision=config.down_revision,
+        overwrite=config.overwrite,
+    )
     width = max(map(len, [*done.relative_error, *done.dropped]))
     lines = [f"{module:<{width}}  {error:.4f}" for module, error in done.relative_error.items()]
     lines += [f"{module:<{width}}  dropped: the Down lacks this layer" for module in done.dropped]

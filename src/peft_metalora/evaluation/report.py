@@ -18,6 +18,7 @@ from typing import Any
 from ..data import load_image
 from ..errors import DataError
 from ..files import write_bytes
+from ..hub.markdown import as_text
 from .cells import Cell
 from .figures import LABELS, Table, by_method, degraded, degraded_table, reaches, summary, tables
 from .plots import key, panels, plot
@@ -72,8 +73,8 @@ def _markdown(cells: Sequence[Cell], bad: Sequence[Cell], thresholds: Mapping[st
     parts = ["# Evaluation", _counts(cells, bad), _note(cells, thresholds)]
     for title, heads, rows in found:
         lines = [heads, ["---"] * len(heads), *rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        parts += [f"## {title}", table] if title else [table]
+        table = "\n".join("| " + " | ".join(as_text(cell) for cell in line) + " |" for line in lines)
+        parts += [f"## {as_text(title)}", table] if title else [table]
     return "\n\n".join(parts) + "\n"
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import get_session, httpx
 from torch import nn
 from typing_extensions import Unpack
 
@@ -167,9 +169,23 @@ def fetch(at: Location) -> Path:
         raise ArtefactNotFoundError(
             f"{at.name}: expected a local folder or a repository id such as ann/faces, found neither. Check it."
         )
+    at = _within_reach(at)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         path = _download(at, name)
     return path.parent
+
+
+def _within_reach(at: Location) -> Location:
+    """The place itself, or its cache alone where the Hub is not to be reached: each download would try for 23 s."""
+    if at.options.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        return at
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (httpx.ConnectError, httpx.ProxyError):
+        return replace(at, options={**at.options, "local_files_only": True})
+    except httpx.HTTPError:
+        pass  # slow or odd: the download itself knows better
+    return at
 
 
 def fetch_beside(at: Location, name: str) -> Path | None:
@@ -189,28 +205,45 @@ def _download(at: Location, name: str) -> Path:
     where = f"{at.name}{f'/{at.subfolder}' if at.subfolder else ''}{f' at {revision}' if revision else ''}"
     try:
         return Path(huggingface_hub.hf_hub_download(at.name, name, subfolder=at.subfolder, **at.options))
-    except hub_errors.GatedRepoError as error:
-        raise HubError(
-            f"{where}: expected access, found a gated repository. Accept its terms on the Hub first."
-        ) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"{where}: expected a repository that you may read, found none. Check the name; if it is private, log in "
-            "(hf auth login) or give token=."
-        ) from error
+    except hub_errors.EntryNotFoundError as error:
+        if isinstance(error, hub_errors.LocalEntryNotFoundError):
+            raise HubError(
+                f"{where}: expected {name} in the cache, as the Hub was not to be reached, found none. "
+                "Download it once while online (metalora pull), or give a local folder."
+            ) from error
+        raise HubError(f"{where}: expected the file {name}, found none. Check the name, or give subfolder=.") from error
     except hub_errors.RevisionNotFoundError as error:
         raise HubError(f"{where}: expected this revision, found none. Name a branch, tag or commit of it.") from error
-    except hub_errors.LocalEntryNotFoundError as error:
-        raise HubError(
-            f"{where}: expected {name} in the cache, as the Hub was not to be reached, found none. "
-            "Download it once while online (metalora pull), or give a local folder."
-        ) from error
-    except hub_errors.EntryNotFoundError as error:
-        raise HubError(f"{where}: expected the file {name}, found none. Check the name, or give subfolder=.") from error
-    except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise HubError(
-            f"{where}: expected {name} from the Hub, found: {error}. Check the network and try again."
-        ) from error
+    except HUB_FAILURES as error:
+        raise HubError(f"{where}: expected {name} from the Hub, found {what_failed(error)}") from error
+
+
+HUB_FAILURES = (hub_errors.HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError)
+"""What huggingface_hub raises: its own errors, its client's (not ConnectionErrors), and RuntimeErrors of its storage."""
+
+_LOG_IN = "log in (hf auth login) or give token="
+
+
+def what_failed(error: Exception) -> str:
+    """What went wrong between here and the Hub, and what to do: the end of a sentence."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, hub_errors.GatedRepoError):
+        return f"a gated repository. Accept its terms on its page, then {_LOG_IN}."
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return f"no repository that you may read. Check the name; if it is private, {_LOG_IN}."
+    if isinstance(error, hub_errors.LocalTokenNotFoundError):
+        return f"no token on this machine: {_LOG_IN}."
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
+        return "that the Hub is switched off (HF_HUB_OFFLINE). Unset it, or use what is in the cache."
+    if status == 401:
+        return f"that it does not know you: {_LOG_IN}."
+    if status == 403:
+        return f"that your token may not do this ({error}). Give it the right on the Hub's page for tokens, or another."
+    if status == 429:
+        return "too many requests. Wait a few minutes and try again."
+    if isinstance(error, (httpx.TransportError, ConnectionError)):
+        return f"no connection ({error}). Check the network or the proxy and try again."
+    return f"{error}. Try again."
 
 
 def resolve_down(config: MetaLoraConfig) -> DownSource:

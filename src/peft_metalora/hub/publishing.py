@@ -16,7 +16,6 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
 from typing_extensions import Unpack
 
 from ..checkpoint import load_down as load_local_down
@@ -29,7 +28,7 @@ from ..data.images import png
 from ..errors import ArtefactNotFoundError, HubError, MissingDownError, WrongKindError
 from ..tuner import MetaLoraConfig
 from .cards import Picture, model_card
-from .loading import HubOptions, Location, fetch, fetch_beside, find_down, repository
+from .loading import HUB_FAILURES, HubOptions, Location, fetch, fetch_beside, find_down, repository, what_failed
 
 
 def push_down(
@@ -204,10 +203,10 @@ def _push(
             commit_message=commit_message or f"Upload a Meta-LoRA {kind}",
             revision=revision,
         )
-    except (hub_errors.HfHubHTTPError, hub_errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise HubError(
-            f"{repo_id}: expected to push this {kind}, found: {error}. Log in (hf auth login), with rights to write."
-        ) from error
+    except HubError:
+        raise
+    except HUB_FAILURES as error:
+        raise HubError(f"{repo_id}: expected to push this {kind}, found {what_failed(error)}") from error
     return str(done.oid)
 
 
@@ -232,5 +231,5 @@ def _commit_of(at: Location) -> str | None:
     """The commit that a repository is at, so that a subject keeps the Down it was checked with."""
     try:
         return huggingface_hub.HfApi(token=at.options.get("token")).repo_info(at.name).sha
-    except (hub_errors.HfHubHTTPError, hub_errors.OfflineModeIsEnabled, ConnectionError):
+    except HUB_FAILURES:
         return None

@@ -15,16 +15,20 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.artefacts import SIDE_FILES, require_replaceable
+from ..checkpoint.base_model import REPO_ID
 from ..checkpoint.factors import SubjectSource
-from ..checkpoint.folded import FOLD_FILE, LoraPair, _model_class, _with_names, component_name, fold_subject
+from ..checkpoint.folded import FOLD_FILE, LoraPair, component_name, fold_subject, model_class, with_names
 from ..errors import ExportError
-from ..files import save_tensors, staged_folder, write_tensors
+from ..files import require_apart, save_tensors, staged_folder, write_tensors
 from ..tuner import MetaLoraConfig
 from ..tuner.convert import lora_config
 from .original_names import OriginalName, has_depth, original_names
 
 
-def export_subject(source: SubjectSource, path: str | os.PathLike[str], format: str = "diffusers") -> Path:
+def export_subject(
+    source: SubjectSource, path: str | os.PathLike[str], format: str = "diffusers", *, overwrite: bool = False
+) -> Path:
     """Write a subject as an ordinary LoRA that another tool reads, exactly.
 
     Args:
@@ -32,12 +36,15 @@ def export_subject(source: SubjectSource, path: str | os.PathLike[str], format: 
         path: a file that ends in .safetensors, or a folder for the file; for "peft" the folder.
         format: "diffusers" (`pipe.load_lora_weights`), "kohya" (sd-scripts, A1111, Forge), "comfyui" (the original
             model's names) or "peft" (a LoRA folder for `PeftModel.from_pretrained` and servers).
+        overwrite: whether it may replace an adapter of another kind.
 
     Returns:
         The file or folder that was written.
 
     Raises:
         ExportError: an unknown format, or a layer that the format has no name for.
+        ConfigError: `path` is the subject's own folder or its Down's.
+        OutputExistsError: a Down, a subject or an adapter of another kind lies there.
         WriteFailedError: the disk refuses.
     """
     if format not in FORMATS:
@@ -48,11 +55,14 @@ def export_subject(source: SubjectSource, path: str | os.PathLike[str], format: 
             "no ordinary LoRA can say. "
             "Use it through peft_metalora, or train without use_dora."
         )
-    pairs = fold_subject(source.config, source.down.tensors, source.tensors)
     target = Path(path)
+    folder = target.parent if target.suffix == ".safetensors" and format != "peft" else target
+    require_apart(target, subject=(source.config.origin or {}).get("name"), down=source.config.located_down())
+    require_replaceable(folder, None, overwrite=overwrite)
+    pairs = fold_subject(source.config, source.down.tensors, source.tensors)
     if format == "peft":
-        with staged_folder(target) as stage:
-            save_tensors(stage / "adapter_model.safetensors", _with_names(pairs, "base_model.model.{}"))
+        with staged_folder(target, stale=SIDE_FILES) as stage:
+            save_tensors(stage / "adapter_model.safetensors", with_names(pairs, "base_model.model.{}"))
             (stage / "adapter_config.json").write_text(json.dumps(_config_file(source.config, pairs), indent=2))
         return target
     if target.suffix != ".safetensors":
@@ -63,11 +73,11 @@ def export_subject(source: SubjectSource, path: str | os.PathLike[str], format: 
 
 
 def _diffusers(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    return _with_names(pairs, component_name(config) + ".{}"), {}
+    return with_names(pairs, component_name(config) + ".{}"), {}
 
 
 def _comfyui(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    return _with_names(in_original_layers(config, pairs), "diffusion_model.{}"), {}
+    return with_names(in_original_layers(config, pairs), "diffusion_model.{}"), {}
 
 
 def _kohya(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -93,12 +103,12 @@ def in_original_layers(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) ->
     Raises:
         ExportError: a layer without a known original name.
     """
-    names = original_names(_model_class(config), pairs)
+    names = original_names(model_class(config), pairs)
     unknown = sorted(module for module, name in names.items() if name is None)
     if unknown:
         raise ExportError(
             f"expected layers with a name in the original model, found {unknown[0]} ({len(unknown)} of {len(names)}) "
-            f"of a {_model_class(config) or 'model of unknown class'}. Export to diffusers or peft instead."
+            f"of a {model_class(config) or 'model of unknown class'}. Export to diffusers or peft instead."
         )
     whole: dict[str, LoraPair] = {}
     groups: dict[str, list[tuple[OriginalName, LoraPair]]] = defaultdict(list)
@@ -130,7 +140,10 @@ def _config_file(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> dict[
     new = "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora"
     modules = "target_modules", "rank_pattern", "alpha_pattern"
     own = {name: getattr(lora, name) for name in (*new, *modules)}
-    return own | {name: getattr(config, name) for name in same} | {"inference_mode": True}
+    given = {name: getattr(config, name) for name in same} | {"inference_mode": True}
+    if not REPO_ID.fullmatch(config.base_model_name_or_path or ""):
+        given["base_model_name_or_path"] = None  # a path says something about this machine and nothing to others
+    return own | given
 
 
 FORMATS = ("diffusers", "kohya", "comfyui", "peft")

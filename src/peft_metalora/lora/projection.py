@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.artefacts import reference_to_write, write_artefact
+from ..checkpoint.artefacts import require_replaceable, write_artefact
 from ..checkpoint.base_model import PREFIX
 from ..checkpoint.config_file import CONFIG_FILE
 from ..checkpoint.factors import WEIGHTS_FILE
@@ -32,7 +32,9 @@ from ..errors import (
     RankMismatchError,
     WrongKindError,
 )
+from ..files import require_apart
 from ..tuner import DownSource
+from ..tuner.config import reference_to_write
 from ..tuner.down import DOWN, MID, MID_INIT, UP, subject_config
 from ..tuner.ranks import from_pattern, ranks_of, scale_of
 
@@ -72,6 +74,7 @@ def project(
     *,
     down_reference: str | None = None,
     down_revision: str | None = None,
+    overwrite: bool = False,
 ) -> Projection:
     """Write the subject on a Down that comes nearest to an ordinary LoRA of the same base.
 
@@ -81,12 +84,17 @@ def project(
         folder: where the subject is written.
         down_reference: what the subject names as its Down: a repository id or a folder.
         down_revision: the revision of that repository.
+        overwrite: whether it may replace an adapter of another kind, or another person.
 
     Raises:
+        ConfigError: `folder` is the LoRA's or the Down's.
+        OutputExistsError: something else lies there.
         WrongKindError: the file holds no LoRA in a known format, or one for another model.
         NonFiniteError: it holds NaN or infinity.
         Everything that reading a file raises.
     """
+    require_apart(folder, lora=lora, down=down_reference)
+    require_replaceable(folder, "subject", overwrite=overwrite)
     pairs = read_lora(lora)
     modules = sorted({name.rpartition(".")[0] for name in down.tensors})
     if not set(modules) & set(pairs):
@@ -123,7 +131,7 @@ def project(
         norm = float(torch.linalg.norm(torch.linalg.qr(b).R @ a))
         lost, whole = lost + norm**2, whole + norm**2
     fold = fold_subject(config, down.tensors, tensors)
-    path = write_artefact(Path(folder), config, tensors, fold)
+    path = write_artefact(Path(folder), config, tensors, fold, overwrite=overwrite)
     return Projection(path, errors, dropped, (lost / whole) ** 0.5 if whole else 0.0)
 
 

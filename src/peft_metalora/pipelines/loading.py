@@ -22,7 +22,7 @@ from ..checkpoint.factors import SubjectSource
 from ..errors import AdapterStateError
 from ..hub.loading import HubOptions, load
 from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.on_model import configs_of, down_on_model, meta_layers
+from ..tuner.on_model import configs_of, down_on_model, know_down, meta_layers
 from ..tuner.placing import (
     activate,
     active_adapters,
@@ -125,7 +125,8 @@ class MetaLoraLoaderMixin(PerSampleMixin):
                 inject(model, source.config, name, down)
                 copy_factors(model, source.tensors, name)
                 activate(model, before if source is down else [name])
-                configs_of(model)[name].down_fingerprint = down.fingerprint
+                if source is down:
+                    know_down(model, name, down.fingerprint)
             except BaseException:
                 remove_adapters(model, [name], before)
                 raise

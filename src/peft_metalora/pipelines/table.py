@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.factors import check_subject_on_down
-from ..errors import AdapterNotFoundError, AdapterStateError
+from ..errors import AdapterNotFoundError, AdapterStateError, NonFiniteError
 from ..tuner import DownSource, MetaLoraConfig
 from ..tuner.down import MAGNITUDE, MID, UP, subject_config
 from ..tuner.on_model import meta_lora_layers
@@ -261,6 +261,11 @@ class SubjectTable:
                     )
                 pieces.append(tensor[0].flatten().to(self._flat.dtype))
         row = torch.cat(pieces).cpu()
+        if not torch.isfinite(row).all():
+            raise NonFiniteError(
+                f"{name}: expected numbers that {row.dtype} can hold, found more than that. Load the base model in "
+                "bfloat16 or float32."
+            )
         return row.pin_memory() if self._flat.is_cuda else row
 
     def _scaled(self, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

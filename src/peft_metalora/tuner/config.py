@@ -177,6 +177,8 @@ class MetaLoraConfig(PeftConfig):
         """Write `adapter_config.json`, as PEFT does; the Down is named as it is found from there."""
         written = copy.copy(self)
         written.down = reference_to_write(self.located_down(), save_directory)
+        if self.stage == "meta":
+            written.down_fingerprint = None  # of the tensors as they are, which only whoever reads them knows
         super(MetaLoraConfig, written).save_pretrained(save_directory, **kwargs)
 
     def __post_init__(self) -> None:

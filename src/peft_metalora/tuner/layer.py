@@ -82,7 +82,7 @@ class MetaLoraLayer(Mergeable):
         self.stage: dict[str, str] = {}
         self.warmup: dict[str, bool] = {}
         self.down_key: dict[str, str] = {}
-        self.down_fingerprint: dict[str, str] = {}
+        self.down_fingerprint: dict[str, tuple[str, int]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.metalora_kept = BufferDict()
@@ -132,7 +132,16 @@ class MetaLoraLayer(Mergeable):
         self.metalora_mid_init[key] = _own_copy(mid_init, device, torch.float32)
         self.metalora_mean_mid[key] = _own_copy(mean_mid, device, torch.float32)
         self.metalora_mean_up[key] = _own_copy(mean_up, device, torch.float32)
-        self.down_fingerprint[key] = fingerprint
+        self.know_down(key, fingerprint)
+
+    def know_down(self, key: str, fingerprint: str) -> None:
+        """Remember the fingerprint of a Down that was put here checked."""
+        self.down_fingerprint[key] = fingerprint, _version(self.metalora_down[key])
+
+    def known_fingerprint(self, key: str) -> str | None:
+        """The fingerprint a Down was put here with; None if there is none, or the Down was written since."""
+        mark, version = self.down_fingerprint.get(key, (None, 0))
+        return mark if mark is not None and _version(self.metalora_down[key]) == version else None
 
     @torch.no_grad()
     def start_slots(self, adapter_name: str, start: str, slots: list[int] | None = None) -> None:
@@ -396,6 +405,11 @@ def _fold_again(layer: MetaLoraLayer, _: Any) -> None:
     """After `load_state_dict`: a fold of what was there before would show the old subject."""
     for name in layer.metalora_folded:
         layer.fold(name)
+
+
+def _version(down: Tensor) -> int:
+    """How often a Down that can train was written in place; a buffer never trains."""
+    return down._version if isinstance(down, nn.Parameter) and not down.is_inference() else 0
 
 
 def _own_copy(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:

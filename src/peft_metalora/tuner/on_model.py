@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError, MissingDownError
@@ -30,6 +31,13 @@ def down_on_model(model: nn.Module, fingerprint: str | None) -> DownSource | Non
             owner = next(name for layer in meta_layers(model) for name, used in layer.down_key.items() if used == key)
             return DownSource(configs_of(model)[owner], down_state(model, key), str(fingerprint))
     return None
+
+
+def know_down(model: nn.Module, name: str, fingerprint: str) -> None:
+    """Remember the fingerprint of a stage 'meta' adapter that was just filled with a Down that had been checked."""
+    for layer in meta_layers(model):
+        if name in layer.metalora_down:
+            layer.know_down(name, fingerprint)
 
 
 def down_state(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -57,15 +65,32 @@ def down_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def down_fingerprint(model: nn.Module, name: str) -> str:
-    """Return the fingerprint of a Down on the model: the one it was loaded with, else that of its tensors now."""
-    for _, layer in meta_lora_layers(model):
+    """Return the fingerprint of a Down on the model.
+
+    One that was put there checked, and has not been written since, keeps that of its file in whatever precision the
+    model holds it. Any other's is computed; what a configuration claims counts only if the tensors bear it out.
+
+    Raises:
+        MissingDownError: the model has no such Down.
+    """
+    downs: dict[str, Tensor] = {}
+    key, known = name, set()
+    for path, layer in meta_lora_layers(model):
         key = layer.down_key.get(name, name)
-        if key in layer.down_fingerprint:
-            return layer.down_fingerprint[key]
-        stored = getattr(getattr(model, "peft_config", {}).get(key), "down_fingerprint", None)
-        if key in layer.metalora_down and stored is not None:
-            return stored
-    return fingerprint(down_state(model, name))
+        if key in layer.metalora_down:
+            downs[f"{path}.{DOWN}"] = layer.metalora_down[key].detach()
+            known.add(layer.known_fingerprint(key))
+    if not downs:
+        raise MissingDownError(f"The model holds no Down named {name!r}. Load one, or name an adapter that has one.")
+    if len(known) == 1 and (mark := known.pop()) is not None:
+        return mark
+    found, claimed = fingerprint(downs), getattr(configs_of(model).get(key), "down_fingerprint", None)
+    for dtype in (torch.bfloat16, torch.float16) if claimed not in (None, found) else ():
+        narrow = {path: down.to(dtype) for path, down in downs.items()}  # PEFT widens what it loads
+        same = all(torch.equal(narrow[path].to(down.dtype), down) for path, down in downs.items())
+        if same and fingerprint(narrow) == claimed:
+            return str(claimed)
+    return found
 
 
 def meta_lora_layers(model: nn.Module) -> Iterator[tuple[str, MetaLoraLayer]]:

@@ -18,7 +18,7 @@ from peft.functional import delete_adapter, set_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..errors import AdapterNotFoundError
+from ..errors import AdapterNotFoundError, NonFiniteError
 from .config import MetaLoraConfig
 from .down import DOWN_PARTS, MAGNITUDE, MID, UP, DownSource, given
 from .layer import MetaLoraLayer
@@ -52,12 +52,24 @@ def inject(model: nn.Module, config: MetaLoraConfig, name: str, down: DownSource
 
 @torch.no_grad()
 def copy_factors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Fill an adapter's factors, keyed as `load_down` and `load_subject` give them."""
+    """Fill an adapter's factors, keyed as `load_down` and `load_subject` give them.
+
+    Raises:
+        NonFiniteError: a number that the model's dtype cannot hold.
+    """
     for path, layer in meta_lora_layers(model):
-        if name in layer.metalora_mid:
-            parts = DOWN_PARTS if layer.stage[name] == "meta" else (MID, UP)
-            for part in (*parts, MAGNITUDE) if f"{path}.{MAGNITUDE}" in tensors else parts:
-                getattr(layer, part)[name].copy_(tensors[f"{path}.{part}"])
+        if name not in layer.metalora_mid:
+            continue
+        parts = DOWN_PARTS if layer.stage[name] == "meta" else (MID, UP)
+        for part in (*parts, MAGNITUDE) if f"{path}.{MAGNITUDE}" in tensors else parts:
+            target = getattr(layer, part)[name]
+            value = tensors[f"{path}.{part}"].to(target.dtype)
+            if not torch.isfinite(value).all():
+                raise NonFiniteError(
+                    f"expected numbers that {value.dtype} can hold in {path}.{part}, found more than that. Load the "
+                    "base model in bfloat16 or float32."
+                )
+            target.copy_(value)
 
 
 def active_adapters(model: nn.Module) -> list[str]:

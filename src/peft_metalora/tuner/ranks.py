@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-
-from peft.utils.other import get_pattern_key
 
 from .config import MetaLoraConfig
 
@@ -41,8 +40,35 @@ def ranks_of(config: MetaLoraConfig, module: str) -> Ranks:
 
 
 def from_pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
-    """The value of the first pattern that a module's path matches, as PEFT matches them."""
-    return pattern.get(get_pattern_key(list(pattern), module), default) if pattern else default
+    """The value of the first pattern that a module's path matches, as PEFT's `get_pattern_key` matches them."""
+    if not pattern:
+        return default
+    whole, ends, others = _sorted_keys(tuple(pattern))
+    parts = module.split(".")
+    found = [whole.get(module), *(ends.get(".".join(parts[start:])) for start in range(len(parts)))]
+    first = min((number for number in found if number is not None), default=len(pattern))
+    first = next((number for number, key in others if number < first and key.match(module)), first)
+    return list(pattern.values())[first] if first < len(pattern) else default
+
+
+@functools.lru_cache(maxsize=64)
+def _sorted_keys(keys: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int], list[tuple[int, re.Pattern[str]]]]:
+    """Keys by how they match, with their places: whole paths, ends of paths, and real expressions.
+
+    Of the first two kinds there are as many as modules, and compiling each for each module would take minutes.
+    """
+    whole: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    others: list[tuple[int, re.Pattern[str]]] = []
+    for number, key in enumerate(keys):
+        plain = re.sub(r"\\(.)", r"\1", key.removeprefix("^").removesuffix("$"))
+        if key == f"^{re.escape(plain)}$":
+            whole.setdefault(plain, number)
+        elif re.fullmatch(r"\w+", key):
+            ends.setdefault(key, number)
+        else:
+            others.append((number, re.compile(rf"(.*\.)?({key})$")))
+    return whole, ends, others
 
 
 def whole_paths(modules: Iterable[str]) -> str:
