@@ -83,7 +83,6 @@ class Artefact:
                     f"{self.folder}: expected the Down {expected[:16]}…, found {found[:16]}…. "
                     "Load the Down that the subject was trained on (its adapter_config.json names it)."
                 )
-        self._file.require_digest(tensors)
         if self.config.num_slots > 1:  # a run of stage 1 that PEFT saved: its people are nobody's business
             tensors = {name: _mean(name, tensor) for name, tensor in tensors.items()}
         config = dataclasses.replace(_canonical(self.config, tensors), num_slots=1)
@@ -99,7 +98,6 @@ class Artefact:
             )
         check_subject_on_down(self.tensors, down.tensors, self.folder)
         tensors = self._file.read()
-        self._file.require_digest(tensors)
         config = _canonical(self.config, tensors).read_from(os.path.abspath(self.folder))
         return SubjectSource(config, tensors, down)
 
@@ -170,9 +168,7 @@ def check_files(folder: Path, config: MetaLoraConfig) -> None:
                 f"{folder}: expected a configuration and tensors of one save, found those of two: a save was killed "
                 "between them. Load it with peft_metalora.load_subject or load_down, which can, and save it again."
             )
-        factors = FactorFile(file, config, others=True)
-        tensors = factors.read()
-        factors.require_digest(tensors)
+        tensors = FactorFile(file, config, others=True).read()
     if config.stage == "meta" and config.down_fingerprint not in (None, fingerprint(tensors)):
         raise FingerprintMismatchError(
             f"{folder}: expected the Down {str(config.down_fingerprint)[:16]}…, as its configuration says, found "

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ..errors import (
-    CorruptFileError,
     ForeignKeysError,
     MissingKeysError,
     NonFiniteError,
@@ -66,7 +65,7 @@ class FactorFile:
     """
 
     def __init__(self, file: TensorFile, config: MetaLoraConfig, *, others: bool = False) -> None:
-        self._file, self.path, self._digest = file, file.path, config.tensors_digest
+        self._file, self.path = file, file.path
         entries = dict(file.header.entries)
         if others:
             entries = {name: entry for name, entry in entries.items() if name.rpartition(".")[2] in _ALL_PARTS}
@@ -84,14 +83,6 @@ class FactorFile:
                     "the file is damaged: use an earlier checkpoint, or fetch it again."
                 )
         return tensors
-
-    def require_digest(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Check that what was read is what the configuration was written with; raises CorruptFileError."""
-        if self._digest is not None and digest_of(tensors) != self._digest:
-            raise CorruptFileError(
-                f"{self.path}: expected the tensors that {CONFIG_FILE} was written with, found others. Fetch both "
-                "files again, from one place, or save it again."
-            )
 
 
 @contextmanager

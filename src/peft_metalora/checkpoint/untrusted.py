@@ -33,6 +33,8 @@ MAX_NAME_LENGTH = 512
 
 
 MAX_DIMENSIONS = 5
+# Four times what a Down of rank 256 on every linear layer of FLUX.1-dev takes in float32.
+MAX_FILE_BYTES = 8 * 2**30
 
 
 DTYPES: dict[str, torch.dtype] = {
@@ -240,6 +242,8 @@ def _is_counts(value: Any, low: int) -> bool:
 
 
 def _check_layout(entries: dict[str, TensorEntry], base: int, size: int, path: Path) -> None:
+    if size > MAX_FILE_BYTES:
+        _corrupt(path, f"a file of at most {MAX_FILE_BYTES} bytes", f"{size} bytes")
     position = base
     for entry in sorted(entries.values(), key=lambda entry: entry.start):
         if entry.start != position:
@@ -255,7 +259,10 @@ def _check_layout(entries: dict[str, TensorEntry], base: int, size: int, path: P
 
 def _read_tensor(file: BinaryIO, entry: TensorEntry, path: Path) -> torch.Tensor:
     file.seek(entry.start)
-    data = bytearray(entry.stop - entry.start)
+    try:
+        data = bytearray(entry.stop - entry.start)
+    except MemoryError:
+        _corrupt(path, f"{entry.name} to fit into memory", f"{entry.stop - entry.start} bytes")
     if file.readinto(data) != len(data):  # type: ignore[attr-defined]
         _corrupt(path, f"{len(data)} bytes for {entry.name}", "fewer: the file shrank while it was read")
     return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)

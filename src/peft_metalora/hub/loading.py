@@ -219,7 +219,7 @@ def _download(at: Location, name: str) -> Path:
 
 
 HUB_FAILURES = (hub_errors.HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError)
-"""What huggingface_hub raises: its own errors, its client's (not ConnectionErrors), and RuntimeErrors of its storage."""
+"""What huggingface_hub raises: its own errors, its client's (no ConnectionErrors), RuntimeErrors of its storage."""
 
 _LOG_IN = "log in (hf auth login) or give token="
 
