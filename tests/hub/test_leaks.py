@@ -275,7 +275,7 @@ def _response(status):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (hub_errors.GatedRepoError("401", response=_response(401)), "Accept its terms .* log in"),
+        (hub_errors.GatedRepoError("401", response=_response(401)), "Accept its terms .* Log in"),
         (hub_errors.RepositoryNotFoundError("404", response=_response(404)), "Check the name"),
         (hub_errors.HfHubHTTPError("401", response=_response(401)), "does not know you"),
         (hub_errors.HfHubHTTPError("403", response=_response(403)), "may not do this"),
@@ -299,7 +299,7 @@ def test_what_fails_on_the_way_to_the_hub_is_one_sentence(error, says, server, p
         pytest.raises(errors.HubError, match=says) as caught,
     ):
         push_down(pair[0], "ann/faces")
-    assert ("log in" in str(caught.value)) == any(word in says for word in ("log in", "know you", "name", "token on"))
+    assert ("Log in" in str(caught.value)) == any(word in says for word in ("Log in", "know you", "name", "token on"))
 
 
 def test_a_hub_that_is_not_there_is_tried_once(server, tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def component_name(config: MetaLoraConfig) -> str:
 
 
 def model_class(config: MetaLoraConfig) -> str:
-    return (config.auto_mapping or {}).get("basemodel_class", "")
+    return (config.auto_mapping or {}).get("base_model_class", "")
 
 
 def save_diffusers(path: Path, pairs: Mapping[str, LoraPair], component: str) -> None:

@@ -215,28 +215,28 @@ def _download(at: Location, name: str) -> Path:
     except hub_errors.RevisionNotFoundError as error:
         raise HubError(f"{where}: expected this revision, found none. Name a branch, tag or commit of it.") from error
     except HUB_FAILURES as error:
-        raise HubError(f"{where}: expected {name} from the Hub, found {what_failed(error)}") from error
+        raise HubError(f"{where}: expected a repository with {name}, found {what_failed(error)}") from error
 
 
 HUB_FAILURES = (hub_errors.HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError)
 """What huggingface_hub raises: its own errors, its client's (no ConnectionErrors), RuntimeErrors of its storage."""
 
-_LOG_IN = "log in (hf auth login) or give token="
+_LOG_IN = "Log in (hf auth login) or give token=."
 
 
 def what_failed(error: Exception) -> str:
     """What went wrong between here and the Hub, and what to do: the end of a sentence."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, hub_errors.GatedRepoError):
-        return f"a gated repository. Accept its terms on its page, then {_LOG_IN}."
+        return f"a gated repository. Accept its terms on its page first. {_LOG_IN}"
     if isinstance(error, hub_errors.RepositoryNotFoundError):
-        return f"no repository that you may read. Check the name; if it is private, {_LOG_IN}."
+        return f"no repository that you may read. Check the name. Is it private? {_LOG_IN}"
     if isinstance(error, hub_errors.LocalTokenNotFoundError):
-        return f"no token on this machine: {_LOG_IN}."
+        return f"no token on this machine. {_LOG_IN}"
     if isinstance(error, hub_errors.OfflineModeIsEnabled):
         return "that the Hub is switched off (HF_HUB_OFFLINE). Unset it, or use what is in the cache."
     if status == 401:
-        return f"that it does not know you: {_LOG_IN}."
+        return f"that it does not know you. {_LOG_IN}"
     if status == 403:
         return f"that your token may not do this ({error}). Give it the right on the Hub's page for tokens, or another."
     if status == 429:
