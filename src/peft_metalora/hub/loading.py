@@ -215,7 +215,9 @@ def _download(at: Location, name: str) -> Path:
     except hub_errors.RevisionNotFoundError as error:
         raise HubError(f"{where}: expected this revision, found none. Name a branch, tag or commit of it.") from error
     except HUB_FAILURES as error:
-        raise HubError(f"{where}: expected a repository with {name}, found {what_failed(error)}") from error
+        missing = isinstance(error, hub_errors.RepositoryNotFoundError)
+        expected = "a repository" if missing else f"{name} from the Hub"
+        raise HubError(f"{where}: expected {expected}, found {what_failed(error)}") from error
 
 
 HUB_FAILURES = (hub_errors.HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError)
