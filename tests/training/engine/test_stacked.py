@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 
 from peft_metalora.bases import base_for
-from peft_metalora.training.engine.stacked import AdapterStack, train_stack
+from peft_metalora.training.engine.stacked import AdapterStack, RowGradients, denoising_inputs, train_stack
 from peft_metalora.training.examples.batches import Examples
 from pipelines_tiny import tiny_flux_pipeline
 
@@ -90,3 +90,29 @@ def test_a_pipeline_draws_each_block_with_its_own_adapter(base):
 def test_a_model_without_adapter_is_refused():
     with pytest.raises(ValueError, match="trainable"):
         AdapterStack(torch.nn.Linear(2, 2).requires_grad_(False), 2)
+
+
+def test_a_schedule_multiplies_the_rates(base):
+    examples = examples_of(base, 2)
+    stack = AdapterStack(base.denoiser, 2)
+    before, moved = stack.values.clone(), []
+    for _ in train_stack(
+        base, stack, examples, steps=3, batch_size=2, lr=1e-2, seed=0, schedule=lambda number: float(number == 1)
+    ):
+        moved.append(not torch.equal(stack.values, before))
+    assert moved == [False, True, True]
+
+
+def test_gradients_of_a_bfloat16_base_come_back_in_float32(base):
+    examples = examples_of(base, 2)
+    stack = AdapterStack(base.denoiser, 2)
+    torch.manual_seed(2)
+    stack.values.normal_(std=0.1)
+    index, generator = torch.tensor([0, 1, 3, 4]), torch.Generator().manual_seed(0)
+    inputs = denoising_inputs(base, examples, index, generator)
+    losses, exact = RowGradients(base, stack)(inputs)
+    assert base.pipeline.transformer is base.denoiser and losses.shape == (2,)
+    base.denoiser.to(torch.bfloat16)
+    _, rounded = RowGradients(base, stack)(inputs)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()

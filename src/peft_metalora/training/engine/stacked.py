@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..examples.batches import Examples
 
 _PER_SAMPLE = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "guidance")
 _BETAS, _EPS = (0.9, 0.999), 1e-8
+Result = TypeVar("Result")
 _WARM_UP = 3  # real steps before a CUDA graph is captured, so that every library has made its workspace
 
 
@@ -92,6 +93,7 @@ def train_stack(
     seed: int,
     numbers: Sequence[int] | None = None,
     scale: Callable[[str], float] | None = None,
+    schedule: Callable[[int], float] | None = None,
     graph: bool = False,
 ) -> Iterator[int]:
     """Stage 2 of all subjects of a stack, as `training.personalize` does it for one: Adam, each clipped to norm 1.
@@ -102,6 +104,7 @@ def train_stack(
         lr: one rate, or one for each row (S,).
         numbers: of the subject in `examples` that each row learns. Default: row n learns subject n.
         scale: factor on the rate by parameter name (LoRA+).
+        schedule: factor on the rate by the number of steps done before (warm-up, decay).
         graph: replay the step as a CUDA graph, where the device can.
 
     Yields:
@@ -119,78 +122,133 @@ def train_stack(
         ]
         rates = rates * torch.cat(factors)
     generator = torch.Generator(base.device).manual_seed(seed)
-    step = _Step(base, stack, rates, graph and base.device.type == "cuda")
+    step = Recorded(_Adam(RowGradients(base, stack), rates), graph and base.device.type == "cuda")
     for number in range(steps):
         pick = torch.randint(
             positions.shape[1], (stack.count, batch_size), generator=generator, device=generator.device
         )
-        latents, text = examples.pick(positions.gather(1, pick).flatten())
-        noise = torch.randn(latents.shape, generator=generator, device=generator.device)
-        times = base.sample_times(latents, generator)
-        step({"latents": latents, "noise": noise, "times": times, **{f"text.{k}": v for k, v in text.items()}})
+        inputs = denoising_inputs(base, examples, positions.gather(1, pick).flatten(), generator)
+        factor = 1.0 if schedule is None else schedule(number)
+        step({**inputs, "factor": torch.full((), factor, device=base.device)})
         yield number + 1
 
 
-class _Step:
-    """Gradient, clipping and Adam for every row; after a few eager calls one CUDA graph, if wanted."""
+def denoising_inputs(base: Base, examples: Examples, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """What `RowGradients` takes: the examples `index` (b,) with a noise and a noise level drawn for each."""
+    latents, text, mask = examples.batch(index)
+    noise = torch.randn(latents.shape, generator=generator, device=generator.device)
+    times = base.sample_times(latents, generator)
+    inputs = {"latents": latents, "noise": noise, "times": times, **{f"text.{k}": v for k, v in text.items()}}
+    return inputs if mask is None else {**inputs, "mask": mask}
 
-    def __init__(self, base: Base, stack: AdapterStack, rates: Tensor, graph: bool) -> None:
-        self.base, self.stack, self.rates, self.graph_wanted = base, stack, rates, graph
-        self.mean, self.square = torch.zeros_like(stack.values), torch.zeros_like(stack.values)
-        self.number = torch.zeros((), device=stack.values.device, dtype=torch.float64)
+
+class RowGradients:
+    """The training loss of each row of a stack, and its gradient with respect to that row alone.
+
+    The base may compute in bfloat16: the rows stay in float32 and are cast, their gradients come back in float32.
+
+    Args:
+        base: its denoiser is the model of `stack`.
+        compiled: compile the pass, which takes a minute or more and is worth it for thousands of calls.
+    """
+
+    def __init__(self, base: Base, stack: AdapterStack, compiled: bool = False) -> None:
+        self.base, self.stack = base, stack
+        self._pass = torch.compile(self._gradients) if compiled else self._gradients
+        self._original = base.denoiser
+        self._dtype = base.dtype
+        self._stand_in = _OneDenoiser(self._original, stack)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """One pass over a batch that holds a block of samples for each row.
+
+        Args:
+            inputs: as `denoising_inputs` gives them, S * b samples: the first b are the first row's.
+
+        Returns:
+            Losses (S,), each the mean over a block, and gradients (S, N), as `stack.values`.
+        """
+        base, stack = self.base, self.stack
+        blocks = {name: tensor.unflatten(0, (stack.count, -1)) for name, tensor in inputs.items()}
+        setattr(base.pipeline, base.denoiser_name, self._stand_in)
+        try:
+            return self._pass(stack.parameters, blocks)
+        finally:
+            setattr(base.pipeline, base.denoiser_name, self._original)
+
+    def _gradients(self, parameters: dict[str, Tensor], blocks: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH):  # the others run row by row under vmap
+            gradients, losses = vmap(grad_and_value(self._loss), randomness="different")(parameters, blocks)
+        return losses, torch.cat([gradients[name].flatten(1) for name in parameters], dim=1)
+
+    def _loss(self, values: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        self._stand_in.values = {name: tensor.to(self._dtype) for name, tensor in values.items()}
+        text: Text = {name[5:]: tensor for name, tensor in inputs.items() if name.startswith("text.")}
+        losses = self.base.loss(inputs["latents"], text, inputs["noise"], inputs["times"], inputs.get("mask"))
+        self._stand_in.values = {}  # outside of vmap and grad these tensors mean nothing
+        return losses.mean()
+
+
+class Recorded(Generic[Result]):
+    """A function of named tensors that is replayed as a CUDA graph after a few eager calls.
+
+    A replay writes into the tensors that the recorded call returned: read them before the next call.
+
+    Args:
+        function: launches kernels and nothing else; what it changes it changes in place.
+        wanted: False calls it as it is.
+    """
+
+    def __init__(self, function: Callable[[dict[str, Tensor]], Result], wanted: bool) -> None:
+        self.function, self.wanted = function, wanted
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: dict[str, Tensor] = {}
-        self.original = base.denoiser
-        self.stand_in = _OneDenoiser(self.original, stack)
+        self.result: Result
 
-    def __call__(self, inputs: dict[str, Tensor]) -> None:
+    def __call__(self, inputs: dict[str, Tensor]) -> Result:
         self.calls += 1
-        if self.graph_wanted and self.calls == _WARM_UP + 1:
-            self._capture(inputs)
+        if self.wanted and self.calls == _WARM_UP + 1:
+            self._record(inputs)
         if self.graph is None:
-            self._run(inputs)
-            return
+            return self.function(inputs)
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
         self.graph.replay()
+        return self.result
 
-    def _capture(self, inputs: dict[str, Tensor]) -> None:
+    def _record(self, inputs: dict[str, Tensor]) -> None:
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self._run(self.inputs)
+                self.result = self.function(self.inputs)
         except RuntimeError as error:
-            # Nothing ran while it was recorded, so that the eager steps go on where they were.
-            warnings.warn(f"no CUDA graph of this step, it runs eagerly: {error}", stacklevel=2)
-            self.graph_wanted = False
+            # Nothing ran while it was recorded, so that the eager calls go on where they were.
+            warnings.warn(f"no CUDA graph of this step, it runs eagerly: {error}", stacklevel=3)
+            self.wanted = False
         else:
             self.graph = graph
 
-    def _loss(self, values: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
-        self.stand_in.values = values
-        text: Text = {name[5:]: tensor for name, tensor in inputs.items() if name.startswith("text.")}
-        return self.base.loss(inputs["latents"], text, inputs["noise"], inputs["times"]).mean()
 
-    def _run(self, inputs: dict[str, Tensor]) -> None:
-        base, stack = self.base, self.stack
-        blocks = {name: tensor.unflatten(0, (stack.count, -1)) for name, tensor in inputs.items()}
-        setattr(base.pipeline, base.denoiser_name, self.stand_in)
-        try:
-            with sdpa_kernel(SDPBackend.MATH):  # the others run row by row under vmap
-                gradients, _ = vmap(grad_and_value(self._loss), randomness="different")(stack.parameters, blocks)
-        finally:
-            setattr(base.pipeline, base.denoiser_name, self.original)
-        gradient = torch.cat([gradients[name].flatten(1) for name in stack.parameters], dim=1)
-        del gradients
+class _Adam:
+    """A step of Adam for every row, each clipped to norm 1; `factor` of the inputs multiplies the rates."""
+
+    def __init__(self, gradients: RowGradients, rates: Tensor) -> None:
+        self.gradients, self.stack, self.rates = gradients, gradients.stack, rates
+        self.mean, self.square = torch.zeros_like(self.stack.values), torch.zeros_like(self.stack.values)
+        self.number = torch.zeros((), device=self.stack.values.device, dtype=torch.float64)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> None:
+        factor = inputs["factor"]
+        _, gradient = self.gradients({name: tensor for name, tensor in inputs.items() if name != "factor"})
         gradient *= (1 / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
         self.number += 1
         self.mean.lerp_(gradient, 1 - _BETAS[0])
         self.square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
         first, second = (1 - torch.exp(self.number * math.log(beta)) for beta in _BETAS)
         denominator = (self.square / second.float()).sqrt_().add_(_EPS)
-        stack.values -= self.rates * (self.mean / first.float()) / denominator
+        self.stack.values -= factor * self.rates * (self.mean / first.float()) / denominator
 
 
 class _StandIn(nn.Module):
