@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A person in zero steps: the subject space of a Down, and the encoder that reads a person's code from photos."""
+
+from __future__ import annotations
+
+from .networks import EncoderConfig, SubjectEncoder, load_encoder, make_encoder
+from .space import SubjectCode, SubjectSpace, load_code, load_space, save_code
+
+__all__ = [
+    "EncoderConfig",
+    "SubjectCode",
+    "SubjectEncoder",
+    "SubjectSpace",
+    "load_code",
+    "load_encoder",
+    "load_space",
+    "make_encoder",
+    "save_code",
+]

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The subject encoder: photos of a person to a code of the Down's subject space.
+
+A source (see `sources`) turns photos into features, a small network reads a code from them. All codes have one length,
+so that an unusual photo cannot lead far away from everybody; several photos give the mean of their codes, which is
+the shorter the less they agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..checkpoint.untrusted import read_json, read_tensors
+from ..errors import (
+    ConfigError,
+    ConfigFormatError,
+    FingerprintMismatchError,
+    MissingKeysError,
+    NoImagesError,
+    NonFiniteError,
+    ShapeMismatchError,
+)
+from ..files import write_bytes, write_tensors
+from ..tuner.down import digest_of
+from .sources import Source, make_source, source_kinds
+from .space import CODE_SIZE, SubjectSpace, require_finite
+
+ENCODER_FILE = "subject_encoder.safetensors"
+ENCODER_CONFIG_FILE = "encoder_config.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What an encoder is made of; `encoder_config.json` holds it.
+
+    Attributes:
+        source: as `sources.make_source` takes it. resolution: side in pixels to which photos are brought.
+        code_size: numbers of a code. width: channels of the trunk's first layer. hidden: width of the head.
+        dropout: share of the head's inputs that are dropped in training.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    source: str = "latents"
+    resolution: int = 512
+    code_size: int = CODE_SIZE
+    width: int = 64
+    hidden: int = 512
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.source.partition(":")[0] not in source_kinds():
+            raise ConfigError(f"encoder must be one of {', '.join(source_kinds())}, found {self.source!r}")
+        for name in ("resolution", "code_size", "hidden"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.width < 8 or self.width % 8:
+            raise ConfigError(f"width must be a multiple of 8 (the groups of its norms), found {self.width}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, found {self.dropout}")
+
+
+class SubjectEncoder(nn.Module):
+    """Features (n, ...) to codes (n, k).
+
+    Args:
+        config: see `EncoderConfig`. source: the one that `config` names.
+    """
+
+    def __init__(self, config: EncoderConfig, source: Source) -> None:
+        super().__init__()
+        self.config, self.source = config, source
+        self.trunk = source.trunk(config.width)
+        with torch.no_grad():
+            size = self.trunk(torch.zeros(1, *source.feature_shape)).shape[1]
+        self.head = nn.Sequential(
+            nn.Dropout(config.dropout),
+            nn.Linear(size, config.hidden),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.hidden, config.code_size),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Codes (n, k) of features (n, *feature_shape), each of mean 0 and length sqrt(k).
+
+        Raises:
+            ShapeMismatchError: features of another source.
+        """
+        if features.shape[1:] != self.source.feature_shape:
+            raise ShapeMismatchError(
+                f"expected features (n, {', '.join(map(str, self.source.feature_shape))}) of the source "
+                f"{self.source.name!r}, found {tuple(features.shape)}. Encode the photos with this encoder's source."
+            )
+        codes = self.head(self.trunk(features))
+        return F.layer_norm(codes, codes.shape[1:])
+
+    def read(self, photos: Sequence[Image.Image]) -> Tensor:
+        """The code (k,) of a person, from one photo or the mean of several; on the CPU, float32.
+
+        Raises:
+            NoImagesError: no photo. NoFaceError: a photo without the face that the source needs.
+            NonFiniteError: a code that is no number, from an encoder that diverged.
+        """
+        if not photos:
+            raise NoImagesError("expected at least one photo of the person, found none: give one")
+        device, was_training = next(self.parameters()).device, self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                code = self(self.source.features(photos).to(device)).mean(0).float().cpu()
+        finally:
+            self.train(was_training)
+        if not torch.isfinite(code).all():
+            raise NonFiniteError("expected a code of finite numbers, found NaN or infinity: train the encoder again")
+        return code
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the configuration and of every weight's name, shape, dtype and bytes."""
+        settings = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+        return hashlib.sha256(f"{settings}|{digest_of(self.state_dict())}".encode()).hexdigest()
+
+    def save(self, folder: str | os.PathLike[str], space: SubjectSpace) -> None:
+        """Write `subject_encoder.safetensors` and `encoder_config.json` for the space that its codes belong to.
+
+        Raises:
+            ConfigError: codes of another size than the space's. WriteFailedError: the disk refuses.
+        """
+        if self.config.code_size != space.code_size:
+            raise ConfigError(
+                f"expected an encoder of codes ({space.code_size},), as the space has, found ({self.config.code_size},)"
+            )
+        weights = self.state_dict()
+        require_finite(weights, "the encoder")
+        write_tensors(Path(folder) / ENCODER_FILE, weights)
+        facts: dict[str, Any] = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
+        facts |= {"space_fingerprint": space.fingerprint, "encoder_fingerprint": self.fingerprint}
+        # Last: what has a configuration is whole.
+        write_bytes(Path(folder) / ENCODER_CONFIG_FILE, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def make_encoder(
+    config: EncoderConfig, encode_images: Callable[[Tensor], Tensor] | None = None, seed: int = 0
+) -> SubjectEncoder:
+    """A new encoder with random weights of that seed; the global random state is left as it was.
+
+    Args:
+        encode_images: the base's VAE, for the source `latents`.
+
+    Raises:
+        ConfigError, EmbedderUnavailableError: as `sources.make_source`.
+    """
+    source = make_source(config.source, resolution=config.resolution, encode_images=encode_images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SubjectEncoder(config, source)
+
+
+def load_encoder(
+    folder: str | os.PathLike[str], space: SubjectSpace, encode_images: Callable[[Tensor], Tensor] | None = None
+) -> SubjectEncoder:
+    """Read an encoder that `SubjectEncoder.save` wrote, in evaluation mode.
+
+    Args:
+        space: the space that it has to read codes of.
+
+    Raises:
+        ArtefactNotFoundError, CorruptFileError, UnsafeNameError, TensorDtypeError: files that are not there or broken.
+        ConfigFormatError: a configuration that cannot be.
+        FingerprintMismatchError: an encoder of another space, or weights that are not the configuration's.
+        MissingKeysError, ShapeMismatchError, NonFiniteError: weights that do not fit.
+        ConfigError, EmbedderUnavailableError: a source that cannot be used here.
+    """
+    path = Path(folder) / ENCODER_CONFIG_FILE
+    facts = read_json(path)
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise ConfigFormatError(
+            f"{path}: expected format_version {FORMAT_VERSION}, found {facts.get('format_version')!r}. Update "
+            "peft_metalora, or fetch the file again."
+        )
+    config = _config(facts, path)
+    if facts.get("space_fingerprint") != space.fingerprint:
+        raise FingerprintMismatchError(
+            f"{path}: expected an encoder of the space {space.fingerprint[:16]}…, found one of "
+            f"{str(facts.get('space_fingerprint'))[:16]}…. Put the files of one training into a folder."
+        )
+    if config.code_size != space.code_size:
+        raise ShapeMismatchError(f"{path}: expected codes of {space.code_size} numbers, found {config.code_size}.")
+    weights = read_tensors(Path(folder) / ENCODER_FILE)
+    require_finite(weights, str(Path(folder) / ENCODER_FILE))
+    encoder = make_encoder(config, encode_images)
+    own = encoder.state_dict()
+    if own.keys() != weights.keys():
+        differ = sorted(own.keys() ^ weights.keys())
+        raise MissingKeysError(
+            f"{Path(folder) / ENCODER_FILE}: expected the weights of an encoder {config.source!r}, found a difference "
+            f"in {', '.join(differ[:3])}. Fetch both files again, from one place."
+        )
+    wrong = sorted(name for name in own if own[name].shape != weights[name].shape)
+    if wrong:
+        raise ShapeMismatchError(
+            f"{Path(folder) / ENCODER_FILE}: expected {wrong[0]} of shape {tuple(own[wrong[0]].shape)}, found "
+            f"{tuple(weights[wrong[0]].shape)}. Fetch both files again, from one place."
+        )
+    encoder.load_state_dict(weights)
+    if facts.get("encoder_fingerprint") != encoder.fingerprint:
+        raise FingerprintMismatchError(
+            f"{path}: expected the encoder {str(facts.get('encoder_fingerprint'))[:16]}…, found "
+            f"{encoder.fingerprint[:16]}… in {ENCODER_FILE}. Fetch both files again, from one place."
+        )
+    return encoder.eval().requires_grad_(False)
+
+
+def _config(facts: dict[str, Any], path: Path) -> EncoderConfig:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(EncoderConfig):
+        wanted: Any = type(field.default)
+        value: Any = facts.get(field.name)
+        # JSON writes 0.0 and 0 alike; True is an int to Python.
+        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            raise ConfigFormatError(f"{path}: expected {field.name} as {wanted.__name__}, found {value!r}.")
+        values[field.name] = wanted(value)
+    try:
+        return EncoderConfig(**values)
+    except ConfigError as error:
+        raise ConfigFormatError(f"{path}: {error}") from error

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The subject space of a Down: the Mid and Up of all layers are `mean + code @ basis`, a person is a code.
+
+The numbers of a subject lie in one line, factor after factor; `layout` says which are whose. What makes a code from a
+photo is `networks.py`; what trains both is in `training`. Relatives: HyperDreamBooth (arXiv 2307.06949), whose network
+predicts weights that are then tuned, and weights2weights (arXiv 2406.09413), a linear space of identity LoRAs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.untrusted import Header, open_tensors
+from ..errors import (
+    ConfigError,
+    CorruptFileError,
+    FingerprintMismatchError,
+    ForeignKeysError,
+    MissingKeysError,
+    NonFiniteError,
+    ShapeMismatchError,
+    TensorDtypeError,
+)
+from ..files import write_tensors
+from ..tuner.down import MID, UP, DownSource, digest_of
+
+SPACE_FILE = "subject_space.safetensors"
+CODE_FILE = "subject_code.safetensors"
+CODE_SIZE = 128
+_MEAN, _BASIS, _CODE = "mean", "basis", "code"
+_DOWN, _SPACE = "down_fingerprint", "space_fingerprint"
+_CHUNK = 1 << 20  # numbers of a subject that are expanded together where the product has no mixed precision
+
+
+@dataclass(frozen=True)
+class SubjectCode:
+    """A person in a subject space: some hundred numbers and what they mean something to.
+
+    Attributes:
+        code: (k,) float32.
+        down_fingerprint, space_fingerprint: of the Down and the space that it was read for.
+    """
+
+    code: Tensor
+    down_fingerprint: str
+    space_fingerprint: str
+
+
+class SubjectSpace(nn.Module):
+    """Codes (n, k) to subjects (n, N): `mean + codes @ basis`.
+
+    Args:
+        layout: name and shape of each factor, in the order of their numbers.
+        mean: (N,) float32. basis: (k, N) float32 to be trained, bfloat16 or float16 at rest.
+        down_fingerprint: of the Down that the subjects stand on.
+
+    Raises:
+        ShapeMismatchError: sizes that do not fit each other. TensorDtypeError: a basis of another dtype.
+    """
+
+    def __init__(
+        self, layout: Sequence[tuple[str, tuple[int, ...]]], mean: Tensor, basis: Tensor, down_fingerprint: str
+    ) -> None:
+        super().__init__()
+        self.layout = tuple((name, tuple(shape)) for name, shape in layout)
+        size = sum(math.prod(shape) for _, shape in self.layout)
+        if mean.shape != (size,) or basis.ndim != 2 or basis.shape[1] != size or not len(basis):
+            raise ShapeMismatchError(
+                f"expected a mean ({size},) and a basis (k, {size}) of a subject's {size} numbers, found "
+                f"{tuple(mean.shape)} and {tuple(basis.shape)}. Build the space from one Down."
+            )
+        if basis.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TensorDtypeError(f"expected a basis in float32, bfloat16 or float16, found {basis.dtype}. Cast it.")
+        # Copies: what the space was made from may go on changing.
+        self.mean = nn.Parameter(mean.detach().float().clone(), requires_grad=False)
+        self.basis = nn.Parameter(basis.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
+        self.down_fingerprint = down_fingerprint
+        self._digest: tuple[tuple[int, int], str] | None = None  # of large models it takes a second
+
+    @classmethod
+    def around(cls, down: DownSource, code_size: int = CODE_SIZE) -> SubjectSpace:
+        """The space from which training starts: every code is the Down's mean subject, the basis is 0.
+
+        Raises:
+            ConfigError: a code without numbers.
+        """
+        if code_size < 1:
+            raise ConfigError(f"code_size must be at least 1, found {code_size}")
+        factors = {
+            name: tensor for name, tensor in sorted(down.tensors.items()) if name.endswith((f".{MID}", f".{UP}"))
+        }
+        mean = torch.cat([tensor.detach().float().flatten().cpu() for tensor in factors.values()])
+        layout = [(name, tuple(tensor.shape)) for name, tensor in factors.items()]
+        return cls(layout, mean, torch.zeros(code_size, len(mean)), down.fingerprint)
+
+    @property
+    def code_size(self) -> int:
+        """k, the numbers of a code."""
+        return len(self.basis)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the Down's fingerprint and of every part's name, shape, dtype and bytes."""
+        version = self.mean._version, self.basis._version
+        if self._digest is None or self._digest[0] != version:
+            whole = f"{self.down_fingerprint}|{digest_of(self._parts())}"
+            self._digest = version, hashlib.sha256(whole.encode()).hexdigest()
+        return self._digest[1]
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Subjects (n, N) of codes (n, k), float32, sums in float32 whatever the basis is kept in.
+
+        Raises:
+            ShapeMismatchError: codes of another size.
+        """
+        if codes.ndim != 2 or codes.shape[1] != self.code_size:
+            raise ShapeMismatchError(
+                f"expected codes (n, {self.code_size}) of this space, found {tuple(codes.shape)}. Read the photo with "
+                "the encoder of the same Down."
+            )
+        codes = codes.float()
+        if self.basis.dtype == torch.float32:
+            return torch.addmm(self.mean, codes, self.basis)
+        if self.basis.is_cuda and _MIXED_PRODUCT:
+            # A rounded code and what rounding took off: one pass over the basis, exact to 2^-16.
+            high = codes.to(self.basis.dtype)
+            both = torch.cat([high, (codes - high.float()).to(self.basis.dtype)])
+            product = torch.mm(both, self.basis, out_dtype=torch.float32)
+            return product[: len(codes)].add_(product[len(codes) :]).add_(self.mean)
+        parts = zip(self.mean.split(_CHUNK), self.basis.split(_CHUNK, dim=1), strict=True)
+        return torch.cat([torch.addmm(mean, codes, basis.float()) for mean, basis in parts], dim=1)
+
+    def expand(self, code: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The factors of one subject, as a subject's file has them: `{module}.metalora_mid` and so on.
+
+        Args:
+            code: (k,). dtype: of the factors; sums are in float32 all the same.
+
+        Raises:
+            ShapeMismatchError: a code of another size. NonFiniteError: NaN or infinity in it.
+        """
+        if not torch.isfinite(code).all():
+            raise NonFiniteError(
+                "expected a code of finite numbers, found NaN or infinity: read the photo again, with an encoder that "
+                "did not diverge"
+            )
+        if code.ndim != 1:
+            raise ShapeMismatchError(f"expected one code ({self.code_size},), found {tuple(code.shape)}. Give one row.")
+        with torch.no_grad():
+            return self.split(self(code[None].to(self.mean.device)).to(dtype))
+
+    def split(self, subjects: Tensor) -> dict[str, Tensor]:
+        """Subjects (n, N) as factors by name, views of them: (n, r, meta_r) and (n, d_out, r)."""
+        sizes = [math.prod(shape) for _, shape in self.layout]
+        parts = subjects.split(sizes, dim=1)
+        # A factor (1, r, meta_r) is one subject's: its first axis is the slot.
+        return {
+            name: part.unflatten(1, shape).flatten(0, 1) for (name, shape), part in zip(self.layout, parts, strict=True)
+        }
+
+    def accept(self, subject: SubjectCode) -> Tensor:
+        """The code of a subject, where it belongs to this space.
+
+        Raises:
+            FingerprintMismatchError: it was read for another Down or space.
+            ShapeMismatchError, NonFiniteError: it is no code of this space.
+        """
+        for what, found, own in (
+            ("Down", subject.down_fingerprint, self.down_fingerprint),
+            ("space", subject.space_fingerprint, self.fingerprint),
+        ):
+            if found != own:
+                raise FingerprintMismatchError(
+                    f"expected a code for the {what} {own[:16]}…, found one for {found[:16]}…. Load the {what} that "
+                    "the code was read for, or read the photo again."
+                )
+        self.expand(subject.code)
+        return subject.code
+
+    def rounded(self, dtype: torch.dtype = torch.bfloat16) -> SubjectSpace:
+        """The same space with its basis in another precision, half as large at rest."""
+        return SubjectSpace(self.layout, self.mean, self.basis.detach().to(dtype), self.down_fingerprint)
+
+    def ordered(self, names: Sequence[str]) -> SubjectSpace:
+        """The same space with its factors in the order of `names`.
+
+        Raises:
+            MissingKeysError: they are not the names of its factors.
+        """
+        shapes = dict(self.layout)
+        if sorted(names) != sorted(shapes):
+            differ = sorted(set(names) ^ set(shapes))
+            raise MissingKeysError(f"expected the factors of the space, found a difference in {differ[:3]}.")
+        parts = self._parts()
+        mean = torch.cat([parts[f"{name}.{_MEAN}"].flatten() for name in names])
+        basis = torch.cat([parts[f"{name}.{_BASIS}"].flatten(1) for name in names], dim=1)
+        return SubjectSpace([(name, shapes[name]) for name in names], mean, basis, self.down_fingerprint)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `subject_space.safetensors`; the file is whole or not there.
+
+        Raises:
+            NonFiniteError: NaN or infinity in it. WriteFailedError: the disk refuses.
+        """
+        parts = self._parts()
+        require_finite(parts, "the space")
+        path = Path(folder) / SPACE_FILE
+        write_tensors(path, parts, {_DOWN: self.down_fingerprint})
+        return path
+
+    def _parts(self) -> dict[str, Tensor]:
+        """Mean and basis of each factor, views: `{factor}.mean`, as the factor, and `{factor}.basis`, (k, ...)."""
+        sizes = [math.prod(shape) for _, shape in self.layout]
+        means, bases = self.mean.split(sizes), self.basis.split(sizes, dim=1)
+        parts = {}
+        for (name, shape), mean, basis in zip(self.layout, means, bases, strict=True):
+            parts[f"{name}.{_MEAN}"] = mean.view(shape)
+            parts[f"{name}.{_BASIS}"] = basis.unflatten(1, shape)
+        return parts
+
+
+def load_space(folder: str | os.PathLike[str], down: DownSource | None = None) -> SubjectSpace:
+    """Read the subject space of a Down.
+
+    Args:
+        down: whose space it has to be.
+
+    Raises:
+        ArtefactNotFoundError: there is none.
+        CorruptFileError, UnsafeNameError: the file is not what it says.
+        FingerprintMismatchError: it is the space of another Down.
+        MissingKeysError, ForeignKeysError, ShapeMismatchError: its factors are not those of the Down.
+        TensorDtypeError, NonFiniteError: numbers that cannot be.
+    """
+    path = Path(folder) / SPACE_FILE
+    with open_tensors(path) as file:
+        fingerprint = _metadata(file.header, _DOWN, path)
+        if down is not None and down.fingerprint != fingerprint:
+            raise FingerprintMismatchError(
+                f"{path}: expected the space of the Down {down.fingerprint[:16]}…, found that of {fingerprint[:16]}…. "
+                "Put the files of one training into a folder."
+            )
+        _check(file.header, down, path)
+        parts = file.read()
+    require_finite(parts, str(path))
+    names = sorted(name.removesuffix(f".{_MEAN}") for name in parts if name.endswith(f".{_MEAN}"))
+    means, bases = ([parts[f"{name}.{what}"] for name in names] for what in (_MEAN, _BASIS))
+    layout = [(name, tuple(mean.shape)) for name, mean in zip(names, means, strict=True)]
+    mean = torch.cat([mean.flatten() for mean in means])
+    return SubjectSpace(layout, mean, torch.cat([basis.flatten(1) for basis in bases], dim=1), fingerprint)
+
+
+def save_code(folder: str | os.PathLike[str], code: Tensor, space: SubjectSpace) -> Path:
+    """Write a code with the fingerprints of its Down and space; raises as `SubjectSpace.save`."""
+    code = code.detach().float().cpu().contiguous()
+    space.expand(code)
+    path = Path(folder) / CODE_FILE
+    write_tensors(path, {_CODE: code}, {_DOWN: space.down_fingerprint, _SPACE: space.fingerprint})
+    return path
+
+
+def load_code(folder: str | os.PathLike[str]) -> SubjectCode:
+    """Read a code; `SubjectSpace.accept` checks that it belongs to a space.
+
+    Raises:
+        ArtefactNotFoundError, CorruptFileError, MissingKeysError, ForeignKeysError, ShapeMismatchError, NonFiniteError.
+    """
+    path = Path(folder) / CODE_FILE
+    with open_tensors(path) as file:
+        down, space = (_metadata(file.header, key, path) for key in (_DOWN, _SPACE))
+        tensors = file.read()
+    if _CODE not in tensors:
+        raise MissingKeysError(f"{path}: expected a tensor {_CODE!r}, found none. Read the photo again.")
+    if len(tensors) > 1:
+        raise ForeignKeysError(f"{path}: expected {_CODE!r} alone, found {len(tensors)} tensors. Read the photo again.")
+    code = tensors[_CODE]
+    if code.ndim != 1:
+        raise ShapeMismatchError(f"{path}: expected a code (k,), found {tuple(code.shape)}. Read the photo again.")
+    require_finite(tensors, str(path))
+    return SubjectCode(code.float(), down, space)
+
+
+def _metadata(header: Header, key: str, path: Path) -> str:
+    value = header.metadata.get(key)
+    if not value:
+        raise CorruptFileError(f"{path}: expected {key} in the file's metadata, found none. Fetch or make it again.")
+    return value
+
+
+def _check(header: Header, down: DownSource | None, path: Path) -> None:
+    factors: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, entry in header.entries.items():
+        factor, _, what = name.rpartition(".")
+        if what not in (_MEAN, _BASIS) or not factor.endswith((f".{MID}", f".{UP}")):
+            raise ForeignKeysError(f"{path}: expected mean and basis of Mid and Up, found {name}. Save it again.")
+        factors[factor][what] = entry.shape
+    if not factors:
+        raise MissingKeysError(f"{path}: expected mean and basis of Mid and Up, found no tensors. Save it again.")
+    sizes = set()
+    for factor, found in factors.items():
+        if len(found) < 2:
+            raise MissingKeysError(f"{path}: expected mean and basis of {factor}, found {next(iter(found))} alone.")
+        mean, basis = found[_MEAN], found[_BASIS]
+        if len(mean) != 3 or mean[0] != 1 or basis[1:] != mean:
+            raise ShapeMismatchError(
+                f"{path}: expected a mean (1, a, b) and a basis (k, 1, a, b) of {factor}, found {mean} and {basis}."
+            )
+        sizes.add(basis[0])
+    if len(sizes) > 1:
+        raise ShapeMismatchError(f"{path}: expected one size of code, found {sorted(sizes)}. Save the space again.")
+    if down is None:
+        return
+    its = {name: tuple(tensor.shape) for name, tensor in down.tensors.items() if name.endswith((f".{MID}", f".{UP}"))}
+    mine = {factor: found[_MEAN] for factor, found in factors.items()}
+    if its != mine:
+        differ = sorted(name for name in its.keys() | mine.keys() if its.get(name) != mine.get(name))
+        raise ShapeMismatchError(
+            f"{path}: expected the factors of its Down, found a difference in {', '.join(differ[:3])}. Put the files "
+            "of one training into a folder."
+        )
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise NonFiniteError where a tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{where}: expected finite numbers in {name}, found NaN or infinity. The training diverged or the file "
+                "is damaged: use an earlier one, or fetch it again."
+            )
+
+
+def _has_mixed_product() -> bool:
+    # mm with out_dtype came with torch 2.8.
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit()) >= (2, 8)
+
+
+_MIXED_PRODUCT = _has_mixed_product()
