@@ -193,3 +193,28 @@ def test_prompts_that_the_embedded_judge_cannot_read_stop_before_any_training(pe
 def test_bad_settings_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EvaluateConfig(data="d", output="o", **values)
+
+
+def test_an_output_that_would_fall_on_what_is_read_is_refused_before_any_work(
+    people, prompts, tmp_path, capsys, monkeypatch
+):
+    """Bug: an evaluation wrote its cells and report among the people, or over its own prompts."""
+    shutil.copytree(people, tmp_path / "people")
+    shutil.copy(prompts, tmp_path / "prompts.yaml")
+    shutil.copytree(people, tmp_path / "out" / "copier")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path)
+    given = {"data": "people", "prompts": "prompts.yaml", "output": "out", "method": "lora:r=1", "base": "demo"}
+    for changes in (
+        {"output": "people"},
+        {"output": str(tmp_path / "people" / "out")},
+        {"data": "out"},
+        {"export_prompts": "prompts.yaml"},
+        {"export_prompts": "people/metadata.jsonl"},
+        {"images": "copier=out/copier"},
+        {"base": "out"},
+        {"method": "meta-lora:down=out"},
+    ):
+        assert main(["evaluate", *(f"--{name}={value}" for name, value in (given | changes).items())]) == 2
+        assert "apart from" in capsys.readouterr().err, changes
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -188,6 +188,9 @@ def test_a_run_of_two_processes_resumes(place, tmp_path):
     folder = tmp_path / "two" / "checkpoint-4"  # in the warm-up of the second bucket
     names = ["training_state-1.safetensors", "training_state.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
+    # Bug: one process went on alone with its own subjects, and the others' were lost.
+    with pytest.raises(ConfigError, match=r"the 2 process\(es\) .*found 1"):
+        meta_train(stage_1(place, tmp_path / "two", **adam, resume_from_checkpoint="latest"), progress=False)
     half = str(tmp_path / "ann" / "checkpoint-3")
     on_two_processes(
         stage_1(place, tmp_path / "two again", **adam, resume_from_checkpoint=str(folder)),
