@@ -39,5 +39,6 @@ def server(tmp_path, monkeypatch):
 
     with FakeHub() as fake:
         point_at(fake.endpoint, tmp_path / "cache", monkeypatch)
+        # HF_TOKEN would be read once, when huggingface_hub is imported.
         monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_environment", lambda: TOKEN)
         yield fake

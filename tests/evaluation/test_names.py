@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from peft_metalora.commands.generate import _file_names
 from peft_metalora.errors import ConfigError, MetadataError
 from peft_metalora.evaluation.prompts import read_prompts
 from peft_metalora.evaluation.protocol import evaluate
@@ -93,11 +92,3 @@ def test_the_report_shows_a_reference_as_it_was_learned(tmp_path: Path) -> None:
     Image.new("RGB", (20, 40)).save(tmp_path / "upright.jpg")
     assert _picture(tmp_path / "turned.jpg") == _picture(tmp_path / "upright.jpg")
     assert _picture(tmp_path / "gone.jpg") == "(gone)"
-
-
-def test_files_of_generated_images_have_names_of_their_own() -> None:
-    """Bug: of the subjects a_2, x/a and y/a the last overwrote the images of the first."""
-    for subjects in (["a_2", "x/a", "y/a"], ["x/Ann", "y/ann"], ["x/..", "y/.."], ["a b", "a:b", "a_b"]):
-        names = _file_names(subjects)
-        assert len({name.casefold() for name in names}) == len(subjects)
-        assert all("/" not in name and not name.startswith(".") for name in names)

@@ -18,7 +18,7 @@ from peft_metalora.evaluation.settings import EvaluateConfig
 def worker(rank: int, port: int, config: EvaluateConfig) -> None:
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    done, finish = [], Bench._finish
+    done, finish = [], Bench._finish  # what each process is done with; the report holds what both did
     Bench._finish = lambda self, *cell: done.append(cell[3].name) or finish(self, *cell)
     evaluate(config, progress=False)
     Path(f"{config.output}-{rank}.txt").write_text(" ".join(done))

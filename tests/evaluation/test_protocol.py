@@ -102,7 +102,7 @@ def test_a_rerun_computes_only_what_is_missing(done: tuple[Path, list[str]], mon
     output, arguments = done
     before = {path: path.stat().st_mtime_ns for path in output.glob("*/*/**/*") if path.is_file()}
     trained = []
-    train = Bench._train
+    train = Bench._train  # whoever is learned goes through it
 
     def watched(self, method, reference, steps):
         trained.append((method.text, reference.path.parent.name))

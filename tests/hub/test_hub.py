@@ -214,6 +214,7 @@ def test_subfolders_of_one_repository_belong_together(server, pair):
 
 
 def test_tokens_open_private_repositories(published, monkeypatch, tmp_path):
+    # Where huggingface_hub looks; it has read HF_TOKEN before any test.
     monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_environment", lambda: None)
     monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_file", lambda: None)
     with pytest.raises(errors.HubError, match="hf auth login"):

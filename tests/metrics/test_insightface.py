@@ -87,7 +87,7 @@ def test_together_as_alone(embedder: InsightFaceEmbedder) -> None:
 def test_faces_are_recognised_in_batches_where_the_file_takes_several(tmp_path: Path, embedder, monkeypatch) -> None:
     several = InsightFaceEmbedder(str(write_pack(tmp_path, "None")), providers=CPU, batch_size=2)
     sizes = []
-    recognise = several._recogniser.get_feat
+    recognise = several._recogniser.get_feat  # a batch leaves no other trace
     monkeypatch.setattr(several._recogniser, "get_feat", lambda faces: sizes.append(len(faces)) or recognise(faces))
     pictures = [scene((0, 0, WHITE)), scene(), scene((3, 3, PINK)), scene((1, 0, YELLOW), (2, 2, PINK))]
     seen, alone = several.embed(pictures), embedder.embed(pictures)

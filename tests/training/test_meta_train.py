@@ -59,16 +59,19 @@ def test_a_bucket_starts_from_the_one_mid_and_forgets_the_last(base):
     assert [list(bucket) for bucket in run.buckets] == [[0, 1], [2, 3], [4]]
     assert run.bucket_steps == [3, 3, 3]
     first = factors(base, "metalora_mid_init")
-    mids, states = [], []
+    mids, states, sums = [], [], []
     for step in run.steps():
         if step.number % 3 == 0:
             mids.append(factors(base, "metalora_mid"))
             states.append(sorted(run.optimizer.state_dict()["slots"]))
-            expected = [part[: len(run.buckets[step.number // 3 - 1])].sum(0) for part in run._slotted]
+            used = len(run.buckets[step.number // 3 - 1])
+            sums.append([mid[:used].sum(0) for mid in mids[-1]])
     assert states == [[0, 1], [0, 1], [0]]
     assert all(torch.equal(mid[1], init) for mid, init in zip(mids[2], first, strict=True))  # slot 1 is not used
     assert all(same(first, factors(base, "metalora_mid_init")))
-    assert len(expected) == len(run._sums)
+    mean_of_mids = run.state_dict()["sums"][::2]  # each layer's Mid and Up in turn
+    for total, parts in zip(mean_of_mids, zip(*sums, strict=True), strict=True):
+        torch.testing.assert_close(total, sum(parts))
 
 
 def test_published_mean_is_the_mean_of_all_subjects_last_states(base):
@@ -108,7 +111,10 @@ def test_groups_are_seen_equally_often_and_the_run_goes_on_where_it_was():
     subjects = [position // 2 for _, batch in seen for position in batch]
     assert subjects.count(1) == subjects.count(4) == len(subjects) / 4 == 6
     assert [step.number for step in resumed.steps()] == list(range(6, 13))
-    assert all(torch.equal(one, other) for one, other in zip(run._factors(), resumed._factors(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(run.state_dict()["factors"], resumed.state_dict()["factors"], strict=True)
+    )
     with pytest.raises(ConfigError, match=r"the tag 'age' of every subject, found none of subject\(s\) \[0, 1"):
         make(balance_by="age")
     with pytest.raises(ConfigError, match=r"at least 2 subject\(s\) of the group 'male' in every bucket"):
@@ -254,7 +260,7 @@ def test_a_step_that_was_interrupted_is_over(base):
     forward, calls = base.loss, []
 
     def broken(*args, **kwargs):
-        calls.append(sorted(run.optimizer._seen))
+        calls.append(sorted(run.optimizer._seen))  # what a pass adds before the step, which nothing public tells
         if len(calls) == 1:
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
@@ -262,6 +268,6 @@ def test_a_step_that_was_interrupted_is_over(base):
     base.loss = broken
     with pytest.raises(KeyboardInterrupt):
         next(run.steps())
-    assert len(list(run.steps())) == 4 and not run._parts
+    assert len(list(run.steps())) == 4
     # Each step sees the first shard's subject, then both.
     assert calls == [[0], *([0], [0, 1]) * 4]

@@ -135,7 +135,7 @@ def test_bfloat16_without_autocast_is_as_near_to_float32_as_with_it(base, down):
         config = personal_config(mixed_precision=precision)
         run = Personalization(base_for(copied), only(tiny_examples(base), 0), config, down)
         with torch.autocast("cpu", torch.bfloat16, enabled=not native):
-            run._loss().backward()
+            run._loss().backward()  # a whole step would clear the gradient
         assert all(parameter.dtype == torch.float32 for parameter in run.parameters)
         return torch.cat([parameter.grad.flatten() for parameter in run.parameters])
 

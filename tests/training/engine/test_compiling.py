@@ -45,7 +45,7 @@ def meta(backend):
     config = meta_config(dynamo_backend=backend, target_modules=TARGETS, **steps)
     run = MetaTraining(base, tiny_examples(base, subjects=4), config)
     counts = [len(GRAPHS) for _ in run.steps()]
-    factors = [factor.clone() for factor in run._factors()]
+    factors = [factor.clone() for factor in run.state_dict()["factors"]]
     run.finish()
     assert not any(module._compiled_call_impl for module in base.denoiser.modules())
     return factors, counts

@@ -65,19 +65,19 @@ def test_stage_1_trains_and_resumes(name, tmp_path):
     settings |= {"subjects_per_batch": 3, "images_per_subject": 2}
     base = tiny_base()
     run = MetaTraining(base, tiny_examples(base), meta_config(**settings))
-    first = [factor.clone() for factor in run._factors()]
+    first = [factor.clone() for factor in run.state_dict()["factors"]]
     config = meta_config(resume_from_checkpoint=str(tmp_path))
     for step in run.steps():
         if step.number == 10:
             write_state(tmp_path, run.state_dict(), config)
-    factors = run._factors()
+    factors = run.state_dict()["factors"]
     downs = [not torch.equal(one, other) for one, other in zip(first[::4], factors[::4], strict=True)]
     assert all(downs) and sum(run.losses[-8:]) < sum(run.losses[:8])
     base = tiny_base()
     resumed = MetaTraining(base, tiny_examples(base), meta_config(**settings, seed=1))
     resumed.load_state_dict(read_state(config))
     assert [step.number for step in resumed.steps()] == list(range(11, 25))
-    assert all(torch.equal(one, other) for one, other in zip(factors, resumed._factors(), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(factors, resumed.state_dict()["factors"], strict=True))
 
 
 @pytest.mark.parametrize("name", RATES)

@@ -82,6 +82,7 @@ def test_with_shapes_a_shard_s_batch_has_one_and_subjects_are_still_equally_ofte
     # What waits at the end is all that they differ by: less than a batch of each shape and shard.
     share = 300 * images * per_batch / 6
     assert all(abs(count - share) <= 2 * images * per_batch for count in seen.values())
+    # What waits is nobody's business but must not grow.
     assert sum(len(visits) for waiting in sampler._waiting for visits in waiting.values()) <= 2 * per_batch
 
 

@@ -110,12 +110,12 @@ def test_state_of_other_optimisers_survives(optimizer, tmp_path):
     for step in training.steps():
         if step.number == 3:
             write_state(tmp_path, training.state_dict(), config)
-    expected = training._factors()
+    expected = training.state_dict()["factors"]
     base = tiny_base()
     resumed = MetaTraining(base, tiny_examples(base), meta_config(optimizer=optimizer, max_train_steps=6, seed=1))
     resumed.load_state_dict(read_state(config))
     assert [step.number for step in resumed.steps()] == [4, 5, 6]
-    assert all(torch.equal(one, other) for one, other in zip(expected, resumed._factors(), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(expected, resumed.state_dict()["factors"], strict=True))
 
 
 def test_latest_is_none_before_the_first_checkpoint(tmp_path):

@@ -143,7 +143,10 @@ def test_a_pass_of_stage_1_has_one_shape_and_its_loss_is_the_mean_over_the_batch
 
 
 def test_gradient_of_several_shapes_is_that_of_the_mean(base):
-    """Two shards of different shapes, summed over two passes, against one backward of the mean."""
+    """Two shards of different shapes, summed over two passes, against one backward of the mean.
+
+    It runs the parts of a step by hand: after a whole step the gradient is gone.
+    """
     latents = [torch.randn(4, 4, 6), torch.randn(4, 6, 4)]
     examples = Examples(latents, encode_captions(base, CAPTIONS), torch.tensor([0, 1]), torch.tensor([0, 1]))
     config = meta_config(subjects_per_batch=2, shards=2, max_train_steps=2, warmup_steps=0, max_grad_norm=0.0)
@@ -227,7 +230,7 @@ def test_held_out_loss_of_several_shapes_is_the_mean_of_all(base):
     examples = mixed(base, subjects=1)
     score = HeldOutLoss(base, examples, seed=1, draws=2)
     total = 0.0
-    for latents, text, noise, times, _ in score._parts:
+    for latents, text, noise, times, _ in score._parts:  # the noise that it drew once and keeps to itself
         total -= base.loss(latents, text, noise, times).sum().item()
     assert len(score._parts) == 2 and score() == pytest.approx(total / 10, rel=1e-5)
     assert math.isfinite(score()) and score() == score()
