@@ -111,10 +111,7 @@ def test_groups_are_seen_equally_often_and_the_run_goes_on_where_it_was():
     subjects = [position // 2 for _, batch in seen for position in batch]
     assert subjects.count(1) == subjects.count(4) == len(subjects) / 4 == 6
     assert [step.number for step in resumed.steps()] == list(range(6, 13))
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(run.state_dict()["factors"], resumed.state_dict()["factors"], strict=True)
-    )
+    assert all(same(run.state_dict()["factors"], resumed.state_dict()["factors"]))
     with pytest.raises(ConfigError, match=r"the tag 'age' of every subject, found none of subject\(s\) \[0, 1"):
         make(balance_by="age")
     with pytest.raises(ConfigError, match=r"at least 2 subject\(s\) of the group 'male' in every bucket"):
