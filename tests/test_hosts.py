@@ -196,8 +196,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("3b1f38089bde", "tuner/base_layers.py", "undocumented, called"),
     "torch._C._are_functorch_transforms_active":
         ("compiled", "tuner/layer.py", "called"),
-    "torch.Tensor._version":
-        ("compiled", "tuner/layer.py", "counts writes in place: is a Down still what was checked?"),
+    "torch._C.TensorBase._version":
+        ("compiled", "tuner/layer.py, encoder/space.py", "counts writes in place: is it still what was checked?"),
     "torch._C._autograd._top_saved_tensors_default_hooks":
         ("compiled", "tuner/subject_index.py", "called: is a block recomputed?"),
     "torch._C._current_graph_task_id":
@@ -312,7 +312,7 @@ def _compiled(dotted: str) -> str | None:
     value: object = importlib.import_module(root)
     for name in rest:
         value = getattr(value, name, None)
-    return COMPILED if inspect.isbuiltin(value) else None
+    return COMPILED if inspect.isbuiltin(value) or inspect.isgetsetdescriptor(value) else None
 
 
 def digest_of(source: str | None) -> str:

@@ -155,7 +155,7 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_texts_of_others_stay_texts_in_a_card(text):
+def test_texts_of_others_stay_texts_in_a_card(text, tmp_path):
     """Bug: trigger, consent, recipe and figures broke out of the code and out of Markdown."""
     facts = {
         "trigger": text,
@@ -167,7 +167,7 @@ def test_texts_of_others_stay_texts_in_a_card(text):
     }
     for stage in ("meta", "subject"):
         config = MetaLoraConfig(stage=stage, down=None if stage == "meta" else "ann/faces", facts=facts)
-        body = model_card(config, "ann/me", 100, has_fold=True).split("---\n", 2)[2]
+        body = model_card(config, "ann/me", tmp_path, has_fold=True).split("---\n", 2)[2]
         assert "<script>" not in body and "](javascript" not in body and "](https://example" not in body
         fences = [line for line in body.splitlines() if line.startswith("```")]
         assert fences == ["```python", "```"] * (len(fences) // 2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_metalora import enable_meta_lora, hub
+from peft_metalora import enable_meta_lora, errors, hub, load_subject
 from peft_metalora.bases import base_for
 from peft_metalora.demo.base import ASSETS, BASE
 from peft_metalora.demo.faces import write_dataset
@@ -325,6 +325,22 @@ def test_an_output_that_would_fall_on_an_input_is_refused_before_any_work(place,
         with pytest.raises(ConfigError, match="apart from"):
             personalize(config, progress=False)
     assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_nobody_elses_output_is_replaced_unasked_and_that_before_any_work(place, tmp_path, monkeypatch):
+    """Bug: a run for one person replaced the subject of another, or a Down, that lay in its output folder."""
+    people = place / "people"
+    config = file_config(place, tmp_path / "out", instance_data_dir=str(people / "person-0"))
+    assert load_subject(personalize(config, progress=False)).config.subject_name == "person-0"
+    personalize(config, progress=False)
+    other = file_config(place, tmp_path / "out", instance_data_dir=str(people / "person-1"))
+    monkeypatch.setattr("peft_metalora.training.personalize.prepare", lambda *_, **__: pytest.fail("work"))
+    for wrong in (other, file_config(place, tmp_path / "out", method="lora", down=None)):
+        with pytest.raises(errors.OutputExistsError, match="overwrite"):
+            personalize(wrong, progress=False)
+    monkeypatch.undo()
+    personalize(file_config(place, tmp_path / "out", instance_data_dir=other.instance_data_dir, overwrite=True))
+    assert load_subject(tmp_path / "out").config.subject_name == "person-1"
 
 
 def test_bad_input_is_one_clear_sentence_and_changes_nothing(place, tmp_path, base, down):

@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
-from .artefacts import load_down, load_subject, save_down, save_subject, write_artefact
+from .artefacts import load_down, load_subject, require_replaceable, save_down, save_subject, write_artefact
 from .factors import SubjectSource
 
-__all__ = ["SubjectSource", "load_down", "load_subject", "save_down", "save_subject", "write_artefact"]
+__all__ = [
+    "SubjectSource",
+    "load_down",
+    "load_subject",
+    "require_replaceable",
+    "save_down",
+    "save_subject",
+    "write_artefact",
+]

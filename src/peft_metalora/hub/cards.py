@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..checkpoint.factors import WEIGHTS_FILE
 from ..tuner import MetaLoraConfig
 from .markdown import as_code, as_literal, as_text
 
@@ -53,14 +55,14 @@ class Picture:
 
 
 def model_card(
-    config: MetaLoraConfig, repo_id: str, size: int, gallery: tuple[Picture, ...] = (), has_fold: bool = False
+    config: MetaLoraConfig, repo_id: str, folder: Path, gallery: tuple[Picture, ...] = (), has_fold: bool = False
 ) -> str:
     """Make README.md, metadata included, for a Down or a subject.
 
     Args:
         config: of the artefact, its facts included.
         repo_id: where it goes; the code in the card loads it from there.
-        size: of the tensors' file, in bytes.
+        folder: what is pushed; gives the sizes.
         gallery: pictures that lie in the repository.
         has_fold: whether the exact fold lies beside, for plain diffusers.
     """
@@ -78,7 +80,7 @@ def model_card(
         "",
         _snippet(config, facts, repo_id, has_fold),
         "## Gallery\n\n<Gallery />\n" if gallery else None,
-        _table("Recipe", _recipe(config, facts, size)),
+        _table("Recipe", _recipe(config, facts, folder)),
         _table("Evaluation", facts.get("evaluation") or {}, facts.get("evaluation_data")),
         _terms(config, facts),
     ]
@@ -183,7 +185,8 @@ def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has
     return "\n".join(lines)
 
 
-def _recipe(config: MetaLoraConfig, facts: Mapping[str, Any], size: int) -> dict[str, Any]:
+def _recipe(config: MetaLoraConfig, facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    size = sum(path.stat().st_size for path in folder.glob(WEIGHTS_FILE))
     rows: dict[str, Any] = {"rank of a subject (r)": config.r, "rank of the Down (meta_r)": config.meta_r}
     rows |= {"lora_alpha": config.lora_alpha, "size": f"{size / 2**20:.2f} MiB"}
     rows |= {name: facts[name] for name in ("domain", "subjects", "steps") if name in facts}

@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 from ..checkpoint import load_down as load_local_down
 from ..checkpoint.artefacts import CARD_FILE, open_artefact, sealed, write_artefact
 from ..checkpoint.base_model import REPO_ID
-from ..checkpoint.factors import WEIGHTS_FILE, SubjectSource
+from ..checkpoint.factors import SubjectSource
 from ..checkpoint.folded import FOLD_FILE, LoraPair, check_fold, component_name, fold_subject
 from ..data import load_image
 from ..data.images import png
@@ -181,10 +181,11 @@ def _push(
         # A path on this machine means nothing to others, and may say more about its owner than they like.
         nameless: dict[str, Any] = {"base_model_name_or_path": None}
         config = dataclasses.replace(config, **nameless)
-    with tempfile.TemporaryDirectory() as made:
-        contents = {path.name: path.read_bytes() for path in _saved(Path(made) / "artefact", config, tensors, fold)}
     shown = tuple(Picture(name, prompt) for name, prompt in zip(pictures, gallery.values(), strict=True))
-    card = model_card(config, repo_id, len(contents[WEIGHTS_FILE]), shown, has_fold=bool(fold))
+    with tempfile.TemporaryDirectory() as made:
+        saved = write_artefact(Path(made) / "artefact", config, tensors, fold)
+        contents = {path.name: path.read_bytes() for path in sorted(saved.iterdir())}
+        card = model_card(config, repo_id, saved, shown, has_fold=bool(fold))
     contents = {**contents, CARD_FILE: sealed(card).encode(), **pictures}
     api = huggingface_hub.HfApi(token=token)
     kind = "Down" if config.stage == "meta" else "subject"
@@ -208,12 +209,6 @@ def _push(
     except HUB_FAILURES as error:
         raise HubError(f"{repo_id}: expected to push this {kind}, found {what_failed(error)}") from error
     return str(done.oid)
-
-
-def _saved(
-    folder: Path, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor], fold: Mapping[str, LoraPair]
-) -> list[Path]:
-    return sorted(write_artefact(folder, config, tensors, fold).iterdir())
 
 
 def _picture(path: str) -> bytes:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..bases import Base
 from ..bases.precision import choose_device
+from ..checkpoint import require_replaceable
 from ..tuner.placing import restore
 from .engine.compiling import uncompile
 from .engine.origin import Origin
@@ -55,9 +56,11 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     Raises:
         NoImagesError, NoCaptionError, MetadataError: the data cannot be used.
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot.
+        OutputExistsError: a subject or another adapter lies in output_dir.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
     check_places(config)
+    require_replaceable(config.output_dir, "meta", overwrite=config.overwrite)
     subjects = training_subjects(config)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
@@ -79,13 +82,17 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
             _run(run, progress, trackers, validation, origin)
     except KeyboardInterrupt:
         if run.losses and processes.count == 1:  # the others may be gone already
-            run.finish().save(config.output_dir, config.pretrained_model_name_or_path, config.revision)
+            run.finish().save(
+                config.output_dir, config.pretrained_model_name_or_path, config.revision, overwrite=config.overwrite
+            )
         raise
     finally:
         trackers.finish()
     result = run.finish()
     if processes.is_main:
-        result.save(config.output_dir, config.pretrained_model_name_or_path, config.revision)
+        result.save(
+            config.output_dir, config.pretrained_model_name_or_path, config.revision, overwrite=config.overwrite
+        )
     processes.wait()
     return result
 

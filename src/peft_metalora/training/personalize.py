@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from .. import hub
 from ..bases import Base
 from ..bases.precision import choose_device
+from ..checkpoint import require_replaceable
 from ..data import Subject
 from ..errors import ConfigError
 from ..tuner import DownSource
@@ -18,7 +19,7 @@ from .engine.origin import photos_of
 from .engine.processes import Processes
 from .engine.state import checkpoint_folder, read_state, understanding, write_state
 from .examples.batches import Examples
-from .examples.sources import check_instance_source, instance_subject
+from .examples.sources import check_instance_source, instance_subject, name_of
 from .injecting import saying_what_is_left
 from .preparing import check_places, prepare
 from .settings import PersonalizeConfig
@@ -43,6 +44,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         NoImagesError, NoCaptionError, UnreadableImageError, MetadataError: the data cannot be used.
         CheckpointError: the Down cannot be read, or belongs to another base model.
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot be used.
+        OutputExistsError: something else, or somebody else, lies in output_dir.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
     check_instance_source(config)
@@ -50,6 +52,9 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     if config.method == "meta-lora" and config.down is None:
         raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
     subject = instance_subject(config)
+    name = name_of(config, subject)
+    kind = "subject" if config.method == "meta-lora" else None
+    require_replaceable(config.output_dir, kind, name, overwrite=config.overwrite)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
     progress = progress and processes.is_main
@@ -85,19 +90,19 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
                     if validation.best.finished:
                         break
                 if every and step.number % every == 0 and step.number < total and processes.is_main:
-                    folder = run.save(checkpoint_folder(config.output_dir, step.number))
+                    folder = run.save(checkpoint_folder(config.output_dir, step.number), subject_name=name)
                     best = validation.best.state_dict() if validation is not None else None
                     write_state(folder, {"run": run.state_dict(), "best": best}, config, origin=origin)
         except KeyboardInterrupt:
             if run.steps_done and processes.is_main:
-                run.save(output)
+                run.save(output, subject_name=name)
             raise
         finally:
             trackers.finish()
     if validation is not None:
         validation.use_best()
     if processes.is_main:
-        run.save(output)
+        run.save(output, subject_name=name)
     processes.wait()
     return output
 

@@ -42,6 +42,7 @@ class TrainingConfig:
 
     pretrained_model_name_or_path: str = setting("Base model: a diffusers folder or a repository id.")
     output_dir: str = setting("Folder to write; it appears, or changes, all at once.")
+    overwrite: bool = setting("Replace another kind of artefact, or another person, that lies in output_dir.", False)
     revision: str | None = setting("Revision of the base model's repository.", None)
     local_files_only: bool = setting("Never ask the network for the base model or the Down.", False)
     target_modules: str | None = setting(

@@ -55,7 +55,9 @@ class DownResult:
     facts: dict[str, Any]
     losses: list[float]
 
-    def save(self, folder: str, base_model: str | None = None, base_revision: str | None = None) -> None:
+    def save(
+        self, folder: str, base_model: str | None = None, base_revision: str | None = None, *, overwrite: bool = False
+    ) -> None:
         """Write the Down; raises as `checkpoint.save_down`."""
         checkpoint.save_down(
             folder,
@@ -64,6 +66,7 @@ class DownResult:
             facts=self.facts,
             base_model=base_model,
             base_revision=base_revision,
+            overwrite=overwrite,
         )
 
 

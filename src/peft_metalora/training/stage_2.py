@@ -262,11 +262,15 @@ class Personalization:
             },
         }
 
-    def save(self, folder: str | Path, slot: int = 0) -> Path:
+    def save(self, folder: str | Path, slot: int = 0, *, subject_name: str | None = None) -> Path:
         """Write the subject of a slot, or the plain LoRA in diffusers' format, all at once.
+
+        Args:
+            subject_name: who the subject is, if that is known.
 
         Raises:
             NonFiniteError, WriteFailedError: nothing is written.
+            OutputExistsError: something else, or somebody else, lies there, and `overwrite` is not set.
         """
         base, config = self.base, self.config
         if self.uses_slots:
@@ -280,7 +284,10 @@ class Personalization:
                 facts=self.facts(),
                 base_model=config.pretrained_model_name_or_path,
                 base_revision=config.revision,
+                subject_name=subject_name,
+                overwrite=config.overwrite,
             )
+        checkpoint.require_replaceable(folder, None, overwrite=config.overwrite)
         weights = get_peft_model_state_dict(base.denoiser, adapter_name=_ADAPTER)
         adapter = base.denoiser.peft_config[_ADAPTER].to_dict()
         with staged_folder(folder) as stage:

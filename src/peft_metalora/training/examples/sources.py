@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from ...data import Subject, read_photos, read_subjects
 from ...errors import ConfigError, MetadataError
 from ..settings import MetaTrainConfig, PersonalizeConfig
@@ -57,3 +60,11 @@ def instance_subject(config: PersonalizeConfig) -> Subject:
             "give one that holds a single person, or name another subject_column"
         )
     return subjects[0]
+
+
+def name_of(config: PersonalizeConfig, subject: Subject) -> str | None:
+    """Who is learned, as far as the source says it: the name of the folder or in the data set; not that of a photo."""
+    if config.instance_data_dir is None:
+        return subject.name
+    folder = Path(os.path.abspath(config.instance_data_dir))
+    return folder.name if folder.is_dir() else None
