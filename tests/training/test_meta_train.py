@@ -134,7 +134,7 @@ def test_writes_a_down_that_loads(tmp_path, base):
     )
     meta_train(config, progress=False)
     down = hub.load_down(tmp_path / "down")
-    card = model_card(down.config, "ann/cartoons", 1024)
+    card = model_card(down.config, "ann/cartoons", tmp_path / "down")
     assert "*Down* of cartoons" in card and "| learning_rate |" in card and "| subjects | 3 |" in card
     assert (down.config.r, down.config.meta_r, down.config.num_slots) == (2, 4, 1)
     assert down.config.facts["subjects"] == 3

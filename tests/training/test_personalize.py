@@ -178,7 +178,7 @@ def test_writes_a_subject_that_a_stock_pipeline_shows(place, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == names
     learned = hub.load_subject(folder).config
     assert learned.facts["steps"] == 3
-    card = model_card(learned, "ann/me", 1024)
+    card = model_card(learned, "ann/me", folder)
     assert "The words that call it: `sks person`" in card and "| trainable_parameters |" in card
     pipe = enable_meta_lora(tiny_flux_pipeline())
 
