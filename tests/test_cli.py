@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
+import torch
 from PIL import Image
 
 from peft_metalora import hub
@@ -68,6 +69,72 @@ def test_bad_files_are_one_sentence(tmp_path, capsys, text, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("metalora: ") and error.count("\n") == 1
+
+
+HOSTILE = {
+    "deep": "rank: " + "[" * 50000,
+    "deep map": "{a: " * 20000,
+    "not finite": "learning_rate: 1e400",
+    "infinite": "max_grad_norm: .inf",
+    "no number": "weight_decay: .nan",
+    "a whole number for a fraction": f"learning_rate: 1{'0' * 400}",
+    "more digits than Python reads": f"seed: 1{'0' * 9000}",
+    "more digits than Python prints": f"seed: 0x1{'0' * 9000}",
+    "a date that is none": "trigger: 2024-99-99",
+    "a seed that torch cannot take": f"seed: {2**70}",
+    "laughs": "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(12)
+    ) + "rank: *m\n",
+    "endless": "validation_prompt: &a [*a]",
+    "half a character": 'trigger: "\\ud800"',
+    "nul": 'instance_data_dir: "photo\\0.png"',
+    "a key that is a list": "? [rank]\n: 1",
+    "a long key": f"{'x' * 100000}: 1",
+    "long": "# " + "x" * 2_000_000,
+    "no text": b"\xff\xfe\x00",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["personalize", "meta-train", "generate"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_are_one_sentence(tmp_path, capsys, kind, command):
+    """Bug: RecursionError, OverflowError, ValueError and UnicodeEncodeError, or a message of gigabytes."""
+    file = tmp_path / "run.yaml"
+    text = HOSTILE[kind]
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    required = ["--pretrained_model_name_or_path", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out")]
+    assert main([command, *required, "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("metalora: ") and error.count("\n") == 1 and len(error) < 3000
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_no_memory_is_one_sentence(monkeypatch, capsys, error):
+    """Bug: a traceback."""
+
+    def full(config):
+        raise error
+
+    monkeypatch.setattr("peft_metalora.commands.demo.run_demo", full)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err.startswith("metalora: expected enough memory, found: ")
+
+
+def test_other_errors_are_no_want_of_memory(monkeypatch):
+    def broken(config):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("peft_metalora.commands.demo.run_demo", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        main(["demo"])
 
 
 @pytest.mark.parametrize(

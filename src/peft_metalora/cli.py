@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any
 
 from .errors import ConfigError, MetaLoraError
+from .settings import check_values, shown
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MetaLoraError as error:
         print(f"metalora: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        found = str(error).partition("\n")[0] or "none left"
+        print(f"metalora: expected enough memory, found: {found}. {_LESS}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("metalora: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+_LESS = (
+    "Take a smaller resolution, batch or rank, mixed_precision bf16, in training gradient_checkpointing, or a device "
+    "with more memory."
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, a GPU (torch.OutOfMemoryError) or torch on a CPU found none."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -163,28 +182,23 @@ def make_config(cls: type, file: str | None, given: dict[str, Any]) -> Any:
     ]
     if missing:
         raise ConfigError(f"expected {', '.join(missing)}, found nothing: give it as a flag or in the file of --config")
+    check_values(values)
     return cls(**values)
 
 
 def _read_yaml(cls: type, file: str) -> dict[str, Any]:
-    import yaml
+    from .files import read_yaml
 
-    from .files import open_regular
-
-    try:
-        with open_regular(file) as stream:
-            values = yaml.safe_load(stream.read().decode("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"expected a YAML file at {file}, found: {error}") from error
+    values = read_yaml(file)
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     known = [one.name for one in fields(cls)]
     for name, value in values.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
+            close = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else []
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
-            raise ConfigError(f"{file}: expected a setting of this command, found {name!r}; {hint}")
+            raise ConfigError(f"{file}: expected a setting of this command, found {shown(name)}; {hint}")
         values[name] = _converted(file, name, value, hints[name])
     return values
 
@@ -199,11 +213,11 @@ def _converted(file: str, name: str, value: Any, hint: Any) -> Any:
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{file}: expected {name} to be of type {kind.__name__}, found {value!r}")
+    raise ConfigError(f"{file}: expected {name} to be of type {kind.__name__}, found {shown(value)}")
 
 
 if __name__ == "__main__":

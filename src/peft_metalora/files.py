@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from .errors import ConfigError, MetaLoraError, WriteFailedError
 
 STALE_SECONDS = 24 * 3600
+_YAML_BYTES = 1_000_000
 
 
 def require_apart(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:
@@ -74,6 +75,27 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """What a YAML file holds, of up to a megabyte.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
+    import yaml
+
+    try:
+        with open_regular(path) as file:
+            content = file.read(_YAML_BYTES + 1)
+        if len(content) > _YAML_BYTES:
+            raise ConfigError(f"expected a YAML file of settings at {path}, found more than {_YAML_BYTES} bytes")
+        return yaml.safe_load(content.decode("utf-8"))
+    # A date that is none is a ValueError of Python's.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"expected a YAML file at {path}, found: {error}") from error
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -3,8 +3,16 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
+from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any
+
+from .errors import ConfigError
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
 
 
 def setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
@@ -21,3 +29,35 @@ def settings_table(cls: type) -> str:
         shown = "required" if default is MISSING else "" if default is None or default == [] else f"`{default}`"
         lines.append(f"| `{one.name}` | {shown} | {one.metadata['help']} |".replace(" |  | ", " | | "))
     return "\n".join(lines)
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Check settings one by one, whatever they mean: numbers are finite and of a size, texts are texts.
+
+    Raises:
+        ConfigError
+    """
+    for name, value in values.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ConfigError(f"{name} must be a finite number, found {item!r}")
+            if isinstance(item, int) and not -(2**62) < item < 2**62:
+                raise ConfigError(f"{name} must be a number below 2**62, found a larger one")
+            if isinstance(item, str) and ("\0" in item or not _is_unicode(item)):
+                raise ConfigError(f"{name} must be a text that UTF-8 can hold, without NUL, found {shown(item)}")
+
+
+def shown(value: object) -> str:
+    """A value for a message, short whatever it is."""
+    try:
+        return _REPR.repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

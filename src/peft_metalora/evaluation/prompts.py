@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import open_regular
+from ..files import read_yaml
 from .settings import DEMO, EvaluateConfig
 
 _MARK = "{subject}"
@@ -40,18 +40,14 @@ def read_prompts(path: str | Path | None, subject_name: str) -> list[Prompt]:
     Raises:
         ConfigError: it cannot be read, or is something else.
     """
-    import yaml
-
-    source = importlib.resources.files(__package__).joinpath("prompts.yaml") if path is None else Path(path)
-    try:
-        with source.open("rb") if path is None else open_regular(path) as stream:
-            found = yaml.safe_load(stream.read().decode("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"expected a YAML file of prompts at {source}, found: {error}") from error
+    if path is None:
+        with importlib.resources.as_file(importlib.resources.files(__package__).joinpath("prompts.yaml")) as own:
+            return read_prompts(own, subject_name)
+    found = read_yaml(path)
     if not isinstance(found, dict) or not all(
         isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) for texts in found.values()
     ):
-        raise ConfigError(f"{source}: expected lists of prompts by kind ('scenes: [...]'), found something else")
+        raise ConfigError(f"{path}: expected lists of prompts by kind ('scenes: [...]'), found something else")
     return [Prompt(str(kind), text, subject_name) for kind, texts in found.items() for text in texts]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from dataclasses import replace
 
@@ -96,6 +97,27 @@ def test_another_model_or_photo_or_a_damaged_file_is_encoded_anew(base, people, 
     changed = encode(base, copy, config)
     assert not torch.equal(changed.latents[:3], first.latents[:3])
     assert torch.equal(changed.latents[3:], first.latents[3:])
+
+
+def test_a_file_of_the_cache_that_holds_something_else_is_made_anew(base, people, tmp_path):
+    """Bug: KeyError, RuntimeError or another photo's latents, from a file that was exchanged or put there."""
+    config = personal_config(cache_dir=str(tmp_path))
+    first = encode(base, people, config)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    contents = [path.read_bytes() for path in files]
+    for shift in range(1, len(files)):  # each has another's name
+        for number, path in enumerate(files):
+            path.write_bytes(contents[(number + shift) % len(files)])
+        assert equal(encode(base, people, config), first)
+    for tensors in ({}, {"latents": torch.zeros(1)}, {"latents": torch.zeros(2, 4, 4, 4), "flip": torch.zeros(5)}):
+        for path in files:
+            save_file(tensors, path)
+        assert equal(encode(base, people, config), first)
+    for path in files:
+        path.unlink()
+        os.mkfifo(path)
+    assert equal(encode(base, people, config), first)
+    assert [path.read_bytes() for path in files] == contents
 
 
 def test_captions_in_batches_equal_one_by_one(base):

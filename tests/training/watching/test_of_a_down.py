@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageOps
 from safetensors.torch import load_file
 
 from peft_metalora.data import load_image
-from peft_metalora.errors import ConfigError
+from peft_metalora.errors import ConfigError, CorruptFileError
 from peft_metalora.metrics import Embeddings
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize_many
@@ -116,6 +116,11 @@ def test_resumed_goes_on_with_its_scores(place, tmp_path):
     meta_train(config_for(place, tmp_path / "whole", **settings), progress=False)
     assert_same_down(tmp_path / "whole", tmp_path)
     assert records(tmp_path / "whole") == whole
+    # Bug: lines that are none of scores were a JSONDecodeError, TypeError or KeyError.
+    for text in ("{", "5", '{"score": 1}', "[" * 50000, '{"step": "a"}'):
+        (tmp_path / "whole" / "validation" / "scores.jsonl").write_text(text + "\n")
+        with pytest.raises(CorruptFileError, match=r"scores.jsonl, found: .*Remove it"):
+            meta_train(config_for(place, tmp_path / "whole", **settings), progress=False)
 
 
 def test_some_subjects_of_the_training_data_are_held_out(place, tmp_path):

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...files import write_tensors
 
 # A retrained encoder differs nearly everywhere, so that a few numbers of each tensor tell it apart from its origin.
 _SAMPLE = 64
+_KEY = "made_from"  # in a file's metadata
 
 
 class Cache:
@@ -48,13 +48,28 @@ class Cache:
             return make()
         name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         path = self.folder / name[:2] / f"{name}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        with suppress(OSError, SafetensorError):
-            tensors = load_file(path) if path.is_file() else {}
-        if not tensors or not all(torch.isfinite(one).all() for one in tensors.values()):
-            tensors = make()  # not there yet, or damaged
-            write_tensors(path, tensors)
+        tensors = _read(path, name)
+        if tensors is None:
+            tensors = make()
+            write_tensors(path, tensors, {_KEY: _key(name, tensors)})
         return tensors
+
+
+def _read(path: Path, name: str) -> dict[str, Tensor] | None:
+    """What the file of that name holds; None if it is not there, damaged, or was put there by something else."""
+    with suppress(OSError, SafetensorError, MemoryError):
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
+                key = (file.metadata() or {}).get(_KEY)
+            if key == _key(name, tensors) and all(torch.isfinite(one).all() for one in tensors.values()):
+                return tensors
+    return None
+
+
+def _key(name: str, tensors: dict[str, Tensor]) -> str:
+    form = [[key, list(tensor.shape), str(tensor.dtype)] for key, tensor in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps([name, form]).encode()).hexdigest()
 
 
 def identity(*modules: nn.Module | None) -> str:

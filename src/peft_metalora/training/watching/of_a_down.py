@@ -22,7 +22,7 @@ from ...bases import Base
 from ...bases.precision import autocast
 from ...data import Photo, Subject, read_subjects
 from ...data.images import png
-from ...errors import ConfigError, TrainingError
+from ...errors import ConfigError, CorruptFileError, TrainingError
 from ...files import write_bytes
 from ...tuner import set_slots
 from ...tuner.placing import set_aside
@@ -120,9 +120,7 @@ class DownValidation:
         if config.validation_embedder is not None:
             embedder = load_embedder(config.validation_embedder)
             self.faces = [FaceScore(photos, embedder) for photos in held.others]
-        path = self.folder / SCORES_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if done and path.is_file() else []
-        self.records: list[dict[str, Any]] = [one for one in map(json.loads, lines) if one["step"] <= done]
+        self.records = _records(self.folder / SCORES_FILE, done) if done else []
 
     def look(self, step: int) -> float | None:
         """Look, if this is a step to look at; returns the mean score of the subjects, the higher the better.
@@ -160,6 +158,15 @@ class DownValidation:
             sheet = contact_sheet([photo.load() for photo in self.held.references], pictures)
             write_bytes(self.folder / f"{step:05d}.png", png(sheet))
             self.trackers.images(step, [sheet])
+
+
+def _records(path: Path, done: int) -> list[dict[str, Any]]:
+    """The lines of a file of scores, if there is one, up to step `done`."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        return [record for record in map(json.loads, filter(None, lines)) if record["step"] <= done]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CorruptFileError(f"expected lines of scores in {path}, found: {error}. Remove it and resume.") from error
 
 
 def contact_sheet(references: Sequence[Image.Image], pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:
