@@ -229,6 +229,12 @@ REFUSALS = {
         errors.ConfigFormatError,
         "trainable_token_indices",
     ),
+    # Bug: an export ended in a TypeError.
+    "class is a number": (
+        lambda f: edit_config(f, auto_mapping={"base_model_class": 5}),
+        errors.ConfigFormatError,
+        "auto_mapping",
+    ),
     "extra modules": (lambda f: edit_config(f, modules_to_save=["norm"]), errors.ConfigFormatError, "modules_to_save"),
     "cut off": (_truncate, errors.CorruptFileError, "cut off"),
     "something behind the end": (_append, errors.CorruptFileError, "behind its end"),

@@ -131,6 +131,9 @@ def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = F
     for name in ("revision", "down_revision"):
         if values.get(name) is not None and not _is_revision(values[name]):
             raise _bad_field(path, name, "a branch, tag or commit", values[name])
+    mapping = values.get("auto_mapping") or {}
+    if not all(isinstance(one, str) for pair in mapping.items() for one in pair):
+        raise _bad_field(path, "auto_mapping", "names of a class and a library", mapping)
     who = values.get("subject_name")
     if who is not None and not (0 < len(who) <= 256 and who.isprintable()):
         raise _bad_field(path, "subject_name", "a name of at most 256 printable characters", who)
