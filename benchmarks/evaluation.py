@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from origin import machine
+from clock import now
+from origin import origin, write
 from torch import Tensor
 
 from peft_metalora import hub
@@ -38,7 +37,6 @@ from peft_metalora.demo.scoring import INFERENCE_STEPS, PROMPTS
 from peft_metalora.evaluation.degrade import DEGRADATIONS, degrade
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, Rival, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.summary import METRICS, interval, summarise
-from peft_metalora.files import write_bytes
 from peft_metalora.training.engine.stacked import AdapterStack, train_stack
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_subjects
@@ -210,9 +208,7 @@ class Bench:
                 clock = self.now()
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return now(self.device)
 
     def clear(self) -> None:
         take_off(self.base)
@@ -450,7 +446,7 @@ class File:
 
     def write(self) -> None:
         summarise(self.data)
-        write_bytes(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
+        write(self.path, self.data)
 
 
 def line(name: str, result: dict[str, Any]) -> str:
@@ -501,10 +497,8 @@ def main() -> None:
     args = parse()
     bench = Bench(args)
     facts = {
-        "machine": machine(bench.device),
+        **origin(bench.device),
         "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/evaluation.py", *sys.argv[1:]]),
         "subjects": args.people,
         "seeds": args.seeds,
         "prompts": len(bench.prompts),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 SHAPES: dict[str, Any] = {
@@ -31,6 +31,18 @@ SMALL: dict[str, Any] = {
     "pooled_projection_dim": 16,
     "axes_dims_rope": (4, 6, 6),
 }
+
+
+def with_random_weights(make: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """A frozen model with small weights that are the same for a device, made there and in that dtype at once."""
+    with torch.device("meta"):
+        model: nn.Module = make()
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.005, generator=generator)
+    return model
 
 
 class Flux:
@@ -80,8 +92,3 @@ class Flux:
                 model(**inputs, return_dict=False)
 
         return run
-
-    def synchronise(self) -> None:
-        """Wait for the GPU, if there is one."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()

@@ -10,7 +10,6 @@ The slowest cases are timed three times more and the least time counts: a busy m
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -20,7 +19,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from origin import origin
+from origin import origin, write
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -64,8 +63,7 @@ def main() -> None:
         for outcome in sorted(outcomes, key=lambda outcome: -outcome.seconds)[:RETIMED]:
             again = min(run_case(outcome.seed, lab).seconds for _ in range(3))
             outcomes[outcome.seed - options.first] = replace(outcome, seconds=min(again, outcome.seconds))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report(outcomes, peak, wall), indent=2) + "\n")
+    write(options.output, report(outcomes, peak, wall))
     print(options.output.read_text())
 
 

@@ -21,12 +21,15 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import forget_peak, now, peak_gib
 from diffusers import Flux2Transformer2DModel
-from origin import origin
+from flux_dev import with_random_weights
+from origin import origin, write
 from peft import LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import Tensor
 
@@ -64,13 +67,8 @@ class Bench:
         self.device = torch.device("cpu" if arguments.small else "cuda")
         self.dtype = torch.float32 if arguments.small else torch.bfloat16
         self.shape = SMALL if arguments.small else KLEIN
-        with torch.device("meta"):
-            model = Flux2Transformer2DModel(**self.shape)
-        self.model = model.to(self.dtype).to_empty(device=self.device)
-        generator = torch.Generator(self.device).manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.normal_(std=0.005, generator=generator)
+        make = partial(Flux2Transformer2DModel, **self.shape)
+        self.model = with_random_weights(make, self.dtype, self.device)
         # Its positions are no parameters, and to_empty left them undefined.
         self.model.pos_embed = type(self.model.pos_embed)(
             theta=self.model.config.rope_theta, axes_dim=self.model.config.axes_dims_rope
@@ -98,14 +96,13 @@ class Bench:
 
     def turn(self, name: str, config: PeftConfig) -> None:
         """Put a method on, time some steps, note memory, parameters and file size, and take it off again."""
-        self._reset_peak()
+        forget_peak(self.device)
         wrapped = get_peft_model(self.model, config, autocast_adapter_dtype=True).to(self.device).train()
         trained, _ = wrapped.get_nb_trainable_parameters()
         optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-4, weight_decay=1e-4)
         target = torch.randn_like(self.inputs["hidden_states"])
         for number in range(self.arguments.warmup + self.arguments.steps):
-            self._synchronise()
-            start = time.perf_counter()
+            start = now(self.device)
             optimizer.zero_grad(set_to_none=True)
             loss = (wrapped(**self.inputs, return_dict=False)[0].float() - target.float()).square().mean()
             loss.backward()
@@ -113,12 +110,11 @@ class Bench:
             optimizer.step()
             if not loss.isfinite():  # reading the loss, as the benchmark does, waits for the GPU
                 raise RuntimeError(f"{name}: expected a finite loss, found {loss.item()}")
-            self._synchronise()
             if number >= self.arguments.warmup:
-                self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+                self.seconds.setdefault(name, []).append(now(self.device) - start)
         details = self.details.setdefault(name, {})
-        if self.device.type == "cuda":
-            details["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if (peak := peak_gib(self.device)) is not None:
+            details["peak_allocated_gib"] = peak
             details["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         details["trained_parameters"] = trained
         if "file_bytes" not in details:
@@ -127,15 +123,6 @@ class Bench:
                 details["file_bytes"] = (Path(folder) / "adapter_model.safetensors").stat().st_size
         wrapped.unload()
         self.model.requires_grad_(False)
-
-    def _reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def save_down(self, folder: Path) -> None:
         """A random Down with the ranks of the experiment `flux2-klein-meta`."""
@@ -189,7 +176,6 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     bench = Bench(arguments)
     report: dict[str, Any] = {**origin(bench.device), "figures": {}, "open": dict.fromkeys(OPEN)}
-    arguments.output.mkdir(parents=True, exist_ok=True)
     out = arguments.output / "image_gen.json"
     with tempfile.TemporaryDirectory() as folder:
         bench.save_down(Path(folder))
@@ -205,7 +191,7 @@ def main() -> None:
                 report["figures"] = bench.figures()
                 turns = {one: len(times) for one, times in bench.seconds.items()}
                 report["details"] = {"timed_steps": turns, **bench.details}
-                out.write_text(json.dumps(report, indent=2) + "\n")
+                write(out, report)
                 print(f"round {number + 1}: {name} {report['figures'][f'{name}_step_ms']} ms", flush=True)
     print(json.dumps(report, indent=2))
 

@@ -17,15 +17,14 @@ import argparse
 import gc
 import json
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import forget_peak, median_of, once, peak_gib
 from flux_dev import ATTENTION, Flux
-from origin import origin
+from origin import origin, write
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -46,20 +45,6 @@ class Bench:
         self.results: dict[str, float] = {}  # milliseconds and GiB
         self.ratios: dict[str, float] = {}
 
-    def seconds(self, work: Callable[[], object], warm_up: int = 3) -> float:
-        """Median wall time of one call, all of its kernels included."""
-        for _ in range(warm_up):
-            work()
-        return statistics.median(self.once(work) for _ in range(self.repeats))
-
-    def once(self, work: Callable[[], object]) -> float:
-        """Wall time of one call, all of its kernels included."""
-        self.flux.synchronise()
-        start = time.perf_counter()
-        work()
-        self.flux.synchronise()
-        return time.perf_counter() - start
-
     def in_turns(self, models: dict[str, nn.Module], batch: int, rounds: int) -> None:
         """Time all models in turns; note each one's median, and the medians of its ratios to the first and to LoRA."""
         runs = {name: self.forward(model, batch) for name, model in models.items()}
@@ -70,7 +55,7 @@ class Bench:
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
-                times[name].append(self.once(run))
+                times[name].append(once(run, self.flux.device))
         gc.enable()
         for name, values in times.items():
             self.note(f"{name}_b{batch}", statistics.median(values))
@@ -137,13 +122,10 @@ class Bench:
             return tensor
 
         model.train()
-        if self.flux.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        seconds = self.seconds(step, warm_up=2)
-        if self.flux.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        else:
+        forget_peak(self.flux.device)
+        seconds = median_of(step, self.flux.device, self.repeats, warm_up=2)
+        peak = peak_gib(self.flux.device)
+        if peak is None:
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 step()
             peak = saved / 2**30
@@ -185,7 +167,7 @@ class Bench:
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(self.repeats):
             for name, run in runs.items():
-                times[name].append(self.once(run))
+                times[name].append(once(run, self.flux.device))
         for name, values in times.items():
             self.note(f"{name}_compiled_b4", statistics.median(values))
         ratios = [one / two for one, two in zip(times["folded"], times["base"], strict=True)]
@@ -235,10 +217,9 @@ def main() -> None:
     bench = Bench(arguments)
     figures = bench.run(not arguments.no_compile)
     report = {**origin(bench.flux.device), "figures": figures}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(arguments.out, report)
     details = arguments.out.with_name(f"{arguments.out.stem}_details.json")
-    details.write_text(json.dumps({**report, "figures": {**bench.results, **bench.ratios}}, indent=2) + "\n")
+    write(details, {**report, "figures": {**bench.results, **bench.ratios}})
     print(json.dumps(figures, indent=2))
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of figures says of its origin: machine, date, command and versions."""
+"""What a file of figures says of its origin: machine, date, command and versions; and how it is written."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import sys
 from importlib.metadata import version
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from peft_metalora.files import write_bytes
 
 
 def machine(device: str | torch.device) -> str:
@@ -35,3 +38,8 @@ def origin(device: str | torch.device, *further: str) -> dict[str, Any]:
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft", *further)},
     }
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Write a file of figures, whole or not at all."""
+    write_bytes(path, (json.dumps(report, indent=1) + "\n").encode())

@@ -14,13 +14,12 @@ there is to reach.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from origin import origin
+from origin import origin, write
 from PIL import Image
 
 from peft_metalora import enable_meta_lora, hub
@@ -162,7 +161,7 @@ def main() -> None:
         "steps": steps,
         "figures": {way: {name: interval(values) for name, values in own.items()} for way, own in figures.items()},
     }
-    write_bytes(args.output, (json.dumps(result, indent=2) + "\n").encode())
+    write(args.output, result)
     if args.picture:
         write_bytes(args.picture, png(picture))
     for way, own in result["figures"].items():

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 
 import torch
-from origin import machine
+from clock import median_of
+from origin import origin
 
 from peft_metalora.demo.faces import sample_identities
 from peft_metalora.demo.render import render
@@ -25,12 +24,7 @@ def images_per_second(batch: int, size: int, device: str, compiled: bool, repeat
     identity = sample_identities(batch, generator, device)
     scene = sample_scenes(batch, generator, device)
     draw = torch.compile(render) if compiled else render
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        draw(identity, scene, size).sum().item()  # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return batch / statistics.median(seconds[1:])
+    return batch / median_of(lambda: draw(identity, scene, size), torch.device(device), repeats, warm_up=1)
 
 
 def main() -> None:
@@ -43,7 +37,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     speed = images_per_second(args.batch, args.size, args.device, args.compile, args.repeats)
-    facts = {"machine": machine(args.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    facts = {**origin(args.device), "threads": torch.get_num_threads()}
     print(json.dumps({"images_per_second": round(speed, 1), **vars(args), **facts}))
 
 

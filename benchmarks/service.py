@@ -262,7 +262,7 @@ def measure(subjects: int, requests: int, clients: int, replicas: int, sample: i
 
 def main() -> None:
     """Run it and write the figures."""
-    from origin import origin  # beside this file, which is on the path of a script only
+    from origin import origin, write  # beside this file, which is on the path of a script only
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--subjects", type=int, default=200)
@@ -280,8 +280,7 @@ def main() -> None:
         "figures": figures,
     }
     print(json.dumps(result, indent=2))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    write(output, result)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from clock import median_of
 from flux_dev import ATTENTION, Flux
-from origin import origin
+from origin import origin, write
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
@@ -49,16 +49,7 @@ class Bench:
 
     def milliseconds(self, work: Callable[[], object], repeats: int | None = None, warm_up: int = 3) -> float:
         """Median wall time of one call, all of its kernels included."""
-        for _ in range(warm_up):
-            work()
-        times = []
-        for _ in range(repeats or self.repeats):
-            self.flux.synchronise()
-            start = time.perf_counter()
-            work()
-            self.flux.synchronise()
-            times.append(time.perf_counter() - start)
-        return 1000 * statistics.median(times)
+        return 1000 * median_of(work, self.flux.device, repeats or self.repeats, warm_up)
 
     def forward(self, batch: int, model: torch.nn.Module | None = None) -> Callable[[], object]:
         """A forward pass of one batch, of the model with the subjects by default."""
@@ -84,7 +75,12 @@ class Bench:
     def swaps(self) -> None:
         """A subject of 2, 100 or 1000 that wait in host memory, into the only slot."""
         table = self.table(1)
-        self.note("subject_mb", table._flat[0].numel() * table._flat.element_size() / 1e6)
+        factors = [
+            part[table.adapter_name]
+            for _, layer in meta_lora_layers(self.model)
+            for part in (layer.metalora_mid, layer.metalora_up)
+        ]
+        self.note("subject_mb", sum(factor[0].nbytes for factor in factors) / 1e6)
         for count in (1, 100, 1000):
             for number in range(len(table.names()), max(count, 2)):
                 table.register(str(number), table.config, self.tensors)
@@ -198,11 +194,9 @@ def main() -> None:
     bench = Bench(options.small, options.repeats)
     kept = json.loads(options.output.read_text())["figures"] if tuple(options.parts) != parts else {}
     report = origin(bench.flux.device)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         getattr(bench, part)()
-        result = {**report, "figures": {**kept, **bench.figures}}
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        write(options.output, {**report, "figures": {**kept, **bench.figures}})
 
 
 if __name__ == "__main__":

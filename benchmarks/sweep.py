@@ -10,7 +10,6 @@ numbers of steps. `--method`: meta-stored, meta-mean, meta-fresh, or lora-<rank>
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from origin import machine
+from origin import origin, write
 from peft import LoraConfig
 
 from peft_metalora import hub
@@ -131,8 +130,8 @@ def main() -> None:
         mean = {name: sum(one[name] for one in scores) / len(scores) for name in scores[0]}
         results.append({"method": args.method, "lr": lr, "steps": steps, "seconds": round(seconds, 1), **mean})
         print(results[-1], flush=True)
-        report = {"machine": machine(args.device), "people": len(people), "split": args.split, "results": results}
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        found = {"people": len(people), "split": args.split, "results": results}
+        write(args.output, {**origin(args.device), **found})
 
     for lr in args.lr:
         start = time.perf_counter()

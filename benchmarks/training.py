@@ -34,9 +34,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import forget_peak, now, peak_gib
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import cast_training_params
-from origin import origin
+from flux_dev import ATTENTION, SHAPES, SMALL, with_random_weights
+from origin import origin, write
 from peft import LoraConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -51,21 +53,8 @@ from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner import DownSource, MetaLoraConfig, down_state, fingerprint
 from peft_metalora.tuner.placing import restore
 
-ATTENTION = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 # cuDNN's attention is left to no recipe: its backward fails on these shapes in some builds of torch (seen with 2.11).
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-FLUX_DEV = {"guidance_embeds": True}
-SMALL = {
-    "guidance_embeds": True,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 16,
-    "axes_dims_rope": (4, 6, 6),
-}
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -74,14 +63,8 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 def make_base(small: bool, device: torch.device) -> Base:
     """FLUX.1-dev's transformer with random weights in a pipeline that has nothing else."""
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(**(SMALL if small else FLUX_DEV))
-    transformer = transformer.to(torch.float32 if small else torch.bfloat16).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.normal_(std=0.005, generator=generator)
-    transformer.requires_grad_(False)
+    make = partial(FluxTransformer2DModel, **(SMALL if small else SHAPES))
+    transformer = with_random_weights(make, torch.float32 if small else torch.bfloat16, device)
     nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     return base_for(FluxPipeline(scheduler=scheduler, transformer=transformer, **nothing), max_sequence_length=512)
@@ -167,18 +150,12 @@ def diffusers_steps(base: Base, args: argparse.Namespace, batch: int) -> Iterato
 
 def seconds_a_step(steps: Iterator[Any], warmup: int, count: int, device: torch.device) -> float:
     """Mean time of `count` steps after `warmup` others, with all that they leave to the GPU."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     for _ in range(warmup):
         next(steps)
-    start = now()
+    start = now(device)
     for _ in range(count):
         next(steps)
-    return (now() - start) / count
+    return (now(device) - start) / count
 
 
 def kernel_milliseconds(steps: Iterator[Any]) -> float:
@@ -201,15 +178,12 @@ class Clock:
 
     def turn(self, name: str, make: Callable[[], Iterator[Any]]) -> None:
         """Warm up and time a few steps of a recipe; the denoiser is bare again afterwards."""
-        cuda = self.base.device.type == "cuda"
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak(self.base.device)
         steps = make()
         seconds = seconds_a_step(steps, self.args.warmup, self.args.steps, self.base.device)
         self.seconds.setdefault(name, []).append(seconds)
-        if cuda:
-            self.peak[name] = max(self.peak.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+        if (peak := peak_gib(self.base.device)) is not None:
+            self.peak[name] = max(self.peak.get(name, 0.0), peak)
             self.kernel_ms[name] = kernel_milliseconds(steps)
         del steps
         restore(self.base.denoiser, every=True)
@@ -327,22 +301,20 @@ def stage_1(args: argparse.Namespace) -> None:
             subjects_per_batch=subjects,
             warmup_steps=0,
             max_train_steps=args.warmup + args.steps,
-            target_modules=ATTENTION,
+            target_modules=",".join(ATTENTION),
         )
     )
     if wants_shards(processes, config):
         base.denoiser.to("cpu")
         shard(base, device, processes, config)
-    if not args.small:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(device)
     torch.manual_seed(0)  # all processes have the same examples
     run = MetaTraining(base, make_examples(base, 2 * subjects, args.small), config, processes)
     seconds = seconds_a_step(run.steps(), args.warmup, args.steps, device)
     processes.wait()
     if processes.is_main:
-        peak = None if args.small else torch.cuda.max_memory_allocated() / 2**30
-        print(json.dumps({"samples_per_second": subjects / seconds, "peak_gib": peak, "losses": run.losses}))
+        seen = {"samples_per_second": subjects / seconds, "peak_gib": peak_gib(device), "losses": run.losses}
+        print(json.dumps(seen))
 
 
 def on_processes(count: int, args: argparse.Namespace, **environment: str) -> dict[str, Any]:
@@ -378,7 +350,6 @@ def main() -> None:
         "figures": dict.fromkeys(FIGURES),
         "details": {"settings": given},
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     for name in args.part or PARTS:
         if time.monotonic() > args.until:
             report["details"].setdefault("left_out", []).append(name)
@@ -386,9 +357,8 @@ def main() -> None:
             figures, details = PARTS[name](args)
             report["figures"].update(figures)
             report["details"].update(details)
-            if not args.small:
-                torch.cuda.empty_cache()
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+            forget_peak(device_of(args))
+        write(args.output, report)
     print(json.dumps(report, indent=1))
 
 
