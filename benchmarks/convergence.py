@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from evaluation import Bench, People
 from peft_metalora.bases import Base, base_for
 from peft_metalora.data import load_image
-from peft_metalora.demo.base import RESOLUTION, load_base
+from peft_metalora.demo.embedded import RESOLUTION, load_base
 from peft_metalora.demo.faces import captions, render, sample_identities, sample_scenes, scene_from_labels, turned_photo
 from peft_metalora.demo.scene import Scene
 from peft_metalora.demo.scoring import INFERENCE_STEPS

@@ -29,7 +29,7 @@ from torch import Tensor
 from peft_metalora import hub
 from peft_metalora.bases import base_for
 from peft_metalora.data import Photo, Subject, load_image, read_subjects
-from peft_metalora.demo.base import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
+from peft_metalora.demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
 from peft_metalora.demo.faces import turned_photo, write_dataset
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.scene import parse_caption
@@ -40,8 +40,8 @@ from peft_metalora.evaluation.summary import METRICS, interval, summarise
 from peft_metalora.training.engine.stacked import AdapterStack, train_stack
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_subjects
-from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.training.stage_1 import MetaTraining
+from peft_metalora.training.stage_settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.tuner import init_down_from_data, set_slots
 from peft_metalora.tuner.down import DownSource
 from peft_metalora.tuner.on_model import meta_lora_layers

@@ -26,7 +26,7 @@ from peft_metalora import enable_meta_lora, hub
 from peft_metalora.bases import base_for
 from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.data.images import png
-from peft_metalora.demo.base import BASE, RESOLUTION, load_base
+from peft_metalora.demo.embedded import BASE, RESOLUTION, load_base
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.judges import load_embedder
 from peft_metalora.demo.run import DOWN, METHODS, STEPS
@@ -46,7 +46,7 @@ from peft_metalora.evaluation.summary import interval
 from peft_metalora.files import write_bytes
 from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.personalize import personalize_many
-from peft_metalora.training.settings import PersonalizeConfig
+from peft_metalora.training.stage_settings import PersonalizeConfig
 
 PHOTOS = 7
 WAYS = {

@@ -35,7 +35,7 @@ from peft import inject_adapter_in_model
 from PIL import Image
 
 from peft_metalora import enable_meta_lora, save_subject
-from peft_metalora.demo.base import MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
+from peft_metalora.demo.embedded import MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
 from peft_metalora.demo.run import DOWN
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "serve.py"

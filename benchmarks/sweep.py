@@ -24,15 +24,15 @@ from peft import LoraConfig
 from peft_metalora import hub
 from peft_metalora.bases import base_for
 from peft_metalora.data import Subject, load_image, read_subjects
-from peft_metalora.demo.base import ASSETS, BASE, RESOLUTION, load_base
+from peft_metalora.demo.embedded import ASSETS, BASE, RESOLUTION, load_base
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.judges import load_embedder, load_judge
 from peft_metalora.demo.scoring import PROMPTS, Scorer, generate
 from peft_metalora.training.engine.stacked import AdapterStack, train_stack
 from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.injecting import inject
-from peft_metalora.training.settings import PersonalizeConfig
 from peft_metalora.training.stage_2 import Personalization
+from peft_metalora.training.stage_settings import PersonalizeConfig
 from peft_metalora.tuner import set_slots
 from peft_metalora.tuner.placing import restore
 

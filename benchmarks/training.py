@@ -47,9 +47,9 @@ from peft_metalora.bases import Base, base_for
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.sharding import shard, wants_shards
 from peft_metalora.training.examples.batches import Examples
-from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
+from peft_metalora.training.stage_settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.tuner import DownSource, MetaLoraConfig, down_state, fingerprint
 from peft_metalora.tuner.placing import restore
 

@@ -13,7 +13,7 @@ import argparse
 
 from peft_metalora import PersonalizeConfig, personalize
 from peft_metalora.commands.generate import GenerateConfig, generate
-from peft_metalora.demo.base import BASE, RESOLUTION
+from peft_metalora.demo.embedded import BASE, RESOLUTION
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from peft_metalora import enable_meta_lora
-from peft_metalora.demo.base import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION
+from peft_metalora.demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION
 from peft_metalora.errors import MetaLoraError
 
 Job: TypeAlias = tuple[str, str, int]  # subject, prompt, seed

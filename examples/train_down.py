@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 
 from peft_metalora import MetaTrainConfig, meta_train
-from peft_metalora.demo.base import BASE, RESOLUTION
+from peft_metalora.demo.embedded import BASE, RESOLUTION
 
 
 def main() -> None:

@@ -37,6 +37,10 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"accelerate", "datasets", "diffusers", "huggingface_hub", "insightface", "matplotlib", "transformers"}
 NETWORK = {"ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "ssl", "urllib"}
+MOST_ROOMS, MOST_FLOORS = 19, 8
+AT_THE_TOP = {"__init__", "cli", "errors", "files", "settings"}
+# The class that the files beside it derive from or fit.
+MAY_STAND_TWICE = {"__init__", "base"}
 # What each room does without, beyond the layers.
 FORBIDDEN = {
     "errors": {*HEAVY, "peft", "torch"},
@@ -67,6 +71,22 @@ def imports(path: Path) -> Iterator[str]:
             module = ".".join((*start, *filter(None, [node.module])))
             # `from peft_metalora import tuner` imports a room, not a name of the top.
             yield from (f"{module}.{name.name}" for name in node.names) if module == "peft_metalora" else [module]
+
+
+def rooms_imported() -> dict[str, set[str]]:
+    """Of each room, a folder or a file at the top, the others that it imports."""
+    found: dict[str, set[str]] = {}
+    for path in MODULES:
+        if (room := room_of(path)) != "__init__":
+            names = {name.split(".")[1] for name in imports(path) if name.startswith("peft_metalora.")}
+            found.setdefault(room, set()).update(names & LEVEL.keys() - {room})
+    return found
+
+
+def floor_of(room: str, imported: dict[str, set[str]], seen: tuple[str, ...] = ()) -> int:
+    """The longest chain of imports down from a room, itself counted."""
+    assert room not in seen, f"rooms import each other in a circle: {' -> '.join((*seen, room))}"
+    return 1 + max((floor_of(other, imported, (*seen, room)) for other in imported[room]), default=0)
 
 
 def within(name: str, parents: set[str]) -> bool:
@@ -103,6 +123,25 @@ class TestImports:
         assert "peft_metalora.errors" in set(imports(PACKAGE / "metrics" / "scores.py"))
         assert "peft_metalora.tuner" in set(imports(PACKAGE / "__init__.py"))
         assert "transformers" in set(imports(PACKAGE / "metrics" / "embedders.py"))
+
+
+class TestRooms:
+    def test_they_are_few_on_few_floors_and_in_no_circle(self) -> None:
+        imported = rooms_imported()
+        assert len(imported) <= MOST_ROOMS
+        assert max(floor_of(room, imported) for room in imported) <= MOST_FLOORS
+
+    def test_a_circle_is_seen(self) -> None:
+        with pytest.raises(AssertionError, match="a -> b -> a"):
+            floor_of("a", {"a": {"b"}, "b": {"a"}})
+
+    def test_few_files_lie_outside_of_a_room(self) -> None:
+        assert {path.stem for path in PACKAGE.glob("*.py")} <= AT_THE_TOP
+
+    def test_no_two_files_have_one_name(self) -> None:
+        """Bug: a `settings.py` in several rooms, which an editor's tab or a message does not tell apart."""
+        names = [path.stem for path in MODULES if path.stem not in MAY_STAND_TWICE]
+        assert sorted(names) == sorted(set(names))
 
 
 HEAVY_AT_RUN_TIME = (

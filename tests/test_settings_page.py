@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_metalora.commands.generate import GenerateConfig
-from peft_metalora.evaluation.settings import EvaluateConfig
+from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.settings import settings_table
-from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
+from peft_metalora.training.stage_settings import MetaTrainConfig, PersonalizeConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 COMMANDS = {

@@ -14,7 +14,7 @@ from PIL import Image
 from peft_metalora.bases import Base, base_for
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
-from peft_metalora.training.settings import MetaTrainConfig, PersonalizeConfig
+from peft_metalora.training.stage_settings import MetaTrainConfig, PersonalizeConfig
 from pipelines_tiny import tiny_flux_pipeline
 
 CAPTIONS = ["a photo of a person , facing left", "a red shirt"]

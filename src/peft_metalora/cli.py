@@ -52,27 +52,29 @@ COMMANDS = {
         "write the demo's faces as image folders", "commands.demo:DemoDataConfig", "commands.demo:run_demo_data"
     ),
     "meta-train": Command(
-        "stage 1: train a Down on many subjects", "training.settings:MetaTrainConfig", "commands.train:run_meta_train"
+        "stage 1: train a Down on many subjects",
+        "training.stage_settings:MetaTrainConfig",
+        "commands.train:run_meta_train",
     ),
     "personalize": Command(
         "stage 2: learn a subject from one image",
-        "training.settings:PersonalizeConfig",
+        "training.stage_settings:PersonalizeConfig",
         "commands.train:run_personalize",
     ),
     "generate": Command(
         "draw subjects from prompts", "commands.generate:GenerateConfig", "commands.generate:run_generate"
     ),
     "evaluate": Command(
-        "compare methods on a folder of people", "evaluation.settings:EvaluateConfig", "commands.evaluate:run_evaluate"
+        "compare methods on a folder of people",
+        "evaluation.evaluation_settings:EvaluateConfig",
+        "commands.evaluate:run_evaluate",
     ),
-    "push": Command("publish a Down or a subject", "commands.artefacts:PushConfig", "commands.artefacts:run_push"),
-    "pull": Command("download a Down or a subject", "commands.artefacts:PullConfig", "commands.artefacts:run_pull"),
+    "push": Command("publish a Down or a subject", "commands.transfer:PushConfig", "commands.transfer:run_push"),
+    "pull": Command("download a Down or a subject", "commands.transfer:PullConfig", "commands.transfer:run_pull"),
     "export": Command(
-        "write a subject for another tool", "commands.artefacts:ExportConfig", "commands.artefacts:run_export"
+        "write a subject for another tool", "commands.transfer:ExportConfig", "commands.transfer:run_export"
     ),
-    "project": Command(
-        "bring a LoRA onto a Down", "commands.artefacts:ProjectConfig", "commands.artefacts:run_project"
-    ),
+    "project": Command("bring a LoRA onto a Down", "commands.transfer:ProjectConfig", "commands.transfer:run_project"),
 }
 
 

@@ -11,14 +11,14 @@ from peft_metalora import hub
 from peft_metalora.bases import base_for
 from peft_metalora.cli import main
 from peft_metalora.data import load_image, read_subjects
-from peft_metalora.demo.base import BASE, RESOLUTION, load_base
+from peft_metalora.demo.embedded import BASE, RESOLUTION, load_base
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.judges import load_embedder, load_judge
 from peft_metalora.demo.run import DOWN, METHODS, run_demo
 from peft_metalora.demo.scoring import PROMPTS, Scorer, generate
 from peft_metalora.training.examples.encoding import encode_subjects
-from peft_metalora.training.settings import PersonalizeConfig
 from peft_metalora.training.stage_2 import Personalization
+from peft_metalora.training.stage_settings import PersonalizeConfig
 from peft_metalora.tuner.placing import restore
 
 

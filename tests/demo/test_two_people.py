@@ -11,7 +11,7 @@ from peft_metalora import enable_meta_lora, hub
 from peft_metalora.bases import base_for
 from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.demo import faces, two_people
-from peft_metalora.demo.base import BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_tokenizer, load_base
+from peft_metalora.demo.embedded import BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_tokenizer, load_base
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.make_two_people import train_two_people
 from peft_metalora.demo.run import DOWN
@@ -28,7 +28,7 @@ from peft_metalora.demo.show_two_people import (
 )
 from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.personalize import personalize_many
-from peft_metalora.training.settings import PersonalizeConfig
+from peft_metalora.training.stage_settings import PersonalizeConfig
 
 
 def people(n, seed=1):

@@ -20,9 +20,9 @@ from metrics.test_clip_dino import tokenizer as clip_tokenizer
 from peft_metalora.cli import main
 from peft_metalora.errors import EmbedderUnavailableError, MetricInputError
 from peft_metalora.evaluation.cells import read_cells
+from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.evaluation.figures import reaches, summary
 from peft_metalora.evaluation.judging import FaceJudge, judge_for
-from peft_metalora.evaluation.settings import EvaluateConfig
 from peft_metalora.metrics import Embeddings
 
 WHITE, YELLOW, PINK = (255, 255, 255), (255, 255, 0), (255, 0, 255)

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from peft_metalora.errors import ConfigError, MetadataError
+from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.evaluation.prompts import read_prompts
 from peft_metalora.evaluation.protocol import evaluate
 from peft_metalora.evaluation.report import _picture
-from peft_metalora.evaluation.settings import EvaluateConfig
 
 
 def config(folder: Path, **changes: object) -> EvaluateConfig:

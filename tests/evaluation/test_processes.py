@@ -11,8 +11,8 @@ from pathlib import Path
 
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.evaluation.bench import Bench
+from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.evaluation.protocol import evaluate
-from peft_metalora.evaluation.settings import EvaluateConfig
 
 
 def worker(rank: int, port: int, config: EvaluateConfig) -> None:

@@ -13,17 +13,17 @@ import torch
 from peft_metalora.bases import load_base
 from peft_metalora.cli import main
 from peft_metalora.data import read_subjects
-from peft_metalora.demo.base import BASE
+from peft_metalora.demo.embedded import BASE
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.errors import ConfigError
 from peft_metalora.evaluation.bench import Bench
 from peft_metalora.evaluation.cells import read_cells
+from peft_metalora.evaluation.evaluation_settings import EvaluateConfig, Method
 from peft_metalora.evaluation.figures import summary
 from peft_metalora.evaluation.methods import run_method
 from peft_metalora.evaluation.plots import plot
 from peft_metalora.evaluation.prompts import read_prompts
 from peft_metalora.evaluation.protocol import evaluate
-from peft_metalora.evaluation.settings import EvaluateConfig, Method
 
 METHODS = ("meta-lora:start=mean,lr=3e-3", "lora:r=1,lr=1e-2", "textual-inversion:lr=1e-1")
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from peft_metalora import hub
 from peft_metalora.bases import Base, load_base
-from peft_metalora.demo.base import ASSETS, BASE
+from peft_metalora.demo.embedded import ASSETS, BASE
 from peft_metalora.evaluation.adapters import adapter_config
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, put_on, take_off, vmap_ready
-from peft_metalora.training.settings import PersonalizeConfig
+from peft_metalora.training.stage_settings import PersonalizeConfig
 from peft_metalora.tuner import DownSource
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

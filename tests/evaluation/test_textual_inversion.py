@@ -9,11 +9,11 @@ from torch import nn
 
 from peft_metalora.bases import Base, base_for, load_base
 from peft_metalora.data import Photo, read_subjects
-from peft_metalora.demo.base import BASE
+from peft_metalora.demo.embedded import BASE
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.errors import ConfigError
+from peft_metalora.evaluation.evaluation_settings import EvaluateConfig, Method
 from peft_metalora.evaluation.methods import MethodRun, run_method
-from peft_metalora.evaluation.settings import EvaluateConfig, Method
 from peft_metalora.evaluation.textual_inversion import NewWord, replace_word
 from pipelines_tiny import PIPELINES, tiny_flux_pipeline
 

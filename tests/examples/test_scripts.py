@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageStat
 
 from peft_metalora import hub
-from peft_metalora.demo.base import RESOLUTION
+from peft_metalora.demo.embedded import RESOLUTION
 from peft_metalora.demo.faces import write_dataset
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

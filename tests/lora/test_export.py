@@ -19,7 +19,7 @@ from peft_metalora import errors, load_subject
 from peft_metalora.checkpoint.folded import fold_subject
 from peft_metalora.lora.export import export_subject, in_original_layers
 from peft_metalora.lora.original_names import original_names
-from peft_metalora.pipelines.loading import enable_meta_lora
+from peft_metalora.pipelines.loader import enable_meta_lora
 
 # Largest difference of a pixel in [0, 1] between our image and another tool's, in float32.
 TOLERANCE = 1e-4

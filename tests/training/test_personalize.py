@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from peft_metalora import enable_meta_lora, errors, hub, load_subject
 from peft_metalora.bases import base_for
-from peft_metalora.demo.base import ASSETS, BASE
+from peft_metalora.demo.embedded import ASSETS, BASE
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.errors import (
     ConfigError,
@@ -31,8 +31,8 @@ from peft_metalora.training import personalize as personalize_module
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import personalize, personalize_many
-from peft_metalora.training.settings import PersonalizeConfig
 from peft_metalora.training.stage_2 import Personalization
+from peft_metalora.training.stage_settings import PersonalizeConfig
 from peft_metalora.tuner import set_slots, subject_state
 from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline

@@ -39,7 +39,7 @@ def base_for(pipeline: Any, **options: Any) -> Base:
             return getattr(importlib.import_module(f".{file}", __name__), name)(pipeline, **options)
     raise BaseModelMismatchError(
         f"expected a pipeline of one of {', '.join(sorted(FAMILIES))}, found {type(pipeline).__name__}: train on one "
-        "of those, or add its family to peft_metalora/training/bases"
+        "of those, or add its family to peft_metalora/bases"
     )
 
 

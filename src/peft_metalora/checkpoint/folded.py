@@ -64,6 +64,7 @@ def component_name(config: MetaLoraConfig) -> str:
 
 
 def model_class(config: MetaLoraConfig) -> str:
+    """The class of the adapted model, as the configuration names it; empty where it does not."""
     return (config.auto_mapping or {}).get("base_model_class", "")
 
 

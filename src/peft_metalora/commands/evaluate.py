@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from ..evaluation.evaluation_settings import EvaluateConfig
 from ..evaluation.protocol import evaluate
-from ..evaluation.settings import EvaluateConfig
 
 
 def run_evaluate(config: EvaluateConfig) -> str:

@@ -77,7 +77,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     from ..bases.precision import choose_device, choose_dtype
     from ..data.images import png
     from ..files import write_bytes
-    from ..pipelines.loading import enable_meta_lora
+    from ..pipelines.loader import enable_meta_lora
 
     device = choose_device(config.device)
     base = load_base(

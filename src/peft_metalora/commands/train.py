@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ..training.meta_train import meta_train
 from ..training.personalize import personalize
-from ..training.settings import MetaTrainConfig, PersonalizeConfig
+from ..training.stage_settings import MetaTrainConfig, PersonalizeConfig
 
 
 def run_meta_train(config: MetaTrainConfig) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..metrics.embedders import Embeddings
-from .base import ASSETS, RESOLUTION
+from .embedded import ASSETS, RESOLUTION
 from .scene import LABELS
 
 EMBEDDER = ASSETS / "face_embedder.safetensors"

@@ -32,10 +32,10 @@ from tqdm.auto import tqdm
 from ..bases import base_for
 from ..training.examples.batches import Examples
 from ..training.examples.encoding import encode_captions
-from ..training.settings import MetaTrainConfig
 from ..training.stage_1 import MetaTraining
+from ..training.stage_settings import MetaTrainConfig
 from . import faces, scene
-from .base import BASE_NAME, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, build_vae, load_base
+from .embedded import BASE_NAME, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, build_vae, load_base
 from .judges import FaceEmbedder, SceneJudge, adherence, load_embedder, load_judge
 
 # CosFace's defaults for small class counts (arXiv 1801.09414, section 4.2).

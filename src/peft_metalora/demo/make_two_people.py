@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from ..bases import Base, base_for
 from ..training.examples.batches import Examples
 from ..training.examples.encoding import encode_captions
-from ..training.settings import PersonalizeConfig
 from ..training.stage_2 import Personalization
-from .base import BASE_NAME, load_base
+from ..training.stage_settings import PersonalizeConfig
+from .embedded import BASE_NAME, load_base
 from .faces import sample_identities
 from .two_people import captions, render_pairs, sample_pairs
 

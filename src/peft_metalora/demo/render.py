@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .drawing import blend, cover, ellipse, paint, ramp, row, segment
 from .scene import Scene
-from .shapes import blend, cover, ellipse, paint, ramp, row, segment
 
 IDENTITY_FACTORS: tuple[str, ...] = (
     *("skin_lightness", "skin_hue", "face_width", "face_height", "jaw", "ears"),

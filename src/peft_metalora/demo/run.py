@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 from ..data import load_image
 from ..data.images import png
 from ..files import write_bytes
-from ..pipelines.loading import enable_meta_lora
+from ..pipelines.loader import enable_meta_lora
 from ..training.personalize import personalize
-from ..training.settings import PersonalizeConfig
-from .base import ASSETS, BASE, RESOLUTION, load_base
+from ..training.stage_settings import PersonalizeConfig
+from .embedded import ASSETS, BASE, RESOLUTION, load_base
 from .faces import write_dataset
 from .judges import FaceEmbedder, load_embedder, load_judge
 from .scoring import PROMPTS, Scorer, Scores, generate, to_pil

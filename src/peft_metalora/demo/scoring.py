@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..metrics import Embeddings, face_sim, r_facesim
-from .base import MAX_SEQUENCE_LENGTH, RESOLUTION
+from .embedded import MAX_SEQUENCE_LENGTH, RESOLUTION
 from .judges import FaceEmbedder, SceneJudge, adherence
 from .scene import parse_caption
 

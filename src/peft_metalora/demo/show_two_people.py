@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..metrics import Embeddings
-from .base import ASSETS, RESOLUTION
+from .embedded import ASSETS, RESOLUTION
 from .judges import FaceEmbedder
 from .scoring import generate
 from .two_people import LEFT, RIGHT, halves

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import scene
-from .base import MAX_SEQUENCE_LENGTH, RESOLUTION
+from .embedded import MAX_SEQUENCE_LENGTH, RESOLUTION
 from .render import render
 from .scene import Scene
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..bases import Base
 from ..training.injecting import inject
-from ..training.settings import TrainingConfig
+from ..training.stage_settings import TrainingConfig
 from ..tuner import DownSource, MetaLoraConfig, set_warmup
 from ..tuner.placing import remember
 
@@ -54,7 +54,7 @@ def put_adapter(base: Base, adapter: PeftConfig, config: TrainingConfig) -> list
         The parameters that train.
 
     Raises:
-        AdapterStateError and what else `training.adapters.inject` raises.
+        AdapterStateError and what else `training.injecting.inject` raises.
     """
     denoiser = base.denoiser
     if isinstance(adapter, VeraConfig):  # its projections live on PEFT's wrapper, which injection has none of

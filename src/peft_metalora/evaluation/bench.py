@@ -23,10 +23,10 @@ from ..files import write_bytes
 from ..tuner import DownSource
 from .cells import Cell, hash_of, home_of, is_complete
 from .conditions import Condition, bad_reference
+from .evaluation_settings import DEMO, EvaluateConfig, Method, safe
 from .judging import Judge, judge_for
 from .methods import down_name, run_method
 from .prompts import Prompt, image_name
-from .settings import DEMO, EvaluateConfig, Method, safe
 
 # Of the settings, what the images of a trained cell depend on.
 _MADE_FROM = (
@@ -232,6 +232,6 @@ class Bench:
 def _base_path(config: EvaluateConfig) -> str:
     if config.base != DEMO:
         return config.base
-    from ..demo.base import BASE
+    from ..demo.embedded import BASE
 
     return str(BASE)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..data import read_file
 from ..errors import CorruptFileError, MetaLoraError
-from .settings import safe
+from .evaluation_settings import safe
 
 Cell = dict[str, Any]
 

@@ -16,7 +16,7 @@ from ..data.images import png
 from ..errors import ConfigError
 from ..files import write_bytes
 from .degrade import DEGRADATIONS, degrade
-from .settings import named
+from .evaluation_settings import named
 
 _STRENGTHS = "0.5,1.0"
 

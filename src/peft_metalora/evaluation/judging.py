@@ -28,8 +28,8 @@ from ..metrics import (
     pose_difference,
     r_facesim,
 )
-from ..training.watching.scores import load_embedder
-from .settings import DEMO, EvaluateConfig
+from ..training.watching.validation_scores import load_embedder
+from .evaluation_settings import DEMO, EvaluateConfig
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 

@@ -13,12 +13,12 @@ from ..data import Photo, Subject
 from ..errors import ConfigError
 from ..training.examples.batches import Examples
 from ..training.examples.encoding import encode_subjects
-from ..training.settings import PersonalizeConfig
 from ..training.stage_2 import Personalization
+from ..training.stage_settings import PersonalizeConfig
 from ..tuner import DownSource
 from ..tuner.placing import remember
 from .adapters import adapter_config, put_adapter
-from .settings import DEMO, EvaluateConfig, Method
+from .evaluation_settings import DEMO, EvaluateConfig, Method
 from .textual_inversion import NewWord, replace_word, spoken_examples, token_names
 
 
@@ -121,7 +121,7 @@ def down_name(config: EvaluateConfig, method: Method) -> str:
     """
     name = method.options.get("down") or config.down
     if name is None and config.base == DEMO:
-        from ..demo.base import ASSETS
+        from ..demo.embedded import ASSETS
 
         name = str(ASSETS / "down")
     if name is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..files import read_yaml
-from .settings import DEMO, EvaluateConfig
+from .evaluation_settings import DEMO, EvaluateConfig
 
 _MARK = "{subject}"
 

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from .settings import DEMO, EvaluateConfig, Method, named, safe
+from .evaluation_settings import DEMO, EvaluateConfig, Method, named, safe
 
 
 def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:

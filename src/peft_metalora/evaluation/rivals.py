@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..bases import Base
 from ..training.engine.stacked import AdapterStack
-from ..training.settings import TrainingConfig
+from ..training.stage_settings import TrainingConfig
 from ..tuner.down import DownSource, given, subject_config
 from ..tuner.placing import restore
 from .adapters import adapter_config, put_adapter

@@ -22,7 +22,7 @@ from ..data import Photo
 from ..errors import ConfigError
 from ..training.examples.batches import Batch, Examples
 from ..training.examples.encoding import PhotoEncoder
-from ..training.settings import PersonalizeConfig
+from ..training.stage_settings import PersonalizeConfig
 
 
 class NewWord:

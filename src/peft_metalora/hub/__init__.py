@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Downs and subjects from local folders and the Hugging Face Hub, and back to it."""
+"""The Hugging Face Hub: Downs and subjects fetched from it or found in a local folder, and published with a card."""
 
 from __future__ import annotations
 

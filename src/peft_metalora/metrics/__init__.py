@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is it the person, and does it do what the prompt says? Embedders turn images into vectors, scores compare them."""
+"""Scores of images: is it the person, and does it do what the prompt says? Embedders give vectors, scores compare."""
 
+from .detectors import Face, FaceDetector, InsightFaceDetector
 from .embedders import ClipEmbedder, DinoEmbedder, Embedder, Embeddings, InsightFaceEmbedder
-from .faces import Face, FaceDetector, InsightFaceDetector
 from .perceptual import Lpips
 from .scores import (
     Interval,

@@ -16,7 +16,7 @@ from ..tuner.placing import remember, restore
 from .engine.loop import Sanity
 from .engine.state import last_checkpoint
 from .examples.batches import Examples
-from .settings import TrainingConfig
+from .stage_settings import TrainingConfig
 
 
 def targets(base: Base, config: TrainingConfig) -> list[str] | str:

@@ -19,8 +19,8 @@ from .examples.batches import Examples
 from .examples.sources import training_subjects
 from .injecting import saying_what_is_left
 from .preparing import check_places, prepare
-from .settings import MetaTrainConfig
 from .stage_1 import DownResult, MetaTraining
+from .stage_settings import MetaTrainConfig
 from .watching.of_a_down import DownValidation, encode_held_out, split_subjects
 from .watching.tracking import Trackers
 

@@ -22,8 +22,8 @@ from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject, name_of
 from .injecting import saying_what_is_left
 from .preparing import check_places, prepare
-from .settings import PersonalizeConfig
 from .stage_2 import Personalization
+from .stage_settings import PersonalizeConfig
 from .watching.of_a_subject import Validation, held_out
 from .watching.tracking import Trackers
 

@@ -20,7 +20,7 @@ from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
 from .examples.batches import Examples
 from .examples.encoding import encode_subjects
-from .settings import INPUTS, VALIDATION_FOLDER, MetaTrainConfig, PersonalizeConfig
+from .stage_settings import INPUTS, VALIDATION_FOLDER, MetaTrainConfig, PersonalizeConfig
 
 _HeldOut = TypeVar("_HeldOut")
 

@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..tuner import using_slots
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.subject_index import NO_SUBJECT
-from .settings import PersonalizeConfig, TrainingConfig
+from .stage_settings import PersonalizeConfig, TrainingConfig
 
 
 def class_prompt(config: TrainingConfig) -> str | None:

@@ -34,7 +34,7 @@ from .engine.slot_optimizer import SlotOptimizer
 from .engine.state import check_steps
 from .examples.batches import Examples
 from .injecting import inject, sanity_of, targets
-from .settings import MetaTrainConfig
+from .stage_settings import MetaTrainConfig
 
 _TRAINING, PUBLISHED = "stage_1", "default"
 

@@ -40,7 +40,7 @@ from .engine.state import check_steps
 from .examples.batches import Examples
 from .injecting import inject, sanity_of, targets
 from .prior import distance_from_base
-from .settings import PersonalizeConfig
+from .stage_settings import PersonalizeConfig
 
 _ADAPTER = "default"
 

@@ -21,7 +21,7 @@ from peft_metalora.training.meta_train import meta_train, meta_train_on
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
-from peft_metalora.training.watching.scores import HeldOutLoss
+from peft_metalora.training.watching.validation_scores import HeldOutLoss
 from peft_metalora.tuner import set_slots
 from pipelines_tiny import save_tiny_flux
 from training_tiny import CAPTIONS, meta_config, personal_config, tiny_base, write_people

@@ -17,7 +17,7 @@ from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.watching import of_a_down as down_validation
-from peft_metalora.training.watching.scores import HeldOutLoss
+from peft_metalora.training.watching.validation_scores import HeldOutLoss
 from peft_metalora.tuner import set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import save_tiny_flux

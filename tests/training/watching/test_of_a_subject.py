@@ -15,7 +15,7 @@ from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.watching import of_a_subject as validation
 from peft_metalora.training.watching.of_a_subject import BestStep
-from peft_metalora.training.watching.scores import HeldOutLoss, load_embedder
+from peft_metalora.training.watching.validation_scores import HeldOutLoss, load_embedder
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError
-from ..settings import TrainingConfig
+from ..stage_settings import TrainingConfig
 
 
 def backend_of(config: TrainingConfig) -> str | None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ...errors import ConfigError
-from ..settings import TrainingConfig
+from ..stage_settings import TrainingConfig
 
 SHORT_NAMES = {
     "adamw": "AdamW",

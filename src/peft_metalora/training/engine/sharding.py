@@ -19,7 +19,7 @@ from torch import nn
 
 from ...bases import Base
 from ...errors import ConfigError
-from ..settings import TrainingConfig
+from ..stage_settings import TrainingConfig
 from .compiling import backend_of
 from .processes import Processes
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError, MetaLoraError
 from ...files import write_tensors
-from ..settings import INPUTS, OUTPUTS, MetaTrainConfig, PersonalizeConfig, TrainingConfig
+from ..stage_settings import INPUTS, OUTPUTS, MetaTrainConfig, PersonalizeConfig, TrainingConfig
 from .origin import Origin
 from .processes import ALONE, Processes
 

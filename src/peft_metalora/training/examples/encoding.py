@@ -16,7 +16,7 @@ from ...bases import Base, Text
 from ...data import TRIGGER_MARK, Photo, Subject, flip_caption
 from ...errors import ConfigError, NoCaptionError, NoFaceError, NoImagesError, UnreadableImageError
 from ..prior import class_prompt
-from ..settings import TrainingConfig
+from ..stage_settings import TrainingConfig
 from .batches import Batch, Examples
 from .cache import Cache, content_hash, identity
 from .fresh import FreshExamples

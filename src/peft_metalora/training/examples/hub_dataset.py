@@ -13,7 +13,7 @@ from typing import Any
 
 from ...data import Photo, Subject, read_file, require_distinct, usable_caption
 from ...errors import DataError, DatasetUnavailableError, MetadataError, NoImagesError, UnreadableImageError
-from ..settings import TrainingConfig
+from ..stage_settings import TrainingConfig
 
 _SPLIT = "train"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...data import Subject, read_photos, read_subjects
 from ...errors import ConfigError, MetadataError
-from ..settings import MetaTrainConfig, PersonalizeConfig
+from ..stage_settings import MetaTrainConfig, PersonalizeConfig
 from .hub_dataset import read_dataset
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...bases import Base
 from ...data import Photo, cut, cut_mask, decode_image, decode_mask, random_box, read_file
 from ...errors import NoFaceError
-from ..settings import TrainingConfig
+from ..stage_settings import TrainingConfig
 from .face_crop import FaceCrop, Region
 from .shapes import Shape, crop_shapes, nearest_shape
 

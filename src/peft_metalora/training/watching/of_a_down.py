@@ -30,10 +30,10 @@ from ..engine.compiling import eagerly
 from ..examples.batches import Examples
 from ..examples.encoding import encode_subjects
 from ..personalize import personalize_many
-from ..settings import VALIDATION_FOLDER, MetaTrainConfig, PersonalizeConfig, TrainingConfig
 from ..stage_1 import MetaTraining
-from .scores import FaceScore, HeldOutLoss, Painter, load_embedder
+from ..stage_settings import VALIDATION_FOLDER, MetaTrainConfig, PersonalizeConfig, TrainingConfig
 from .tracking import Trackers
+from .validation_scores import FaceScore, HeldOutLoss, Painter, load_embedder
 
 SCORES_FILE = "scores.jsonl"
 _VIEWS = 8  # of a reference to learn from, and of each subject's other photos in all to score on

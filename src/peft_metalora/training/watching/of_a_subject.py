@@ -26,10 +26,10 @@ from ...tuner import set_slots
 from ..engine.compiling import eagerly
 from ..examples.batches import Examples
 from ..examples.encoding import encode_subjects
-from ..settings import VALIDATION_FOLDER, PersonalizeConfig
 from ..stage_2 import Personalization
-from .scores import FaceScore, HeldOutLoss, Painter, load_embedder
+from ..stage_settings import VALIDATION_FOLDER, PersonalizeConfig
 from .tracking import Trackers
+from .validation_scores import FaceScore, HeldOutLoss, Painter, load_embedder
 
 # Relative rise that counts as one, so that a plateau ends the run.
 _MIN_RISE = 1e-3

@@ -20,7 +20,7 @@ from PIL import Image
 from ...errors import ConfigError
 from ..engine.loop import Step
 from ..engine.processes import Processes
-from ..settings import TrainingConfig, public_settings
+from ..stage_settings import TrainingConfig, public_settings
 
 # What pip knows by another name.
 _PACKAGES = {"comet_ml": "comet-ml"}

@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline
 
 from peft_metalora.demo import faces
-from peft_metalora.demo.base import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, load_base
+from peft_metalora.demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, load_base
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.scoring import generate, to_pil
 

@@ -10,7 +10,7 @@ from peft.functional import set_adapter
 
 from artefacts_tiny import edit_config, edit_tensors, write_subjects
 from peft_metalora import errors
-from peft_metalora.pipelines.loading import MetaLoraLoaderMixin, enable_meta_lora
+from peft_metalora.pipelines.loader import MetaLoraLoaderMixin, enable_meta_lora
 from peft_metalora.tuner import MetaLoraLayer
 from pipelines_tiny import tiny_flux_pipeline
 
@@ -260,7 +260,7 @@ def test_a_failure_while_injecting_is_undone(artefacts, pipe, monkeypatch):
     def fail(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("peft_metalora.pipelines.loading.copy_factors", fail)
+    monkeypatch.setattr("peft_metalora.pipelines.loader.copy_factors", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         pipe.load_meta_lora(folder / "ann")
     assert_same_state(state_of(pipe.transformer), before)
