@@ -13,6 +13,7 @@ from torch import nn
 from ..bases import Base
 from ..errors import AdapterStateError, TrainingError
 from ..tuner.placing import remember, restore
+from .engine.compiling import compile_blocks, uncompile
 from .engine.loop import Sanity
 from .engine.state import last_checkpoint
 from .examples.batches import Examples
@@ -29,7 +30,9 @@ def targets(base: Base, config: TrainingConfig) -> list[str] | str:
 
 
 def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -> list[nn.Parameter]:
-    """Put an adapter on the denoiser, whose own weights are frozen; its factors are float32.
+    """Put an adapter on the denoiser and compile its blocks, if the settings say so.
+
+    The denoiser's own weights are frozen; the adapter's are float32.
 
     Returns:
         The parameters that train.
@@ -43,6 +46,7 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
         raise AdapterStateError(
             f"expected a denoiser without adapters, found {', '.join(denoiser.peft_config)}: unload them first"
         )
+    compile_blocks(denoiser, config)
     remember(denoiser)
     denoiser.requires_grad_(False)
     before = set(denoiser.parameters())
@@ -51,7 +55,7 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
             torch.manual_seed(config.seed)
             denoiser.add_adapter(adapter, adapter_name=name)
     except BaseException:
-        restore(denoiser, every=True)
+        take_off(base, config)
         raise
     own = [parameter for parameter in denoiser.parameters() if parameter not in before]
     for parameter in own:
@@ -61,6 +65,12 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
         denoiser.enable_gradient_checkpointing()
     denoiser.train()
     return [parameter for parameter in own if parameter.requires_grad]
+
+
+def take_off(base: Base, config: TrainingConfig) -> None:
+    """Undo `inject`: the denoiser is what it was before, with all that it was set to."""
+    restore(base.denoiser, every=True)
+    uncompile(base.denoiser, config)
 
 
 def sanity_of(

@@ -10,14 +10,12 @@ from tqdm.auto import tqdm
 from ..bases import Base
 from ..bases.precision import choose_device
 from ..checkpoint import require_replaceable
-from ..tuner.placing import restore
-from .engine.compiling import uncompile
 from .engine.origin import Origin
 from .engine.processes import Processes
 from .engine.state import checkpoint_folder, read_state, understanding, write_state
 from .examples.batches import Examples
 from .examples.sources import training_subjects
-from .injecting import saying_what_is_left
+from .injecting import saying_what_is_left, take_off
 from .preparing import check_places, prepare
 from .stage_1 import DownResult, MetaTraining
 from .stage_settings import MetaTrainConfig
@@ -35,8 +33,7 @@ def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, pr
     try:
         _run(run, progress)
     except BaseException:
-        restore(base.denoiser, every=True)
-        uncompile(base.denoiser, config)
+        take_off(base, config)
         raise
     return run.finish()
 

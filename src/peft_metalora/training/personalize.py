@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..tuner import DownSource
 from .engine.origin import photos_of
 from .engine.processes import Processes
-from .engine.state import checkpoint_folder, read_state, understanding, write_state
+from .engine.state import checkpoint_folder, checkpoint_folders, read_state, understanding, write_state
 from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject, name_of
 from .injecting import saying_what_is_left
@@ -55,6 +55,9 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     name = name_of(config, subject)
     kind = "subject" if config.method == "meta-lora" else None
     require_replaceable(config.output_dir, kind, name, overwrite=config.overwrite)
+    for number, place in checkpoint_folders(config.output_dir).items():
+        if config.checkpointing_steps and number % config.checkpointing_steps == 0:
+            require_replaceable(place, kind, name, overwrite=config.overwrite)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
     progress = progress and processes.is_main

@@ -25,7 +25,7 @@ from ..tuner import DownSource, MetaLoraConfig, fingerprint, reset_slots, set_sl
 from ..tuner import placing as injection
 from ..tuner.down import DOWN, DOWN_PARTS, MID, MID_INIT, UP
 from ..tuner.on_model import meta_lora_layers
-from .engine.compiling import compile_blocks, uncompile
+from .engine.compiling import uncompile
 from .engine.loop import Step, training_steps
 from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options, restore_scheduler
 from .engine.processes import ALONE, Processes
@@ -138,7 +138,6 @@ class MetaTraining:
             num_slots=slots,
             base_model_name_or_path=config.pretrained_model_name_or_path,
         )
-        compile_blocks(base.denoiser, config)
         inject(base, self.adapter_config, _TRAINING, config)
         self._layers = [layer for _, layer in meta_lora_layers(base.denoiser)]
         slotted = [

@@ -29,16 +29,14 @@ from ..files import staged_folder
 from ..tuner import DownSource, set_slots
 from ..tuner.down import given, subject_config
 from ..tuner.on_model import meta_lora_layers
-from ..tuner.placing import restore
 from ..tuner.subject_index import SubjectIndex
-from .engine.compiling import compile_blocks, uncompile
 from .engine.loop import Step, training_steps
 from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options, restore_scheduler
 from .engine.processes import ALONE, Processes
 from .engine.slot_optimizer import SlotOptimizer
 from .engine.state import check_steps
 from .examples.batches import Examples
-from .injecting import inject, sanity_of, targets
+from .injecting import inject, sanity_of, take_off, targets
 from .prior import distance_from_base
 from .stage_settings import PersonalizeConfig
 
@@ -100,7 +98,6 @@ class Personalization:
         cls = optimizer_class(config.optimizer)
         options = optimizer_options(cls, config, base.device)
         self._index = SubjectIndex()
-        compile_blocks(base.denoiser, config)
         self.parameters = parameters = self._inject()
         self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
         self.optimizer = SlotOptimizer(cls, parameters, **options) if self.uses_slots else cls(parameters, **options)
@@ -300,8 +297,7 @@ class Personalization:
 
     def remove(self) -> None:
         """Take the adapter off; the denoiser is the one it was before."""
-        restore(self.base.denoiser, every=True)
-        uncompile(self.base.denoiser, self.config)
+        take_off(self.base, self.config)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

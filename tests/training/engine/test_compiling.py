@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from peft_metalora import hub
-from peft_metalora.errors import ConfigError
+from peft_metalora.errors import ConfigError, NoTargetModulesError
 from peft_metalora.training.engine.compiling import backend_of
 from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import personalize_many
@@ -94,3 +94,16 @@ def test_what_cannot_be_compiled_is_refused_before_anything_changes(monkeypatch)
     with pytest.raises(ConfigError, match="found FluxTransformer2DModel: use dynamo_backend 'no'"):
         Personalization(base, tiny_examples(base, 1), personal_config(method="lora", dynamo_backend="eager"))
     assert [name for name, _ in base.denoiser.named_modules()] == names
+
+
+def test_a_refused_adapter_leaves_nothing_compiled():
+    """Bug: the blocks stayed compiled when the adapter could not be put on."""
+    base = tiny_base()
+    settings = {"dynamo_backend": "eager", "target_modules": "no_such_layer"}
+    for make in (
+        lambda: MetaTraining(base, tiny_examples(base), meta_config(**settings)),
+        lambda: Personalization(base, tiny_examples(base, 1), personal_config(method="lora", **settings)),
+    ):
+        with pytest.raises((ConfigError, NoTargetModulesError, ValueError)):
+            make()
+        assert not any(module._compiled_call_impl for module in base.denoiser.modules())

@@ -39,6 +39,19 @@ def test_an_unknown_name_is_named():
         optimizer_class("adamv")
 
 
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Rprop"])
+def test_what_cannot_train_here_is_refused_before_anything_is_on_the_model(name):
+    """Bug: a TypeError, for LBFGS in the first step with the adapter on."""
+    base = tiny_base()
+    for make in (
+        lambda: MetaTraining(base, tiny_examples(base), meta_config(optimizer=name)),
+        lambda: Personalization(base, tiny_examples(base, 1), personal_config(optimizer=name, method="lora")),
+    ):
+        with pytest.raises(ConfigError, match=f"optimizer must take lr and weight_decay .*found '{name}'"):
+            make()
+        assert not hasattr(base.denoiser, "peft_config")
+
+
 def test_a_missing_package_is_named_as_pip_knows_it(monkeypatch):
     for name, package in (("adamw8bit", "bitsandbytes"), ("Prodigy", "prodigyopt"), ("nobody.optim:Lion", "nobody")):
         for module in [known for known in sys.modules if known.split(".")[0] == package]:

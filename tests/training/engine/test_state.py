@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peft_metalora.errors import ArtefactNotFoundError, ConfigError, CorruptFileError
+from peft_metalora.errors import ArtefactNotFoundError, ConfigError, CorruptFileError, OutputExistsError
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.state import STATE_FILE, read_state, understanding, write_state
 from peft_metalora.training.meta_train import meta_train, meta_train_on
@@ -196,6 +196,21 @@ def test_no_checkpoint_and_no_tracker_says_where_photos_lie(place, tmp_path, sta
         content = path.read_bytes()
         assert str(place / "people").encode() not in content
         assert path.name != STATE_FILE or str(place.parent).encode() not in content
+
+
+def test_what_another_run_left_is_refused_before_any_work(place, tmp_path):
+    """Bug: somebody else's checkpoint was found in the way in the middle of a run, or taken for one of this run."""
+    config = make_config(place, "meta-lora", tmp_path / "out", checkpointing_steps=5, max_train_steps=6)
+    run(replace(config, instance_data_dir=str(place / "people" / "person-0")))
+    for path in (tmp_path / "out").iterdir():
+        if path.is_file():
+            path.unlink()
+    other = {"instance_data_dir": str(place / "people" / "person-1")}
+    with pytest.raises(OutputExistsError, match="checkpoint-5"):
+        run(replace(config, **other))
+    with pytest.raises(ConfigError, match="photos of the run"):
+        run(replace(config, **other, overwrite=True, resume_from_checkpoint="latest"))
+    run(replace(config, **other, overwrite=True))
 
 
 def test_another_number_of_processes_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -54,9 +55,23 @@ _FUSED = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 
 
 def optimizer_options(cls: type[Optimizer], config: TrainingConfig, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of every optimiser of a run."""
+    """Keyword arguments of every optimiser of a run.
+
+    Raises:
+        ConfigError: the class does not take them, or makes no step from dense gradients alone.
+    """
     fused = {"fused": True} if cls in _FUSED and device.type == "cuda" else {}
-    return {"lr": config.learning_rate, "weight_decay": config.weight_decay, **fused}
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **fused}
+    trial = nn.Parameter(torch.zeros(2, 2, device=device))
+    trial.grad = torch.zeros_like(trial)
+    try:
+        cls([trial], **options).step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"optimizer must take lr and weight_decay and make steps from gradients alone, found {config.optimizer!r}: "
+            f"{error}"
+        ) from error
+    return options
 
 
 def make_scheduler(optimizer: Optimizer, config: TrainingConfig, steps: int) -> LRScheduler:

@@ -33,7 +33,7 @@ _FOLDER = re.compile(r"checkpoint-(\d+)")
 # leaves every number as it is, or as exact.
 _FREE = {*INPUTS, *OUTPUTS, "revision", "down_revision", "local_files_only"} | {
     "dataset_config_name", "image_column", "caption_column", "subject_column", "checkpointing_steps", "report_to",
-    "tracker_project_name", "device", "gradient_checkpointing", "dynamo_backend",
+    "tracker_project_name", "device", "gradient_checkpointing", "dynamo_backend", "overwrite",
 }  # fmt: skip
 
 
@@ -42,9 +42,15 @@ def checkpoint_folder(output_dir: str, step: int) -> Path:
     return Path(output_dir) / f"checkpoint-{step}"
 
 
+def checkpoint_folders(output_dir: str) -> dict[int, Path]:
+    """The folders of checkpoints that lie in an output folder, whole or not, by step."""
+    folders = ((path, _FOLDER.fullmatch(path.name)) for path in Path(output_dir).glob("checkpoint-*"))
+    return {int(match[1]): path for path, match in folders if match}
+
+
 def last_checkpoint(output_dir: str, up_to: float = math.inf) -> Path | None:
     """The newest checkpoint of an output folder, none after step `up_to`; None: there is none."""
-    found = {step: path for step, path in _checkpoints(output_dir, STATE_FILE).items() if step <= up_to}
+    found = {step: path for step, path in _with_file(output_dir, STATE_FILE).items() if step <= up_to}
     return found[max(found)] if found else None
 
 
@@ -146,7 +152,7 @@ def _wanted_folder(config: TrainingConfig, processes: Processes) -> Path | None:
         folder = Path(wanted)
         return folder if folder.exists() else Path(config.output_dir, folder)
     # A killed run may have left the last checkpoint of some of its processes only.
-    found = _checkpoints(config.output_dir, file)
+    found = _with_file(config.output_dir, file)
     steps = processes.common(set(found))
     return found[max(steps)] if steps else last_checkpoint(config.output_dir)
 
@@ -221,10 +227,8 @@ def _file_name(processes: Processes) -> str:
     return STATE_FILE if processes.is_main else f"training_state-{processes.rank}.safetensors"
 
 
-def _checkpoints(output_dir: str, file: str) -> dict[int, Path]:
-    """The checkpoint folders that hold a file, by step."""
-    folders = ((path, _FOLDER.fullmatch(path.name)) for path in Path(output_dir).glob("checkpoint-*"))
-    return {int(match[1]): path for path, match in folders if match and (path / file).is_file()}
+def _with_file(output_dir: str, file: str) -> dict[int, Path]:
+    return {step: path for step, path in checkpoint_folders(output_dir).items() if (path / file).is_file()}
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
