@@ -266,6 +266,22 @@ class TestNames:
         assert len(self.spelt_out(NAMES_OF_FACTORS.read_text(encoding="utf-8"))) == 5
 
 
+class TestOldModules:
+    @pytest.mark.parametrize("old", sorted(peft_metalora._OLD_MODULES))
+    def test_they_are_found_and_say_where_they_are(self, old: str) -> None:
+        """Bug: an import by the path that a public name had before the rooms is no longer found."""
+        sys.modules.pop(f"peft_metalora.{old}", None)
+        with pytest.warns(DeprecationWarning, match=f"is now peft_metalora.{peft_metalora._OLD_MODULES[old]}"):
+            module = importlib.import_module(f"peft_metalora.{old}")
+        assert module is importlib.import_module(f"peft_metalora.{peft_metalora._OLD_MODULES[old]}")
+
+    def test_a_file_of_a_room_that_moved_is_the_same_file(self) -> None:
+        sys.modules.pop("peft_metalora.training.bases.flux1", None)
+        with pytest.warns(DeprecationWarning):
+            old = importlib.import_module("peft_metalora.training.bases.flux1")
+        assert old is importlib.import_module("peft_metalora.bases.flux1")
+
+
 class TestFiles:
     SOURCES = sorted(
         path for folder in ("src", "tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")

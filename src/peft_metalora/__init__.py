@@ -7,8 +7,11 @@ else: diffusers, transformers' pipelines and face models are imported by the nam
 
 from __future__ import annotations
 
-import importlib
+import importlib.abc
+import importlib.machinery
+import sys
 import warnings
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import tuner
@@ -159,5 +162,76 @@ def _check_files(config: MetaLoraConfig) -> None:
     check_origin(config)
 
 
+# Modules that moved, for imports by their old names.
+_OLD_MODULES = {
+    "base_model": "checkpoint.base_model",
+    "cards": "hub.cards",
+    "config_file": "checkpoint.config_file",
+    "demo.base": "demo.embedded",
+    "demo.shapes": "demo.drawing",
+    "denoiser": "pipelines.denoiser",
+    "evaluation.batched": "training.engine.stacked",
+    "evaluation.settings": "evaluation.evaluation_settings",
+    "export": "lora.export",
+    "factors": "checkpoint.factors",
+    "foreign_names": "lora.original_names",
+    "injection": "tuner.placing",
+    "metrics.faces": "metrics.detectors",
+    "per_sample": "pipelines.calling",
+    "pipelines.loading": "pipelines.loader",
+    "projection": "lora.projection",
+    "publish": "hub.publishing",
+    "regions": "pipelines.regions",
+    "slots": "pipelines.table",
+    "training.adapters": "training.injecting",
+    "training.bases": "bases",
+    "training.batches": "training.examples.batches",
+    "training.cache": "training.examples.cache",
+    "training.compiling": "training.engine.compiling",
+    "training.down_validation": "training.watching.of_a_down",
+    "training.face_crop": "training.examples.face_crop",
+    "training.fresh": "training.examples.fresh",
+    "training.hub_dataset": "training.examples.hub_dataset",
+    "training.loop": "training.engine.loop",
+    "training.meta_training": "training.stage_1",
+    "training.personalization": "training.stage_2",
+    "training.processes": "training.engine.processes",
+    "training.sampler": "training.engine.sampler",
+    "training.settings": "training.stage_settings",
+    "training.shapes": "training.examples.shapes",
+    "training.sharding": "training.engine.sharding",
+    "training.slots": "training.engine.slot_optimizer",
+    "training.sources": "training.examples.sources",
+    "training.state": "training.engine.state",
+    "training.tracking": "training.watching.tracking",
+    "training.validation": "training.watching.of_a_subject",
+    "training.views": "training.examples.views",
+    "tuner.bases": "tuner.base_layers",
+    "tuner.plan": "tuner.adding",
+    "tuner.slots": "tuner.functional",
+    "tuner.subjects": "tuner.functional",
+}
+
+
+class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives a module under the name that it had."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        found = self._now(fullname)
+        return None if found is None else importlib.machinery.ModuleSpec(fullname, self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = self._now(module.__name__)
+        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = importlib.import_module(str(new))
+
+    @staticmethod
+    def _now(fullname: str) -> str | None:
+        _, _, inside = fullname.partition(f"{__name__}.")
+        old = next((old for old in _OLD_MODULES if inside == old or inside.startswith(f"{old}.")), None)
+        return None if old is None else f"{__name__}.{_OLD_MODULES[old]}{inside.removeprefix(old)}"
+
+
+sys.meta_path.insert(0, _OldModules())
 tuner.set_down_loader(_load_down)
 tuner.set_file_check(_check_files)
