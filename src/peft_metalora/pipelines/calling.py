@@ -5,23 +5,36 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from typing_extensions import Unpack
 
 from ..checkpoint.base_model import check_fits
+from ..checkpoint.factors import SubjectSource
 from ..errors import AdapterNotFoundError, AdapterStateError, RegionError
-from ..hub.loading import HubOptions, load_subject
-from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_slots, subject_state
-from ..tuner.on_model import configs_of, down_on_model
-from ..tuner.placing import activate, active_adapters
-from .denoiser import books_of, denoiser, free_name, lock_of, offload_paused, own_factors, refresh_offload
+from ..hub.loading import HubOptions, KnownDown, load_subject
+from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_slots
+from ..tuner.on_model import configs_of, down_on_model, meta_layers
+from ..tuner.placing import active_adapters, remove_adapters, shown_alone
+from .denoiser import (
+    books_of,
+    denoiser,
+    free_name,
+    lock_of,
+    named_denoiser,
+    offload_paused,
+    own_factors,
+    refresh_offload,
+    refuse_fused,
+)
 from .regions import read_regions, shown_in_regions
-from .table import SubjectTable, sample_slots, tables_of
+from .saving import saved_in_parts
+from .table import MOST_PASSES, SubjectTable, batch_slots, drop_tables, put_table, sample_slots, tables_of
 
 
 class PerSampleMixin:
@@ -47,7 +60,9 @@ class PerSampleMixin:
 
         Raises:
             AdapterNotFoundError: a subject that is not loaded.
-            AdapterStateError: a number of subjects that fits neither prompts nor images, or subjects of several Downs.
+            AdapterStateError: a number of subjects that fits neither prompts nor images, subjects of several Downs, a
+                denoiser's batch that is not the images as they are or once for each pass of guidance, something of ours
+                that is fused, or adapters that are disabled.
             RegionError: a region that is empty or does not fit the image, or regions together with subjects.
             PipelineError: regions for another kind of denoiser.
         """
@@ -65,9 +80,15 @@ class PerSampleMixin:
             prompts, images = self._batch(args, kwargs)
             with self._showing(model, names) as slots:
                 index = sample_slots(names, slots, prompts, images)
-                if slots:
-                    set_slots(model, index)
-                return super().__call__(*args, **kwargs)  # type: ignore[misc]
+                with self._following_the_batch(model, index) if slots else nullcontext():
+                    made = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            first = made[0] if hasattr(made, "__getitem__") else None
+            if len(set(index)) > 1 and hasattr(first, "__len__") and len(first) != len(index):
+                raise AdapterStateError(
+                    f"expected an image or film for each of {len(index)} subjects, found that this pipeline makes "
+                    f"{len(first)} of such a call, in which people may be mixed. Generate one subject at a time."
+                )
+            return made
 
     @contextmanager
     def _idle(self) -> Iterator[nn.Module]:
@@ -83,48 +104,95 @@ class PerSampleMixin:
         given = {**given, **given.get("kwargs", {})}
         prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
         count = len(prompt) if isinstance(prompt, (list, tuple)) else 1
-        return (count if embeds is None else embeds.shape[0]), given.get("num_images_per_prompt") or 1
+        images = next((n for key, n in given.items() if re.fullmatch(r"num_\w+_per_prompt", key) and n), 1)
+        return (count if embeds is None else embeds.shape[0]), images
+
+    @contextmanager
+    def _following_the_batch(self, model: nn.Module, index: Sequence[int]) -> Iterator[None]:
+        """Let each row of the denoiser's batch show the slot of its image, and what it flattens a row into as well."""
+        set_slots(model, index, each=True)
+        part = getattr(self, named_denoiser(self)[0])
+        first = [*inspect.signature(type(model).forward).parameters][1]
+        rows = len(index)
+
+        def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal rows
+            now = len(args[0] if args else kwargs[first])
+            if now != rows:
+                guided = getattr(self, "do_classifier_free_guidance", True)
+                set_slots(model, batch_slots(index, now, passes=MOST_PASSES if guided else 1), each=True)
+                rows = now
+
+        compiled = part._compiled_call_impl
+        if compiled is not None:  # model.compile(): the graph is older than the hook would be
+
+            def called(*args: Any, **kwargs: Any) -> Any:
+                look(part, args, kwargs)
+                return compiled(*args, **kwargs)
+
+            part._compiled_call_impl = called
+        hook = part.register_forward_pre_hook(look, with_kwargs=True) if compiled is None else None
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
+            part._compiled_call_impl = compiled
 
     @contextmanager
     def _showing(self, model: nn.Module, names: Sequence[str | None]) -> Iterator[dict[str, int]]:
         """Have the table of these subjects as the one adapter of ours; gives the slot of each."""
         chosen = list(dict.fromkeys(name for name in names if name is not None))
-        table = self._table_with(model, chosen)
-        before = active_adapters(model)
-        ordinary = [name for name in before if not isinstance(configs_of(model)[name], MetaLoraConfig)]
-        slots = table.bring(chosen) if table else {}
+        layers = meta_layers(model)
+        refuse_fused(layers)
+        if chosen and any(layer.disable_adapters for layer in layers):
+            raise AdapterStateError(
+                f"expected enabled adapters to show {', '.join(chosen)}, found them disabled. Use enable_meta_lora "
+                "(or diffusers' enable_lora) first."
+            )
+        table, slots = self._table_with(model, chosen)
         if table and table.take_written():
             refresh_offload(model)
-        try:
-            activate(model, [*ordinary, *([table.adapter_name] if table else [])])
+        with shown_alone(model, table.adapter_name if table else None):
             yield slots
-        finally:
-            if table:
-                set_slots(model, None)
-            activate(model, before)
 
-    def _table_with(self, model: nn.Module, names: list[str]) -> SubjectTable | None:
-        """The table that holds all these subjects, made or filled from loaded adapters if need be."""
+    def _table_with(self, model: nn.Module, names: list[str]) -> tuple[SubjectTable | None, dict[str, int]]:
+        """The table that holds all these subjects, made or filled from loaded adapters if need be, and their slots."""
         tables = tables_of(model)
         homes = {}
         for name in names:
-            found = next((mark for mark, table in tables.items() if name in table), None)
-            homes[name] = found or self._adapter_home(model, name)
+            own = next((mark for mark, table in tables.items() if table.is_own(name)), None)
+            homes[name] = own or self._adapter_home(model, name)
         if len(set(homes.values())) > 1:
             raise AdapterStateError(
                 f"expected subjects of one Down in one batch, found {len(set(homes.values()))} Downs among {names}. "
                 "Generate them in turn."
             )
         if not names:
-            return None
+            return None, {}
         fingerprint = homes[names[0]]
-        if fingerprint not in tables:
-            self.enable_subject_slots(max(8, len(names)), fingerprint=fingerprint)
-        table = tables[fingerprint]
-        for name in names:
-            if name not in table:
-                table.register(name, configs_of(model)[name], subject_state(model, name))
-        return table
+        if (table := tables.get(fingerprint)) is not None:
+            return table, table.bring(names)
+        with self._new_table(model, self._down_for_a_table(model, fingerprint), max(8, len(names))) as table:
+            return table, table.bring(names)
+
+    @contextmanager
+    def _new_table(
+        self, model: nn.Module, down: DownSource, capacity: int, host_capacity: int | None = None
+    ) -> Iterator[SubjectTable]:
+        """A table for this Down; it goes again if what it is made for in the block is refused."""
+        refuse_fused(meta_layers(model))
+        before = active_adapters(model)
+        with offload_paused(self), saved_in_parts(model):
+            table = SubjectTable(model, down, capacity, host_capacity)
+        put_table(model, table)
+        try:
+            yield table
+        except BaseException:
+            drop_tables(model, down.fingerprint)
+            with offload_paused(self), saved_in_parts(model):
+                remove_adapters(model, [table.adapter_name], before)
+            raise
 
     def _adapter_home(self, model: nn.Module, name: str) -> str:
         config = configs_of(model).get(name)
@@ -162,15 +230,17 @@ class PerSampleMixin:
                     "fingerprint= to say which."
                 )
             fingerprint = fingerprint or downs.pop()
-            down, tables = down_on_model(model, fingerprint), tables_of(model)
-            if down is None or fingerprint in tables:
-                raise AdapterStateError(
-                    f"expected a loaded Down without a table, found {'a table' if down else 'no Down'} for "
-                    f"{fingerprint[:16]}. Load the Down, or unload_meta_lora first."
-                )
-            with offload_paused(self):
-                tables[fingerprint] = SubjectTable(model, down, capacity, host_capacity)
-            return tables[fingerprint]
+            with self._new_table(model, self._down_for_a_table(model, fingerprint), capacity, host_capacity) as table:
+                return table
+
+    def _down_for_a_table(self, model: nn.Module, fingerprint: str) -> DownSource:
+        down, tables = down_on_model(model, fingerprint), tables_of(model)
+        if down is None or fingerprint in tables:
+            raise AdapterStateError(
+                f"expected a loaded Down without a table, found {'a table' if down else 'no Down'} for "
+                f"{fingerprint[:16]}. Load the Down, or unload_meta_lora first."
+            )
+        return down
 
     def add_subject(
         self, path_or_repo: str | os.PathLike[str], name: str | None = None, **hub: Unpack[HubOptions]
@@ -190,33 +260,48 @@ class PerSampleMixin:
             As `load_meta_lora`.
         """
         model = denoiser(self)
-        tables = tables_of(model)
 
         def known(fingerprint: str) -> DownSource | None:
-            table = tables.get(fingerprint)
+            table = tables_of(model).get(fingerprint)
             if table is not None:
                 return table.down
             with self._idle():
                 return down_on_model(model, fingerprint)
 
-        def read() -> dict[str, torch.Tensor]:
-            return load_subject(path_or_repo, known_down=known, **hub).tensors
-
         source = load_subject(path_or_repo, known_down=known, **hub)
 
         def enter(table: SubjectTable) -> str:
-            taken = [n for table in list(tables.values()) for n in table.names()]
-            own = name or free_name(taken, path_or_repo, hub.get("subfolder"))
-            table.register(own, source.config, source.tensors, read)
+            others = {n for other in tables_of(model).values() if other is not table for n in other.names()}
+            own = name or free_name({*configs_of(model), *table.names(), *others}, path_or_repo, hub.get("subfolder"))
+            if own in others:
+                raise AdapterStateError(
+                    f"expected a new name for a subject, found {own!r}, which a subject on another Down has. Give "
+                    "another name=, or evict that one first."
+                )
+            table.register(own, source.config, source.tensors, _Again(path_or_repo, hub))
             return own
 
         fingerprint = source.down.fingerprint
         with books_of(model):
-            if (table := tables.get(fingerprint)) is not None:
+            if (table := tables_of(model).get(fingerprint)) is not None:
                 return enter(table)
         check_fits(model, source.down, name=str(path_or_repo))
         with self._idle():
-            if fingerprint not in tables:
-                with offload_paused(self):
-                    tables[fingerprint] = SubjectTable(model, source.down, 8)
-            return enter(tables[fingerprint])
+            if (table := tables_of(model).get(fingerprint)) is not None:
+                return enter(table)
+            with self._new_table(model, source.down, 8) as table:
+                return enter(table)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Reads a subject of `add_subject` from where it came; a token does not go into copies and pickles."""
+
+    path_or_repo: str | os.PathLike[str]
+    hub: HubOptions
+
+    def __call__(self, known_down: KnownDown) -> SubjectSource:
+        return load_subject(self.path_or_repo, known_down=known_down, **self.hub)
+
+    def __reduce__(self) -> Any:
+        return _Again, (self.path_or_repo, {key: value for key, value in self.hub.items() if key != "token"})

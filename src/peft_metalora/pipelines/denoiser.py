@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
@@ -21,10 +21,11 @@ from diffusers.hooks.group_offloading import (
     _maybe_remove_and_reapply_group_offloading,
 )
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..errors import PipelineError
-from ..tuner.on_model import meta_lora_layers
+from ..errors import AdapterStateError, PipelineError
+from ..tuner.on_model import configs_of, meta_lora_layers
 
 
 def named_denoiser(pipe: Any) -> tuple[str, nn.Module]:
@@ -59,6 +60,32 @@ def _takes_a_time(model: nn.Module) -> bool:
 def denoiser(pipe: Any) -> nn.Module:
     """As `named_denoiser`, without the name."""
     return named_denoiser(pipe)[1]
+
+
+def adapted_parts(pipe: Any) -> list[nn.Module]:
+    """The components with adapters among those that diffusers can adapt, and the denoiser."""
+    found = [denoiser(pipe), *(getattr(pipe, name, None) for name in getattr(pipe, "_lora_loadable_modules", ()))]
+    parts = {id(part): part for part in (getattr(part, "_orig_mod", part) for part in found)}
+    return [part for part in parts.values() if isinstance(part, nn.Module) and configs_of(part)]
+
+
+def tuner_layers(part: nn.Module) -> list[Any]:
+    """The layers of any method on a component."""
+    return [module for module in part.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def refuse_fused(layers: Iterable[Any]) -> None:
+    """Raise AdapterStateError if something is fused: it would show in every image, or PEFT take it out, for good."""
+    if fused := sorted({name for layer in layers for name in layer.merged_adapters}):
+        raise AdapterStateError(
+            f"expected base weights with nothing fused into them, found {', '.join(fused)}. Use unfuse_meta_lora (or "
+            "diffusers' unfuse_lora) first."
+        )
+
+
+def all_layers(pipe: Any) -> list[Any]:
+    """The layers of any method on all components."""
+    return [layer for part in adapted_parts(pipe) for layer in tuner_layers(part)]
 
 
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()

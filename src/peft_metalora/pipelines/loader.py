@@ -11,7 +11,7 @@ import functools
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -22,19 +22,31 @@ from ..checkpoint.factors import SubjectSource
 from ..errors import AdapterStateError
 from ..hub.loading import HubOptions, load
 from ..tuner import DownSource, MetaLoraConfig
+from ..tuner.merging import merged_or_as_before
 from ..tuner.on_model import configs_of, down_on_model, know_down, meta_layers
 from ..tuner.placing import (
-    activate,
     active_adapters,
+    choice_kept,
     copy_factors,
     inject,
     remove_adapters,
+    remove_other_methods,
     require_adapter,
     restore,
 )
-from .calling import PerSampleMixin
-from .denoiser import books_of, denoiser, free_name, named_denoiser, offload_paused, while_idle
-from .table import tables_of
+from .choosing import ChoosingMixin, choose, displace_ordinary, give_back
+from .denoiser import (
+    all_layers,
+    books_of,
+    denoiser,
+    free_name,
+    named_denoiser,
+    offload_paused,
+    refuse_fused,
+    while_idle,
+)
+from .saving import refuse_to_save, saved_in_parts
+from .table import drop_tables, tables_of
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -62,10 +74,19 @@ def enable_meta_lora(pipe: Pipeline) -> Pipeline:
 @functools.cache
 def _enabled(cls: Any) -> type:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (MetaLoraLoaderMixin, cls), names)
+    return type(cls.__name__, (MetaLoraLoaderMixin, cls), {**names, "__reduce_ex__": _reduce})
 
 
-class MetaLoraLoaderMixin(PerSampleMixin):
+def _reduce(pipe: Any, protocol: Any) -> Any:
+    # Copies and pickles find the class by the one that was enabled: under its name modules have that one.
+    return _blank, (type(pipe).__bases__[1],), vars(pipe)
+
+
+def _blank(cls: Any) -> Any:
+    return object.__new__(_enabled(cls))
+
+
+class MetaLoraLoaderMixin(ChoosingMixin):
     """Methods for Downs and subjects, named as diffusers names those for LoRA; inherit it before a pipeline class."""
 
     @while_idle
@@ -86,10 +107,11 @@ class MetaLoraLoaderMixin(PerSampleMixin):
 
         Raises:
             BaseModelMismatchError: it was made for another base model.
-            AdapterStateError: the name is taken.
+            AdapterStateError: the name is taken, or something is fused.
             Everything that `hub.load` raises. The pipeline is then as it was.
         """
         model = denoiser(self)
+        refuse_fused(all_layers(self))
         name = self._new_name(model, adapter_name, path_or_repo, hub.get("subfolder"))
         source = load(path_or_repo, model=model, known_down=functools.partial(down_on_model, model), **hub)
         self._install(source, name)
@@ -120,27 +142,81 @@ class MetaLoraLoaderMixin(PerSampleMixin):
         model = denoiser(self)
         down = source if isinstance(source, DownSource) else source.down
         before = active_adapters(model)
-        with offload_paused(self):
+        disabled = any(layer.disable_adapters for layer in meta_layers(model))
+        with offload_paused(self), saved_in_parts(model):
             try:
-                inject(model, source.config, name, down)
+                with choice_kept(model):
+                    inject(model, source.config, name, down)
                 copy_factors(model, source.tensors, name)
-                activate(model, before if source is down else [name])
                 if source is down:
                     know_down(model, name, down.fingerprint)
             except BaseException:
                 remove_adapters(model, [name], before)
                 raise
+            if disabled:  # layers that are new to the model must not show alone
+                self.disable_meta_lora()
+            if source is not down:
+                displace_ordinary(self)
+                choose(self, [name])
 
     @while_idle
-    def unload_meta_lora(self) -> None:
+    def unload_meta_lora(self, keep_fused: bool = False) -> None:
         """Remove every Down and subject: the denoiser's modules, flags and weights are what they were, bit for bit.
 
-        Ordinary LoRAs stay.
+        Ordinary LoRAs stay, and are active as they were before subjects took their place.
+
+        Args:
+            keep_fused: leave what `fuse_meta_lora` added to the base weights in them, for good. The pipeline is a plain
+                one then, which `save_pretrained` writes and any diffusers loads.
+
+        Raises:
+            AdapterStateError: `keep_fused`, and nothing is fused.
         """
         model = denoiser(self)
-        with offload_paused(self):
+        if keep_fused:
+            fused = [layer for layer in meta_layers(model) if layer.merged]
+            if not fused:
+                raise AdapterStateError("expected a fused adapter to keep, found none. Use fuse_meta_lora first.")
+            for layer in fused:
+                layer.merged_adapters.clear()
+                layer.forget_kept_weight()
+        with offload_paused(self), saved_in_parts(model):
+            give_back(self)
+            drop_tables(model)
             restore(model)
-        tables_of(model).clear()
+
+    @while_idle
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Take ordinary LoRAs off, as diffusers does; Downs and subjects stay, but for what is fused.
+
+        What is fused stays in the weights, ours too, and then our adapters go: diffusers' way to a plain pipeline.
+        """
+        model, below = denoiser(self), cast(Any, super())
+        if not meta_layers(model):
+            below.unload_lora_weights(*args, **kwargs)
+            return
+        if any(layer.merged for layer in meta_layers(model)):
+            self.unload_meta_lora(keep_fused=True)
+            below.unload_lora_weights(*args, **kwargs)
+            return
+        others = [name for name in self._lora_loadable_modules if name != named_denoiser(self)[0]]  # type: ignore[attr-defined]
+        with offload_paused(self):
+            remove_other_methods(model)
+            vars(self)["_lora_loadable_modules"] = others  # diffusers would take ours off with the rest
+            try:
+                below.unload_lora_weights(*args, **kwargs)
+            finally:
+                del vars(self)["_lora_loadable_modules"]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As diffusers' pipelines; raises AdapterStateError while a Down or a subject is loaded."""
+        refuse_to_save(denoiser(self))
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' pipelines; raises AdapterStateError while a Down or a subject is loaded."""
+        refuse_to_save(denoiser(self))
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
     @while_idle
     def save_meta_lora(self, folder: str | os.PathLike[str], adapter_name: str, **options: Any) -> None:
@@ -155,54 +231,6 @@ class MetaLoraLoaderMixin(PerSampleMixin):
         save(folder, model, adapter_name, **options)
 
     @while_idle
-    def set_adapters(
-        self,
-        adapter_names: str | Sequence[str],
-        adapter_weights: float | Sequence[float | None] | None = None,
-    ) -> None:
-        """Make these adapters active and no others; a weight multiplies an adapter's output.
-
-        Raises:
-            AdapterNotFoundError: an adapter that is not loaded.
-            AdapterStateError: the number of weights is not that of the names.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
-        model = denoiser(self)
-        if len(weights) != len(names):
-            raise AdapterStateError(
-                f"expected {len(names)} weights for {names}, found {len(weights)}. Give one for each."
-            )
-        everywhere = {name for listed in self.get_list_adapters().values() for name in listed}
-        ordinary = everywhere - {n for n, config in configs_of(model).items() if isinstance(config, MetaLoraConfig)}
-        for name in set(names) - ordinary:
-            require_adapter(model, name)
-        if ordinary & set(names):
-            super().set_adapters(names, weights)  # type: ignore[misc]
-            return
-        activate(model, names)
-        for name, weight in zip(names, weights, strict=True):
-            for layer in meta_layers(model):
-                layer.set_scale(name, 1.0 if weight is None else float(weight))
-
-    def get_active_adapters(self) -> list[str]:
-        """Names of the adapters that take part in the next image."""
-        return active_adapters(denoiser(self))
-
-    def get_list_adapters(self) -> dict[str, list[str]]:
-        """Names of all loaded adapters, by the component that holds them, as diffusers lists them."""
-        listed: dict[str, list[str]] = {}
-        if hasattr(super(), "get_list_adapters"):
-            listed = dict(super().get_list_adapters())  # type: ignore[misc]
-        component, model = named_denoiser(self)
-        hidden = {table.adapter_name for table in tables_of(model).values()}
-        names = [name for name in configs_of(model) if name not in hidden]
-        return {
-            **{name: found for name, found in listed.items() if name != component},
-            **({component: names} if names else {}),
-        }
-
-    @while_idle
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Delete adapters; a Down that only they used goes with them, and after the last one the denoiser is restored.
 
@@ -215,23 +243,29 @@ class MetaLoraLoaderMixin(PerSampleMixin):
         known = configs_of(model)
         others = [name for name in names if name in known and not isinstance(known[name], MetaLoraConfig)]
         ours = [name for name in names if name not in others]
+        people = {table.adapter_name: set(table.names()) - set(ours) for table in tables_of(model).values()}
         for name in ours:
             require_adapter(model, name)
             users = {user for layer in meta_layers(model) for user in layer.subjects_of(name)} - set(ours)
+            users = {person for user in users for person in people.get(user, {user})}
             if users:
                 raise AdapterStateError(
-                    f"expected no subject on the Down {name!r}, found {', '.join(sorted(users))}. Delete them first."
+                    f"expected no subject on the Down {name!r}, found {', '.join(sorted(users))}. Delete them first "
+                    "(evict them, if add_subject brought them)."
                 )
+        refuse_fused(all_layers(self))
         if others and hasattr(super(), "delete_adapters"):
             super().delete_adapters(others)  # type: ignore[misc]
-        tables = tables_of(model)
         with books_of(model):
-            for fingerprint, table in list(tables.items()):
+            for fingerprint, table in tables_of(model).items():
                 table.evict([name for name in ours if name in table])
                 if not table.names():
                     # A table that holds nobody goes with the adapters that filled it.
-                    ours.append(tables.pop(fingerprint).adapter_name)
-        with offload_paused(self):
+                    ours.append(table.adapter_name)
+                    drop_tables(model, fingerprint)
+        with offload_paused(self), saved_in_parts(model):
+            if all(name in ours for name, config in known.items() if isinstance(config, MetaLoraConfig)):
+                give_back(self)
             active = [name for name in active_adapters(model) if name not in ours]
             remove_adapters(model, sorted(ours, key=lambda name: known[name].stage == "meta"), active)
 
@@ -259,33 +293,14 @@ class MetaLoraLoaderMixin(PerSampleMixin):
             raise AdapterStateError(
                 f"expected adapters to fuse, found {found}. Use set_adapters or unfuse_meta_lora first."
             )
-        with offload_paused(self):
-            try:
-                for layer in layers:
-                    layer.merge(safe_merge=safe_fusing, adapter_names=names)
-            except BaseException:
-                self._unfuse(layers)
-                raise
+        with offload_paused(self), merged_or_as_before(layers, safe_fusing, names):
+            for layer in layers:
+                layer.merge(safe_merge=safe_fusing, adapter_names=names)
 
     @while_idle
     def unfuse_meta_lora(self) -> None:
         """Undo `fuse_meta_lora`: the base weights are what they were, bit for bit."""
         with offload_paused(self):
-            self._unfuse(meta_layers(denoiser(self)))
-
-    def _unfuse(self, layers: list[Any]) -> None:
-        for layer in layers:
-            if layer.merged:
-                layer.unmerge()
-
-    @while_idle
-    def disable_meta_lora(self) -> None:
-        """Make every image the base model's until `enable_meta_lora`, ordinary LoRAs aside."""
-        for layer in meta_layers(denoiser(self)):
-            layer.enable_adapters(False)
-
-    @while_idle
-    def enable_meta_lora(self) -> None:
-        """Undo `disable_meta_lora`."""
-        for layer in meta_layers(denoiser(self)):
-            layer.enable_adapters(True)
+            for layer in meta_layers(denoiser(self)):
+                if layer.merged:
+                    layer.unmerge()

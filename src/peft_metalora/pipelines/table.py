@@ -9,25 +9,27 @@ from where they came when they are needed.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..checkpoint.factors import check_subject_on_down
-from ..errors import AdapterNotFoundError, AdapterStateError, NonFiniteError
-from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.down import MAGNITUDE, MID, UP, subject_config
-from ..tuner.on_model import meta_lora_layers
-from ..tuner.placing import activate, active_adapters, inject
-from ..tuner.ranks import ranks_of
+from ..checkpoint.factors import SubjectSource, check_subject_on_down
+from ..errors import AdapterNotFoundError, AdapterStateError, FingerprintMismatchError, NonFiniteError
+from ..tuner import DownSource, MetaLoraConfig, subject_state
+from ..tuner.down import MAGNITUDE, MID, MID_INIT, UP, subject_config
+from ..tuner.on_model import configs_of, meta_lora_layers
+from ..tuner.placing import choice_kept, inject
+from ..tuner.ranks import exceptions, ranks_of
 from .denoiser import books_of, lock_of, own_factors, while_idle
+
+Read = Callable[[Callable[[str], DownSource | None]], SubjectSource]
+"""Reads a subject anew, given what finds a Down that is known by its fingerprint."""
 
 _PARTS = (MID, UP, MAGNITUDE)
 
@@ -69,17 +71,20 @@ class SubjectTable:
             )
         self.down, self.capacity, self.host_capacity = down, capacity, host_capacity
         self.adapter_name = f"slots-{down.fingerprint[:8]}"
-        self.config = subject_config(
-            down, num_slots=capacity, start="stored", down=self.adapter_name, inference_mode=True
-        )
-        before = active_adapters(model)
-        inject(model, self.config, self.adapter_name, down)
-        activate(model, before)
+        # The Down's own ranks; its configuration may be that of a subject which has others.
+        end = f".{MID_INIT}"
+        ranks = {key.removesuffix(end): len(mid) for key, mid in down.tensors.items() if key.endswith(end)}
+        r = max(ranks.values(), key=[*ranks.values()].count)
+        own = {"num_slots": capacity, "start": "stored", "down": self.adapter_name, "inference_mode": True}
+        self.config = subject_config(down, r=r, rank_pattern=exceptions(ranks, r), **own)
+        with choice_kept(model):
+            inject(model, self.config, self.adapter_name, down)
         self._model, self._lock, self._books = weakref.ref(model), lock_of(model), books_of(model)
         self._layers = [(path, layer) for path, layer in meta_lora_layers(model) if self._has(layer)]
         self._device_order: OrderedDict[str, int] = OrderedDict()
         self._host: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._read: dict[str, Callable[[], Mapping[str, torch.Tensor]] | None] = {}
+        self._read: dict[str, Read | None] = {}
+        self._loaded: set[str] = set()  # adapters of the model, whose factors are their rows
         self._pinned: set[str] = set()
         self._replaced: set[str] = set()  # their slots hold what they were
         self._written = False
@@ -91,6 +96,14 @@ class SubjectTable:
     def _has(self, layer: Any) -> bool:
         return self.adapter_name in layer.metalora_mid
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of the model holds the table as well; locks are of the model that it comes to.
+        return {**vars(self), "_model": self._model(), "_lock": None, "_books": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]
+        vars(self).update(state, _model=weakref.ref(model), _lock=lock_of(model), _books=books_of(model))
+
     @contextmanager
     def _idle(self) -> Iterator[None]:
         with self._lock, self._books:
@@ -101,9 +114,14 @@ class SubjectTable:
     def __contains__(self, name: object) -> bool:
         return name in self._read
 
+    def is_on(self, model: nn.Module) -> bool:
+        """Whether the model still has the table's adapter."""
+        _, layer = self._layers[0]
+        return self.adapter_name in configs_of(model) and any(module is layer for module in model.modules())
+
     def is_own(self, name: str) -> bool:
         """Whether a subject is in the table by itself, not as the row of a loaded adapter."""
-        return self._read.get(name) is not None
+        return name in self._read and name not in self._loaded
 
     def names(self) -> list[str]:
         """All subjects of the table, on the device or not."""
@@ -114,40 +132,66 @@ class SubjectTable:
         name: str,
         config: MetaLoraConfig,
         tensors: Mapping[str, torch.Tensor],
-        read: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+        read: Read | None = None,
     ) -> None:
         """Put a subject into host memory; one of that name that is here already is replaced, for the next image on.
 
         Args:
             config: the subject's; its scale may differ from the Down's and is taken into Up.
             tensors: as `load_subject` gives them.
-            read: gives the tensors again after they have left host memory; without it they never leave.
+            read: reads the subject again after it has left host memory, as it is by then; without it, it never leaves.
 
         Raises:
-            AdapterStateError: another rank, or DoRA in one and not in the other.
+            AdapterStateError: a loaded adapter's name, another rank, or DoRA in one and not in the other.
             MissingKeysError, ForeignKeysError, RankMismatchError: tensors of another Down.
         """
-        check_subject_on_down({k: v for k, v in tensors.items() if not k.endswith(_PARTS[2])}, self.down.tensors, name)
-        row = self._row(name, config, tensors)
+        row = self._host_copy(name, self._row(name, config, tensors))
         with self._books:
+            if (model := self._model()) is not None and name in configs_of(model):
+                raise AdapterStateError(
+                    f"expected a new name for a subject, found {name!r}, which is a loaded adapter's. Give another "
+                    "name=, or delete_adapters it first."
+                )
             self._host[name] = row
             self._host.move_to_end(name)
-            self._read[name] = None if read is None else lambda: self._scaled(config, read())
+            self._read[name] = read
             if name in self._device_order:
                 self._replaced.add(name)
             self._trim_host()
+
+    def forget_unloaded(self) -> None:
+        """Drop the rows of adapters that are not on the model any more, or stand on another Down now."""
+        for name in [*self._loaded]:
+            if not self._is_loaded(name):
+                self._forget(name)
+
+    def _is_loaded(self, name: str) -> bool:
+        """Whether an adapter of the model is a subject on this Down."""
+        keys = (layer.down_key for _, layer in self._layers)
+        return any(name != key[self.adapter_name] and key.get(name) == key[self.adapter_name] for key in keys)
+
+    def _forget(self, name: str) -> int | None:
+        """Forget a subject; returns the slot that it had."""
+        self._host.pop(name, None)
+        for names in (self._pinned, self._replaced, self._loaded):
+            names.discard(name)
+        del self._read[name]
+        return self._device_order.pop(name, None)
 
     @while_idle
     def bring(self, names: Iterable[str]) -> dict[str, int]:
         """Have these subjects on the device; returns the slot of each. Least recently used others leave for them.
 
         Raises:
-            AdapterNotFoundError: a name that was not registered.
+            AdapterNotFoundError: a name that was neither registered nor loaded.
             AdapterStateError: more than the capacity, or too many are pinned.
         """
         wanted = list(dict.fromkeys(names))
         for name in wanted:
-            if name not in self._read:
+            if name not in self._read and self._is_loaded(name):
+                self._read[name] = None
+                self._loaded.add(name)
+            elif name not in self._read:
                 raise AdapterNotFoundError(
                     f"expected a subject of this table, found {name!r}. Add it with add_subject."
                 )
@@ -158,11 +202,14 @@ class SubjectTable:
             )
         self._repack_if_moved()
         for name in wanted:
-            if name in self._device_order and name not in self._replaced:
+            slot, row = self._device_order.get(name), self._adapter_row(name) if name in self._loaded else None
+            if slot is not None and (
+                name not in self._replaced if row is None else torch.equal(row.to(self._flat.device), self._flat[slot])
+            ):
                 self._counts["device_hits"] += 1
             else:
                 self._counts["device_misses"] += 1
-                row, slot = self._host_row(name), self._device_order.get(name)
+                row = self._host_row(name) if row is None else row
                 slot = self._free_slot(set(wanted)) if slot is None else slot
                 self._write(slot, row)
                 self._device_order[name] = slot
@@ -199,13 +246,9 @@ class SubjectTable:
                 raise AdapterNotFoundError(f"expected a subject of this table, found {name!r}. See names().")
         self._repack_if_moved()
         for name in names:
-            slot = self._device_order.pop(name, None)
+            slot = self._forget(name)
             if slot is not None:
                 self._write(slot, torch.zeros_like(self._flat[slot]))
-            self._host.pop(name, None)
-            self._pinned.discard(name)
-            self._replaced.discard(name)
-            del self._read[name]
 
     def statistics(self) -> Statistics:
         """How full the table is and what it has done."""
@@ -240,6 +283,8 @@ class SubjectTable:
         return written
 
     def _row(self, name: str, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A subject's factors as one row, where they are."""
+        check_subject_on_down({k: v for k, v in tensors.items() if not k.endswith(_PARTS[2])}, self.down.tensors, name)
         if config.use_dora != self.config.use_dora:
             raise AdapterStateError(
                 f"{name}: expected use_dora={self.config.use_dora}, as its Down has, found {config.use_dora}. Load it "
@@ -257,16 +302,23 @@ class SubjectTable:
                 if tensor.shape[1:] != shape:
                     raise AdapterStateError(
                         f"{name}: expected {path}.{part} of shape {tuple(shape)}, as all of the table have, found "
-                        f"{tuple(tensor.shape[1:])}. Load it with load_meta_lora instead."
+                        f"{tuple(tensor.shape[1:])}. Show it alone, with load_meta_lora and set_adapters."
                     )
                 pieces.append(tensor[0].flatten().to(self._flat.dtype))
-        row = torch.cat(pieces).cpu()
+        return torch.cat(pieces)
+
+    def _host_copy(self, name: str, row: torch.Tensor) -> torch.Tensor:
+        row = row.cpu()
         if not torch.isfinite(row).all():
             raise NonFiniteError(
                 f"{name}: expected numbers that {row.dtype} can hold, found more than that. Load the base model in "
                 "bfloat16 or float32."
             )
         return row.pin_memory() if self._flat.is_cuda else row
+
+    def _adapter_row(self, name: str) -> torch.Tensor:
+        model = cast(nn.Module, self._model())
+        return self._row(name, configs_of(model)[name], subject_state(model, name))
 
     def _scaled(self, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The subject's own scale taken into Up, relative to the table's."""
@@ -283,7 +335,13 @@ class SubjectTable:
             read = self._read[name]
             if read is None:  # rows that cannot be read again are never dropped
                 raise AdapterNotFoundError(f"expected {name!r} in host memory, found nothing. Register it again.")
-            self._host[name] = self._flatten(name, read())
+            source = read(lambda fingerprint: self.down if fingerprint == self.down.fingerprint else None)
+            if source.down.fingerprint != self.down.fingerprint:
+                raise FingerprintMismatchError(
+                    f"{name}: expected a subject on the Down {self.down.fingerprint[:16]} as when it was added, found "
+                    f"one on {source.down.fingerprint[:16]}. Evict it and add_subject it again."
+                )
+            self._host[name] = self._host_copy(name, self._row(name, source.config, source.tensors))
         self._host.move_to_end(name)
         row = self._host[name]
         self._trim_host()
@@ -314,14 +372,37 @@ class SubjectTable:
             self._counts["host_evictions"] += 1
 
 
-_tables: weakref.WeakKeyDictionary[nn.Module, dict[str, SubjectTable]] = weakref.WeakKeyDictionary()
-_guard = threading.Lock()
+_TABLES = "_meta_lora_tables"
 
 
 def tables_of(model: nn.Module) -> dict[str, SubjectTable]:
-    """The tables on a model, by the fingerprint of their Down; all pipelines that share the model share them."""
-    with _guard:
-        return _tables.setdefault(model, {})
+    """The tables on a model, by the fingerprint of their Down; all pipelines that share the model share them.
+
+    What others took off is not among them: diffusers' `unload_lora_weights` takes every adapter off.
+    """
+    with books_of(model):
+        tables: dict[str, SubjectTable] = vars(model).get(_TABLES, {})
+        for fingerprint, table in [*tables.items()]:
+            if table.is_on(model):
+                table.forget_unloaded()
+            else:
+                drop_tables(model, fingerprint)
+        return dict(tables)
+
+
+def put_table(model: nn.Module, table: SubjectTable) -> None:
+    """Let a table be the one of its Down on this model."""
+    with books_of(model):
+        vars(model).setdefault(_TABLES, {})[table.down.fingerprint] = table
+
+
+def drop_tables(model: nn.Module, fingerprint: str | None = None) -> None:
+    """Forget the table of a Down, or all; their adapters are the caller's to remove."""
+    with books_of(model):
+        tables = vars(model).get(_TABLES, {})
+        tables.pop(fingerprint, None)
+        if fingerprint is None or not tables:
+            vars(model).pop(_TABLES, None)
 
 
 def sample_slots(subjects: Sequence[str | None], slots: Mapping[str, int], prompts: int, images: int) -> list[int]:
@@ -347,3 +428,28 @@ def sample_slots(subjects: Sequence[str | None], slots: Mapping[str, int], promp
         f"expected one subject for each of {prompts} prompts (or of {prompts * images} images), found {len(index)}. "
         "Use None where nobody shall appear."
     )
+
+
+MOST_PASSES = 4  # that guidance asks of one image: none and the prompt; also the image, or a perturbed one
+
+
+def batch_slots(index: Sequence[int], rows: int, passes: int = MOST_PASSES) -> list[int]:
+    """The slot of each row of a denoiser's batch: the images, or all of them once for each pass of guidance.
+
+    Args:
+        index: the slot of each image.
+        rows: size of the batch.
+        passes: the most passes that there can be.
+
+    Raises:
+        AdapterStateError: the rows are something else, so that nobody knows whose they are.
+    """
+    if len(set(index)) == 1:
+        return [index[0]] * rows
+    times, left = divmod(rows, len(index))
+    if left or not 1 <= times <= passes:
+        raise AdapterStateError(
+            f"expected the denoiser's batch to be the {len(index)} images, or all of them once for each pass of "
+            f"guidance, found {rows} rows, which this pipeline makes in its own way. Generate one subject at a time."
+        )
+    return [*index] * times

@@ -326,8 +326,11 @@ def replace_target(
 ) -> None:
     """Add the adapter to a layer of ours, or put one in the place of a base layer."""
     plan: Plan = tuner._plan
-    if isinstance(target, MetaLoraLayer):
-        target.update_layer(adapter_name, config, plan.ranks[current_key], plan.key)
+    own: Any = target
+    while isinstance(own, BaseTunerLayer) and not isinstance(own, MetaLoraLayer):  # a LoRA that came after us
+        own = cast(Any, own).base_layer
+    if isinstance(own, MetaLoraLayer):
+        own.update_layer(adapter_name, config, plan.ranks[current_key], plan.key)
         return
     layer = create_layer(tuner.model, target, tuner._index)
     layer._active_adapter = tuner.active_adapter

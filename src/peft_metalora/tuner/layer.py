@@ -14,7 +14,8 @@ The key of a Down is the name of the adapter that trains it, or its fingerprint 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class MetaLoraLayer(Mergeable):
         "warmup",
         "down_key",
     )
+    # diffusers' pipe.set_lora_device looks into it, whatever the method of a layer is.
+    lora_A: Mapping[str, Any] = MappingProxyType({})  # noqa: N815
     # PEFT's helpers and diffusers' hooks switch it; x follows the base's output here, never the dtype of a factor.
     cast_input_dtype_enabled: bool = True
 
@@ -258,6 +261,17 @@ class MetaLoraLayer(Mergeable):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         self.set_trains(adapter_name, trained)
 
+    def move_adapters(self, names: Collection[str], device: torch.device) -> None:
+        """Move the factors of these adapters to a device, and the Downs that no other adapter uses."""
+        keys = set(self.down_key.values()) - {key for name, key in self.down_key.items() if name not in names}
+        own = self.metalora_mid, self.metalora_up, self.metalora_magnitude, self.metalora_folded
+        downs = self.metalora_down, self.metalora_mid_init, self.metalora_mean_mid, self.metalora_mean_up
+        for containers, chosen in ((own, names), (downs, keys)):
+            for container in containers:
+                for key in chosen:
+                    if key in container:
+                        container[key].data = container[key].data.to(device)
+
     def trains(self, adapter_name: str) -> bool:
         """Whether Mid and Up of an adapter require a gradient."""
         return self.metalora_mid[adapter_name].requires_grad if adapter_name in self.metalora_mid else False
@@ -299,7 +313,10 @@ class MetaLoraLayer(Mergeable):
             raise AdapterStateError(
                 f"Adapter {adapter_name!r} holds the Down that {', '.join(map(repr, users))} use(s). Delete them first."
             )
+        alone = self.active_adapters == [adapter_name]
         super().delete_adapter(adapter_name)
+        if alone and [self.stage[name] for name in self.active_adapters] == ["subject"]:  # PEFT chose one
+            self.set_adapter([])
         self._forget_unused_downs()
 
     def forget_adapter(self, adapter_name: str) -> None:

@@ -118,8 +118,10 @@ def require_slot(layer: MetaLoraLayer, adapter_name: str, slot: int) -> None:
         raise AdapterStateError(f"Adapter {adapter_name!r} has {slots} slot(s), 0 to {slots - 1}; got {slot!r}.")
 
 
+_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "base_layer"}
+
+
 def module_path(name: str) -> str:
     """Return a module's name in the bare base model: no PEFT, FSDP or compile wrappers in it."""
-    for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "base_layer."):
-        name = name.replace(wrapper, "")
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.model.") else name

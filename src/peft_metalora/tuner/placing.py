@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import AdapterNotFoundError, NonFiniteError
 from .config import MetaLoraConfig
 from .down import DOWN_PARTS, MAGNITUDE, MID, UP, DownSource, given
+from .functional import using_slots
 from .layer import MetaLoraLayer
 from .on_model import configs_of, meta_layers, meta_lora_layers
 from .registration import PREFIX
@@ -87,6 +88,34 @@ def activate(model: nn.Module, names: list[str]) -> None:
     set_adapter(model, names, inference_mode=True)
 
 
+@contextmanager
+def choice_kept(model: nn.Module) -> Iterator[None]:
+    """Leave active what is active, and training what trains, while adapters come in a `with` block."""
+    names = active_adapters(model)
+    before = {id(layer): layer._active_adapter for layer in _tuner_layers(model).values()}
+    yield
+    for layer in _tuner_layers(model).values():
+        layer._active_adapter = before.get(id(layer), names)
+
+
+@contextmanager
+def shown_alone(model: nn.Module, name: str | None) -> Iterator[None]:
+    """For the length of a `with` block our layers show this adapter, or none, in slot 0; then what they showed before.
+
+    What other methods' layers show, what is merged and what trains is not touched; `activate` would change all of it.
+    """
+    layers = meta_layers(model)
+    before = [(layer, layer._active_adapter, layer.token_slots) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer.token_slots = [] if name is None else [name], None
+    try:
+        with using_slots(model, None) if layers else nullcontext():
+            yield
+    finally:
+        for layer, active, token_slots in before:
+            layer._active_adapter, layer.token_slots = active, token_slots
+
+
 def remove_adapters(model: nn.Module, names: Iterable[str], active: list[str]) -> None:
     """Delete those of our adapters that the model has, in this order; then `active` are the active ones.
 
@@ -101,9 +130,20 @@ def remove_adapters(model: nn.Module, names: Iterable[str], active: list[str]) -
             configs_of(model).pop(name, None)
     if any(isinstance(config, MetaLoraConfig) for config in configs_of(model).values()):
         _put_back(model, [layer for layer in meta_layers(model) if not layer.metalora_mid])
-        activate(model, active)
+        if active_adapters(model) != active:
+            activate(model, active)
     else:
         restore(model)
+
+
+def remove_other_methods(model: nn.Module) -> None:
+    """Take off what other methods adapt, ordinary LoRAs above all; what of it is merged stays in the weights."""
+    for path, layer in reversed(_tuner_layers(model).items()):
+        if not isinstance(layer, MetaLoraLayer):
+            _put(model, path, layer.base_layer)
+    configs = configs_of(model)
+    for name in [name for name, config in configs.items() if not isinstance(config, MetaLoraConfig)]:
+        del configs[name]
 
 
 _BEFORE = "_meta_lora_before"
