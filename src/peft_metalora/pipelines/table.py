@@ -167,8 +167,11 @@ class SubjectTable:
 
     def _is_loaded(self, name: str) -> bool:
         """Whether an adapter of the model is a subject on this Down."""
-        keys = (layer.down_key for _, layer in self._layers)
-        return any(name != key[self.adapter_name] and key.get(name) == key[self.adapter_name] for key in keys)
+        for _, layer in self._layers:
+            down = layer.down_key.get(self.adapter_name)
+            if down is not None and name != down and layer.down_key.get(name) == down:
+                return True
+        return False
 
     def _forget(self, name: str) -> int | None:
         """Forget a subject; returns the slot that it had."""
