@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import reprlib
 from collections.abc import Mapping
@@ -15,10 +16,18 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
 
 
-def setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
-    """A field of a settings dataclass: its one description, its default, the values it may have."""
-    metadata = {"help": help, "choices": choices} if choices else {"help": help}
-    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+def setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = (), positional: str = "") -> Any:
+    """A field of a settings dataclass.
+
+    Args:
+        help: its one description. default: a list or a dict is copied for each object.
+        choices: the values it may have. positional: on the command line it has no flag, and is called so.
+    """
+    given = {"help": help, "choices": choices, "positional": positional}
+    metadata = {name: value for name, value in given.items() if value}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def settings_table(cls: type) -> str:

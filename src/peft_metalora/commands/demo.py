@@ -3,38 +3,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from ..settings import setting
 
 
 @dataclass(kw_only=True)
 class DemoConfig:
     """The whole method on the embedded base: one held-out person, learned from one image in two ways."""
 
-    output_dir: str = field(default=".", metadata={"help": "Folder for demo.png, demo-two.png and demo.json."})
+    output_dir: str = setting("Folder for demo.png, demo-two.png and demo.json.", ".")
 
 
 @dataclass(kw_only=True)
 class DemoDataConfig:
     """Draw the demo's faces as an ordinary data set."""
 
-    output_dir: str = field(
-        metadata={"help": "Folder to write: <subject>/<n>.png and metadata.jsonl.", "positional": "DIR"}
+    output_dir: str = setting("Folder to write: <subject>/<n>.png and metadata.jsonl.", positional="DIR")
+    split: str = setting(
+        "Which people: those of meta-training, those that learning rates are chosen on, held-out ones that "
+        "no network of the demo has seen, or any others.",
+        "meta",
+        choices=("meta", "tune", "held-out", "base"),
     )
-    split: str = field(
-        default="meta",
-        metadata={
-            "help": "Which people: those of meta-training, those that learning rates are chosen on, held-out ones that "
-            "no network of the demo has seen, or any others.",
-            "choices": ("meta", "tune", "held-out", "base"),
-        },
-    )
-    subjects: int = field(default=16, metadata={"help": "Number of people."})
-    images_per_subject: int = field(default=8, metadata={"help": "Images of each person."})
-    size: int = field(default=64, metadata={"help": "Height and width in pixels."})
-    seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
-    conditions: bool = field(
-        default=False, metadata={"help": "Also write photos of strongly turned heads, for evaluate --degrade yaw."}
-    )
+    subjects: int = setting("Number of people.", 16)
+    images_per_subject: int = setting("Images of each person.", 8)
+    size: int = setting("Height and width in pixels.", 64)
+    seed: int = setting("Seed of the scenes.", 0)
+    conditions: bool = setting("Also write photos of strongly turned heads, for evaluate --degrade yaw.", False)
 
 
 def run_demo(config: DemoConfig) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,9 @@ class GenerateConfig:
 
     pretrained_model_name_or_path: str = setting("Base model: a diffusers folder or a repository id.")
     output_dir: str = setting("Folder for the images, <subject>-<prompt number>-<image number>.png.")
-    prompt: list[str] = field(metadata={"help": "One or more prompts."})
-    subject: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Subjects (or Downs, which show their mean subject): folders or repository ids. None: the base."
-        },
+    prompt: list[str] = setting("One or more prompts.")
+    subject: list[str] = setting(
+        "Subjects (or Downs, which show their mean subject): folders or repository ids. None: the base.", []
     )
     num_images_per_prompt: int = setting("Images of each subject and prompt.", 1)
     num_inference_steps: int = setting("Steps of the sampler.", 28)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.config_file import read_config
@@ -12,62 +12,53 @@ from ..hub.loading import load_down, load_subject
 from ..hub.publishing import pull, push_down, push_subject
 from ..lora.export import FORMATS, export_subject
 from ..lora.projection import project
+from ..settings import setting
 
 
 @dataclass(kw_only=True)
 class PushConfig:
     """Publish a Down or a subject on the Hub; a subject is private unless you say --public."""
 
-    folder: str = field(metadata={"help": "Folder of the Down or the subject."})
-    repo_id: str = field(metadata={"help": "Repository to push to, owner/name; made if there is none."})
-    down: str | None = field(default=None, metadata={"help": "Repository of the subject's Down, if it names a folder."})
-    down_revision: str | None = field(default=None, metadata={"help": "Revision of the Down. Default: its newest."})
-    public: bool | None = field(
-        default=None, metadata={"help": "Whether everybody may see it. Default: a Down yes, a subject no."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to. Default: main."})
-    image: list[str] = field(default_factory=list, metadata={"help": "Pictures for the card's gallery."})
-    prompt: list[str] = field(default_factory=list, metadata={"help": "The prompts of the pictures, in their order."})
+    folder: str = setting("Folder of the Down or the subject.")
+    repo_id: str = setting("Repository to push to, owner/name; made if there is none.")
+    down: str | None = setting("Repository of the subject's Down, if it names a folder.", None)
+    down_revision: str | None = setting("Revision of the Down. Default: its newest.", None)
+    public: bool | None = setting("Whether everybody may see it. Default: a Down yes, a subject no.", None)
+    revision: str | None = setting("Branch to push to. Default: main.", None)
+    image: list[str] = setting("Pictures for the card's gallery.", [])
+    prompt: list[str] = setting("The prompts of the pictures, in their order.", [])
 
 
 @dataclass(kw_only=True)
 class PullConfig:
     """Download a Down or a subject (and its Down) and check it, so that it loads offline."""
 
-    repo_id: str = field(metadata={"help": "Repository, owner/name."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for a copy. Default: the Hub's cache alone."}
-    )
-    subfolder: str | None = field(default=None, metadata={"help": "Folder inside the repository."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace an artefact of another kind, or another person's, that lies there."}
-    )
+    repo_id: str = setting("Repository, owner/name.")
+    output_dir: str | None = setting("Folder for a copy. Default: the Hub's cache alone.", None)
+    subfolder: str | None = setting("Folder inside the repository.", None)
+    revision: str | None = setting("Branch, tag or commit.", None)
+    overwrite: bool = setting("Replace an artefact of another kind, or another person's, that lies there.", False)
 
 
 @dataclass(kw_only=True)
 class ExportConfig:
     """Write a subject as an ordinary LoRA for another tool, exactly, its scale folded in."""
 
-    subject: str = field(metadata={"help": "Folder or repository of the subject."})
-    output: str = field(metadata={"help": "File (.safetensors) or folder to write."})
-    format: str = field(default="diffusers", metadata={"help": "The tool that shall read it.", "choices": FORMATS})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace an artefact of another kind, or another person's, that lies there."}
-    )
+    subject: str = setting("Folder or repository of the subject.")
+    output: str = setting("File (.safetensors) or folder to write.")
+    format: str = setting("The tool that shall read it.", "diffusers", choices=FORMATS)
+    overwrite: bool = setting("Replace an artefact of another kind, or another person's, that lies there.", False)
 
 
 @dataclass(kw_only=True)
 class ProjectConfig:
     """Bring an ordinary LoRA onto a Down: the subject that comes nearest to it."""
 
-    lora: str = field(metadata={"help": "File or folder of the LoRA, in diffusers' or PEFT's format."})
-    down: str = field(metadata={"help": "Folder or repository of the Down."})
-    output_dir: str = field(metadata={"help": "Folder for the subject."})
-    down_revision: str | None = field(default=None, metadata={"help": "Revision of the Down's repository."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace an artefact of another kind, or another person's, that lies there."}
-    )
+    lora: str = setting("File or folder of the LoRA, in diffusers' or PEFT's format.")
+    down: str = setting("Folder or repository of the Down.")
+    output_dir: str = setting("Folder for the subject.")
+    down_revision: str | None = setting("Revision of the Down's repository.", None)
+    overwrite: bool = setting("Replace an artefact of another kind, or another person's, that lies there.", False)
 
 
 def run_push(config: PushConfig) -> str:

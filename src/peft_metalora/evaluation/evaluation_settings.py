@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -39,21 +39,15 @@ class EvaluateConfig:
     data: str = setting("Folder of people: DIR/<person>/*.png, one reference each and other photos.")
     output: str = setting("Folder for images, scores and report; a rerun goes on where it stopped.")
     base: str = setting("Base model: a diffusers folder, a repository id, or 'demo' for the embedded one.", DEMO)
-    method: list[str] = field(
-        default_factory=list,
-        metadata={"help": f"Methods, as 'lora:r=4,lr=1e-2'. Kinds: {', '.join(OPTIONS)}; full trains every weight."},
+    method: list[str] = setting(
+        f"Methods, as 'lora:r=4,lr=1e-2'. Kinds: {', '.join(OPTIONS)}; full trains every weight.", []
     )
-    images: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Images made elsewhere, NAME=DIR with the file names of export_prompts."},
-    )
-    degrade: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Also learn each reference made worse: NAME or NAME=STRENGTH,STRENGTH (blur, noise, jpeg, "
-            "low_light, occlusion, low_resolution, sunglasses, grey, 'all' of them, or what DIR/<person>/conditions "
-            "has photos of)."
-        },
+    images: list[str] = setting("Images made elsewhere, NAME=DIR with the file names of export_prompts.", [])
+    degrade: list[str] = setting(
+        "Also learn each reference made worse: NAME or NAME=STRENGTH,STRENGTH (blur, noise, jpeg, "
+        "low_light, occlusion, low_resolution, sunglasses, grey, 'all' of them, or what DIR/<person>/conditions "
+        "has photos of).",
+        [],
     )
     export_prompts: str | None = setting("Write the prompts, seeds and file names to this JSONL file.", None)
     prompts: str | None = setting(
@@ -62,7 +56,7 @@ class EvaluateConfig:
     subject_name: str = setting("What {subject} in prompts becomes.", "a person")
     down: str | None = setting("The Down: a folder or a repository id. Default: with base 'demo' its own.", None)
     instance_prompt: str | None = setting("Caption of references that have none.", "a photo of a person")
-    steps: list[int] = field(default_factory=lambda: [375], metadata={"help": "Numbers of steps to draw after."})
+    steps: list[int] = setting("Numbers of steps to draw after.", [375])
     seeds: int = setting("Images of each person and prompt, seeds 0, 1, ...", 1)
     learning_rate: float = setting("Learning rate of methods that name no lr.", 1e-3)
     train_batch_size: int = setting("Views in a batch.", 4)
@@ -73,11 +67,8 @@ class EvaluateConfig:
         "Face model: 'insightface', or module:function. Default: insightface; with base 'demo' its own.", None
     )
     face_pack: str = setting("Models of insightface: antelopev2, buffalo_l, or a folder of ONNX files.", "antelopev2")
-    face_providers: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Providers of onnxruntime, e.g. CUDAExecutionProvider. Default: what insightface finds best."
-        },
+    face_providers: list[str] = setting(
+        "Providers of onnxruntime, e.g. CUDAExecutionProvider. Default: what insightface finds best.", []
     )
     clip_model: str | None = setting("CLIP model for CLIP-T and CLIP-I. Default: none.", None)
     dino_model: str | None = setting("DINO model, e.g. facebook/dino-vits16. Default: none.", None)
@@ -87,9 +78,9 @@ class EvaluateConfig:
         "module:function that returns one. Default: none.",
         None,
     )
-    coverage: list[str] = field(
-        default_factory=lambda: ["r_facesim=0.3", "clip_t=0.25", "adherence=0.75"],
-        metadata={"help": "A prompt is covered by an image that reaches these scores, where they are measured."},
+    coverage: list[str] = setting(
+        "A prompt is covered by an image that reaches these scores, where they are measured.",
+        ["r_facesim=0.3", "clip_t=0.25", "adherence=0.75"],
     )
     mixed_precision: str = setting("Precision.", "auto", choices=("auto", "no", "bf16"))
     local_files_only: bool = setting("Never ask the network.", False)

@@ -8,7 +8,7 @@ has one. Plain Python only, so that `metalora --help` loads no torch.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -223,12 +223,8 @@ class MetaTrainConfig(TrainingConfig):
         "what is not learned from.",
         None,
     )
-    validation_prompt: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Prompts to draw every held-out subject with, beside its reference, to "
-            "output_dir/validation/<step>.png."
-        },
+    validation_prompt: list[str] = setting(
+        "Prompts to draw every held-out subject with, beside its reference, to output_dir/validation/<step>.png.", []
     )
 
     def __post_init__(self) -> None:
@@ -295,9 +291,8 @@ class PersonalizeConfig(TrainingConfig):
         "score by the loss, which needs no other model.",
         None,
     )
-    validation_prompt: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Prompts to draw at every validation, to output_dir/validation/<step>-<number>.png."},
+    validation_prompt: list[str] = setting(
+        "Prompts to draw at every validation, to output_dir/validation/<step>-<number>.png.", []
     )
 
     def __post_init__(self) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
 from ..errors import ConfigError
+from ..settings import setting
 from .registration import MetaLoraType
 
 STAGES = ("meta", "subject")
@@ -39,109 +40,66 @@ class MetaLoraConfig(PeftConfig):
         ConfigError: a rank, scale, probability, stage, start or pattern that cannot be.
     """
 
-    r: int = field(default=4, metadata={"help": "Rank of a subject: columns of Up, rows of Mid (r2)."})
-    meta_r: int = field(default=64, metadata={"help": "Rank of the shared Down: its rows (r1)."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names (or one regular expression) of the modules to adapt, or 'all-linear'."}
+    r: int = setting("Rank of a subject: columns of Up, rows of Mid (r2).", 4)
+    meta_r: int = setting("Rank of the shared Down: its rows (r1).", 64)
+    target_modules: list[str] | str | None = setting(
+        "Names (or one regular expression) of the modules to adapt, or 'all-linear'.", None
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names (or one regular expression) of modules to leave alone although target_modules names them."
-        },
+    exclude_modules: list[str] | str | None = setting(
+        "Names (or one regular expression) of modules to leave alone although target_modules names them.", None
     )
-    lora_alpha: float = field(
-        default=4, metadata={"help": "Scale: the adapter's output is multiplied by lora_alpha / r."}
+    lora_alpha: float = setting("Scale: the adapter's output is multiplied by lora_alpha / r.", 4)
+    lora_dropout: float = setting("Probability of dropping an input feature of the adapter while training.", 0.0)
+    use_rslora: bool = setting("Divide lora_alpha by sqrt(r) instead of r (rsLoRA, arXiv 2312.03732).", False)
+    init_weights: bool = setting(
+        "True: Up = 0, so that a new adapter changes nothing. False: Up is drawn too (for tests).", True
     )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of dropping an input feature of the adapter while training."}
+    down_init: str = setting(
+        "Start of a new Down: 'uniform', 'orthogonal' rows (arXiv 1312.6120) or 'pissa', the leading "
+        "directions of the base weight (after arXiv 2404.02948; the base stays as it is).",
+        "uniform",
     )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Divide lora_alpha by sqrt(r) instead of r (rsLoRA, arXiv 2312.03732)."}
+    use_dora: bool = setting(
+        "Learn the length of each output row apart from its direction (DoRA, arXiv 2402.09353). "
+        "Linear layers only; no ordinary LoRA expresses it, but it merges.",
+        False,
     )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True: Up = 0, so that a new adapter changes nothing. False: Up is drawn too (for tests)."},
+    fan_in_fan_out: bool = setting(
+        "The targets store their weight as (d_in, d_out), as Conv1D does; set by itself for that.", False
     )
-    down_init: str = field(
-        default="uniform",
-        metadata={
-            "help": "Start of a new Down: 'uniform', 'orthogonal' rows (arXiv 1312.6120) or 'pissa', the leading "
-            "directions of the base weight (after arXiv 2404.02948; the base stays as it is)."
-        },
+    bias: str = setting("Which biases of the base train along: 'none', 'all' or 'meta_lora_only'.", "none")
+    modules_to_save: list[str] | None = setting("Further modules to train fully and save with the adapter.", None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
+        "Rows of the embedding to train beside the adapter: indices, or by name of the embedding.", None
     )
-    use_dora: bool = field(
-        default=False,
-        metadata={
-            "help": "Learn the length of each output row apart from its direction (DoRA, arXiv 2402.09353). "
-            "Linear layers only; no ordinary LoRA expresses it, but it merges."
-        },
+    layers_to_transform: list[int] | int | None = setting("Adapt only the layers with these indices.", None)
+    layers_pattern: list[str] | str | None = setting(
+        "Name of the layer list that layers_to_transform counts in, if it is not the usual one.", None
     )
-    fan_in_fan_out: bool = field(
-        default=False,
-        metadata={"help": "The targets store their weight as (d_in, d_out), as Conv1D does; set by itself for that."},
+    rank_pattern: dict[str, int] = setting("Other values of r for modules whose name matches a pattern.", {})
+    alpha_pattern: dict[str, float] = setting("Other values of lora_alpha for modules that match a pattern.", {})
+    meta_rank_pattern: dict[str, int] = setting("Other values of meta_r for modules that match a pattern.", {})
+    stage: str = setting("'meta': Down, Mid and Up train. 'subject': Down is given and never trains.", "meta")
+    num_slots: int = setting("How many subjects the adapter holds; set_slots chooses one for each sample.", 1)
+    start: str = setting(
+        "Where a subject starts: 'stored' (the Mid that belongs to the Down, Up = 0), 'mean' (mean Mid and "
+        "Up of stage 1) or 'fresh' (a new Mid, Up = 0; a control, it loses the gain).",
+        "stored",
     )
-    bias: str = field(
-        default="none", metadata={"help": "Which biases of the base train along: 'none', 'all' or 'meta_lora_only'."}
+    down: str | None = setting(
+        "Stage 'subject': the Down, as an adapter name on this model, a local folder or a repository id.", None
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train fully and save with the adapter."}
+    down_revision: str | None = setting("Revision of the Down's repository.", None)
+    down_fingerprint: str | None = setting("Hash that identifies the Down's tensors; set when a Down is bound.", None)
+    subject_name: str | None = setting(
+        "Who a subject is, for the files: a save of somebody else does not replace it unasked.", None
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None,
-        metadata={"help": "Rows of the embedding to train beside the adapter: indices, or by name of the embedding."},
+    tensors_digest: str | None = setting(
+        "Hash of the tensors that a file of this configuration belongs to; set when one is written.", None
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Adapt only the layers with these indices."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the layer list that layers_to_transform counts in, if it is not the usual one."},
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Other values of r for modules whose name matches a pattern."}
-    )
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Other values of lora_alpha for modules that match a pattern."}
-    )
-    meta_rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Other values of meta_r for modules that match a pattern."}
-    )
-    stage: str = field(
-        default="meta", metadata={"help": "'meta': Down, Mid and Up train. 'subject': Down is given and never trains."}
-    )
-    num_slots: int = field(
-        default=1, metadata={"help": "How many subjects the adapter holds; set_slots chooses one for each sample."}
-    )
-    start: str = field(
-        default="stored",
-        metadata={
-            "help": "Where a subject starts: 'stored' (the Mid that belongs to the Down, Up = 0), 'mean' (mean Mid and "
-            "Up of stage 1) or 'fresh' (a new Mid, Up = 0; a control, it loses the gain)."
-        },
-    )
-    down: str | None = field(
-        default=None,
-        metadata={
-            "help": "Stage 'subject': the Down, as an adapter name on this model, a local folder or a repository id."
-        },
-    )
-    down_revision: str | None = field(default=None, metadata={"help": "Revision of the Down's repository."})
-    down_fingerprint: str | None = field(
-        default=None, metadata={"help": "Hash that identifies the Down's tensors; set when a Down is bound."}
-    )
-    subject_name: str | None = field(
-        default=None,
-        metadata={"help": "Who a subject is, for the files: a save of somebody else does not replace it unasked."},
-    )
-    tensors_digest: str | None = field(
-        default=None,
-        metadata={"help": "Hash of the tensors that a file of this configuration belongs to; set when one is written."},
-    )
-    format_version: int = field(default=1, metadata={"help": "Version of the file format (docs/format.md)."})
-    facts: dict[str, Any] | None = field(
-        default=None,
-        metadata={"help": "What the publisher says about it: domain, subjects, steps, recipe; plain JSON."},
+    format_version: int = setting("Version of the file format (docs/format.md).", 1)
+    facts: dict[str, Any] | None = setting(
+        "What the publisher says about it: domain, subjects, steps, recipe; plain JSON.", None
     )
 
     # Where it was read: the arguments that found it, so that a Down named by a relative path can be found. Never saved.
