@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from peft_metalora.bases import Base, base_for
+from peft_metalora.metrics import Embeddings
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.training.stage_settings import MetaTrainConfig, PersonalizeConfig
@@ -49,29 +50,27 @@ def write_people(
     return folder
 
 
+class Brightness:
+    """Stands in for a face model."""
+
+    def embed(self, images):
+        vectors = torch.tensor([[image.convert("L").getextrema()[1] + 1.0, 1.0] for image in images])
+        return Embeddings(torch.nn.functional.normalize(vectors, dim=-1), torch.ones(len(images), dtype=torch.bool))
+
+
+SHORT = {
+    "pretrained_model_name_or_path": "tiny",
+    "output_dir": "unused",
+    "resolution": 16,
+    "learning_rate": 0.01,
+}
+
+
 def meta_config(**changes: Any) -> MetaTrainConfig:
-    settings = {
-        "pretrained_model_name_or_path": "tiny",
-        "output_dir": "unused",
-        "resolution": 16,
-        "rank": 2,
-        "meta_rank": 4,
-        "max_train_steps": 4,
-        "warmup_steps": 1,
-        "subjects_per_batch": 2,
-        "learning_rate": 0.01,
-    }
-    return MetaTrainConfig(**{**settings, **changes})
+    own = {"rank": 2, "meta_rank": 4, "max_train_steps": 4, "warmup_steps": 1, "subjects_per_batch": 2}
+    return MetaTrainConfig(**{**SHORT, **own, **changes})
 
 
 def personal_config(**changes: Any) -> PersonalizeConfig:
-    settings = {
-        "pretrained_model_name_or_path": "tiny",
-        "output_dir": "unused",
-        "resolution": 16,
-        "max_train_steps": 3,
-        "train_batch_size": 2,
-        "views_per_image": 2,
-        "learning_rate": 0.01,
-    }
-    return PersonalizeConfig(**{**settings, **changes})
+    own = {"max_train_steps": 3, "train_batch_size": 2, "views_per_image": 2}
+    return PersonalizeConfig(**{**SHORT, **own, **changes})

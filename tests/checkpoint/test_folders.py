@@ -2,10 +2,9 @@
 """What lies in an artefact's folder: nothing older, nothing of another person, no half of two saves."""
 
 import json
+import multiprocessing
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -234,18 +233,11 @@ def test_a_fold_that_half_precision_cannot_hold_is_not_written(pair, tmp_path):
 # Two saves at once, and killed ones
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from artefacts_tiny import with_down, with_subject
-from peft_metalora import save_subject
-folder = Path(sys.argv[1])
-models = [with_subject(with_down(), seed=seed, lora_alpha=alpha) for seed, alpha in ((2, 4), (3, 8))]
-print("ready", flush=True)
-while True:
-    for model in models:
-        save_subject(folder, model, "ann", down=folder.parent / "faces")
-"""
+def write_for_ever(ann: Path, models, ready) -> None:
+    ready.set()
+    while True:
+        for model in models:
+            save_subject(ann, model, "ann", down=ann.parent / "faces")
 
 
 @pytest.mark.parametrize("others", [False, True])
@@ -264,17 +256,18 @@ def test_a_reader_gets_one_save_whole_while_another_writes_and_is_killed(others,
         source = load_subject(ann)
         return torch.equal(source.tensors["blocks.0.to_q.metalora_up"], ups[int(source.config.lora_alpha)])
 
-    place = {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    models = [with_subject(with_down(), seed=seed, lora_alpha=alpha) for seed, alpha in ((2, 4), (3, 8))]
+    context = multiprocessing.get_context("fork")
     for _ in range(2):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(ann)], stdout=subprocess.PIPE, env={**os.environ, **place}
-        )
+        ready = context.Event()
+        writer = context.Process(target=write_for_ever, args=(ann, models, ready))
+        writer.start()
         try:
-            assert writer.stdout.readline() == b"ready\n"
+            assert ready.wait(60)
             assert all(alike() for _ in range(60))
         finally:
             writer.kill()
-            writer.wait()
+            writer.join()
         assert alike()
 
 

@@ -30,11 +30,6 @@ from pipelines_tiny import save_tiny_flux
 from training_tiny import CAPTIONS, meta_config, tiny_base, tiny_examples, write_people
 
 
-@pytest.fixture
-def base():
-    return tiny_base()
-
-
 def factors(base, part):
     return [getattr(layer, part)["stage_1"].detach().clone() for _, layer in meta_lora_layers(base.denoiser)]
 

@@ -29,35 +29,13 @@ from peft_metalora.errors import (
 from peft_metalora.hub.cards import model_card
 from peft_metalora.training import personalize as personalize_module
 from peft_metalora.training.examples.batches import Examples
-from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import personalize, personalize_many
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.training.stage_settings import PersonalizeConfig
 from peft_metalora.tuner import set_slots, subject_state
 from peft_metalora.tuner.on_model import meta_lora_layers
-from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
-from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a tiny base, its Down and three people."""
-    folder = tmp_path_factory.mktemp("stage-2")
-    save_tiny_flux(folder / "base")
-    write_people(folder / "people")
-    base = tiny_base()
-    meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(folder / "down"))
-    return folder
-
-
-@pytest.fixture
-def base():
-    return tiny_base()
-
-
-@pytest.fixture
-def down(place):
-    return hub.load_down(place / "down")
+from pipelines_tiny import tiny_flux_pipeline
+from training_tiny import personal_config, tiny_examples, write_people
 
 
 def file_config(place, output, **changes):

@@ -8,30 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peft_metalora import hub
 from peft_metalora.data import read_subjects
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
-from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.prior import class_prompt, distance_from_base
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner import set_slots
-from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
+from training_tiny import personal_config, tiny_base, tiny_examples, write_people
 
 CLASS = "a photo of a person"
-
-
-@pytest.fixture(scope="module")
-def down(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prior") / "down"
-    base = tiny_base()
-    meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(folder))
-    return hub.load_down(folder)
-
-
-@pytest.fixture
-def base():
-    return tiny_base()
 
 
 def examples_with_class(base, subjects=1):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -25,7 +25,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from tuner_models import Mlp, config, down_source, randomise
+from tuner_models import Mlp, config, down_source, flux, flux_inputs, randomise
 
 from peft_metalora.tuner import MetaLoraConfig, set_down_loader, set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
@@ -42,31 +42,6 @@ class Images(nn.Module):
 
     def forward(self, x):
         return self.lin(self.conv1(torch.relu(self.conv0(x)).flatten(2)).mean(-1))
-
-
-def flux():
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 6, 6),
-    )
-
-
-def flux_inputs(batch):
-    return {
-        "hidden_states": torch.randn(batch, 6, 4),
-        "encoder_hidden_states": torch.randn(batch, 3, 8),
-        "pooled_projections": torch.randn(batch, 8),
-        "timestep": torch.rand(batch),
-        "img_ids": torch.zeros(6, 3),
-        "txt_ids": torch.zeros(3, 3),
-    }
 
 
 def unet():

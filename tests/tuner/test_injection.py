@@ -8,7 +8,6 @@ import tempfile
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.hooks import apply_layerwise_casting
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file
 from torch import nn
-from tuner_models import adapted, config, down_source, layer_of, mlp, randomise
+from tuner_models import adapted, config, down_source, flux, flux_inputs, layer_of, mlp, randomise
 
 from peft_metalora.errors import (
     AdapterNotFoundError,
@@ -227,35 +226,8 @@ def test_a_name_whose_adapter_cannot_be_replaced_is_refused():
         used.add_adapter("ann", config(stage="subject", down="default"))
 
 
-def tiny_flux():
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 6, 6),
-    ).eval()
-
-
-def flux_inputs(batch=2):
-    torch.manual_seed(1)
-    return {
-        "hidden_states": torch.randn(batch, 6, 4),
-        "encoder_hidden_states": torch.randn(batch, 3, 8),
-        "pooled_projections": torch.randn(batch, 8),
-        "timestep": torch.rand(batch),
-        "img_ids": torch.zeros(6, 3),
-        "txt_ids": torch.zeros(3, 3),
-    }
-
-
 def test_diffusers_add_adapter_scale_switch_and_recover_from_a_failure():
-    model, inputs = tiny_flux(), flux_inputs()
+    model, inputs = flux(), flux_inputs()
     base = model(**inputs).sample
     with pytest.raises(NoTargetModulesError):
         model.add_adapter(config(target_modules=["nope"]))
@@ -279,12 +251,12 @@ def test_diffusers_add_adapter_scale_switch_and_recover_from_a_failure():
 @pytest.mark.parametrize("adapter_first", [True, False])
 def test_diffusers_layerwise_casting_before_and_after_an_adapter(adapter_first):
     settings, inputs = config(target_modules=["to_q", "to_v"]), flux_inputs()
-    plain = tiny_flux()
+    plain = flux()
     plain.add_adapter(copy.deepcopy(settings))
     for _, layer in meta_lora_layers(randomise(plain)):
         layer.metalora_up["default"].data.mul_(20)
     expected = plain(**inputs).sample
-    model = tiny_flux()
+    model = flux()
     if adapter_first:
         model.add_adapter(settings)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -295,7 +267,7 @@ def test_diffusers_layerwise_casting_before_and_after_an_adapter(adapter_first):
             getattr(layer, part)["default"].data.copy_(getattr(original, part)["default"])
     with torch.no_grad():
         error = (model(**inputs).sample - expected).norm() / expected.norm()
-        off = (tiny_flux()(**inputs).sample - expected).norm() / expected.norm()
+        off = (flux()(**inputs).sample - expected).norm() / expected.norm()
     assert error < 0.1 < off, "the rounding of eight bits, not the loss of the adapter"
 
 
@@ -519,11 +491,11 @@ def _refuse_subjects(layer, adapter_name, start, slots=None):
 def test_factors_keep_a_dtype_of_computing_on_a_base_of_eight_bits(tmp_path, stored):
     """Bug: factors took the storage dtype of a float8 base: 2 % off, under an unchanged fingerprint, and neither to be
     saved nor merged."""
-    plain = tiny_flux()
+    plain = flux()
     plain.add_adapter(config(target_modules=["to_q", "to_v"]))
     source = down_source(randomise(plain))
     set_down_loader(lambda _: source)
-    model, eight = tiny_flux(), {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    model, eight = flux(), {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
     if stored == "before":
         model.enable_layerwise_casting(**eight)
     model.add_adapter(

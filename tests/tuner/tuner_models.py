@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from diffusers import FluxTransformer2DModel
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -28,6 +29,35 @@ class Mlp(nn.Module):
 def mlp(seed: int = 0) -> Mlp:
     torch.manual_seed(seed)
     return Mlp().eval()
+
+
+def flux(seed: int = 0) -> FluxTransformer2DModel:
+    """One double and one single block, two heads of 16."""
+    torch.manual_seed(seed)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+
+
+def flux_inputs(batch: int = 2) -> dict[str, Tensor]:
+    """What a pipeline gives `flux`: six image tokens and three of text."""
+    torch.manual_seed(1)
+    return {
+        "hidden_states": torch.randn(batch, 6, 4),
+        "encoder_hidden_states": torch.randn(batch, 3, 8),
+        "pooled_projections": torch.randn(batch, 8),
+        "timestep": torch.rand(batch),
+        "img_ids": torch.zeros(6, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }
 
 
 def config(**settings) -> MetaLoraConfig:

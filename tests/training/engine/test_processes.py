@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import socket
 import warnings
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from PIL import Image
 from safetensors.torch import load_file
 
+from forked import on_two_processes
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.sharding import shard, wants_shards
@@ -53,9 +52,8 @@ def held(denoiser):
     return own, whole
 
 
-def worker(rank, port, environment, configs):
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+def worker(rank, environment, configs):
+    os.environ |= environment
     warnings.simplefilter("ignore")
     if "ACCELERATE_USE_DEEPSPEED" in environment:
         import deepspeed
@@ -69,24 +67,6 @@ def worker(rank, port, environment, configs):
             Path(config.output_dir, f"seen-{rank}.json").write_text(json.dumps(seen))
         else:
             personalize(config, progress=False)
-
-
-def on_two_processes(*configs, **environment):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_metalora.training.meta_train", "peft_metalora.training.personalize"])
-    started = [context.Process(target=worker, args=(rank, port, environment, configs)) for rank in range(2)]
-    for process in started:
-        process.start()
-    try:
-        for process in started:
-            process.join(400)
-        assert [process.exitcode for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +118,10 @@ def test_two_processes_give_what_one_gives(place, tmp_path, launcher):
         # The pipeline draws with a divided base.
         "zero3": ({"gradient_checkpointing": True}, {"validation_steps": 4, "validation_prompt": ["a photo"]}),
     }[launcher]
-    on_two_processes(
-        stage_1(place, tmp_path / "one", **looking[0]),
-        stage_2(place, tmp_path / "one-meta-lora", **looking[1]),
-        *([stage_2(place, tmp_path / "one-lora", "lora")] if launcher == "plain" else []),
-        **LAUNCHERS[launcher],
-    )
+    configs = stage_1(place, tmp_path / "one", **looking[0]), stage_2(place, tmp_path / "one-meta-lora", **looking[1])
+    if launcher == "plain":
+        configs += (stage_2(place, tmp_path / "one-lora", "lora"),)
+    on_two_processes(worker, LAUNCHERS[launcher], configs)
     for name in ("one", "one-meta-lora") + ("one-lora",) * (launcher == "plain"):
         # Sums in another order.
         assert_equal_files(files(tmp_path / name), files(place / name), 1e-5)
@@ -172,7 +150,7 @@ def test_same_down_from_photos_of_several_shapes_and_balanced_groups(place, tmp_
     settings |= {"shards": 2, "subjects_per_batch": 4, "optimizer": "SGD", "learning_rate": 0.1, "resolution": 32}
     settings |= {"aspect_ratio_buckets": "auto", "balance_by": "sex"}
     meta_train(meta_config(**settings, output_dir=str(tmp_path / "one")), progress=False)
-    on_two_processes(meta_config(**settings, output_dir=str(tmp_path / "two")))
+    on_two_processes(worker, {}, [meta_config(**settings, output_dir=str(tmp_path / "two"))])
     one, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for name in one:
         assert torch.allclose(one[name], both[name], atol=1e-5 * one[name].abs().max().item() + 1e-9), name
@@ -181,10 +159,11 @@ def test_same_down_from_photos_of_several_shapes_and_balanced_groups(place, tmp_
 def test_a_run_of_two_processes_resumes(place, tmp_path):
     adam = {"optimizer": "AdamW", "learning_rate": 0.01}
     looking = {"validation_steps": 2, "patience": 9}
-    on_two_processes(
+    whole = (
         stage_1(place, tmp_path / "two", **adam, checkpointing_steps=4),
         stage_2(place, tmp_path / "ann", **adam, **looking, checkpointing_steps=3),
     )
+    on_two_processes(worker, {}, whole)
     folder = tmp_path / "two" / "checkpoint-4"  # in the warm-up of the second bucket
     names = ["training_state-1.safetensors", "training_state.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
@@ -192,10 +171,11 @@ def test_a_run_of_two_processes_resumes(place, tmp_path):
     with pytest.raises(ConfigError, match=r"the 2 process\(es\) .*found 1"):
         meta_train(stage_1(place, tmp_path / "two", **adam, resume_from_checkpoint="latest"), progress=False)
     half = str(tmp_path / "ann" / "checkpoint-3")
-    on_two_processes(
+    resumed = (
         stage_1(place, tmp_path / "two again", **adam, resume_from_checkpoint=str(folder)),
         stage_2(place, tmp_path / "ann again", **adam, **looking, resume_from_checkpoint=half),
     )
+    on_two_processes(worker, {}, resumed)
     for name in ("two", "ann"):
         assert_equal_files(files(tmp_path / f"{name} again"), files(tmp_path / name), 0)
 

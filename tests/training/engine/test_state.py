@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import multiprocessing
 import random
 import shutil
 import signal
@@ -17,27 +16,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from forked import forkserver
 from peft_metalora.errors import ArtefactNotFoundError, ConfigError, CorruptFileError, OutputExistsError
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.state import STATE_FILE, read_state, understanding, write_state
-from peft_metalora.training.meta_train import meta_train, meta_train_on
+from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
-from pipelines_tiny import save_tiny_flux
-from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
+from training_tiny import meta_config, personal_config, tiny_base, tiny_examples
 
 KILLS = 10
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    save_tiny_flux(folder / "base")
-    write_people(folder / "people")
-    base = tiny_base()
-    meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(folder / "down"))
-    return folder
 
 
 def make_config(place, stage, output, **changes):
@@ -77,9 +66,7 @@ def test_resumed_in_the_middle_equals_uninterrupted(place, tmp_path, stage):
 def test_killed_at_random_and_resumed_equals_uninterrupted(place, tmp_path, stage):
     run(make_config(place, stage, tmp_path / "whole"))
     config = make_config(place, stage, tmp_path / "killed", checkpointing_steps=1, resume_from_checkpoint="latest")
-    # A server that has imported everything forks a fresh process for each attempt.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_metalora.training.meta_train", "peft_metalora.training.personalize"])
+    context = forkserver()
     moments, killed = random.Random(0), 0
     for _ in range(5 * KILLS):
         if killed == KILLS:

@@ -23,11 +23,6 @@ def people(tmp_path_factory):
     return write_people(tmp_path_factory.mktemp("examples") / "people")
 
 
-@pytest.fixture
-def base():
-    return tiny_base()
-
-
 def encode(base, people, config, views=3):
     return encode_subjects(base, read_subjects(people), config, views, progress=False)
 

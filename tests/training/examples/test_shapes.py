@@ -41,11 +41,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def base():
-    return tiny_base()
-
-
 def mixed(base, subjects=2):
     """Five latents a subject: two of one shape, three of another."""
     generator = torch.Generator().manual_seed(0)

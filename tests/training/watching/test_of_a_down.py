@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from peft_metalora.data import load_image
 from peft_metalora.errors import ConfigError, CorruptFileError
-from peft_metalora.metrics import Embeddings
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.stage_1 import MetaTraining
@@ -21,7 +20,7 @@ from peft_metalora.training.watching.validation_scores import HeldOutLoss
 from peft_metalora.tuner import set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import save_tiny_flux
-from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
+from training_tiny import Brightness, meta_config, personal_config, tiny_base, tiny_examples, write_people
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +130,6 @@ def test_some_subjects_of_the_training_data_are_held_out(place, tmp_path):
     with pytest.raises(ConfigError, match="more subjects than the 4 that are held out for validation, found 3"):
         meta_train(config_for(place, tmp_path / "b", validation_steps=3), progress=False)
     assert not (tmp_path / "b").exists()
-
-
-class Brightness:
-    """Stands in for a face model."""
-
-    def embed(self, images):
-        vectors = torch.tensor([[image.convert("L").getextrema()[1] + 1.0, 1.0] for image in images])
-        return Embeddings(torch.nn.functional.normalize(vectors, dim=-1), torch.ones(len(images), dtype=torch.bool))
 
 
 def test_score_of_a_face_model(place, tmp_path, monkeypatch):

@@ -10,24 +10,11 @@ from safetensors.torch import load_file
 
 from peft_metalora import hub
 from peft_metalora.errors import ConfigError
-from peft_metalora.metrics import Embeddings
-from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.watching import of_a_subject as validation
 from peft_metalora.training.watching.of_a_subject import BestStep
 from peft_metalora.training.watching.validation_scores import HeldOutLoss, load_embedder
-from pipelines_tiny import save_tiny_flux
-from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("validation")
-    save_tiny_flux(folder / "base")
-    write_people(folder / "people")
-    base = tiny_base()
-    meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(folder / "down"))
-    return folder
+from training_tiny import Brightness, personal_config, tiny_base, tiny_examples
 
 
 def config_for(place, output, **changes):
@@ -40,14 +27,6 @@ def config_for(place, output, **changes):
         "validation_steps": 2,
     }
     return personal_config(**{**settings, **changes})
-
-
-class Brightness:
-    """Stands in for a face model."""
-
-    def embed(self, images):
-        vectors = torch.tensor([[image.convert("L").getextrema()[1] + 1.0, 1.0] for image in images])
-        return Embeddings(torch.nn.functional.normalize(vectors, dim=-1), torch.ones(len(images), dtype=torch.bool))
 
 
 def test_loss_on_held_out_views_is_the_mean_of_the_formula_and_always_the_same():

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes for tests: a server that has imported everything forks them, so that none waits for its imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from typing import Any
+
+
+def forkserver() -> ForkServerContext:
+    """Where fresh processes of training come from; one server a test session."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft_metalora.training.meta_train", "peft_metalora.training.personalize"])
+    return context
+
+
+def on_two_processes(work: Callable[..., None], *arguments: Any, seconds: float = 400) -> None:
+    """Call `work(rank, *arguments)` in two processes that find each other as those of a launcher do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [forkserver().Process(target=_join, args=(rank, port, work, arguments)) for rank in range(2)]
+    for process in started:
+        process.start()
+    try:
+        for process in started:
+            process.join(seconds)
+        assert [process.exitcode for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def _join(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    work(rank, *arguments)
