@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 from .errors import ConfigError, MetaLoraError
-from .settings import check_values, shown
+from .settings import fault_of, shown
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def make_config(cls: type, file: str | None, given: dict[str, Any]) -> Any:
     ]
     if missing:
         raise ConfigError(f"expected {', '.join(missing)}, found nothing: give it as a flag or in the file of --config")
-    check_values(values)
+    if fault := fault_of(values):
+        raise ConfigError(fault)
     return cls(**values)
 
 

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any
 
-from .errors import ConfigError
-
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
 
@@ -40,20 +38,17 @@ def settings_table(cls: type) -> str:
     return "\n".join(lines)
 
 
-def check_values(values: Mapping[str, Any]) -> None:
-    """Check settings one by one, whatever they mean: numbers are finite and of a size, texts are texts.
-
-    Raises:
-        ConfigError
-    """
+def fault_of(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with settings one by one, whatever they mean: numbers are finite and of a size, texts are texts."""
     for name, value in values.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):
-                raise ConfigError(f"{name} must be a finite number, found {item!r}")
+                return f"{name} must be a finite number, found {item!r}"
             if isinstance(item, int) and not -(2**62) < item < 2**62:
-                raise ConfigError(f"{name} must be a number below 2**62, found a larger one")
+                return f"{name} must be a number below 2**62, found a larger one"
             if isinstance(item, str) and ("\0" in item or not _is_unicode(item)):
-                raise ConfigError(f"{name} must be a text that UTF-8 can hold, without NUL, found {shown(item)}")
+                return f"{name} must be a text that UTF-8 can hold, without NUL, found {shown(item)}"
+    return None
 
 
 def shown(value: object) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import check_values, setting
+from ..settings import fault_of, setting
 from .examples.shapes import parse_shapes
 
 _VIEWS = (
@@ -134,7 +134,8 @@ class TrainingConfig:
     tracker_project_name: str = setting("Name of the project, or of the run in logging_dir.", "metalora")
 
     def __post_init__(self) -> None:
-        check_values(vars(self))
+        if fault := fault_of(vars(self)):
+            raise ConfigError(fault)
         for one in fields(self):
             choices = one.metadata.get("choices")
             value = getattr(self, one.name)
