@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import re
 
-# What opens something in CommonMark or GFM: an emphasis, a code span, a link, HTML, an entity, a table's cell.
-_OPENS = re.compile(r"[\\`*\[\]|~]|(?<=\])\(|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|&(?=[#A-Za-z])")
+# What opens something in CommonMark or GFM: an emphasis, a code span, a link, an entity, a table's cell.
+_OPENS = re.compile(r"[\\`*|~]|\](?=[(\[:])|(?<=\])\(|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|&(?=[#A-Za-z])")
 # And at the start of a line: a heading, a list, a quotation, a rule.
 _STARTS = re.compile(r"(?:[#+=-]+|[0-9]+[.)])(?=\s|$|[-=])")
 
