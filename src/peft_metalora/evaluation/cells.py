@@ -18,6 +18,7 @@ from ..errors import CorruptFileError, MetaLoraError
 from .evaluation_settings import safe
 
 Cell = dict[str, Any]
+_PARTS = {"key", "method", "subject", "tags", "rows", "points", "failure", "reference"}
 
 
 def home_of(output: str | Path, condition: object | None = None) -> Path:
@@ -59,6 +60,11 @@ def hash_of(what: Path | Any) -> str:
 def _read(path: Path) -> Cell:
     try:
         cell: Cell = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path}: expected a cell in JSON, found: {error}. Remove it and run again.") from error
+    rows = cell.get("rows") if isinstance(cell, dict) and cell.keys() >= _PARTS else None
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("file", 0), (str, type(None))) for row in rows
+    ):
+        raise CorruptFileError(f"{path}: expected a cell in JSON, found something else. Remove it and run again.")
     return cell

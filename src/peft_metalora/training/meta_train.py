@@ -112,6 +112,6 @@ def _run(
                 trackers.step(step)
             if validation is not None:
                 validation.look(step.number)
-            if every and step.number % every == 0 and step.number < total:
+            if every and step.number % every == 0:
                 folder = checkpoint_folder(run.config.output_dir, step.number)
                 write_state(folder, run.state_dict(), run.config, run.processes, origin)

@@ -92,7 +92,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
                     bar.set_postfix(loss=f"{step.loss:.4f}", best=f"{validation.best.score:.4f}", refresh=False)
                     if validation.best.finished:
                         break
-                if every and step.number % every == 0 and step.number < total and processes.is_main:
+                if every and step.number % every == 0 and processes.is_main:
                     folder = run.save(checkpoint_folder(config.output_dir, step.number), subject_name=name)
                     best = validation.best.state_dict() if validation is not None else None
                     write_state(folder, {"run": run.state_dict(), "best": best}, config, origin=origin)

@@ -121,7 +121,8 @@ class TrainingConfig:
         None,
     )
     resume_from_checkpoint: str | None = setting(
-        "Go on from a checkpoint folder, or from the 'latest' one in output_dir (from the start if there is none).",
+        "Go on from a checkpoint: its path, its name in output_dir (checkpoint-200), or the 'latest' there (from the "
+        "start if there is none).",
         None,
     )
 

@@ -148,6 +148,18 @@ def test_resume_takes_what_leaves_the_past_as_it_was(place, tmp_path, stage):
     assert all(torch.equal(whole[file][name], found[file][name]) for file in whole for name in whole[file])
 
 
+@pytest.mark.parametrize(("stage", "cls"), [("meta", MetaTraining), ("lora", Personalization)])
+def test_a_finished_run_is_made_longer_from_its_end(place, tmp_path, monkeypatch, stage, cls):
+    """Bug: the last step had no checkpoint, so that steps before it would have been trained again."""
+    settings = {"lr_scheduler": "constant", "checkpointing_steps": 4, "resume_from_checkpoint": "latest"}
+    settings |= {"bucket_size": None} if stage == "meta" else {}
+    run(make_config(place, stage, tmp_path / "out", **{**settings, "max_train_steps": 8}))
+    passes, real = [], cls._loss
+    monkeypatch.setattr(cls, "_loss", lambda self: passes.append(None) or real(self))
+    run(make_config(place, stage, tmp_path / "out", **{**settings, "max_train_steps": 11}))
+    assert len(passes) == 3
+
+
 def test_resume_names_what_it_refuses(place, tmp_path):
     """Bug: it named the settings without their values, and other photos under the same path were accepted."""
     config = make_config(place, "meta", tmp_path / "down", checkpointing_steps=2)
