@@ -170,7 +170,7 @@ def test_resume_names_what_it_refuses(place, tmp_path):
         run(replace(resumed, learning_rate=0.5, rank=3))
     with pytest.raises(ConfigError, match=r"max_train_steps was 12 and is 14.*constant rate"):
         run(replace(resumed, max_train_steps=14))
-    with pytest.raises(ConfigError, match=r"at least the 10 steps .*, found 9"):
+    with pytest.raises(ConfigError, match=r"at least the 12 steps .*, found 9"):
         constant = {"lr_scheduler": "constant", "bucket_size": None, "output_dir": str(tmp_path / "constant")}
         run(replace(config, **constant))
         run(replace(resumed, **constant, max_train_steps=9))
