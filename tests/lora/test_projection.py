@@ -4,7 +4,7 @@
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from artefacts_tiny import TARGETS, TinyModel, write_pair
 from peft_metalora import errors, load_down, load_subject
@@ -110,3 +110,21 @@ def test_what_cannot_be_projected_is_refused(pair, tmp_path, tensors, error, wor
     assert not (tmp_path / "new").exists()
     with pytest.raises(errors.ArtefactNotFoundError):
         project(tmp_path / "nothing", load_down(pair[0]), tmp_path / "new")
+
+
+def test_keys_with_the_name_of_an_adapter_are_read(pair, tmp_path):
+    """Bug: what PEFT's state_dict holds, `to_q.lora_A.default.weight`, was refused as no plain LoRA."""
+    lora = export_subject(load_subject(pair[1]), tmp_path / "lora", "diffusers")
+    expected = read_lora(lora)
+    tensors = {
+        name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): tensor
+        for name, tensor in load_file(lora).items()
+    }
+    save_file(tensors, tmp_path / "named.safetensors")
+    found = read_lora(tmp_path / "named.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[module][part], expected[module][part]) for module in found for part in (0, 1))
+    second = {name.replace("default", "other"): tensor.clone() for name, tensor in tensors.items()}
+    save_file({**tensors, **second}, tmp_path / "two.safetensors")
+    with pytest.raises(errors.ForeignKeysError, match="expected one LoRA, found 2: default, other"):
+        read_lora(tmp_path / "two.safetensors")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from peft import PeftConfig
@@ -74,3 +75,27 @@ def test_registration_is_idempotent_and_known_by_string():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[MetaLoraConfig().peft_type] is MetaLoraConfig
     assert PEFT_TYPE_TO_PREFIX_MAPPING["META_LORA"] == MetaLoraModel.prefix
     assert list(PEFT_TYPE_TO_TUNER_MAPPING).count("META_LORA") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("alpha_pattern", "text", "expected alpha_pattern to be dict"),
+        ("lora_dropout", [], "expected lora_dropout to be"),
+        ("down_fingerprint", 1e300, "expected down_fingerprint to be str"),
+        ("facts", json.loads("[" * 900 + "]" * 900), "expected facts to be"),
+        (
+            "facts",
+            {"recipe": json.loads('{"a":' * 200 + "1" + "}" * 200)},
+            "expected facts to be JSON of at most 64 levels",
+        ),
+        ("task_type", "x", "Invalid task type"),
+    ],
+)
+def test_peft_reads_a_hostile_file_to_an_error_of_ours(tmp_path, field, value, message):
+    """Bug: TypeError, AttributeError and RecursionError came out of PeftModel.from_pretrained."""
+    MetaLoraConfig(target_modules=["q"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ConfigError, match=message):
+        MetaLoraConfig.from_pretrained(str(tmp_path))

@@ -12,14 +12,13 @@ import json
 import math
 import os
 import re
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigFormatError, FormatVersionError, MetaLoraError, WrongKindError
 from ..tuner import MetaLoraConfig
+from ..tuner.config import wrong_field
 from .untrusted import read_json
 
 FORMAT_VERSION = 1
@@ -58,12 +57,10 @@ def parse_config(table: Mapping[str, Any], path: Path) -> MetaLoraConfig:
             f"{path}: expected format version {FORMAT_VERSION} or older, found {version}. "
             "Upgrade: pip install -U peft-metalora."
         )
-    hints = typing.get_type_hints(MetaLoraConfig)
     known = {field.name for field in dataclasses.fields(MetaLoraConfig)}
     values = {name: value for name, value in table.items() if name in known}
-    for name, value in values.items():
-        if not _matches(value, hints[name]):
-            raise _bad_field(path, name, str(hints[name]).replace("typing.", ""), value)
+    if (wrong := wrong_field(values)) is not None:
+        raise _bad_field(path, *wrong, values[wrong[0]])
     check_values(values, path)
     for name in ("modules_to_save", "trainable_token_indices"):
         if values.get(name):
@@ -74,29 +71,6 @@ def parse_config(table: Mapping[str, Any], path: Path) -> MetaLoraConfig:
         return MetaLoraConfig(**values)
     except (MetaLoraError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ConfigFormatError(f"{path}: expected a configuration that can be, found: {error}") from error
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of an annotated type; sets arrive as lists, floats may arrive as whole numbers."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, part) for part in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin in (list, set, tuple, frozenset) or hint in (list, set, tuple):
-        return isinstance(value, list) and all(any(_matches(v, part) for part in inner or (Any,)) for v in value)
-    if origin is dict or hint is dict:
-        pairs = value.items() if isinstance(value, dict) else [(None, None)]
-        return isinstance(value, dict) and (
-            not inner or all(_matches(k, inner[0]) and _matches(v, inner[1]) for k, v in pairs)
-        )
-    if isinstance(hint, type) and issubclass(hint, str):
-        return isinstance(value, str)
-    if hint in (int, float):
-        return type(value) is int or (hint is float and type(value) is float)
-    return isinstance(hint, type) and isinstance(value, hint)
 
 
 def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = False) -> None:

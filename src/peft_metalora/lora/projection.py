@@ -21,7 +21,7 @@ import torch
 from ..checkpoint.artefacts import require_replaceable, write_artefact
 from ..checkpoint.base_model import PREFIX
 from ..checkpoint.config_file import CONFIG_FILE
-from ..checkpoint.factors import WEIGHTS_FILE
+from ..checkpoint.factors import WEIGHTS_FILE, listed
 from ..checkpoint.folded import FOLD_FILE, fold_subject
 from ..checkpoint.untrusted import open_tensors, read_json, read_tensors
 from ..errors import (
@@ -38,14 +38,17 @@ from ..tuner.config import reference_to_write
 from ..tuner.down import DOWN, MID, MID_INIT, UP, subject_config
 from ..tuner.ranks import from_pattern, ranks_of, scale_of
 
-_SUFFIXES = {
-    "lora_A.weight": "a",
-    "lora_B.weight": "b",
-    "lora_down.weight": "a",
-    "lora_up.weight": "b",
-    "lora.down.weight": "a",
-    "lora.up.weight": "b",
-    "alpha": "alpha",
+# module, factor, and the adapter's name where PEFT's state_dict was written as it is
+_KEY = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.(?P<adapter>[^.]+))?\.weight|(?P<of>.+)\.alpha"
+)
+_PARTS = {
+    "lora_A": "a",
+    "lora_B": "b",
+    "lora_down": "a",
+    "lora_up": "b",
+    "lora.down": "a",
+    "lora.up": "b",
 }
 _PREFIXES = (PREFIX, "transformer.", "unet.", "diffusion_model.")
 
@@ -178,18 +181,25 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, tor
         config = _diffusers_metadata(file)
     tensors = read_tensors(file)
     found: dict[str, dict[str, torch.Tensor]] = {}
+    adapters = set()
     for name, tensor in tensors.items():
-        ending = next((ending for ending in _SUFFIXES if name.endswith("." + ending)), None)
-        if ending is None:
+        key = _KEY.fullmatch(name)
+        if key is None:
             raise ForeignKeysError(
                 f"{file}: expected the factors of a plain LoRA, found {name}. DoRA, LoKr and text encoders cannot be "
                 "projected; kohya files first go through pipe.load_lora_weights and save_lora_weights."
             )
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{file}: expected finite numbers in {name}, found NaN or infinity. Fetch it again.")
-        module = name.removesuffix("." + ending)
+        adapters.add(key["adapter"])
+        module, part = key["module"] or key["of"], _PARTS.get(key["part"], "alpha")
         prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
-        found.setdefault(module.removeprefix(prefix), {})[_SUFFIXES[ending]] = tensor
+        found.setdefault(module.removeprefix(prefix), {})[part] = tensor
+    if len(adapters - {None}) > 1:
+        raise ForeignKeysError(
+            f"{file}: expected one LoRA, found {len(adapters - {None})}: {listed(filter(None, adapters))}. Save the "
+            "one that is meant with PEFT's save_pretrained."
+        )
     pairs = {}
     for module, parts in found.items():
         if not {"a", "b"} <= set(parts) or parts["a"].shape[0] != parts["b"].shape[1]:

@@ -7,7 +7,11 @@ A user of PEFT's LoRA has two new words to learn: `meta_r` (the rank of the shar
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -112,6 +116,28 @@ class MetaLoraConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         return config.read_from(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a file, as PEFT reads it.
+
+        Raises:
+            ConfigError: it is no JSON object, or a field is of another type than here.
+        """
+        try:
+            table = super().from_json_file(path_json_file, **kwargs)
+        except (ValueError, RecursionError, TypeError) as error:
+            raise ConfigError(
+                f"{path_json_file}: expected a configuration in JSON, found: {error}. Fetch the file again."
+            ) from error
+        wrong = wrong_field(table)
+        if wrong is not None:
+            name, expected = wrong
+            raise ConfigError(
+                f"{path_json_file}: expected {name} to be {expected}, found {str(table[name])[:60]!r}. Fetch the file "
+                "again, or save it again."
+            )
+        return table
+
     def read_from(self, name: str, *, folder: str | None = None, **origin: Any) -> MetaLoraConfig:
         """Remember where it was read.
 
@@ -140,7 +166,10 @@ class MetaLoraConfig(PeftConfig):
         super(MetaLoraConfig, written).save_pretrained(save_directory, **kwargs)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # PEFT's word on the task
+            raise ConfigError(f"{str(error)[:300]} Leave task_type out for images.") from error
         self.peft_type = MetaLoraType.META_LORA
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -185,6 +214,60 @@ class MetaLoraConfig(PeftConfig):
                 f"stage 'meta' trains its own Down, but down={self.down!r} was given. "
                 "Use stage='subject' to start from an existing Down."
             )
+
+
+MAX_LEVELS = 64
+"""Of lists and objects in each other: what Python copies and writes by recursion stays far from its limit."""
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(MetaLoraConfig)
+
+
+def wrong_field(table: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first field of a configuration's JSON that is not of its annotated type, and what it should be.
+
+    Fields that `MetaLoraConfig` does not have are passed over, as PEFT does.
+    """
+    for name, value in table.items():
+        hint = _hints().get(name)
+        if hint is not None and not _is_shallow(value):
+            return name, f"JSON of at most {MAX_LEVELS} levels"
+        if hint is not None and not _matches(value, hint):
+            return name, str(hint).replace("typing.", "")
+    return None
+
+
+def _is_shallow(value: Any) -> bool:
+    level, levels = [value], 0
+    while level and levels <= MAX_LEVELS:
+        inside = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level, levels = [item for items in inside for item in items], levels + 1
+    return levels <= MAX_LEVELS
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type; sets arrive as lists, floats may arrive as whole numbers."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, part) for part in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (list, set, tuple, frozenset) or hint in (list, set, tuple):
+        return isinstance(value, list) and all(any(_matches(v, part) for part in inner or (Any,)) for v in value)
+    if origin is dict or hint is dict:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return isinstance(value, dict) and (
+            not inner or all(_matches(k, inner[0]) and _matches(v, inner[1]) for k, v in pairs)
+        )
+    if isinstance(hint, type) and issubclass(hint, str):
+        return isinstance(value, str)
+    if hint in (int, float):
+        return type(value) is int or (hint is float and type(value) is float)
+    return isinstance(hint, type) and isinstance(value, hint)
 
 
 def reference_to_write(reference: str | None, folder: str | os.PathLike[str]) -> str | None:

@@ -77,6 +77,21 @@ def test_disk_gives_back_what_was_encoded_without_any_encoder(base, people, tmp_
             encode(base, people, replace(config, **change))
 
 
+def test_a_cached_file_of_other_content_is_encoded_anew(base, people, tmp_path):
+    """Bug: a flipped bit of a cached file was trained on, and one of other names ended in a KeyError."""
+    config = personal_config(cache_dir=str(tmp_path / "cache"))
+    first = encode(base, people, config)
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    for number, path in enumerate(files):
+        if number % 2:
+            save_file({f"x{name}": tensor for name, tensor in load_file(path).items()}, path)
+        else:
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+    assert equal(encode(base, people, config), first)
+
+
 def test_another_model_or_photo_or_a_damaged_file_is_encoded_anew(base, people, tmp_path):
     config = personal_config(cache_dir=str(tmp_path / "cache"))
     first = encode(base, people, config)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...files import write_tensors
+from ...tuner.down import digest_of
 
 # A retrained encoder differs nearly everywhere, so that a few numbers of each tensor tell it apart from its origin.
 _SAMPLE = 64
@@ -57,7 +58,7 @@ class Cache:
 
 def _read(path: Path, name: str) -> dict[str, Tensor] | None:
     """What the file of that name holds; None if it is not there, damaged, or was put there by something else."""
-    with suppress(OSError, SafetensorError, MemoryError):
+    with suppress(OSError, SafetensorError, MemoryError, RuntimeError):
         if path.is_file():
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
@@ -68,8 +69,7 @@ def _read(path: Path, name: str) -> dict[str, Tensor] | None:
 
 
 def _key(name: str, tensors: dict[str, Tensor]) -> str:
-    form = [[key, list(tensor.shape), str(tensor.dtype)] for key, tensor in sorted(tensors.items())]
-    return hashlib.sha256(json.dumps([name, form]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([name, digest_of(tensors)]).encode()).hexdigest()
 
 
 def identity(*modules: nn.Module | None) -> str:
