@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hostile Downs and subjects, each made from a number: the same number makes the same bytes, on every machine.
+"""Damage to what lies in a folder of weights: a Down, a subject, an ordinary LoRA.
 
-`run_case(seed, lab)` copies a good pair, spoils one of the two folders, loads it into a model through the pipeline's
-loader, and says what came of it: a refusal by an error of ours, a load (some damage is none: a flipped bit in a number
-of a subject makes another subject), another exception, and whether the model is what it was.
+Each takes a folder and a source of random numbers: the same numbers make the same damage, on every machine.
 """
 
 from __future__ import annotations
@@ -14,19 +12,14 @@ import pickle
 import random
 import shutil
 import struct
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save
 
-from artefacts_tiny import TinyModel, write_pair
-from peft_metalora import MetaLoraError, enable_meta_lora
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, FOLD = "adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors"
 NAMES = (
     "../../etc/passwd",
     "/dev/zero",
@@ -78,110 +71,30 @@ VALUES = (
     *NAMES,
 )
 
-
-class TinyPipeline(DiffusionPipeline):
-    """A pipeline of one small model, for the loader to load into."""
-
-    def __init__(self, transformer: torch.nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    @property
-    def components(self) -> dict[str, object]:
-        """What diffusers looks through for offloading."""
-        return {"transformer": self.transformer}
+Mutation = Callable[[Path, random.Random], None]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a case. `result` is "refused", "loaded" or the name of an exception that is not ours."""
-
-    seed: int
-    mutation: str
-    result: str
-    error: str
-    harmed: bool
-    seconds: float
+# Bytes, header, configuration, files
 
 
-class Lab:
-    """A good pair, a model, and what the model is."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.good = folder / "good"
-        write_pair(self.good)
-        self.pipe = enable_meta_lora(TinyPipeline(TinyModel()))
-        self.x = torch.linspace(-1, 1, 16).view(2, 8)
-        self.before = self._state()
-        # The first load of a process imports; no case should pay for that.
-        self.pipe.load_meta_lora(self.good / "ann", "case")
-        self.pipe.unload_meta_lora()
-
-    def _state(self) -> tuple:
-        model = self.pipe.transformer
-        with torch.no_grad():
-            output = model(self.x)
-        modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
-        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        flags = [parameter.requires_grad for parameter in model.parameters()]
-        return modules, flags, sorted(vars(model)), self.pipe.get_list_adapters(), weights, output
-
-    def is_harmed(self) -> bool:
-        """Whether module tree, flags, adapters, weights or output differ from those at the start, to the bit."""
-        now = self._state()
-        same_weights = now[4].keys() == self.before[4].keys() and all(
-            torch.equal(now[4][name], self.before[4][name]) for name in now[4]
-        )
-        return now[:4] != self.before[:4] or not same_weights or not torch.equal(now[5], self.before[5])
-
-
-def run_case(seed: int, lab: Lab) -> Outcome:
-    """Make case number `seed`, load it, and look at the model."""
-    rng = random.Random(seed)
-    place = lab.folder / f"case-{seed}"
-    shutil.copytree(lab.good, place)
-    target = place / rng.choice(("ann", "faces"))
-    mutation = rng.choice(list(MUTATIONS))
-    started = time.perf_counter()
-    try:
-        MUTATIONS[mutation](target, rng)
-        started = time.perf_counter()
-        # A spoilt Down is met on its own, or through the subject that stands on it.
-        lab.pipe.load_meta_lora(target if rng.random() < 0.7 else place / "ann", "case")
-        result, error = "loaded", ""
-    except MetaLoraError as caught:
-        result, error = "refused", type(caught).__name__
-    except Exception as caught:
-        result, error = type(caught).__name__, str(caught)[:200]
-    seconds = time.perf_counter() - started
-    if result == "loaded":
-        lab.pipe.unload_meta_lora()
-    shutil.rmtree(place, ignore_errors=True)
-    return Outcome(seed, mutation, result, error, lab.is_harmed(), seconds)
-
-
-# Mutations: of bytes, of the header, of the configuration, of the files themselves
-
-
-def _flip(path: Path, rng: random.Random) -> None:
+def flip(path: Path, rng: random.Random) -> None:
     data = bytearray(path.read_bytes())
     for _ in range(rng.choice((1, 1, 2, 8, 64))):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
-def _cut(path: Path, rng: random.Random) -> None:
+def cut(path: Path, rng: random.Random) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: rng.randrange(len(data))])
 
 
-def _insert(path: Path, rng: random.Random) -> None:
+def insert(path: Path, rng: random.Random) -> None:
     data, at = path.read_bytes(), rng.randrange(path.stat().st_size)
     path.write_bytes(data[:at] + rng.randbytes(rng.choice((1, 8, 100, 10_000))) + data[at:])
 
 
-def _shuffle(path: Path, rng: random.Random) -> None:
+def shuffle(path: Path, rng: random.Random) -> None:
     data = bytearray(path.read_bytes())
     length = rng.randrange(1, len(data) // 2)
     one, other = rng.randrange(len(data) - length), rng.randrange(len(data) - length)
@@ -189,7 +102,7 @@ def _shuffle(path: Path, rng: random.Random) -> None:
     path.write_bytes(data)
 
 
-def _on(name: str, change: Callable[[Path, random.Random], None]) -> Callable[[Path, random.Random], None]:
+def _on(name: str, change: Mutation) -> Mutation:
     return lambda folder, rng: change(folder / name, rng)
 
 
@@ -355,7 +268,7 @@ def _settings_text(folder: Path, rng: random.Random) -> None:
 
 
 def _down_name(folder: Path, rng: random.Random) -> None:
-    path = folder.parent / "ann" / CONFIG
+    path = folder.parent / ("ann" if (folder.parent / "ann").is_dir() else folder.name) / CONFIG
     config = json.loads(path.read_text())
     config["down"] = rng.choice(
         (*NAMES, "../ann", "../../", "/", "/etc", "~", "a/b/c", "../faces/../faces", ".", "./", "x" * 300)
@@ -368,6 +281,7 @@ def _down_name(folder: Path, rng: random.Random) -> None:
 def _files(folder: Path, rng: random.Random) -> None:
     path = folder / rng.choice((WEIGHTS, CONFIG))
     other = folder.parent / ("faces" if folder.name == "ann" else "ann") / path.name
+    other = other if other.exists() else folder.parent / "bob" / path.name
     action = rng.choice(("gone", "folder", "loop", "other's", "pickle", "zip", "both", "device", "bin"))
     if action == "other's":
         shutil.copyfile(other, path)
@@ -391,11 +305,194 @@ def _files(folder: Path, rng: random.Random) -> None:
         (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
 
 
-MUTATIONS: dict[str, Callable[[Path, random.Random], None]] = {
-    "flipped bits in the tensors' file": _on(WEIGHTS, _flip),
-    "tensors' file cut off": _on(WEIGHTS, _cut),
-    "bytes inserted into the tensors' file": _on(WEIGHTS, _insert),
-    "bytes of the tensors' file moved": _on(WEIGHTS, _shuffle),
+# Whole folders: what is no file, what an older save left, what two saves mixed
+
+
+def _sparse(folder: Path, rng: random.Random) -> None:
+    """A file that claims what it has no bytes for: its header and its size agree."""
+    table, _ = _split(folder)
+    names = [key for key in table if key != "__metadata__"]
+    table[rng.choice(names)]["shape"][rng.choice((0, -1))] = rng.choice((2**20, 2**22, 2**34, 2**40, 2**47))
+    start = 0
+    for name in names:
+        length = 4
+        for size in table[name]["shape"]:
+            length *= size
+        table[name]["data_offsets"], start = [start, start + length], start + length
+    _join(folder, table, b"")
+    with open(folder / WEIGHTS, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        # As far as the file system goes: one that cannot be so large is one that is cut off.
+        file.truncate(file.tell() + min(start, 2**42))
+
+
+def _many(folder: Path, rng: random.Random) -> None:
+    """Thousands of keys in the configuration or in the header."""
+    count = rng.choice((1000, 3000, 12_000))
+    what = rng.choice(
+        ("rank_pattern", "alpha_pattern", "meta_rank_pattern", "target_modules", "facts", "unknown", "header")
+    )
+    keys = [rng.choice(("layer{}", "^blocks\\.{}\\.to_q$", "blocks.{}.to_q", "a.*b{}")).format(n) for n in range(count)]
+    if what == "header":
+        table, body = _split(folder)
+        table |= {f"{key}.metalora_up": table[next(k for k in table if k != "__metadata__")] for key in keys}
+        _join(folder, table, body)
+    elif what == "target_modules":
+        edit(folder, target_modules=keys)
+    elif what == "unknown":
+        edit(folder, **dict.fromkeys(keys, 1))
+    else:
+        edit(folder, **{what: {key: rng.choice((1, 2, 3)) for key in keys}})
+
+
+def not_a_file(path: Path, rng: random.Random) -> None:
+    """Put a pipe, a folder, a device or a link in the place of a file."""
+    kind = rng.choice(
+        ("pipe", "folder", "to nothing", "to itself", "to a folder", "to a device", "to another", "chain")
+    )
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "to a device":
+        path.symlink_to(rng.choice(("/dev/zero", "/dev/null", "/dev/full", "/dev/stdin")))
+    elif kind == "to another":
+        path.symlink_to(
+            rng.choice((path.parent.parent / "faces" / path.name, Path("/etc/hostname"), Path("/proc/self/mem")))
+        )
+    elif kind == "chain":
+        (path.parent / "one").symlink_to("other")
+        (path.parent / "other").symlink_to("one")
+        path.symlink_to("one")
+    else:
+        path.symlink_to({"to nothing": "nowhere", "to itself": path.name, "to a folder": ".."}[kind])
+
+
+def _special(folder: Path, rng: random.Random) -> None:
+    not_a_file(folder / rng.choice((WEIGHTS, CONFIG, FOLD, "README.md")), rng)
+
+
+def _special_folder(folder: Path, rng: random.Random) -> None:
+    """The folder itself is a pipe, a file or a link."""
+    kept = folder.with_name(f"{folder.name}-kept")
+    folder.rename(kept)
+    kind = rng.choice(("pipe", "file", "to itself", "to nothing", "to it", "to a device"))
+    if kind == "pipe":
+        os.mkfifo(folder)
+    elif kind == "file":
+        folder.write_bytes(b"x")
+    else:
+        folder.symlink_to(
+            {"to itself": folder.name, "to nothing": "nowhere", "to it": kept.name, "to a device": "/dev/zero"}[kind]
+        )
+
+
+def _raw(folder: Path, rng: random.Random) -> None:
+    """Numbers, texts and depths that JSON can write and that few readers expect."""
+    path = folder / CONFIG
+    config = json.loads(path.read_text())
+    name = rng.choice((*config, "facts", "facts", "subject_name", "lora_alpha"))
+    value = raw_value(rng)
+    if rng.random() < 0.5 and "facts" in config:
+        name, value = "facts", f'{{"{rng.choice(FACTS)}": {value}}}'
+    config[name] = "@"
+    text = json.dumps(config).replace('"@"', value)
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def raw_value(rng: random.Random) -> str:
+    """A value of JSON as text: numbers without end, lone surrogates, depths, nothing that is a number."""
+    if rng.random() < 0.4:
+        levels = rng.choice((50, 400, 900, 990, 1100, 5000, 20_000))
+        before, after = rng.choice((("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")))
+        return before * levels + "1" + after * levels
+    return rng.choice(
+        (
+            "1e400", "-1e400", "NaN", "Infinity", "-Infinity", "9" * 4300, "9" * 4301, "1e-400", "0e999999999", "-0",
+            '"\\ud800"', '"\\udfff\\ud800"', '"\\u0000"', '"' + "x" * 100_000 + '"', '{"\\ud800": 1}', '"\\u202e"',
+            "{}", "[[]]", '{"": null}', '"\\u2028\\u0085"',
+        )
+    )  # fmt: skip
+
+
+FACTS = (
+    "domain", "subjects", "steps", "recipe", "evaluation", "evaluation_data", "trigger", "license", "consent",
+    "projected from", "x",
+)  # fmt: skip
+
+
+def tree(rng: random.Random, depth: int = 0) -> Any:
+    """Any JSON: what a fact, a tag or a line of metadata may hold that nobody expects there."""
+    kind = rng.random()
+    if depth < 4 and kind < 0.25:
+        return [tree(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if depth < 4 and kind < 0.5:
+        return {str(rng.choice((*NAMES, *FACTS)))[:300]: tree(rng, depth + 1) for _ in range(rng.randrange(4))}
+    return rng.choice(
+        (*VALUES, "](javascript:x)", "---\n# x", "```", "{{x}}", "<script>", "\u2028", "1e400", "\x1b[2J")
+    )
+
+
+def _facts(folder: Path, rng: random.Random) -> None:
+    facts: Any = {name: tree(rng) for name in rng.sample(FACTS, rng.randrange(1, 6))}
+    edit(folder, facts=rng.choice((facts, facts, facts, tree(rng))))
+
+
+def _mapping(folder: Path, rng: random.Random) -> None:
+    """Of what class the base is, and its name: fields of PEFT's."""
+    values: tuple[Any, ...] = (5, [], {}, None, "UNet2DConditionModel", "\ud800", {"a": 1}, True, 1.5, "x" * 10_000)
+    mapping: Any = {"base_model_class": rng.choice(values), "parent_library": rng.choice(values)}
+    changes = {"auto_mapping": rng.choice((mapping, mapping, *values))}
+    if rng.random() < 0.3:
+        changes = {rng.choice(("base_model_name_or_path", "task_type", "revision", "peft_version")): rng.choice(values)}
+    edit(folder, **changes)
+
+
+def _stale(folder: Path, rng: random.Random) -> None:
+    """What an older save, another tool or another person left in the folder."""
+    other = folder.parent / "bob"
+    kinds = {
+        "fold of another": lambda: shutil.copyfile(other / FOLD, folder / FOLD),
+        "fold that is none": lambda: (folder / FOLD).write_bytes(rng.randbytes(100)),
+        "link to a key": lambda: ((folder / FOLD).unlink(missing_ok=True), (folder / FOLD).symlink_to(other / FOLD)),
+        "card": lambda: (folder / "README.md").write_bytes(rng.choice((b"by hand", b"\xff\xfe", b"---\nx: [\n---"))),
+        "card of another": lambda: (folder / "README.md").write_text(f"{other}"),
+        "pickle": lambda: (folder / "adapter_model.bin").write_bytes(pickle.dumps({})),
+        "other weights": lambda: (folder / "model.safetensors").write_bytes(b"x"),
+        "temporary": lambda: (folder.parent / f".{folder.name}.123-0badf00d.tmp").mkdir(),
+    }
+    for kind in rng.sample(list(kinds), rng.choice((1, 2, 4))):
+        if (folder / FOLD).is_symlink():
+            (folder / FOLD).unlink()
+        kinds[kind]()
+
+
+def _torn(folder: Path, rng: random.Random) -> None:
+    """The configuration of one save and the tensors of another."""
+    newer = folder.with_name(f"{folder.name}-newer")
+    shutil.copyfile(newer / (name := rng.choice((WEIGHTS, CONFIG))), folder / name)
+    if rng.random() < 0.3:  # and the copy of the configuration in the header is spoilt
+        table, body = _split(folder)
+        said = table.setdefault("__metadata__", {})
+        copy = json.loads(said.get("adapter_config", "{}"))
+        copy[rng.choice((*copy, "facts"))] = tree(rng)
+        said["adapter_config"] = json.dumps(copy) if rng.random() < 0.7 else raw_value(rng)
+        _join(folder, table, body)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change fields of adapter_config.json, whatever they are."""
+    path = folder / CONFIG
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_bytes(json.dumps(config).encode("utf-8", "surrogatepass"))
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "flipped bits in the tensors' file": _on(WEIGHTS, flip),
+    "tensors' file cut off": _on(WEIGHTS, cut),
+    "bytes inserted into the tensors' file": _on(WEIGHTS, insert),
+    "bytes of the tensors' file moved": _on(WEIGHTS, shuffle),
     "header length": _header_length,
     "huge or deep header": _huge_header,
     "huge file": _huge_file,
@@ -403,10 +500,19 @@ MUTATIONS: dict[str, Callable[[Path, random.Random], None]] = {
     "names in the header": _names,
     "numbers": _numbers,
     "well-formed file of wrong tensors": _tensors,
-    "flipped bits in the configuration": _on(CONFIG, _flip),
-    "configuration cut off": _on(CONFIG, _cut),
+    "flipped bits in the configuration": _on(CONFIG, flip),
+    "configuration cut off": _on(CONFIG, cut),
     "configuration of wrong values": _settings,
     "configuration of other text": _settings_text,
     "name of the Down": _down_name,
     "files exchanged": _files,
+    "sparse file": _sparse,
+    "thousands of keys": _many,
+    "pipes and links": _special,
+    "folder that is none": _special_folder,
+    "numbers and depths of JSON": _raw,
+    "hostile facts": _facts,
+    "base of a wrong kind": _mapping,
+    "stale files": _stale,
+    "torn pair": _torn,
 }
