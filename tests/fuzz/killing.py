@@ -164,6 +164,12 @@ def _point(endpoint: str, cache: Path) -> None:
     huggingface_hub.utils._auth._get_token_from_environment = lambda: TOKEN
 
 
+def moment_of(seed: int) -> tuple[str, bool, float]:
+    """The job of a kill, whether it counts changes of the file system or time, and the share of those before it."""
+    rng = random.Random(seed)
+    return list(JOBS)[seed % len(JOBS)], rng.random() < 0.5, rng.random()
+
+
 class Killer:
     """Makes what the jobs read, runs each once to its end, and kills.
 
@@ -261,16 +267,14 @@ class Killer:
 
     def kill(self, seed: int) -> Kill:
         """Kill number `seed`, and look at what it left."""
-        rng = random.Random(seed)
-        job = list(JOBS)[seed % len(JOBS)]
+        job, by_change, share = moment_of(seed)
         seconds, changes = self._measure(job)
         place = self._place(f"kill-{seed}", job)
-        if rng.random() < 0.5:
-            number = rng.randrange(changes)
+        if by_change:
+            number = int(share * changes)
             moment = f"change {number} of {changes}"
             killed = self._run(job, place, stop_before=number)
         else:
-            share = rng.random()
             moment = f"{share:.3f} of the time"
             killed = self._run(job, place, after=share * seconds)
         left, harm = "none", ""

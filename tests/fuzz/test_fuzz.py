@@ -6,7 +6,7 @@ import torch
 from mutations import MUTATIONS
 from roads import ROADS, Case, Lab, Road, run_case, state_of
 
-CASES = 340
+CASES = 540
 
 
 @pytest.fixture(scope="module")
