@@ -18,7 +18,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,23 @@ def random_renders(
     return identities, scenes, faces.render(identities, scenes, RESOLUTION)
 
 
-def train_embedder(steps: int, device: torch.device, classes: int = 8192, batch: int = 768) -> FaceEmbedder:
-    """Face embedder by classification of `classes` identities with CosFace's margin."""
+def train_embedder(
+    steps: int,
+    device: torch.device,
+    classes: int = 8192,
+    batch: int = 768,
+    network: Callable[[], FaceEmbedder] = FaceEmbedder,
+    seed: int = 1_000_001,
+) -> FaceEmbedder:
+    """Face embedder by classification of `classes` identities with CosFace's margin.
+
+    Args:
+        network: makes it, with random weights. seed: of the identities and their photos.
+    """
     torch.manual_seed(0)
-    generator = torch.Generator(device).manual_seed(1_000_001)
+    generator = torch.Generator(device).manual_seed(seed)
     people = faces.sample_identities(classes, generator, device)
-    embedder = FaceEmbedder().to(device)
+    embedder = network().to(device)
     prototypes = nn.Parameter(torch.randn(classes, 128, device=device))
     optimizer, schedule = _adamw([*embedder.parameters(), prototypes], 2e-3, steps)
     for step in tqdm(range(steps), desc="face embedder", mininterval=10):
