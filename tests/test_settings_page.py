@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from peft_metalora.commands.generate import GenerateConfig
+from peft_metalora.commands.read import ReadConfig
 from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.settings import settings_table
 from peft_metalora.training.stage_settings import INPUTS, OUTPUTS, MetaTrainConfig, PersonalizeConfig
@@ -15,6 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 COMMANDS = {
     "meta-train": MetaTrainConfig,
     "personalize": PersonalizeConfig,
+    "read": ReadConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
 }

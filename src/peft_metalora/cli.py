@@ -61,6 +61,9 @@ COMMANDS = {
         "training.stage_settings:PersonalizeConfig",
         "commands.train:run_personalize",
     ),
+    "read": Command(
+        "bring a person in from photos, without training", "commands.read:ReadConfig", "commands.read:run_read"
+    ),
     "generate": Command(
         "draw subjects from prompts", "commands.generate:GenerateConfig", "commands.generate:run_generate"
     ),

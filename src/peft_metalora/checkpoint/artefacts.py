@@ -409,8 +409,12 @@ def _file_config(
     return dataclasses.replace(config, **fields, **changes)
 
 
-SIDE_FILES = (FOLD_FILE,)
-"""What a save makes from the tensors and lays beside them."""
+READER_FILES = ("subject_space.safetensors", "subject_encoder.safetensors", "encoder_config.json")
+"""What `encoder` lays beside a Down that reads photos, in the order in which it is written."""
+
+# What reads photos for a Down goes when another Down takes its place.
+SIDE_FILES = (FOLD_FILE, *READER_FILES)
+"""What is made from the tensors and lies beside them."""
 
 
 def write_artefact(

@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 from .networks import EncoderConfig, SubjectEncoder, load_encoder, make_encoder
+from .reader import Reader, load_reader, save_reader
 from .space import SubjectCode, SubjectSpace, load_code, load_space, save_code
 
 __all__ = [
     "EncoderConfig",
+    "Reader",
     "SubjectCode",
     "SubjectEncoder",
     "SubjectSpace",
     "load_code",
     "load_encoder",
+    "load_reader",
     "load_space",
     "make_encoder",
     "save_code",
+    "save_reader",
 ]

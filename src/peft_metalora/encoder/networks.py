@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..checkpoint.artefacts import READER_FILES
 from ..checkpoint.untrusted import read_json, read_tensors
 from ..errors import (
     ConfigError,
@@ -37,8 +38,7 @@ from ..tuner.down import digest_of
 from .sources import Source, make_source, source_kinds
 from .space import CODE_SIZE, SubjectSpace, require_finite
 
-ENCODER_FILE = "subject_encoder.safetensors"
-ENCODER_CONFIG_FILE = "encoder_config.json"
+_, ENCODER_FILE, ENCODER_CONFIG_FILE = READER_FILES
 FORMAT_VERSION = 1
 
 

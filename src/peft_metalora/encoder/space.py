@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.artefacts import READER_FILES
 from ..checkpoint.untrusted import Header, open_tensors
 from ..errors import (
     ConfigError,
@@ -33,7 +34,7 @@ from ..errors import (
 from ..files import write_tensors
 from ..tuner.down import MID, UP, DownSource, digest_of
 
-SPACE_FILE = "subject_space.safetensors"
+SPACE_FILE, _, _ = READER_FILES
 CODE_FILE = "subject_code.safetensors"
 CODE_SIZE = 128
 _MEAN, _BASIS, _CODE = "mean", "basis", "code"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -124,6 +124,23 @@ def load_subject(
             f"{path_or_repo}: expected a subject (stage 'subject'), found a Down (stage 'meta'). Use load_down."
         )
     return source
+
+
+def folder_of(path_or_repo: str | os.PathLike[str], also: Sequence[str] = (), **hub: Unpack[HubOptions]) -> Path:
+    """The local folder of an artefact, fetched if need be, with those further files beside it that there are.
+
+    Args:
+        also: names of further files, such as `checkpoint.artefacts.READER_FILES`.
+        hub: huggingface_hub's arguments, see `HubOptions`.
+
+    Raises:
+        HubError: the repository or a file of it cannot be had. ArtefactNotFoundError: a local path that is not there.
+    """
+    at = locate(path_or_repo, **hub)
+    folder = fetch(at)
+    for name in also if at.folder is None else ():
+        fetch_beside(at, name)
+    return folder
 
 
 def find_down(config: MetaLoraConfig, at: Location, folder: Path) -> DownSource:

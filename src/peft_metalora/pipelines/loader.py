@@ -11,16 +11,22 @@ import functools
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import nn
 from typing_extensions import Unpack
 
 from .. import checkpoint
+from ..bases import base_for
+from ..checkpoint.artefacts import READER_FILES
 from ..checkpoint.factors import SubjectSource
-from ..errors import AdapterStateError
-from ..hub.loading import HubOptions, load
+from ..data import load_image
+from ..encoder import load_reader
+from ..errors import AdapterStateError, WrongKindError
+from ..hub.loading import HubOptions, folder_of, load
 from ..tuner import DownSource, MetaLoraConfig
 from ..tuner.merging import merged_or_as_before
 from ..tuner.on_model import configs_of, down_on_model, know_down, meta_layers
@@ -49,6 +55,7 @@ from .saving import refuse_to_save, saved_in_parts
 from .table import drop_tables, tables_of
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+Photo = str | os.PathLike[str] | Image.Image
 
 
 def enable_meta_lora(pipe: Pipeline) -> Pipeline:
@@ -115,6 +122,52 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         name = self._new_name(model, adapter_name, path_or_repo, hub.get("subfolder"))
         source = load(path_or_repo, model=model, known_down=functools.partial(down_on_model, model), **hub)
         self._install(source, name)
+        return name
+
+    @while_idle
+    def read_subject(
+        self,
+        photos: Photo | Sequence[Photo],
+        adapter_name: str | None = None,
+        *,
+        down: str | os.PathLike[str],
+        **hub: Unpack[HubOptions],
+    ) -> str:
+        """Bring a person in from photos, without training: the Down's encoder reads them, in a fraction of a second.
+
+        The person becomes the active adapter, as a subject that `load_meta_lora` brings.
+
+        Args:
+            photos: one photo of the person or several, as files or RGB images.
+            adapter_name: by default the name of the first file.
+            down: folder or repository of a Down with an encoder; on the model it is once, as ever.
+            hub: huggingface_hub's arguments, for the Down.
+
+        Returns:
+            The adapter's name.
+
+        Raises:
+            ArtefactNotFoundError: the Down has no encoder.
+            BaseModelMismatchError: the Down was made for another base model, or the family of this one is not known.
+            NoImagesError, UnreadableImageError, NoFaceError: photos that cannot be read.
+            AdapterStateError: the name is taken.
+            Everything that `hub.load` and `encoder.load_reader` raise. The pipeline is then as it was.
+        """
+        several = [photos] if isinstance(photos, (str, os.PathLike, Image.Image)) else list(photos)
+        model = denoiser(self)
+        first = several[0] if several else ""
+        named = "person" if isinstance(first, Image.Image) else Path(first).stem
+        name = self._new_name(model, adapter_name, named, None)
+        images = [one if isinstance(one, Image.Image) else load_image(one) for one in several]
+        found = load(down, model=model, **hub)
+        if not isinstance(found, DownSource):
+            raise WrongKindError(f"{down}: expected a Down that reads photos, found a subject. Give its Down.")
+        reader = load_reader(folder_of(down, READER_FILES, **hub), found, base_for(self).encode_images)
+        reference = os.path.abspath(down) if os.path.isdir(down) else os.fspath(down)
+        subject = reader.read(
+            images, found, down=reference, down_revision=hub.get("revision"), subject_name=name, inference_mode=True
+        )
+        self._install(subject, name)
         return name
 
     def _new_name(

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...errors import ConfigError
-from .base import EncodeImages, Source
 from .face import FaceSource
 from .latents import LatentSource
+from .source import EncodeImages, Source
 from .transformers import TransformersSource
 
 __all__ = ["EncodeImages", "FaceSource", "LatentSource", "Source", "TransformersSource", "make_source", "source_kinds"]

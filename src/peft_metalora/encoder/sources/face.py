@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, NoFaceError
 from ...metrics.embedders import Embedder, InsightFaceEmbedder
-from .base import Still
+from .source import Still
 
 
 class FaceSource(Still):

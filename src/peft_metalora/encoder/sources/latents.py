@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from .base import to_pixels
+from .source import to_pixels
 
 _LAST = 4  # side of the last plane: where a feature sits in it matters, so that it is not pooled away
 _GROUPS = 8

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import ConfigError, EmbedderUnavailableError
-from .base import Still, to_pixels
+from .source import Still, to_pixels
 
 # Mean and deviation of the images that DINOv2 (and most vision models) were trained on.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

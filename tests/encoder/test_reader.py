@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Down that reads photos: its files, a person brought into a pipeline, and the command."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, load_subject, save_down
+from peft_metalora.bases import base_for
+from peft_metalora.cli import main
+from peft_metalora.encoder import EncoderConfig, Reader, SubjectSpace, load_reader, make_encoder, save_reader
+from peft_metalora.errors import ArtefactNotFoundError, FingerprintMismatchError, NoImagesError
+from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
+
+SIZE = 6
+
+
+def photo(folder, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    path = folder / f"ann-{seed}.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    return save_tiny_flux(tmp_path / "base")
+
+
+@pytest.fixture
+def down_folder(tmp_path, base_folder):
+    """A Down whose space and encoder are random."""
+    pipe = tiny_flux_pipeline()
+    torch.manual_seed(0)
+    config = MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_weights=False)
+    pipe.transformer.add_adapter(config, "faces")
+    folder = tmp_path / "down"
+    save_down(folder, pipe.transformer, "faces", base_model=str(base_folder))
+    down = load_down(folder)
+    space = SubjectSpace.around(down, SIZE)
+    with torch.no_grad():
+        space.basis.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    config = EncoderConfig(resolution=16, code_size=SIZE, width=8, hidden=16)
+    save_reader(folder, space.rounded(), make_encoder(config, base_for(pipe).encode_images))
+    return folder
+
+
+def draw(pipe):
+    generator = torch.Generator().manual_seed(0)
+    options = {"height": 16, "width": 16, "num_inference_steps": 2, "max_sequence_length": 8, "output_type": "np"}
+    return torch.tensor(pipe("a photo of a person", generator=generator, **options).images)
+
+
+def test_a_person_is_in_the_pipeline_after_one_call(tmp_path, down_folder):
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    before = draw(pipe)
+    assert pipe.read_subject(photo(tmp_path), "ann", down=down_folder) == "ann"
+    ann = draw(pipe)
+    assert not torch.allclose(ann, before, atol=1e-4)
+    assert pipe.read_subject(Image.open(photo(tmp_path, 1)).convert("RGB"), "bob", down=down_folder) == "bob"
+    assert not torch.allclose(draw(pipe), ann, atol=1e-5)
+    pipe.set_adapters("ann")
+    assert torch.equal(draw(pipe), ann)
+
+    reader = load_reader(down_folder, load_down(down_folder), base_for(pipe).encode_images)
+    code = reader.encoder.read([Image.open(tmp_path / "ann-0.png").convert("RGB")])
+    state = {name: tensor for name, tensor in pipe.transformer.named_parameters() if name.endswith("_mid.ann")}
+    for name, factor in reader.space.expand(code).items():
+        if name.endswith("_mid"):
+            torch.testing.assert_close(state[f"{name}.ann"], factor)
+    pipe.unload_meta_lora()
+    assert torch.equal(draw(pipe), before)
+
+
+def test_several_photos_are_the_mean_code(tmp_path, down_folder):
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    photos = [photo(tmp_path, 0), photo(tmp_path, 1)]
+    pipe.read_subject(photos, "both", down=down_folder)
+    reader = load_reader(down_folder, load_down(down_folder), base_for(pipe).encode_images)
+    codes = [reader.encoder.read([Image.open(path).convert("RGB")]) for path in photos]
+    wanted = reader.space.expand(torch.stack(codes).mean(0))
+    state = dict(pipe.transformer.named_parameters())
+    for name, factor in wanted.items():
+        torch.testing.assert_close(state[f"{name}.both"], factor, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_read_leaves_the_pipeline_as_it_was(tmp_path, down_folder):
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    with pytest.raises(NoImagesError, match="no file"):
+        pipe.read_subject(tmp_path / "nobody.png", down=down_folder)
+    with pytest.raises(NoImagesError, match="at least one photo"):
+        pipe.read_subject([], down=down_folder)
+    (down_folder / "encoder_config.json").unlink()
+    with pytest.raises(ArtefactNotFoundError, match="expected a Down with an encoder"):
+        pipe.read_subject(photo(tmp_path), down=down_folder)
+    assert pipe.get_list_adapters() == {}
+
+
+def test_the_command_writes_a_subject_like_any_other(tmp_path, down_folder, capsys):
+    out = tmp_path / "ann"
+    first, second = photo(tmp_path, 0), photo(tmp_path, 1)
+    arguments = ["read", "--down", str(down_folder), "--photos", str(first), str(second), "--output_dir", str(out)]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert "2 photo(s)" in capsys.readouterr().out
+    subject = load_subject(out)
+    assert subject.config.subject_name == "ann" and subject.down.fingerprint == load_down(down_folder).fingerprint
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    pipe.load_meta_lora(out, "ann")
+    loaded = draw(pipe)
+    pipe.unload_meta_lora()
+    pipe.read_subject([first, second], "ann", down=down_folder)
+    torch.testing.assert_close(loaded, draw(pipe), rtol=0, atol=1e-5)
+    assert load_file(out / "pytorch_lora_weights.safetensors")
+
+
+def test_a_reader_of_another_down_is_refused_and_goes_when_the_down_does(tmp_path, down_folder):
+    pipe = tiny_flux_pipeline()
+    torch.manual_seed(5)
+    config = MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_weights=False)
+    pipe.transformer.add_adapter(config, "faces")
+    other = tmp_path / "other"
+    save_down(other, pipe.transformer, "faces")
+    reader = load_reader(down_folder, load_down(down_folder), base_for(pipe).encode_images)
+    with pytest.raises(FingerprintMismatchError, match="trained on"):
+        save_reader(other, reader.space, reader.encoder)
+    with pytest.raises(FingerprintMismatchError, match="this reader"):
+        Reader(reader.space, reader.encoder).read([Image.new("RGB", (16, 16))], load_down(other))
+    save_down(down_folder, pipe.transformer, "faces")
+    assert {path.name for path in down_folder.iterdir()} == {path.name for path in other.iterdir()}
+    with pytest.raises(ArtefactNotFoundError, match="stage 2"):
+        load_reader(down_folder, load_down(down_folder))
