@@ -107,10 +107,19 @@ def training_steps(
 
 
 def _not_finite(optimizer: Optimizer) -> torch.Tensor:
-    """1.0 if any gradient is not, else 0.0, on the device."""
+    """1.0 if any gradient is not, else 0.0, on the device: the check of PyTorch's gradient scaler, with a scale of 1.
+
+    A norm of them all would take the host ten times as long.
+    """
     parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
-    return (~norm.isfinite()).float().to(parameters[0].device)
+    found = torch.zeros((), device=parameters[0].device)
+    grads: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grads.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for alike in grads.values():
+        torch._amp_foreach_non_finite_check_and_unscale_(alike, found, torch.ones_like(found))
+    return found
 
 
 def _bad_gradient(number: int) -> TrainingError:
