@@ -30,7 +30,7 @@ from .base_layers import CONVOLUTIONS, base_of, check_supported, factor_shape, q
 from .config import MetaLoraConfig
 from .conv import Conv
 from .down import DOWN, DOWN_PARTS, MID, MID_INIT, UP, DownSource, check_files, load_down_source
-from .layer import MetaLoraLayer
+from .layer import MetaLoraLayer, subjects_aside
 from .linear import Linear
 from .on_model import down_fingerprint, meta_lora_layers, module_path
 from .ranks import Ranks, ranks_of
@@ -71,7 +71,7 @@ def plan_injection(
     """Match, check and resolve everything an injection needs; see `MetaLoraModel` for what is raised."""
     if "." in adapter_name:
         raise AdapterStateError(f"An adapter name cannot hold a dot, got {adapter_name!r}. Use a dash or underscore.")
-    if adapter_name in {name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid}:
+    if any(adapter_name in layer.metalora_mid for _, layer in meta_lora_layers(model)):
         raise AdapterStateError(f"The model already has an adapter {adapter_name!r}. Choose another name.")
     targets = _matched_modules(tuner, model, config, state_dict)
     ranks = {}
@@ -263,8 +263,9 @@ def inject_all_or_nothing(
         check_files(config)
         plan = tuner._plan = plan_injection(tuner, model, config, adapter_name, state_dict)
         tuner._index = next((layer.subject_index for _, layer in meta_lora_layers(model)), None) or SubjectIndex()
-        before = _Before(model)
-        proceed()
+        with subjects_aside([layer for _, layer in meta_lora_layers(model)]):
+            before = _Before(model)
+            proceed()
         for path, layer in meta_lora_layers(model):
             if adapter_name not in layer.metalora_mid:
                 continue

@@ -14,7 +14,8 @@ The key of a Down is the name of the adapter that trains it, or its fingerprint 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -86,6 +87,7 @@ class MetaLoraLayer(Mergeable):
         self.warmup: dict[str, bool] = {}
         self.down_key: dict[str, str] = {}
         self.down_fingerprint: dict[str, tuple[str, int]] = {}
+        self._may_train: set[str] = set()  # all others are known to be frozen
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.metalora_kept = BufferDict()
@@ -114,6 +116,7 @@ class MetaLoraLayer(Mergeable):
             nn.init.kaiming_uniform_(self.metalora_mid_init[adapter_name], a=math.sqrt(5))
         if config.use_dora:
             self.metalora_magnitude[adapter_name] = nn.Parameter(torch.empty(config.num_slots, self.d_out))
+        self._may_train.add(adapter_name)
         self.start_slots(adapter_name, "stored" if config.stage == "meta" else "fresh")
         if not config.init_weights:
             nn.init.kaiming_uniform_(self.metalora_up[adapter_name].data.flatten(0, 1), a=math.sqrt(5))
@@ -210,16 +213,32 @@ class MetaLoraLayer(Mergeable):
                 down.requires_grad_(self.down_trains(key) and self.metalora_mid[key].requires_grad)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        """As PEFT's, without a look at those that stay inactive and frozen: a service has thousands of them."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in {*names, *self.active_adapters, *self._may_train}:
+            self._require_gradient(name, name in names and not inference_mode)
+        self._active_adapter = names
         self.sync_down()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         self.sync_down()
 
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        super().set_requires_grad(adapter_names, requires_grad)
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Freeze adapters, or let them train."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._require_gradient(name, requires_grad)
+            if not requires_grad:
+                self._may_train.discard(name)
         self.sync_down()
+
+    def _require_gradient(self, adapter_name: str, required: bool) -> None:
+        if required:
+            self._may_train.add(adapter_name)
+        for part in self.adapter_layer_names:
+            factors = getattr(self, part)
+            if adapter_name in factors and factors[adapter_name].is_leaf:
+                factors[adapter_name].requires_grad_(required)
 
     def train(self, mode: bool = True) -> MetaLoraLayer:
         super().train(mode)
@@ -278,10 +297,7 @@ class MetaLoraLayer(Mergeable):
 
     def set_trains(self, adapter_name: str, trains: bool) -> None:
         """Give the flag back after a cast, which makes new parameters, and new parameters require a gradient."""
-        for name in self.adapter_layer_names:
-            factors = getattr(self, name)
-            if adapter_name in factors:
-                factors[adapter_name].requires_grad_(trains)
+        self._require_gradient(adapter_name, trains)
         self.sync_down()
 
     # ---- adapters come and go ------------------------------------------------------------------------------------
@@ -301,6 +317,8 @@ class MetaLoraLayer(Mergeable):
                 container[new] = container.pop(old)
         if self.down_key[new] == old:
             self.down_key[new] = new
+        if old in self._may_train:
+            self._may_train = self._may_train - {old} | {new}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a Down that a subject brought goes with its last user.
@@ -332,6 +350,7 @@ class MetaLoraLayer(Mergeable):
         for container in (*downs, self.down_fingerprint):
             for key in set(container) - set(self.down_key.values()):
                 del container[key]
+        self._may_train &= set(self.metalora_mid)
         self.sync_down()
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -416,6 +435,29 @@ class MetaLoraLayer(Mergeable):
         Tokens without a subject keep the base's output bit for bit.
         """
         raise NotImplementedError
+
+
+@contextmanager
+def subjects_aside(layers: Iterable[MetaLoraLayer]) -> Iterator[None]:
+    """Hide the factors of all subjects for the length of a `with` block; those that come in it join them.
+
+    PEFT walks over every parameter of a model several times for each adapter that comes, so that each person would
+    take longer to load than the one before.
+    """
+    kept = []
+    for layer in layers:
+        for part in layer.adapter_layer_names:
+            factors = getattr(layer, part)
+            kept.append((factors, factors._parameters, factors._keys))
+            own = {key: factors._parameters[key] for key in layer.metalora_down if key in factors._parameters}
+            vars(factors).update(_parameters=own, _keys=dict.fromkeys(own))
+    try:
+        yield
+    finally:
+        for factors, parameters, keys in kept:
+            parameters.update(factors._parameters)
+            keys.update(factors._keys)
+            vars(factors).update(_parameters=parameters, _keys=keys)
 
 
 def _fold_again(layer: MetaLoraLayer, _: Any) -> None:
