@@ -65,7 +65,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY":
         ("1eb29b3d2bf6", "lora/projection.py", "copied: where a LoRA file keeps its alpha"),
     "diffusers.loaders.lora_base.LoraBaseMixin._lora_loadable_modules":
-        ("b09136e0b7be", "pipelines/denoiser.py, pipelines/loader.py", "read, and shadowed while ordinary LoRAs are taken off"),
+        ("b09136e0b7be", "pipelines/denoiser.py, pipelines/loader.py", "read; shadowed in an unload"),
     "diffusers.loaders.lora_base.LoraBaseMixin.set_lora_device":
         ("d4171198ad59", "tuner/layer.py, pipelines/choosing.py", "looks for lora_A in layers of every method"),
     "diffusers.loaders.lora_base._func_optionally_disable_offloading":
@@ -165,7 +165,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "peft.tuners.tuners_utils.BaseTuner.merge_adapter":
         ("304dcd9c66b8", "tuner/model.py", "overridden"),
     "peft.tuners.tuners_utils.BaseTunerLayer._active_adapter":
-        ("4e7c0101b22a", "tuner/adding.py, tuner/linear.py, tuner/layer.py, tuner/merging.py, tuner/placing.py", "read and written"),
+        ("4e7c0101b22a", "tuner/adding.py, tuner/linear.py, tuner/layer.py, tuner/merging.py, tuner/placing.py", "written"),
     "peft.tuners.tuners_utils.BaseTunerLayer._all_available_adapter_names":
         ("f32662491150", "tuner/layer.py", "overridden"),
     "peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters":
@@ -217,7 +217,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch._utils._unflatten_dense_tensors":
         ("ffe8d81e9303", "training/engine/processes.py", "called"),
     "torch.nn.modules.container.ParameterDict":
-        ("e463706643bc", "tuner/layer.py, tuner/down.py", "its _keys beside _parameters: subjects are hidden from PEFT's walks"),
+        ("e463706643bc", "tuner/layer.py, tuner/down.py", "subjects are hidden in its _keys and _parameters"),
     "torch.nn.modules.conv.Conv1d._conv_forward":
         ("cfb76f48e335", "tuner/conv.py", "called"),
     "torch.nn.modules.conv.Conv2d._conv_forward":
@@ -233,7 +233,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch.nn.modules.module.Module._call_impl":
         ("6dfda168c08a", "tuner/linear.py, tuner/layer.py", "left out where it would call no hook"),
     "torch.nn.modules.module.Module.compile":
-        ("5bc1506b9a2f", "training/engine/compiling.py, pipelines/calling.py", "undone or wrapped through _compiled_call_impl"),
+        ("5bc1506b9a2f", "training/engine/compiling.py, pipelines/calling.py", "_compiled_call_impl is undone, wrapped"),
     "torch.nn.modules.module._has_any_global_hook":
         ("492e28497ebb", "tuner/layer.py, tuner/linear.py", "called"),
     "torch.utils.checkpoint._checkpoint_hook":
