@@ -165,7 +165,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "peft.tuners.tuners_utils.BaseTuner.merge_adapter":
         ("304dcd9c66b8", "tuner/model.py", "overridden"),
     "peft.tuners.tuners_utils.BaseTunerLayer._active_adapter":
-        ("4e7c0101b22a", "tuner/adding.py, tuner/linear.py, tuner/layer.py, tuner/merging.py, tuner/placing.py", "written"),
+        ("4e7c0101b22a", "tuner/adding.py, tuner/linear.py, tuner/layer.py, tuner/placing.py", "read and written"),
     "peft.tuners.tuners_utils.BaseTunerLayer._all_available_adapter_names":
         ("f32662491150", "tuner/layer.py", "overridden"),
     "peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters":
@@ -233,7 +233,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch.nn.modules.module.Module._call_impl":
         ("6dfda168c08a", "tuner/linear.py, tuner/layer.py", "left out where it would call no hook"),
     "torch.nn.modules.module.Module.compile":
-        ("5bc1506b9a2f", "training/engine/compiling.py, pipelines/calling.py", "_compiled_call_impl is undone, wrapped"),
+        ("5bc1506b9a2f", "training/engine/compiling.py, pipelines/calling.py", "_compiled_call_impl is changed"),
     "torch.nn.modules.module._has_any_global_hook":
         ("492e28497ebb", "tuner/layer.py, tuner/linear.py", "called"),
     "torch.utils.checkpoint._checkpoint_hook":

@@ -50,7 +50,6 @@ class Mergeable(BaseTunerLayer, nn.Module):
     active_adapters: list[str]
     merged: bool
     disable_adapters: bool
-    _active_adapter: str | list[str]
     _disable_adapters: bool
     get_base_layer: Any
     get_base_weight: Any
