@@ -98,6 +98,20 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"expected a YAML file at {path}, found: {error}") from error
 
 
+def require_writable(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that could not be made or written to; to be called before the work whose result it shall hold.
+
+    Raises:
+        WriteFailedError
+    """
+    target = Path(os.path.abspath(folder))
+    place = next(path for path in (target, *target.parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise _write_failed(target, NotADirectoryError(f"{place} is no folder"))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise _write_failed(target, PermissionError(f"{place} is closed to you"))
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file so that a reader, or a killed process, leaves the old content or the new, never a mixture.
 

@@ -225,7 +225,7 @@ def test_an_output_among_the_people_is_refused_before_any_work(tmp_path):
         {"output_dir": str(people)},
         {"output_dir": str(people / "down")},
         {"output_dir": out, "cache_dir": str(people / "cache")},
-        {"output_dir": out, "logging_dir": str(people / "logs")},
+        {"output_dir": out, "logging_dir": str(people / "logs"), "report_to": "tensorboard"},
         {"output_dir": out, "validation_steps": 1, "validation_data_dir": out + "/../people", "cache_dir": str(people)},
     ):
         with pytest.raises(ConfigError, match="apart from"):

@@ -295,8 +295,9 @@ def test_an_output_that_would_fall_on_an_input_is_refused_before_any_work(place,
     places = ["down", "down/../down", "photos", "photos/new"]
     cases = [{"output_dir": str(tmp_path / name)} for name in places]
     cases += [{"cache_dir": str(tmp_path / name)} for name in ("down", "photos", "photos/cache", "ann")]
-    cases += [{"logging_dir": str(tmp_path / "photos")}]
-    cases += [{"output_dir": str(tmp_path / "out"), "validation_data_dir": str(tmp_path / "out" / "validation")}]
+    cases += [{"logging_dir": str(tmp_path / "photos"), "report_to": "tensorboard"}]
+    held_out = {"validation_data_dir": str(tmp_path / "out" / "validation"), "validation_steps": 1}
+    cases += [{"output_dir": str(tmp_path / "out"), **held_out}]
     cases += [{"output_dir": str(tmp_path / "out"), "resume_from_checkpoint": str(tmp_path / "out")}]
     for changes in cases:
         config = file_config(place, tmp_path / "ann", **{**settings, **changes})
@@ -319,6 +320,28 @@ def test_nobody_elses_output_is_replaced_unasked_and_that_before_any_work(place,
     monkeypatch.undo()
     personalize(file_config(place, tmp_path / "out", instance_data_dir=other.instance_data_dir, overwrite=True))
     assert load_subject(tmp_path / "out").config.subject_name == "person-1"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(place, tmp_path, monkeypatch):
+    """Bug: a whole training was lost to a folder that could not be made, or ended at the first validation."""
+    monkeypatch.setattr(personalize_module, "prepare", lambda *_, **__: pytest.fail("work before the check"))
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "out").mkdir()
+    for name in ("logs", "validation"):
+        (tmp_path / "out" / name).write_text("a file")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for changes in (
+        {"output_dir": str(tmp_path / "file" / "ann")},
+        {"output_dir": str(tmp_path / "gone")},
+        {"cache_dir": str(tmp_path / "file" / "cache")},
+        {"output_dir": str(tmp_path / "out"), "report_to": "tensorboard"},
+        {"output_dir": str(tmp_path / "out"), "validation_steps": 1},
+    ):
+        with pytest.raises(WriteFailedError, match="is no folder"):
+            personalize(file_config(place, **{"output": tmp_path / "ann", **changes}), progress=False)
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    with pytest.raises(WriteFailedError, match="closed to you"):
+        personalize(file_config(place, tmp_path / "new" / "ann"), progress=False)
 
 
 def test_bad_input_is_one_clear_sentence_and_changes_nothing(place, tmp_path, base, down):

@@ -71,8 +71,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
 
 
 def _check_places(config: EvaluateConfig) -> None:
-    """Raise ConfigError if something would be written over, or into, what is read."""
-    from ..files import require_apart
+    """Check where is written: ConfigError over, or into, what is read, WriteFailedError where that cannot be."""
+    from ..files import require_apart, require_writable
 
     methods = [Method.parse(text) for text in config.method]
     images = [named(text) for text in config.images]
@@ -88,3 +88,5 @@ def _check_places(config: EvaluateConfig) -> None:
         require_apart(Path(config.output, name), **inputs)
     if config.export_prompts is not None:
         require_apart(config.export_prompts, **inputs)
+    if methods or images:
+        require_writable(config.output)

@@ -14,7 +14,7 @@ from ..bases import Base, load_base
 from ..bases.precision import choose_dtype
 from ..data import Subject
 from ..errors import ConfigError
-from ..files import require_apart
+from ..files import require_apart, require_writable
 from .engine.origin import Origin, base_of, photos_of
 from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
@@ -26,19 +26,29 @@ _HeldOut = TypeVar("_HeldOut")
 
 
 def check_places(config: MetaTrainConfig | PersonalizeConfig) -> None:
-    """Raise ConfigError if the run would write over, or into, what it reads."""
+    """Check where a run writes, before any work.
+
+    Raises:
+        ConfigError: over, or into, what it reads. WriteFailedError: where it cannot.
+    """
     inputs = {name: getattr(config, name, None) for name in INPUTS}
     output = Path(config.output_dir)
-    require_apart(output, **inputs, resume_from_checkpoint=config.resume_from_checkpoint)
-    require_apart(output / VALIDATION_FOLDER, **inputs)
-    require_apart(output / config.logging_dir, **inputs)
+    places = [output]
+    if config.validation_steps:
+        places.append(output / VALIDATION_FOLDER)
+    if config.report_to:
+        places.append(output / config.logging_dir)
     if config.cache_dir is not None:
-        require_apart(config.cache_dir, **inputs)
+        places.append(Path(config.cache_dir))
         if os.path.realpath(config.cache_dir) == os.path.realpath(output):
             raise ConfigError(
                 f"expected cache_dir apart from output_dir, found {config.cache_dir!r} for both: a run's output is "
                 f"given away whole, so keep the cache in a folder of its own, for example {str(output / 'cache')!r}"
             )
+    require_apart(output, resume_from_checkpoint=config.resume_from_checkpoint)
+    for place in places:
+        require_apart(place, **inputs)
+        require_writable(place)
 
 
 def prepare(
