@@ -20,34 +20,20 @@ from ..files import open_regular
 
 # FLUX.1-dev on all attention layers needs about 130 kB of header; json of this size stays below 100 MB in memory.
 MAX_HEADER_BYTES = 2 * 1024 * 1024
-
-
 MAX_CONFIG_BYTES = 256 * 1024
-
-
 # A tensor takes three; a million empty lists would take Python's parser seconds.
 MAX_BRACKETS = 60_000
-
-
 MAX_NAME_LENGTH = 512
-
-
 MAX_DIMENSIONS = 5
 # Four times what a Down of rank 256 on every linear layer of FLUX.1-dev takes in float32.
 MAX_FILE_BYTES = 8 * 2**30
-
-
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-
-
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-
-
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 

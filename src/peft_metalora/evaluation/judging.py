@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..bases.precision import choose_device
-from ..errors import ConfigError
 from ..metrics import (
     ClipEmbedder,
     DinoEmbedder,
@@ -28,7 +26,7 @@ from ..metrics import (
     pose_difference,
     r_facesim,
 )
-from ..training.watching.validation_scores import load_embedder
+from ..metrics.embedders import made_by
 from .evaluation_settings import DEMO, EvaluateConfig
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -129,17 +127,12 @@ def judge_for(config: EvaluateConfig) -> Judge:
 def _faces(config: EvaluateConfig) -> Embedder:
     if config.embedder in (None, "insightface"):
         return InsightFaceEmbedder(config.face_pack, providers=config.face_providers or None)
-    return load_embedder(str(config.embedder))
+    embedder: Embedder = made_by(config.embedder, "embedder")
+    return embedder
 
 
 def _distance(name: str, device: torch.device) -> Distance:
-    module, _, function = name.partition(":")
-    if not function:
-        return Lpips(name, device=device)
-    try:
-        distance: Distance = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"lpips must be alex, vgg, squeeze or module:function, found {name!r}: {error}") from error
+    distance: Distance = made_by(name, "lpips", "alex, vgg, squeeze") if ":" in name else Lpips(name, device=device)
     return distance
 
 

@@ -73,9 +73,7 @@ def plot(
     return "".join(parts) + "</svg>"
 
 
-def panels(
-    grids: Mapping[str, Series], x_label: str, y_label: str, *, columns: int = 3, names: Sequence[str] | None = None
-) -> str:
+def panels(grids: Mapping[str, Series], x_label: str, y_label: str, *, names: Sequence[str] | None = None) -> str:
     """An SVG of small plots with equal axes, a panel each, and one legend below.
 
     Args:
@@ -83,7 +81,7 @@ def panels(
         x_label: `{}` in it becomes the panel's name.
         names: as `plot` takes them.
     """
-    width, height = 300, 230
+    width, height, columns = 300, 230, 3
     shown = list(dict.fromkeys(name for series in grids.values() for name in series))
     names = names or shown
     points = [point for series in grids.values() for line in series.values() for point in line]

@@ -7,6 +7,7 @@ the version of somebody's image processor. Networks are loaded when an embedder 
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import EmbedderUnavailableError, MetricInputError
+from ..errors import ConfigError, EmbedderUnavailableError, MetricInputError
 
 Images = Sequence[Image.Image] | Tensor
 
@@ -285,6 +286,22 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
         raise EmbedderUnavailableError(
             f"expected the weights of {name!r}, found none ({error}): give a repository or a folder that can be read"
         ) from error
+
+
+def made_by(name: str, setting: str, ours: str = "'insightface'") -> Any:
+    """What `module:function` returns, such as an embedder of somebody's own.
+
+    Args:
+        setting: that named it. ours: what else it takes.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{setting} must be {ours} or module:function, found {name!r}: {error}") from error
 
 
 def open_pack(

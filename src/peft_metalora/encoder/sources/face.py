@@ -7,14 +7,13 @@ too. Results must not be scored by the embedder that was read, nor by a relative
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 
 from PIL import Image
 from torch import Tensor
 
-from ...errors import ConfigError, NoFaceError
-from ...metrics.embedders import Embedder, InsightFaceEmbedder
+from ...errors import NoFaceError
+from ...metrics.embedders import Embedder, InsightFaceEmbedder, made_by
 from .source import Still
 
 
@@ -33,7 +32,7 @@ class FaceSource(Still):
         self, detail: str, *, resolution: int = 0, encode_images: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.name = f"face:{detail}" if detail else "face"
-        self._embedder = _made_by(detail) if detail else InsightFaceEmbedder()
+        self._embedder: Embedder = made_by(detail, "what follows face:", "empty") if detail else InsightFaceEmbedder()
         blank = Image.new("RGB", (64, 64))
         self.feature_shape: tuple[int, ...] = tuple(self._embedder.embed([blank]).vectors.shape[1:])
 
@@ -51,12 +50,3 @@ class FaceSource(Still):
                 "that shows the face"
             )
         return seen.vectors
-
-
-def _made_by(name: str) -> Embedder:
-    module, _, function = name.partition(":")
-    try:
-        embedder: Embedder = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"expected module:function that makes a face embedder, found {name!r}: {error}") from error
-    return embedder

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass
 
 from PIL import Image
 
-from ...errors import ConfigError
 from ...metrics import Face, FaceDetector, InsightFaceDetector
+from ...metrics.embedders import made_by
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,5 @@ def _turned(face: Face, image: Image.Image, margin: float) -> Region | None:
 
 def load_detector(name: str) -> FaceDetector:
     """'insightface', or `module:function` that returns a detector; raises as `FaceCrop`."""
-    if name == "insightface":
-        return InsightFaceDetector()
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"face_crop must be 'insightface' or module:function, found {name!r}: {error}") from error
+    detector: FaceDetector = InsightFaceDetector() if name == "insightface" else made_by(name, "face_crop")
+    return detector

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from PIL import Image
 
 from ...bases import Base
 from ...data import Photo
-from ...errors import ConfigError
 from ...metrics import Embedder, InsightFaceEmbedder, r_facesim
+from ...metrics.embedders import made_by
 from ..examples.batches import Examples
 
 
@@ -67,9 +66,9 @@ class Painter:
     The pipeline's text encoders and VAE must be on its device.
     """
 
-    def __init__(self, base: Base, prompts: Sequence[str], *, resolution: int, seed: int, steps: int = 20) -> None:
+    def __init__(self, base: Base, prompts: Sequence[str], *, resolution: int, seed: int) -> None:
         self.base, self.prompts, self.seed = base, list(prompts), seed
-        self._options: dict[str, Any] = {"height": resolution, "width": resolution, "num_inference_steps": steps}
+        self._options: dict[str, Any] = {"height": resolution, "width": resolution, "num_inference_steps": 20}
         if base.takes_sequence_length:
             self._options["max_sequence_length"] = base.max_sequence_length
 
@@ -88,12 +87,5 @@ def load_embedder(name: str) -> Embedder:
     Raises:
         ConfigError: there is no such function. EmbedderUnavailableError: insightface or its weights are missing.
     """
-    if name == "insightface":
-        return InsightFaceEmbedder()
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"validation_embedder must be 'insightface' or module:function, found {name!r}: {error}"
-        ) from error
+    embedder: Embedder = InsightFaceEmbedder() if name == "insightface" else made_by(name, "validation_embedder")
+    return embedder
