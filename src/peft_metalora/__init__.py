@@ -19,6 +19,8 @@ from .errors import MetaLoraError
 from .tuner import MetaLoraConfig, MetaLoraModel
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .tuner.down import DownSource
 
 __version__ = "0.1.0"
@@ -155,11 +157,11 @@ def _load_down(config: MetaLoraConfig) -> DownSource:
     return resolve_down(config)
 
 
-def _check_files(config: MetaLoraConfig) -> None:
+def _check_files(config: MetaLoraConfig, model: nn.Module) -> None:
     """Check what PEFT's own verbs are about to load, before they change a model."""
     from .hub.loading import check_origin
 
-    check_origin(config)
+    check_origin(config, model)
 
 
 # Modules that moved, for imports by their old names.

@@ -539,3 +539,19 @@ def test_peft_saves_and_loads_both_kinds(tmp_path):
     assert torch.equal(again(x), wanted)
     downs = again.base_model.model.blocks[0].to_q.metalora_down
     assert len(downs) == 2, "the two subjects share one Down; the meta adapter owns the other"
+
+
+def test_peft_puts_nothing_on_a_model_whose_layers_have_other_outputs(pair):
+    """Bug: Ups of two layers exchanged were found out by torch, when the adapter was on the model already."""
+    model = PeftModel.from_pretrained(TinyModel(), str(pair[0]), adapter_name="faces")
+
+    def exchange(tensors):
+        one, other = (f"base_model.model.blocks.0.{name}.metalora_up" for name in ("to_q", "to_out"))
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    edit_tensors(pair[1], exchange)
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(errors.BaseModelMismatchError, match=r"expected a base model whose blocks\.0\.to_out is"):
+        model.load_adapter(str(pair[1]), "ann")
+    assert [name for name, _ in model.named_parameters()] == before
+    assert list(model.peft_config) == ["faces"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from artefacts_tiny import TARGETS, TinyModel, write_pair
+from artefacts_tiny import TARGETS, TinyModel, edit_config, write_pair
 from peft_metalora import errors, load_down, load_subject
 from peft_metalora.checkpoint.folded import fold_subject
 from peft_metalora.lora.export import export_subject
@@ -128,3 +128,18 @@ def test_keys_with_the_name_of_an_adapter_are_read(pair, tmp_path):
     save_file({**tensors, **second}, tmp_path / "two.safetensors")
     with pytest.raises(errors.ForeignKeysError, match="expected one LoRA, found 2: default, other"):
         read_lora(tmp_path / "two.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"alpha_pattern": 1.5}, {"lora_alpha": "x"}, {"lora_alpha": 1e300}, {"alpha_pattern": {"(a+)+$": 1}}],
+    ids=str,
+)
+def test_a_scale_of_a_wrong_kind_is_refused_in_words(pair, tmp_path, changes):
+    """Bug: TypeErrors came out, or an expression that takes for ever was matched."""
+    subject = load_subject(pair[1])
+    lora = export_subject(subject, tmp_path / "lora", "peft")
+    edit_config(lora, **changes)
+    with pytest.raises(errors.CheckpointError, match=f"expected {next(iter(changes))} to be"):
+        project(lora, subject.down, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -38,7 +38,7 @@ from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fi
 from ..tuner.config import reference_to_write
 from ..tuner.down import MID
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
-from .base_model import REPO_ID, bare_model, base_model_name
+from .base_model import REPO_ID, bare_model, base_model_name, check_layers
 from .config_file import CONFIG_FILE, FORMAT_VERSION, PEFT_TYPE, check_values, config_json, read_config
 from .factors import (
     SUBJECT_PARTS,
@@ -152,8 +152,8 @@ def load_subject(folder: str | os.PathLike[str]) -> SubjectSource:
         return found.subject(find_local_down(found.config, found.folder))
 
 
-def check_files(folder: Path, config: MetaLoraConfig) -> None:
-    """Check the files of an adapter that PEFT is about to load, its configuration read already.
+def check_files(folder: Path, config: MetaLoraConfig, model: nn.Module) -> None:
+    """Check the files of an adapter that PEFT is about to load on a model, its configuration read already.
 
     Further trained modules, biases and embeddings that PEFT saved along are left to PEFT: the format knows factors
     alone. The file's expression for the modules, which could be made slow, is replaced by their names.
@@ -168,7 +168,9 @@ def check_files(folder: Path, config: MetaLoraConfig) -> None:
                 f"{folder}: expected a configuration and tensors of one save, found those of two: a save was killed "
                 "between them. Load it with peft_metalora.load_subject or load_down, which can, and save it again."
             )
-        tensors = FactorFile(file, config, others=True).read()
+        factors = FactorFile(file, config, others=True)
+        check_layers(model, factors.entries, str(folder))
+        tensors = factors.read()
     if config.stage == "meta" and config.down_fingerprint not in (None, fingerprint(tensors)):
         raise FingerprintMismatchError(
             f"{folder}: expected the Down {str(config.down_fingerprint)[:16]}…, as its configuration says, found "

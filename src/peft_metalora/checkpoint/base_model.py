@@ -53,14 +53,31 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
             f"found a {type(model).__name__} without. Load it on the base that it was trained on."
         )
     for module in modules:
-        down, up = source.tensors[f"{module}.{DOWN}"], source.tensors.get(f"{module}.{UP}")
-        found = _shape(layers[module])
-        expected = (up.shape[1] if up is not None else found[0], *down.shape[1:])
-        if found != expected:
-            raise BaseModelMismatchError(
-                f"{name}: expected a base model{f' ({wanted})' if wanted else ''} whose {module} is {expected}, "
-                f"found {found} (outputs, inputs). Load it on the base that it was trained on."
-            )
+        _check_layer(
+            layers[module], module, source.tensors, f"{name}: expected a base model{f' ({wanted})' if wanted else ''}"
+        )
+
+
+def check_layers(model: nn.Module, tensors: Mapping[str, torch.Tensor | TensorEntry], name: str) -> None:
+    """Check that the factors of a Down or a subject have the inputs and outputs of those of their layers that are here.
+
+    Raises:
+        BaseModelMismatchError
+    """
+    layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
+    for module in sorted({key.rpartition(".")[0] for key in tensors} & layers.keys()):
+        _check_layer(layers[module], module, tensors, f"{name}: expected a base model")
+
+
+def _check_layer(layer: nn.Module, module: str, tensors: Mapping[str, torch.Tensor | TensorEntry], told: str) -> None:
+    down, up, found = tensors.get(f"{module}.{DOWN}"), tensors.get(f"{module}.{UP}"), _shape(layer)
+    outputs = found[:1] if up is None else (up.shape[1],)
+    expected = (*outputs, *(found[1:] if down is None else down.shape[1:]))
+    if found != expected:
+        raise BaseModelMismatchError(
+            f"{told} whose {module} is {expected}, found {found} (outputs, inputs). Load it on the base that it was "
+            "trained on."
+        )
 
 
 def _shape(base: nn.Module) -> tuple[int, ...]:

@@ -278,10 +278,10 @@ def resolve_down(config: MetaLoraConfig) -> DownSource:
     return load_down(config.down or "", revision=config.down_revision, expected_fingerprint=config.down_fingerprint)
 
 
-def check_origin(config: MetaLoraConfig) -> None:
+def check_origin(config: MetaLoraConfig, model: nn.Module) -> None:
     """Check the file of an adapter that PEFT's own verbs load, before they touch the model; raises as `load_down`."""
     if config.origin is not None:
-        check_files(fetch(_origin(config)), config)
+        check_files(fetch(_origin(config)), config, model)
 
 
 def _origin(config: MetaLoraConfig) -> Location:

@@ -20,7 +20,7 @@ import torch
 
 from ..checkpoint.artefacts import require_replaceable, write_artefact
 from ..checkpoint.base_model import PREFIX
-from ..checkpoint.config_file import CONFIG_FILE
+from ..checkpoint.config_file import CONFIG_FILE, check_values
 from ..checkpoint.factors import WEIGHTS_FILE, listed
 from ..checkpoint.folded import FOLD_FILE, fold_subject
 from ..checkpoint.untrusted import open_tensors, read_json, read_tensors
@@ -34,7 +34,7 @@ from ..errors import (
 )
 from ..files import require_apart
 from ..tuner import DownSource
-from ..tuner.config import reference_to_write
+from ..tuner.config import reference_to_write, wrong_field
 from ..tuner.down import DOWN, MID, MID_INIT, UP, subject_config
 from ..tuner.ranks import from_pattern, ranks_of, scale_of
 
@@ -179,6 +179,15 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, tor
     file, config = _lora_file(Path(path))
     if config is None:
         config = _diffusers_metadata(file)
+    config = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}  # diffusers' copy
+    config = {
+        name: config[name] for name in ("lora_alpha", "alpha_pattern", "use_rslora") if config.get(name) is not None
+    }
+    if (wrong := wrong_field(config)) is not None:
+        raise CorruptFileError(
+            f"{file}: expected {wrong[0]} to be {wrong[1]}, found {str(config[wrong[0]])[:60]!r}. Fetch it again."
+        )
+    check_values(config, file, expressions=True)
     tensors = read_tensors(file)
     found: dict[str, dict[str, torch.Tensor]] = {}
     adapters = set()
@@ -245,10 +254,9 @@ def _diffusers_metadata(file: Path) -> dict[str, Any]:
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank as the configuration says (keys of diffusers' copy carry the component); 1 without one."""
-    values = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
-    alpha = from_pattern(values.get("alpha_pattern"), module, values.get("lora_alpha", rank))
-    return scale_of(float(alpha), rank, bool(values.get("use_rslora")))
+    """alpha / rank as the configuration says; 1 without one."""
+    alpha = from_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+    return scale_of(float(alpha), rank, config.get("use_rslora", False))
 
 
 def _require_shapes(module: str, a: torch.Tensor, b: torch.Tensor, down: torch.Tensor, outputs: int) -> None:

@@ -260,7 +260,7 @@ def inject_all_or_nothing(
     config: MetaLoraConfig = tuner.peft_config[adapter_name]
     before: _Before | None = None
     try:
-        check_files(config)
+        check_files(config, model)
         plan = tuner._plan = plan_injection(tuner, model, config, adapter_name, state_dict)
         tuner._index = next((layer.subject_index for _, layer in meta_lora_layers(model)), None) or SubjectIndex()
         with subjects_aside([layer for _, layer in meta_lora_layers(model)]):

@@ -105,7 +105,7 @@ def set_down_loader(loader: DownLoader | None) -> None:
     _loader = loader
 
 
-FileCheck = Callable[[MetaLoraConfig], None]
+FileCheck = Callable[[MetaLoraConfig, nn.Module], None]
 _check: FileCheck | None = None
 
 
@@ -115,10 +115,10 @@ def set_file_check(check: FileCheck | None) -> None:
     _check = check
 
 
-def check_files(config: MetaLoraConfig) -> None:
-    """Check the files that `config` was read from, if it was and if a check is installed."""
+def check_files(config: MetaLoraConfig, model: nn.Module) -> None:
+    """Check the files that `config` was read from against a model, if it was and if a check is installed."""
     if _check is not None and config.origin is not None and _given.get() is None:  # what is given has been checked
-        _check(config)
+        _check(config, model)
 
 
 def load_down_source(config: MetaLoraConfig) -> DownSource:
