@@ -58,6 +58,8 @@ def test_file_and_flags_are_one_definition(tmp_path):
         ("rank: true", "expected rank to be of type int, found True"),
         ("- rank", "expected settings as 'name: value' lines, found list"),
         ("a: [", "expected a YAML file"),
+        ("seed: !!timestamp x", "expected a YAML file"),  # Bug: an AttributeError came out
+        ("seed: !!bool x", "expected a YAML file"),  # Bug: a KeyError came out
         ("rank: 0", "rank must be a whole number of at least 1, found 0"),
         ("method: dora", "method must be one of 'meta-lora', 'lora', found 'dora'"),
     ],

@@ -91,8 +91,8 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         if len(content) > _YAML_BYTES:
             raise ConfigError(f"expected a YAML file of settings at {path}, found more than {_YAML_BYTES} bytes")
         return yaml.safe_load(content.decode("utf-8"))
-    # A date that is none is a ValueError of Python's.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    # Of a date, a truth value or a number that is none, yaml lets Python's own errors out.
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError, yaml.YAMLError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"expected a YAML file at {path}, found: {error}") from error

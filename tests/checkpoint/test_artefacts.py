@@ -555,3 +555,11 @@ def test_peft_puts_nothing_on_a_model_whose_layers_have_other_outputs(pair):
         model.load_adapter(str(pair[1]), "ann")
     assert [name for name, _ in model.named_parameters()] == before
     assert list(model.peft_config) == ["faces"]
+
+
+@pytest.mark.parametrize("name", ["modules_to_save", "trainable_token_indices"])
+def test_an_empty_list_of_further_modules_is_none(pair, name):
+    """Bug: PEFT looked for the embedding of an empty list of tokens, and a ValueError of its own came out."""
+    edit_config(pair[1], **{name: []})
+    source = checkpoint.load_subject(pair[1])
+    assert getattr(source.config, name) is None

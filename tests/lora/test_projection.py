@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from artefacts_tiny import TARGETS, TinyModel, edit_config, write_pair
+from artefacts_tiny import TARGETS, TinyModel, edit_config, edit_tensors, write_pair
 from peft_metalora import errors, load_down, load_subject
 from peft_metalora.checkpoint.folded import fold_subject
 from peft_metalora.lora.export import export_subject
@@ -143,3 +143,12 @@ def test_a_scale_of_a_wrong_kind_is_refused_in_words(pair, tmp_path, changes):
     with pytest.raises(errors.CheckpointError, match=f"expected {next(iter(changes))} to be"):
         project(lora, subject.down, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_factor_of_one_dimension_is_refused_in_words(pair, tmp_path):
+    """Bug: an IndexError came out."""
+    subject = load_subject(pair[1])
+    lora = export_subject(subject, tmp_path / "lora", "peft")
+    edit_tensors(lora, lambda tensors: tensors.update({name: one.flatten() for name, one in tensors.items()}))
+    with pytest.raises(errors.RankMismatchError, match="expected two factors of one rank"):
+        project(lora, subject.down, tmp_path / "again")

@@ -65,6 +65,7 @@ def parse_config(table: Mapping[str, Any], path: Path) -> MetaLoraConfig:
     for name in ("modules_to_save", "trainable_token_indices"):
         if values.get(name):
             raise _bad_field(path, name, "none: the files of Downs and subjects hold factors alone", values[name])
+        values[name] = None  # PEFT would look for the embedding of an empty list
     if values.get("bias", "none") != "none":
         raise _bad_field(path, "bias", "'none'", values["bias"])
     try:

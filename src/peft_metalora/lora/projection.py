@@ -211,7 +211,7 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, tor
         )
     pairs = {}
     for module, parts in found.items():
-        if not {"a", "b"} <= set(parts) or parts["a"].shape[0] != parts["b"].shape[1]:
+        if not {"a", "b"} <= set(parts) or parts["b"].ndim < 2 or parts["a"].shape[0] != parts["b"].shape[1]:
             raise RankMismatchError(
                 f"{file}: expected two factors of one rank in {module}, found others. Fetch it again."
             )
