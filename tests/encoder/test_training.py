@@ -54,7 +54,7 @@ def training_of(base, rows=2, count=3, **changes):
 
 def test_the_gradient_of_space_and_encoder_is_autograds(base):
     run = training_of(base)
-    stack, space, encoder = run.stack, run.space, run.encoder
+    stack, space, encoder = run.gradients.stack, run.space, run.encoder
     torch.manual_seed(1)
     with torch.no_grad():
         space.basis.normal_(std=0.1)
@@ -114,7 +114,7 @@ def test_the_loss_falls_and_the_base_stays(base):
     def loss():
         inputs = denoising_inputs(base, run.examples, torch.arange(9)[:6], torch.Generator().manual_seed(5))
         with torch.no_grad():
-            run.stack.values.copy_(run.space(run.encoder.eval()(run.reads.features[[2, 5]])))
+            run.gradients.values.copy_(run.space(run.encoder.eval()(run.reads.features[[2, 5]])))
         run.encoder.train()
         return float(run.gradients(inputs)[0].mean())
 
@@ -129,7 +129,7 @@ def test_the_loss_falls_and_the_base_stays(base):
 def test_the_space_does_not_follow_the_stack_it_was_made_from(base):
     run = training_of(base)
     mean = run.space.mean.detach().clone()
-    run.stack.values.add_(1)
+    run.gradients.values.add_(1)
     assert torch.equal(run.space.mean, mean)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..encoder import SubjectEncoder, SubjectSpace
 from ..errors import ConfigError, TooFewImagesError, TrainingError
+from .engine.slot_gradients import SlotGradients
 from .engine.stacked import Recorded, RowGradients, denoising_inputs
 from .examples.batches import Examples
 
@@ -138,10 +139,10 @@ class EncoderTraining:
     """One run: `steps()` trains `space` and `encoder` in place.
 
     Args:
-        gradients: of a stack whose rows are people in a step and whose parameters are the factors of `space`, in the
-            same order.
+        gradients: of rows that are the people of a step and whose numbers are those of `space`, in the same order:
+            stacked for a small base, by slots for one of any size.
         pairs: who is read and judged, on the device of the base. reads, examples: what `pairs` was made from.
-        record: replay the gradients of a step as a CUDA graph.
+        record: replay the gradients of a step as a CUDA graph (stacked ones).
 
     Raises:
         ConfigError: a space that does not fit the stack, or codes of another size than the encoder's.
@@ -149,7 +150,7 @@ class EncoderTraining:
 
     def __init__(
         self,
-        gradients: RowGradients,
+        gradients: RowGradients | SlotGradients,
         space: SubjectSpace,
         encoder: SubjectEncoder,
         pairs: PhotoPairs,
@@ -158,13 +159,13 @@ class EncoderTraining:
         config: EncoderTrainingConfig,
         record: bool = False,
     ) -> None:
-        self.gradients, self.stack, self.base = gradients, gradients.stack, gradients.base
+        self.gradients, self.base = gradients, gradients.base
         self.space, self.encoder, self.config = space, encoder, config
         self.pairs, self.reads, self.examples = pairs, reads, examples
-        if space.mean.numel() != self.stack.values.shape[1] or space.code_size != encoder.config.code_size:
+        if space.mean.numel() != gradients.values.shape[1] or space.code_size != encoder.config.code_size:
             raise ConfigError(
-                f"expected a space of {self.stack.values.shape[1]} numbers a subject and codes of "
-                f"{encoder.config.code_size}, as stack and encoder have, found {space.mean.numel()} and "
+                f"expected a space of {gradients.values.shape[1]} numbers a subject and codes of "
+                f"{encoder.config.code_size}, as these rows and this encoder have, found {space.mean.numel()} and "
                 f"{space.code_size}"
             )
         device = self.base.device
@@ -189,16 +190,16 @@ class EncoderTraining:
         """
         config, cuda = self.config, [self.base.device] if self.base.device.type == "cuda" else []
         while self.steps_done < config.steps:
-            index, targets = self.pairs.draw(self.stack.count, config.targets, self._generator)
+            index, targets = self.pairs.draw(len(self.gradients.values), config.targets, self._generator)
             # Dropout draws from the global state: here from one of this step, so that a resumed run goes on alike.
             with torch.random.fork_rng(devices=cuda):
                 torch.manual_seed(config.seed + self.steps_done)
                 subjects = self.space(self.encoder(self.reads.features[index].float()))
-            self.stack.values.copy_(subjects.detach())
+            self.gradients.values.copy_(subjects.detach())
             inputs = denoising_inputs(self.base, self.examples, targets.flatten(), self._generator)
             losses, gradient = self._gradients(inputs)
             self.optimizer.zero_grad()
-            subjects.backward(gradient / self.stack.count)
+            subjects.backward(gradient / len(self.gradients.values))
             self.optimizer.step()
             self.scheduler.step()
             self.loss = losses.mean()

@@ -159,6 +159,11 @@ class RowGradients:
         self._dtype = base.dtype
         self._stand_in = _OneDenoiser(self._original, stack)
 
+    @property
+    def values(self) -> Tensor:
+        """(S, N): the rows that the next call is about, to be written in place."""
+        return self.stack.values
+
     def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """One pass over a batch that holds a block of samples for each row.
 

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradient of each of many subjects by the slots of one adapter: `stacked.RowGradients` for bases of any size.
+
+The base runs once over all samples, with ordinary autograd, so that gradient checkpointing and autocast work; what
+belongs to which subject is the slots' business. Any method can be stacked, slots are Meta-LoRA's alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...bases import Base, Text
+from ...bases.precision import autocast
+from ...errors import AdapterNotFoundError
+from ...tuner.down import MID, UP
+from ...tuner.on_model import meta_lora_layers
+
+
+class SlotGradients:
+    """The training loss of each subject of an adapter with slots, and its gradient with respect to that subject alone.
+
+    Args:
+        base: its denoiser holds a subject adapter in training, one slot a subject.
+        adapter_name: of that adapter.
+        mixed_precision: as the settings of both stages have it.
+
+    Attributes:
+        values: (S, N) float32, the subjects of the next call, to be written in place; factors in the order of their
+            names, as `SubjectSpace.around` has them.
+
+    Raises:
+        AdapterNotFoundError: there is no such adapter.
+    """
+
+    def __init__(self, base: Base, adapter_name: str = "default", mixed_precision: str = "no") -> None:
+        self.base, self._precision = base, mixed_precision
+        layers = [
+            (path, layer) for path, layer in meta_lora_layers(base.denoiser) if adapter_name in layer.metalora_mid
+        ]
+        if not layers:
+            raise AdapterNotFoundError(f"expected a Meta-LoRA adapter {adapter_name!r} on the denoiser, found none")
+        factors = {f"{path}.{part}": getattr(layer, part)[adapter_name] for path, layer in layers for part in (MID, UP)}
+        self._factors = [factors[name] for name in sorted(factors)]
+        self._index = layers[0][1].subject_index
+        self.values = torch.cat([factor.detach().float().flatten(1) for factor in self._factors], dim=1)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """One pass over a batch that holds a block of samples for each subject; see `RowGradients`.
+
+        Returns:
+            Losses (S,), each the mean over a block, and gradients (S, N), as `values`.
+        """
+        count, device = len(self.values), self.values.device
+        with torch.no_grad():
+            parts = self.values.split([factor[0].numel() for factor in self._factors], dim=1)
+            for factor, part in zip(self._factors, parts, strict=True):
+                factor.copy_(part.view_as(factor))
+        each = len(inputs["latents"]) // count
+        # One index serves all layers of a model.
+        self._index.write(tuple(row for row in range(count) for _ in range(each)), device)
+        text: Text = {name[5:]: tensor for name, tensor in inputs.items() if name.startswith("text.")}
+        with autocast(self._precision, device, adapter_casts=True):
+            losses = self.base.loss(inputs["latents"], text, inputs["noise"], inputs["times"], inputs.get("mask"))
+        rows = losses.unflatten(0, (count, each)).mean(1)
+        # No row depends on another's numbers, so that the gradient of the sum is each one's own.
+        gradients = torch.autograd.grad(rows.sum(), self._factors)
+        return rows.detach(), torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
