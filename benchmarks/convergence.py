@@ -33,12 +33,12 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation import People, mean_lora_start
+from peft_metalora.data.degrade import DEGRADATIONS, degrade
 from peft_metalora.demo.embedded import RESOLUTION
 from peft_metalora.demo.faces import turned_photo
 from peft_metalora.demo.scoring import INFERENCE_STEPS
 from peft_metalora.encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_code
 from peft_metalora.errors import TrainingError
-from peft_metalora.evaluation.degrade import DEGRADATIONS, degrade
 from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.summary import METRICS, interval
 from peft_metalora.files import write_bytes

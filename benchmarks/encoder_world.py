@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluation import Bench, People
 from peft_metalora.bases import Base, base_for
 from peft_metalora.data import load_image
+from peft_metalora.data.degrade import DEGRADATIONS, make_worse
 from peft_metalora.demo.embedded import RESOLUTION, load_base
 from peft_metalora.demo.faces import captions, render, sample_identities, sample_scenes, scene_from_labels
 from peft_metalora.demo.judges import FaceEmbedder
 from peft_metalora.demo.make_base import train_embedder
 from peft_metalora.demo.scene import Scene
 from peft_metalora.encoder.sources.latents import even_exposure
-from peft_metalora.evaluation.degrade import DEGRADATIONS, degrade
 from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off
 from peft_metalora.files import write_tensors
 from peft_metalora.training.encoder_training import Reads
@@ -36,7 +36,6 @@ from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.tuner.down import DownSource
 
-ERASE = "erase"
 SECOND = "second_r_facesim"
 _RENDERED = 1024  # images drawn together on a GPU
 _ENCODED = 512
@@ -93,7 +92,7 @@ class Recipe:
         if self.worse == "none":
             return ()
         left_out = self.worse.split("-")[1:]
-        return tuple(name for name in DEGRADATIONS if name not in left_out) + ((ERASE,) * 2 if self.erase else ())
+        return tuple(name for name in DEGRADATIONS if name not in left_out)
 
 
 class TokenAdapter(nn.Module):
@@ -243,7 +242,7 @@ class World(Bench):
         clean = self.seen(self.photos(people, count)[0], recipe)
         versions = [clean]
         if recipe.corruptions:
-            key = people, count, f"{recipe.corruptions} {recipe.expose}"
+            key = people, count, f"{recipe.corruptions} {recipe.expose} {recipe.erase}"
             if key not in self._worse:
                 pixels = self.photos(people, count)[0]
                 jobs = [
@@ -338,28 +337,12 @@ def of_rank(down: DownSource, r: int) -> DownSource:
     return DownSource(config, tensors, down.fingerprint)
 
 
-def _make_worse(job: tuple[np.ndarray[Any, Any], tuple[str, ...], int]) -> list[np.ndarray[Any, Any]]:
+def _make_worse(job: tuple[np.ndarray[Any, Any], tuple[str, ...], bool, int]) -> list[np.ndarray[Any, Any]]:
     """Three bad versions of each photo, each of a random corruption and strength."""
-    pixels, names, seed = job
+    pixels, names, erasing, seed = job
     source = random.Random(seed)
     versions = []
     for _ in range(3):
-        made = []
-        for photo in pixels:
-            name, strength = source.choice(names), source.uniform(0.2, 1.0)
-            image = Image.fromarray(photo)
-            made.append(np.array(_erase(image, strength, source) if name == ERASE else degrade(image, name, strength)))
-        versions.append(np.stack(made))
+        made = [make_worse(Image.fromarray(photo), source, names, erasing) for photo in pixels]
+        versions.append(np.stack([np.array(image) for image in made]))
     return versions
-
-
-def _erase(image: Image.Image, strength: float, source: random.Random) -> Image.Image:
-    """Boxes of one colour anywhere (random erasing, arXiv 1708.04896), one to three, up to 40 % of a side each."""
-    erased = image.copy()
-    draw = ImageDraw.Draw(erased)
-    for _ in range(source.randint(1, 3)):
-        width, height = (max(2, round(image.width * 0.4 * strength * source.uniform(0.4, 1))) for _ in range(2))
-        left, top = source.uniform(0, image.width - width), source.uniform(0, image.height - height)
-        colour = (source.randrange(256), source.randrange(256), source.randrange(256))
-        draw.rectangle((left, top, left + width, top + height), colour)
-    return erased

@@ -29,12 +29,12 @@ from torch import Tensor
 from peft_metalora import hub
 from peft_metalora.bases import base_for
 from peft_metalora.data import Photo, Subject, load_image, read_subjects
+from peft_metalora.data.degrade import DEGRADATIONS, degrade
 from peft_metalora.demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
 from peft_metalora.demo.faces import turned_photo, write_dataset
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.scene import parse_caption
 from peft_metalora.demo.scoring import INFERENCE_STEPS, PROMPTS
-from peft_metalora.evaluation.degrade import DEGRADATIONS, degrade
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, Rival, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.summary import METRICS, interval, summarise
 from peft_metalora.training.engine.stacked import AdapterStack, train_stack

@@ -10,12 +10,19 @@ from peft_metalora.commands.generate import GenerateConfig
 from peft_metalora.commands.read import ReadConfig
 from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.settings import settings_table
-from peft_metalora.training.stage_settings import INPUTS, OUTPUTS, MetaTrainConfig, PersonalizeConfig
+from peft_metalora.training.stage_settings import (
+    INPUTS,
+    OUTPUTS,
+    MetaTrainConfig,
+    PersonalizeConfig,
+    TrainEncoderConfig,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 COMMANDS = {
     "meta-train": MetaTrainConfig,
     "personalize": PersonalizeConfig,
+    "train-encoder": TrainEncoderConfig,
     "read": ReadConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,

@@ -173,6 +173,7 @@ _OLD_MODULES = {
     "demo.shapes": "demo.drawing",
     "denoiser": "pipelines.denoiser",
     "evaluation.batched": "training.engine.stacked",
+    "evaluation.degrade": "data.degrade",
     "evaluation.settings": "evaluation.evaluation_settings",
     "export": "lora.export",
     "factors": "checkpoint.factors",

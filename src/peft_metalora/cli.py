@@ -61,6 +61,9 @@ COMMANDS = {
         "training.stage_settings:PersonalizeConfig",
         "commands.train:run_personalize",
     ),
+    "train-encoder": Command(
+        "teach a Down to read photos", "training.stage_settings:TrainEncoderConfig", "commands.train:run_train_encoder"
+    ),
     "read": Command(
         "bring a person in from photos, without training", "commands.read:ReadConfig", "commands.read:run_read"
     ),

@@ -10,10 +10,10 @@ import pytest
 
 from peft_metalora.cli import main
 from peft_metalora.data import load_image, read_subjects
+from peft_metalora.data.degrade import DEGRADATIONS, degrade
 from peft_metalora.demo.judges import load_judge
 from peft_metalora.errors import ConfigError
 from peft_metalora.evaluation.conditions import Condition, bad_reference, conditions_of
-from peft_metalora.evaluation.degrade import DEGRADATIONS, degrade
 from peft_metalora.evaluation.figures import degraded, degraded_table
 
 

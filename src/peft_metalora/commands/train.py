@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from ..training.meta_train import meta_train
 from ..training.personalize import personalize
-from ..training.stage_settings import MetaTrainConfig, PersonalizeConfig
+from ..training.stage_settings import MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig
+from ..training.train_encoder import train_encoder
 
 
 def run_meta_train(config: MetaTrainConfig) -> str:
@@ -17,3 +18,8 @@ def run_meta_train(config: MetaTrainConfig) -> str:
 def run_personalize(config: PersonalizeConfig) -> str:
     """Learn a subject, and say where it lies."""
     return f"wrote {personalize(config)}"
+
+
+def run_train_encoder(config: TrainEncoderConfig) -> str:
+    """Teach a Down to read photos, and say where it lies."""
+    return f"wrote the Down with its encoder to {train_encoder(config)}"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import CONDITIONS_FOLDER, IMAGE_SUFFIXES, Photo, Subject, caption_beside, load_image
+from ..data.degrade import DEGRADATIONS, degrade
 from ..data.images import png
 from ..errors import ConfigError
 from ..files import write_bytes
-from .degrade import DEGRADATIONS, degrade
 from .evaluation_settings import named
 
 _STRENGTHS = "0.5,1.0"

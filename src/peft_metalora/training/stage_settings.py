@@ -327,3 +327,61 @@ def public_settings(config: TrainingConfig) -> dict[str, Any]:
         if value and (os.path.isabs(value) or os.path.exists(value)):
             values[name] = os.path.basename(os.path.abspath(value))
     return values
+
+
+@dataclass(kw_only=True)
+class TrainEncoderConfig:
+    """Teach a Down to read photos: a subject space and an encoder, from photos of many people.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    down: str = setting("Folder or repository of the Down.")
+    train_data_dir: str = setting("Folder that holds a folder for each person, with at least two photos.")
+    output_dir: str = setting("Folder for the Down with its space and encoder.")
+    pretrained_model_name_or_path: str | None = setting(
+        "Base model: a diffusers folder or a repository id. Default: the one that the Down names.", None
+    )
+    revision: str | None = setting("Revision of the base model's repository.", None)
+    down_revision: str | None = setting("Revision of the Down's repository.", None)
+    local_files_only: bool = setting("Never ask the network for the base model or the Down.", False)
+    encoder: str = setting(
+        "Where the encoder looks: latents (the base's own VAE), transformers:<vision model>, or face.", "latents"
+    )
+    code_size: int = setting("Numbers of a person's code.", 128)
+    width: int = setting("Channels of the encoder's first layer.", 64)
+    hidden: int = setting("Width of the encoder's head.", 512)
+    dropout: float = setting("Dropout of the encoder's head.", 0.2)
+    bad_versions: int = setting(
+        "Bad versions (blurred, dark, covered, ...) of each photo; the good one is read as often as all of them.", 3
+    )
+    resolution: int = setting(
+        "Height and width in pixels of the photos that are drawn, and of those that are read.", 512
+    )
+    instance_prompt: str | None = setting("Caption of images that have none of their own.", None)
+    random_flip: bool = setting(
+        "Mirror half of the views; 'left' and 'right' in captions are swapped with them.", False
+    )
+    views_per_image: int = setting("Crops of each photo that are drawn.", 1)
+    cache_dir: str | None = setting("Keep encoded photos and captions in this folder for later runs.", None)
+    max_train_steps: int = setting("Steps.", 9000)
+    subjects_per_batch: int = setting("People in a step.", 8)
+    images_per_subject: int = setting("Photos of each person in a step, beside the one that is read.", 4)
+    learning_rate: float = setting("Learning rate of the encoder.", 1e-3)
+    space_learning_rate: float = setting("Learning rate of the space.", 3e-4)
+    lr_warmup_steps: int = setting("Steps over which the learning rates rise from 0.", 100)
+    gradient_checkpointing: bool = setting("Recompute activations in the backward pass: less memory, more time.", False)
+    mixed_precision: str = setting(
+        "Precision of the base; 'auto' is bf16 on a GPU and none on a CPU.", "auto", choices=("auto", "no", "bf16")
+    )
+    device: str | None = setting("Device to train on. Default: a GPU when there is one.", None)
+    seed: int = setting("Seed of everything random.", 0)
+    overwrite: bool = setting("Replace another kind of artefact that lies in output_dir.", False)
+
+    def __post_init__(self) -> None:
+        for name in ("subjects_per_batch", "images_per_subject", "views_per_image"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.bad_versions < 0:
+            raise ConfigError(f"bad_versions must be at least 0, found {self.bad_versions}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad references: what a photo that was blurred, dark, covered or small does to a method (the paper's named limit).
+"""Bad photos: blurred, dark, covered or small ones, that a method is tried on or learns to see through.
 
 Each function takes a PIL image and a strength in (0, 1] and returns an image of the same size. Sizes are shares of
 the image, so that a strength means the same at 64 and at 1024 px. Strong yaw is no filter: it takes another photo.
@@ -8,6 +8,7 @@ the image, so that a strength means the same at 64 and at 1024 px. Strong yaw is
 from __future__ import annotations
 
 import io
+import random
 import zlib
 from collections.abc import Callable
 
@@ -89,6 +90,35 @@ DEGRADATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "sunglasses": sunglasses,
     "grey": grey,
 }
+
+
+def erase(image: Image.Image, strength: float, source: random.Random) -> Image.Image:
+    """One to three boxes of one colour anywhere, up to 40 % of a side each (random erasing, arXiv 1708.04896)."""
+    erased = image.copy()
+    draw = ImageDraw.Draw(erased)
+    for _ in range(source.randint(1, 3)):
+        width, height = (
+            max(2, round(side * 0.4 * strength * source.uniform(0.4, 1))) for side in (image.width, image.height)
+        )
+        left, top = source.uniform(0, image.width - width), source.uniform(0, image.height - height)
+        colour = (source.randrange(256), source.randrange(256), source.randrange(256))
+        draw.rectangle((left, top, left + width, top + height), colour)
+    return erased
+
+
+def make_worse(
+    image: Image.Image, source: random.Random, names: tuple[str, ...] | None = None, erasing: bool = True
+) -> Image.Image:
+    """A bad version of an RGB photo, as training an encoder shows it: one corruption, at random, of random strength.
+
+    Args:
+        source: of all that is drawn. names: corruptions to choose from; None: all of `DEGRADATIONS`.
+        erasing: whether boxes may be erased instead, twice as often as any other corruption happens.
+    """
+    known = tuple(DEGRADATIONS) if names is None else names
+    name = source.choice((*known, "erase", "erase") if erasing else known)
+    strength = source.uniform(0.2, 1.0)
+    return erase(image, strength, source) if name == "erase" else degrade(image, name, strength)
 
 
 def degrade(image: Image.Image, name: str, strength: float) -> Image.Image:

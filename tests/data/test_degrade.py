@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from peft_metalora.data.degrade import DEGRADATIONS, degrade
 from peft_metalora.errors import ConfigError
-from peft_metalora.evaluation.degrade import DEGRADATIONS, degrade
 
 SIZE = 64
 FLAT = Image.new("RGB", (SIZE, SIZE), (200, 100, 40))
