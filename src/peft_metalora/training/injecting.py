@@ -74,9 +74,9 @@ def take_off(base: Base, config: TrainingConfig) -> None:
 
 
 def sanity_of(
-    base: Base, examples: Examples, *, prior_loss_weight: float = 0.0, losses: Sequence[float] = ()
+    base: Base, examples: Examples, *, losses: Sequence[float] = (), done: int = 0, prior_loss_weight: float = 0.0
 ) -> Sanity:
-    """What stops a run that destroys what it learns; `losses` are those of a run that goes on."""
+    """What stops a run that destroys what it learns; `losses` and `done` as `Sanity` takes them."""
     generator = torch.Generator().manual_seed(0)
     squares = []
     for position in range(0, len(examples), -(-len(examples) // 16)):
@@ -85,7 +85,7 @@ def sanity_of(
         latents = torch.randn(shape, generator=generator) if examples.fresh else examples.latents[position][None].cpu()
         noise = torch.randn(shape, generator=generator)
         squares.append(base.target(latents.float(), noise, base.sample_times(latents, generator)).square().mean())
-    return Sanity(float(torch.stack(squares).mean()) * (1 + prior_loss_weight), losses)
+    return Sanity(float(torch.stack(squares).mean()) * (1 + prior_loss_weight), losses, done)
 
 
 @contextmanager

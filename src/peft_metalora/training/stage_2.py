@@ -155,7 +155,7 @@ class Personalization:
     def steps(self) -> Iterator[Step]:
         """Train; yields each step when it is finished. With several subjects `loss` is their mean."""
         config = self.config
-        sanity = sanity_of(self.base, self.examples, prior_loss_weight=config.prior_loss_weight)
+        sanity = sanity_of(self.base, self.examples, done=self.steps_done, prior_loss_weight=config.prior_loss_weight)
         for step in training_steps(
             self._loss,
             self.optimizer,

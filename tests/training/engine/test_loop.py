@@ -160,9 +160,9 @@ def test_a_fused_optimiser_is_not_waited_for():
     assert torch.equal(weight, kept)
 
 
-def see_all(losses, nothing=2.0):
-    sanity = Sanity(nothing)
-    for number, loss in enumerate(losses, start=1):
+def see_all(losses, nothing=2.0, done=0):
+    sanity = Sanity(nothing, done=done)
+    for number, loss in enumerate(losses, start=done + 1):
         sanity.see(Step(number, loss, 0.1, 0.0))
 
 
@@ -172,6 +172,11 @@ def test_a_run_that_is_worse_than_knowing_nothing_is_lost():
     with pytest.raises(TrainingError, match=r"loss below 2, .* after 0.4 at best: .*lower the learning rate") as raised:
         see_all([*good, 4.7, 3.9, 2.4, 1.9, 2.0, 1.9, 1.9])
     assert raised.value.good_step == 3  # the loss of step 4 was that of the weights of step 3
+    with pytest.raises(TrainingError, match="3 steps up to 3"):
+        see_all([0.6, 4.7, 3.2])
+    with pytest.raises(TrainingError) as raised:
+        see_all([0.6, 4.7, 3.2], done=100)
+    assert raised.value.good_step == 100
     see_all([*good, 9.0, 0.5, 0.6, 0.4, 0.5])  # a spike
     see_all([2.8, 2.5, 2.9, 2.0, 3.1] * 20)  # random weights, no better from the start
     see_all([0.02, 1.5, 0.8, 1.4, 0.02, 1.9] * 20)  # low and high noise levels, one by one

@@ -134,19 +134,19 @@ class Sanity:
     """Says when a run has destroyed what it learns: the loss is finite, and worse than that of knowing nothing.
 
     A learning rate that is far too high rarely ends in NaN: the denoiser's layers normalise whatever comes, and the
-    loss settles where a constant prediction has it. A run is over when its median loss of some steps is above that,
+    loss settles where a constant prediction has it. A run is over when its median loss of the last steps is above that,
     and far above the best that the run has seen (a base of random weights is no better from the start).
 
     Args:
         nothing: the loss of a model that predicts 0.
-        losses: of the run so far, if it goes on.
+        losses: of the run so far, if it goes on and they are known. done: its steps so far.
     """
 
-    _STEPS, _FAR = 5, 3.0
+    _LEAST, _STEPS, _FAR = 3, 5, 3.0
 
-    def __init__(self, nothing: float, losses: Sequence[float] = ()) -> None:
+    def __init__(self, nothing: float, losses: Sequence[float] = (), done: int = 0) -> None:
         self.nothing = nothing
-        self._best, self._sane = math.inf, 0
+        self._best, self._sane = math.inf, done
         self._last: deque[float] = deque(maxlen=self._STEPS)
         for number, loss in enumerate(losses, start=1):
             self._take(number, loss)
@@ -159,11 +159,11 @@ class Sanity:
         """
         self._take(step.number, step.loss)
         median = statistics.median(self._last)
-        if len(self._last) == self._STEPS and median > max(self.nothing, self._FAR * self._best):
+        if len(self._last) >= self._LEAST and median > max(self.nothing, self._FAR * self._best):
             raise TrainingError(
                 f"expected a loss below {self.nothing:.3g}, which a model has that predicts nothing, found a median of "
-                f"{median:.3g} in the {self._STEPS} steps up to {step.number}, after {self._best:.3g} at best: the run "
-                "has destroyed what it learns, so lower the learning rate.",
+                f"{median:.3g} in the {len(self._last)} steps up to {step.number}, after {self._best:.3g} at best: the "
+                "run has destroyed what it learns, so lower the learning rate.",
                 self._sane,
             )
 
