@@ -23,10 +23,11 @@ from peft_metalora.bases import Base, base_for
 from peft_metalora.data import load_image
 from peft_metalora.data.degrade import DEGRADATIONS, make_worse
 from peft_metalora.demo.embedded import RESOLUTION, load_base
-from peft_metalora.demo.faces import captions, render, sample_identities, sample_scenes, scene_from_labels
+from peft_metalora.demo.faces import sample_identities
 from peft_metalora.demo.judges import FaceEmbedder
 from peft_metalora.demo.make_base import train_embedder
-from peft_metalora.demo.scene import Scene
+from peft_metalora.demo.render import render
+from peft_metalora.demo.scene import Scene, captions, sample_scenes, scene_from_labels
 from peft_metalora.encoder.sources.latents import even_exposure
 from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off
 from peft_metalora.files import write_tensors

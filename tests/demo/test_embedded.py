@@ -10,6 +10,8 @@ from diffusers import FluxPipeline
 from peft_metalora.demo import faces
 from peft_metalora.demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, load_base
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
+from peft_metalora.demo.render import render
+from peft_metalora.demo.scene import captions, parse_caption, sample_scenes
 from peft_metalora.demo.scoring import generate, to_pil
 
 
@@ -44,29 +46,29 @@ def test_stock_diffusers_loads_it_without_being_told_a_dtype():
 
 
 def test_tokenizer_knows_every_word_of_the_grammar(base):
-    scenes = faces.sample_scenes(64, torch.Generator().manual_seed(0))
-    ids = base.tokenizer_2(faces.captions(scenes), padding="max_length", max_length=MAX_SEQUENCE_LENGTH).input_ids
+    scenes = sample_scenes(64, torch.Generator().manual_seed(0))
+    ids = base.tokenizer_2(captions(scenes), padding="max_length", max_length=MAX_SEQUENCE_LENGTH).input_ids
     assert all(base.tokenizer_2.unk_token_id not in row for row in ids)
     assert all(len(row) == MAX_SEQUENCE_LENGTH and row[-1] == base.tokenizer_2.pad_token_id for row in ids)
 
 
 def test_base_draws_what_the_caption_asks_for(base):
-    asked = faces.sample_scenes(16, torch.Generator().manual_seed(5))
-    prompts = faces.captions(asked)
+    asked = sample_scenes(16, torch.Generator().manual_seed(5))
+    prompts = captions(asked)
     shown = load_judge().read(generate(base, prompts, range(16)))
-    rates = adherence([faces.parse_caption(prompt) for prompt in prompts], shown)
+    rates = adherence([parse_caption(prompt) for prompt in prompts], shown)
     assert min(rates[clause] for clause in ("yaw", "expression", "shirt", "background")) >= 0.85
     # The same pictures, held against other captions: what chance gives.
-    shuffled = [faces.parse_caption(prompt) for prompt in prompts[1:] + prompts[:1]]
+    shuffled = [parse_caption(prompt) for prompt in prompts[1:] + prompts[:1]]
     assert adherence(shuffled, shown)["all"] < 0.6
 
 
 def test_judges_read_renders_of_people_they_have_not_seen():
     generator = torch.Generator().manual_seed(77)
     people = faces.sample_identities(30, generator).repeat_interleave(3, 0)
-    scenes = faces.sample_scenes(90, generator)
-    images = faces.render(people, scenes)
-    truth = [faces.parse_caption(text) for text in faces.captions(scenes)]
+    scenes = sample_scenes(90, generator)
+    images = render(people, scenes)
+    truth = [parse_caption(text) for text in captions(scenes)]
     assert adherence(truth, load_judge().read(images))["all"] >= 0.97
     embedded = load_embedder().embed(images)
     assert torch.allclose(embedded.vectors.norm(dim=1), torch.ones(90), atol=1e-5) and embedded.found.all()
@@ -79,9 +81,9 @@ def test_judges_read_renders_of_people_they_have_not_seen():
 
 
 def test_pil_images_and_tensors_are_embedded_alike():
-    images = faces.render(
+    images = render(
         faces.sample_identities(2, torch.Generator().manual_seed(1)),
-        faces.sample_scenes(2, torch.Generator().manual_seed(2)),
+        sample_scenes(2, torch.Generator().manual_seed(2)),
     )
     embedder = load_embedder()
     as_pil = embedder.embed([to_pil(image) for image in images]).vectors

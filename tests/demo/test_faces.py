@@ -12,8 +12,17 @@ from PIL import Image
 from torch import Tensor
 
 from peft_metalora.demo import faces
-from peft_metalora.demo.render import IDENTITY_FACTORS
-from peft_metalora.demo.scene import LABELS, Scene
+from peft_metalora.demo.render import IDENTITY_FACTORS, render
+from peft_metalora.demo.scene import (
+    LABELS,
+    VOCABULARY,
+    Scene,
+    captions,
+    labels,
+    parse_caption,
+    sample_scenes,
+    scene_from_labels,
+)
 from peft_metalora.errors import ConfigError, MetaLoraError
 
 # Mean change of an image, in 1/255, when a factor goes through its values: at least this for any, this for the bold.
@@ -27,7 +36,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def plain_scene(n: int, **labels: str) -> Scene:
     """One frontal, centred, evenly lit scene, n times; labels change what they name only."""
     wanted = {"yaw": "forward", "expression": "neutral", "pattern": "plain", "light": "white"} | labels
-    scene = faces.scene_from_labels(**wanted, generator=generator())
+    scene = scene_from_labels(**wanted, generator=generator())
     zero = torch.zeros(1)
     still = dict.fromkeys(("pitch", "roll", "shift_x", "shift_y", "light_x", "light_y"), zero)
     if wanted["yaw"] == "forward":
@@ -50,19 +59,19 @@ def test_identities_are_about_thirty_factors_in_the_unit_interval():
 
 
 def test_images_are_rgb_in_range_and_deterministic():
-    identity, scene = faces.sample_identities(20, generator()), faces.sample_scenes(20, generator(1))
-    image = faces.render(identity, scene)
+    identity, scene = faces.sample_identities(20, generator()), sample_scenes(20, generator(1))
+    image = render(identity, scene)
     assert image.shape == (20, 3, 64, 64) and image.dtype == torch.float32
     assert image.isfinite().all() and image.min() >= 0 and image.max() <= 1
-    assert torch.equal(image, faces.render(identity, scene))
+    assert torch.equal(image, render(identity, scene))
 
 
 def test_an_image_does_not_depend_on_its_batch():
-    identity, scene = faces.sample_identities(40, generator()), faces.sample_scenes(40, generator(1))
-    together = faces.render(identity, scene)
+    identity, scene = faces.sample_identities(40, generator()), sample_scenes(40, generator(1))
+    together = render(identity, scene)
     order = torch.randperm(40, generator=generator(2))
-    torch.testing.assert_close(faces.render(identity[order], scene[order]), together[order], atol=1e-5, rtol=0)
-    alone = torch.cat([faces.render(identity[i : i + 1], scene[i : i + 1]) for i in range(40)])
+    torch.testing.assert_close(render(identity[order], scene[order]), together[order], atol=1e-5, rtol=0)
+    alone = torch.cat([render(identity[i : i + 1], scene[i : i + 1]) for i in range(40)])
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
 
 
@@ -71,12 +80,12 @@ def test_every_identity_factor_is_visible(factor):
     people = faces.sample_identities(24, generator())
     people[:, IDENTITY_FACTORS.index("glasses")] = 1.0
     people[:, IDENTITY_FACTORS.index("fringe")] *= 0.3
-    scene = faces.sample_scenes(24, generator(1))
+    scene = sample_scenes(24, generator(1))
     column = IDENTITY_FACTORS.index(factor)
     steps = []
     for value in (0.0, 0.33, 0.66, 1.0):
         people[:, column] = value
-        steps.append(faces.render(people, scene))
+        steps.append(render(people, scene))
     images = torch.stack(steps)
     change = 255 * (images.amax(0) - images.amin(0)).mean()
     assert change > VISIBLE
@@ -85,14 +94,14 @@ def test_every_identity_factor_is_visible(factor):
 
 
 def test_a_mirrored_person_in_a_mirrored_scene_is_the_mirrored_image():
-    identity, scene = faces.sample_identities(40, generator()), faces.sample_scenes(40, generator(1))
-    flipped = faces.render(faces.flip_identity(identity), scene.flip())
-    torch.testing.assert_close(flipped.flip(-1), faces.render(identity, scene), atol=1e-4, rtol=0)
+    identity, scene = faces.sample_identities(40, generator()), sample_scenes(40, generator(1))
+    flipped = render(faces.flip_identity(identity), scene.flip())
+    torch.testing.assert_close(flipped.flip(-1), render(identity, scene), atol=1e-4, rtol=0)
     swap = {"left": "right", "right": "left"}
-    for text, mirrored in zip(faces.captions(scene), faces.captions(scene.flip()), strict=True):
-        asked = faces.parse_caption(text)
+    for text, mirrored in zip(captions(scene), captions(scene.flip()), strict=True):
+        asked = parse_caption(text)
         asked["yaw"] = swap.get(asked["yaw"], asked["yaw"])
-        assert faces.parse_caption(mirrored) == asked
+        assert parse_caption(mirrored) == asked
 
 
 def test_facing_left_moves_the_features_to_the_left_of_the_image():
@@ -100,7 +109,7 @@ def test_facing_left_moves_the_features_to_the_left_of_the_image():
     centre = {}
     for yaw in LABELS["yaw"]:
         scene = plain_scene(1, yaw=yaw, background="grey", shirt="grey")
-        image = faces.render(average(lip_colour=0.5), scene)[0]
+        image = render(average(lip_colour=0.5), scene)[0]
         red = (image[0] - 1.9 * image[1]).clamp(min=0)[24:52]
         centre[yaw] = float((red * torch.linspace(-1, 1, 64)).sum() / red.sum())
     assert centre["left"] < -0.1 < centre["forward"] < 0.1 < centre["right"]
@@ -108,7 +117,7 @@ def test_facing_left_moves_the_features_to_the_left_of_the_image():
 
 def test_expressions_differ_clearly():
     scenes = Scene.cat([plain_scene(1, expression=name) for name in LABELS["expression"]])
-    images = faces.render(average().expand(len(scenes), -1), scenes)
+    images = render(average().expand(len(scenes), -1), scenes)
     for first in range(len(scenes)):
         for second in range(first):
             strong = (images[first] - images[second]).abs().amax(0) > 0.25
@@ -117,7 +126,7 @@ def test_expressions_differ_clearly():
 
 def test_teeth_show_in_a_smile_and_the_corners_of_a_sad_mouth_hang():
     def white_pixels(expression: str) -> int:
-        image = faces.render(average(), plain_scene(1, expression=expression))[0, :, 38:56, 16:48]
+        image = render(average(), plain_scene(1, expression=expression))[0, :, 38:56, 16:48]
         return int((image.amin(0) > 0.8).sum())
 
     assert white_pixels("neutral") == 0
@@ -125,7 +134,7 @@ def test_teeth_show_in_a_smile_and_the_corners_of_a_sad_mouth_hang():
 
     def corner_height(expression: str) -> float:
         """y of the dark pixels at the mouth's ends less that in its middle, in pixels."""
-        image = faces.render(average(lip_colour=0.5, nose_length=0), plain_scene(1, expression=expression))[0]
+        image = render(average(lip_colour=0.5, nose_length=0), plain_scene(1, expression=expression))[0]
         red = (image[0] - 1.9 * image[1]).clamp(min=0)[38:54, 16:48]
         columns = red.sum(0) > 0.3
         y = (red * torch.arange(16.0)[:, None]).sum(0)[columns] / red.sum(0)[columns]
@@ -142,10 +151,10 @@ def test_named_colours_stay_apart_under_every_light(what):
 
     def mean_colour(light: str, seed: int) -> Tensor:
         scenes = [
-            faces.scene_from_labels(**{what: name}, light=light, pattern="plain", generator=generator(seed))
+            scene_from_labels(**{what: name}, light=light, pattern="plain", generator=generator(seed))
             for name in colours
         ]
-        image = faces.render(average().expand(len(colours), -1), Scene.cat(scenes))[region]
+        image = render(average().expand(len(colours), -1), Scene.cat(scenes))[region]
         return image.flatten(2).mean(-1)
 
     for light in LABELS["light"]:
@@ -159,7 +168,7 @@ def test_patterns_are_what_they_are_called():
     left, top = {}, {}  # strips of wall beside and above the head
     for pattern in LABELS["pattern"]:
         scene = replace(plain_scene(1, pattern=pattern, background="grey"), pattern_angle=torch.zeros(1))
-        image = faces.render(average(), scene)[0, 0]
+        image = render(average(), scene)[0, 0]
         left[pattern], top[pattern] = image[:26, 3], image[1]
     assert left["plain"].std() < 0.02 > top["plain"].std()
     assert left["striped"].std() > 0.05
@@ -172,68 +181,68 @@ def test_patterns_are_what_they_are_called():
 def test_edges_are_soft_and_move_smoothly():
     person = average(skin_lightness=1.0, hair_hue=0.0)
     scene = plain_scene(1, background="yellow", shirt="blue")
-    image = faces.render(person, scene)[0]
+    image = render(person, scene)[0]
     shoulder = image[2, 40:, 6]  # blue channel: yellow wall above, dark outline, blue shirt below
     assert ((shoulder > shoulder.min() + 0.05) & (shoulder < shoulder.max() - 0.05)).any()
     half_pixel = 1 / 64
     shifts = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]) * 2 * half_pixel
     scenes = replace(scene[torch.zeros(5, dtype=torch.long)], shift_x=shifts)
-    moved = faces.render(person.expand(5, -1), scenes)
+    moved = render(person.expand(5, -1), scenes)
     steps = (moved.diff(dim=0)).abs()
     assert (steps.mean((1, 2, 3)) > 1e-3).all()  # each quarter of a pixel is seen
     assert steps.amax() < 0.6  # and none flips a pixel at once
 
 
 def test_other_sizes_show_the_same_picture():
-    identity, scene = faces.sample_identities(4, generator()), faces.sample_scenes(4, generator(1))
-    large = torch.nn.functional.avg_pool2d(faces.render(identity, scene, 128), 2)
-    assert (large - faces.render(identity, scene, 64)).abs().mean() < 0.03
+    identity, scene = faces.sample_identities(4, generator()), sample_scenes(4, generator(1))
+    large = torch.nn.functional.avg_pool2d(render(identity, scene, 128), 2)
+    assert (large - render(identity, scene, 64)).abs().mean() < 0.03
 
 
 def test_captions_name_the_scene_in_the_grammar():
-    scene = faces.scene_from_labels(
+    scene = scene_from_labels(
         yaw="left", expression="smiling", shirt="red", background="blue", pattern="checkered", light="warm"
     )
     text = "a photo of a person, facing left, smiling, in a red shirt, on a blue checkered wall, in warm light"
-    assert faces.captions(scene) == [text]
-    orange = faces.scene_from_labels(shirt="orange", background="orange", pattern="plain")
-    assert "in an orange shirt, on a plain orange wall" in faces.captions(orange)[0]
+    assert captions(scene) == [text]
+    orange = scene_from_labels(shirt="orange", background="orange", pattern="plain")
+    assert "in an orange shirt, on a plain orange wall" in captions(orange)[0]
 
 
 def test_captions_parse_back_to_the_labels():
-    scene = faces.sample_scenes(300, generator())
-    truth = faces.labels(scene)
-    for row, text in enumerate(faces.captions(scene)):
-        asked = faces.parse_caption(text)
+    scene = sample_scenes(300, generator())
+    truth = labels(scene)
+    for row, text in enumerate(captions(scene)):
+        asked = parse_caption(text)
         assert asked == {name: LABELS[name][index[row]] for name, index in truth.items()}
-        assert set(text.replace(",", " ,").split()) <= set(faces.VOCABULARY)
+        assert set(text.replace(",", " ,").split()) <= set(VOCABULARY)
     for name, index in truth.items():
         assert set(index.tolist()) == set(range(len(LABELS[name])))
 
 
 def test_dropped_clauses_are_absent_and_the_rest_is_kept():
-    scene = faces.sample_scenes(400, generator())
-    full = [faces.parse_caption(text) for text in faces.captions(scene)]
-    assert faces.captions(scene, drop=1.0) == ["a photo of a person"] * 400
-    kept = [faces.parse_caption(text) for text in faces.captions(scene, generator(1), drop=0.3)]
+    scene = sample_scenes(400, generator())
+    full = [parse_caption(text) for text in captions(scene)]
+    assert captions(scene, drop=1.0) == ["a photo of a person"] * 400
+    kept = [parse_caption(text) for text in captions(scene, generator(1), drop=0.3)]
     assert all(part.items() <= whole.items() for part, whole in zip(kept, full, strict=True))
     for name in LABELS:
         assert 0.6 < sum(name in part for part in kept) / 400 < 0.8
-    assert faces.captions(scene, generator(1), drop=0.3) == faces.captions(scene, generator(1), drop=0.3)
+    assert captions(scene, generator(1), drop=0.3) == captions(scene, generator(1), drop=0.3)
 
 
 @pytest.mark.parametrize("text", ["a cat", "a photo of a person, in a mauve shirt", "a photo of a person, facing up"])
 def test_foreign_captions_are_refused(text):
     with pytest.raises(ConfigError, match="expected a c"):
-        faces.parse_caption(text)
+        parse_caption(text)
 
 
 def test_scenes_show_the_labels_asked_for_and_nothing_else_changes():
     for name, values in LABELS.items():
         for index, value in enumerate(values):
-            scene = faces.scene_from_labels(16, **{name: value}, generator=generator(3))
-            assert (faces.labels(scene)[name] == index).all()
-            free = faces.sample_scenes(16, generator(3))
+            scene = scene_from_labels(16, **{name: value}, generator=generator(3))
+            assert (labels(scene)[name] == index).all()
+            free = sample_scenes(16, generator(3))
             for other in {field.name for field in fields(Scene)} - {name}:
                 assert torch.equal(getattr(scene, other), getattr(free, other))
 
@@ -241,11 +250,11 @@ def test_scenes_show_the_labels_asked_for_and_nothing_else_changes():
 @pytest.mark.parametrize("labels", [{"mood": "sad"}, {"shirt": "mauve"}])
 def test_unknown_labels_are_refused(labels):
     with pytest.raises(ConfigError, match="expected one of"):
-        faces.scene_from_labels(**labels)
+        scene_from_labels(**labels)
 
 
 def test_yaw_classes_have_a_gap_between_them():
-    scene = faces.sample_scenes(2000, generator())
+    scene = sample_scenes(2000, generator())
     size = scene.yaw.abs()
     assert ((size < 0.07) | (size > 0.25)).all()
 
@@ -266,7 +275,7 @@ def test_subjects_outside_the_splits_are_refused(split, index):
 
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"\(3, 30\).*found \(1, 30\)"):
-        faces.render(average(), faces.sample_scenes(3))
+        render(average(), sample_scenes(3))
 
 
 def test_a_dataset_is_ordinary_files(tmp_path):
@@ -278,10 +287,10 @@ def test_a_dataset_is_ordinary_files(tmp_path):
         assert [row["file_name"] for row in rows] == [f"{n}.png" for n in range(4)]
         assert [row["reference"] for row in rows] == [True, False, False, False]
         assert {path.name for path in folder.iterdir()} == {"metadata.jsonl", *(row["file_name"] for row in rows)}
-        first = faces.parse_caption(rows[0]["text"])
+        first = parse_caption(rows[0]["text"])
         assert (first["yaw"], first["expression"]) == ("forward", "neutral")
         for row in rows:
-            assert set(faces.parse_caption(row["text"])) == set(LABELS)
+            assert set(parse_caption(row["text"])) == set(LABELS)
             with Image.open(folder / row["file_name"]) as image:
                 assert (image.size, image.mode) == ((32, 32), "RGB")
 

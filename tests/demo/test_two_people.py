@@ -14,7 +14,9 @@ from peft_metalora.demo import faces, two_people
 from peft_metalora.demo.embedded import BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_tokenizer, load_base
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.make_two_people import train_two_people
+from peft_metalora.demo.render import render
 from peft_metalora.demo.run import DOWN
+from peft_metalora.demo.scene import captions, parse_caption, sample_scenes
 from peft_metalora.demo.scoring import generate
 from peft_metalora.demo.show_two_people import (
     ADAPTER,
@@ -41,7 +43,7 @@ def test_each_half_is_a_picture_of_its_own_person_in_the_same_light():
     images = two_people.render_pairs(pair, scenes)
     assert images.shape == (6, 3, 64, 128)
     for half, own, seen in zip(two_people.halves(images), pair, scenes, strict=True):
-        assert torch.equal(half, faces.render(own, seen))
+        assert torch.equal(half, render(own, seen))
     left, right = scenes
     assert torch.equal(left.background, right.background) and torch.equal(left.light, right.light)
     assert not torch.equal(left.shirt, right.shirt)
@@ -70,7 +72,7 @@ def test_captions_name_both_people_in_words_that_the_base_knows():
     tokenizer = build_tokenizer()
     ids = tokenizer(texts).input_ids
     assert max(map(len, ids)) == MAX_SEQUENCE_LENGTH and all(tokenizer.unk_token_id not in row for row in ids)
-    whole = [faces.captions(one) for one in scenes]
+    whole = [captions(one) for one in scenes]
     for number, text in enumerate(texts):
         start, _, rest = text.partition(", a person")
         own, others = start.split(", ")[1:], rest.split(", ")[1:]
@@ -97,7 +99,7 @@ def test_the_lora_draws_the_person_that_is_asked_for_in_each_half():
     shown = [load_judge().read(half) for half in two_people.halves(generate(pipe, PROMPTS, range(4), 2 * RESOLUTION))]
 
     def agreement(left, right):
-        asked = [[faces.parse_caption(f"a photo of a person, {clauses[side]}") for clauses in ASKED] for side in (0, 1)]
+        asked = [[parse_caption(f"a photo of a person, {clauses[side]}") for clauses in ASKED] for side in (0, 1)]
         return adherence(asked[left] + asked[right], shown[0] + shown[1])["all"]
 
     assert agreement(0, 1) >= 0.6 > agreement(1, 0) + 0.2, "the other person's words are not what a half shows"
@@ -107,7 +109,7 @@ def test_scores_tell_whose_face_a_half_shows():
     scenes, pair = two_people.sample_pairs(3, torch.Generator().manual_seed(0)), people(1)
     pair = tuple(who.expand(3, -1) for who in pair)
     embedder = load_embedder()
-    others = tuple(embedder.embed(faces.render(who, faces.sample_scenes(3))) for who in pair)
+    others = tuple(embedder.embed(render(who, sample_scenes(3))) for who in pair)
     images = two_people.render_pairs(pair, scenes)
     apart = keep_apart(embedder, images, others)
     assert apart.right.shape == (3, 2) and apart.right.min() > 0.5 > apart.wrong.max() and apart.swapped.sum() == 0

@@ -12,8 +12,6 @@ meta       0 ... 1023    stage 1 (meta-training)
 tune       0 ... 31      choosing learning rates
 held-out   0 ... 63      figures that are reported
 =========  ============  ==========================================================
-
-Other modules of the domain are re-exported: scenes and captions (``scene.py``), the renderer (``render.py``).
 """
 
 from __future__ import annotations
@@ -32,45 +30,7 @@ from tqdm.auto import tqdm
 from ..errors import ConfigError
 from ..files import staged_folder
 from .render import IDENTITY_FACTORS, render
-from .scene import (
-    COLOURS,
-    EXPRESSIONS,
-    LABELS,
-    LIGHTS,
-    PATTERNS,
-    VOCABULARY,
-    YAWS,
-    Scene,
-    captions,
-    labels,
-    parse_caption,
-    sample_scenes,
-    scene_from_labels,
-)
-
-__all__ = [
-    "COLOURS",
-    "EXPRESSIONS",
-    "IDENTITY_FACTORS",
-    "LABELS",
-    "LIGHTS",
-    "PATTERNS",
-    "SPLITS",
-    "VOCABULARY",
-    "YAWS",
-    "Scene",
-    "captions",
-    "flip_identity",
-    "labels",
-    "parse_caption",
-    "render",
-    "sample_identities",
-    "sample_scenes",
-    "scene_from_labels",
-    "subject_identity",
-    "turned_photo",
-    "write_dataset",
-]
+from .scene import Scene, captions, sample_scenes, scene_from_labels
 
 SPLITS: dict[str, int | None] = {"base": None, "meta": 1024, "tune": 32, "held-out": 64}
 """Number of subjects in each split; None: as many as wanted."""

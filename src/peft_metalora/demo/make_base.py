@@ -37,6 +37,7 @@ from ..training.stage_settings import MetaTrainConfig
 from . import faces, scene
 from .embedded import BASE_NAME, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, build_vae, load_base
 from .judges import FaceEmbedder, SceneJudge, adherence, load_embedder, load_judge
+from .render import render
 
 # CosFace's defaults for small class counts (arXiv 1801.09414, section 4.2).
 _COSFACE_SCALE, _COSFACE_MARGIN = 32.0, 0.3
@@ -50,7 +51,7 @@ def random_renders(
     if identities is None:
         identities = faces.sample_identities(n, generator, device)
     scenes = scene.sample_scenes(n, generator, device)
-    return identities, scenes, faces.render(identities, scenes, RESOLUTION)
+    return identities, scenes, render(identities, scenes, RESOLUTION)
 
 
 def train_embedder(

@@ -195,11 +195,7 @@ def _check(
 
 ELEMENTWISE = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 """Sums that drop numbers of the factors, or of the whole difference (`..._svd`), by size, by chance or by sign."""
-
-
 COMBINATIONS = ("cat", "linear", "svd", *ELEMENTWISE, *(f"{kind}_svd" for kind in ELEMENTWISE))
-
-
 Part = tuple[str, float, int]  # adapter, weight, slot
 
 
