@@ -433,7 +433,8 @@ def test_several_films_of_each_prompt(people):
 def test_rows_of_nobody_knows_whom_are_refused(people, pipe, monkeypatch):
     """Bug: a batch that was a multiple of the images repeated them as for guidance, whatever its rows were."""
     assert batch_slots([1, -1], 4) == [1, -1, 1, -1] and batch_slots([2, 2], 7) == [2] * 7
-    for rows in (1, 3, 10):
+    assert batch_slots([2, 2], 0) == [2]
+    for rows in (0, 1, 3, 10):
         with pytest.raises(errors.AdapterStateError, match=f"found {rows} rows"):
             batch_slots([1, -1], rows)
     folder, _ = people

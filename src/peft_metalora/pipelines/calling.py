@@ -117,7 +117,8 @@ class PerSampleMixin:
 
         def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal rows
-            now = len(args[0] if args else kwargs[first])
+            given: Any = args[0] if args else kwargs.get(first)
+            now = len(given) if isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) else 0
             if now != rows:
                 guided = getattr(self, "do_classifier_free_guidance", True)
                 set_slots(model, batch_slots(index, now, passes=MOST_PASSES if guided else 1), each=True)
@@ -135,9 +136,10 @@ class PerSampleMixin:
         try:
             yield
         finally:
-            if hook is not None:
+            if hook is None:
+                part._compiled_call_impl = compiled
+            else:
                 hook.remove()
-            part._compiled_call_impl = compiled
 
     @contextmanager
     def _showing(self, model: nn.Module, names: Sequence[str | None]) -> Iterator[dict[str, int]]:

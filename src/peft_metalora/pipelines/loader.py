@@ -245,11 +245,9 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         What is fused stays in the weights, ours too, and then our adapters go: diffusers' way to a plain pipeline.
         """
         model, below = denoiser(self), cast(Any, super())
-        if not meta_layers(model):
-            below.unload_lora_weights(*args, **kwargs)
-            return
         if any(layer.merged for layer in meta_layers(model)):
             self.unload_meta_lora(keep_fused=True)
+        if not meta_layers(model):
             below.unload_lora_weights(*args, **kwargs)
             return
         others = [name for name in self._lora_loadable_modules if name != named_denoiser(self)[0]]  # type: ignore[attr-defined]

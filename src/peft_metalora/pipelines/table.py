@@ -441,14 +441,14 @@ def batch_slots(index: Sequence[int], rows: int, passes: int = MOST_PASSES) -> l
 
     Args:
         index: the slot of each image.
-        rows: size of the batch.
+        rows: size of the batch, 0 for one that is not known.
         passes: the most passes that there can be.
 
     Raises:
         AdapterStateError: the rows are something else, so that nobody knows whose they are.
     """
     if len(set(index)) == 1:
-        return [index[0]] * rows
+        return [index[0]] * (rows or 1)
     times, left = divmod(rows, len(index))
     if left or not 1 <= times <= passes:
         raise AdapterStateError(

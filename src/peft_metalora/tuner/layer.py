@@ -273,6 +273,7 @@ class MetaLoraLayer(Mergeable):
 
         for name, child in self.named_children() if recurse else ():
             child._apply(fn if name == "base_layer" else computable)
+        super()._apply(fn, recurse=False)  # FSDP keeps what it flattens on the layer itself
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
