@@ -118,7 +118,7 @@ class PerSampleMixin:
         def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal rows
             given: Any = args[0] if args else kwargs.get(first)
-            now = len(given) if isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) else 0
+            now = len(given) if isinstance(given, (list, tuple)) or getattr(given, "ndim", False) else 0
             if now != rows:
                 guided = getattr(self, "do_classifier_free_guidance", True)
                 set_slots(model, batch_slots(index, now, passes=MOST_PASSES if guided else 1), each=True)
