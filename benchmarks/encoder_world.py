@@ -247,7 +247,7 @@ class World(Bench):
             if key not in self._worse:
                 pixels = self.photos(people, count)[0]
                 jobs = [
-                    (part, recipe.corruptions, seed)
+                    (part, recipe.corruptions, bool(recipe.erase), seed)
                     for seed, part in enumerate(np.array_split(pixels, min(64, len(pixels))))
                 ]
                 worse = self.pool.map(_make_worse, jobs)

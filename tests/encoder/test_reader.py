@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, load_subject, save_down
 from peft_metalora.bases import base_for
 from peft_metalora.cli import main
 from peft_metalora.encoder import EncoderConfig, Reader, SubjectSpace, load_reader, make_encoder, save_reader
-from peft_metalora.errors import ArtefactNotFoundError, FingerprintMismatchError, NoImagesError
+from peft_metalora.errors import ArtefactNotFoundError, FingerprintMismatchError, NoImagesError, UnsafeNameError
+from peft_metalora.hub import pull, push_down
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
 
 SIZE = 6
@@ -133,3 +136,31 @@ def test_a_reader_of_another_down_is_refused_and_goes_when_the_down_does(tmp_pat
     assert {path.name for path in down_folder.iterdir()} == {path.name for path in other.iterdir()}
     with pytest.raises(ArtefactNotFoundError, match="stage 2"):
         load_reader(down_folder, load_down(down_folder))
+
+
+def test_it_goes_to_the_hub_and_comes_back_with_its_down(tmp_path, down_folder, server):
+    push_down(down_folder, "ann/faces")
+    sent = server.repos["ann/faces"].files()
+    names = ("subject_space.safetensors", "subject_encoder.safetensors", "encoder_config.json")
+    assert all(sent[name] == (down_folder / name).read_bytes() for name in names)
+    pulled = pull("ann/faces", tmp_path / "copy")
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    pipe.read_subject(photo(tmp_path), "ann", down="ann/faces")
+    ann = draw(pipe)
+    pipe.unload_meta_lora()
+    pipe.read_subject(photo(tmp_path), "ann", down=pulled)
+    assert torch.equal(draw(pipe), ann)
+
+
+def test_what_only_this_machine_has_is_not_published(down_folder, server):
+    path = down_folder / "encoder_config.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "source": "transformers:/home/ann/dino"}))
+    with pytest.raises(UnsafeNameError, match="only this machine has"):
+        push_down(down_folder, "ann/faces")
+    path.write_text(json.dumps(facts))
+    space = down_folder / "subject_space.safetensors"
+    save_file(load_file(space), space, metadata={"down_fingerprint": "0" * 64})
+    with pytest.raises(FingerprintMismatchError, match="found that of 0000"):
+        push_down(down_folder, "ann/faces")
+    assert "ann/faces" not in server.repos

@@ -19,14 +19,23 @@ import torch
 from typing_extensions import Unpack
 
 from ..checkpoint import load_down as load_local_down
-from ..checkpoint.artefacts import CARD_FILE, open_artefact, sealed, write_artefact
+from ..checkpoint.artefacts import CARD_FILE, READER_FILES, open_artefact, sealed, write_artefact
 from ..checkpoint.base_model import REPO_ID
 from ..checkpoint.factors import SubjectSource
 from ..checkpoint.folded import FOLD_FILE, LoraPair, check_fold, component_name, fold_subject
+from ..checkpoint.untrusted import open_tensors, read_json
 from ..data import load_image
 from ..data.images import png
-from ..errors import ArtefactNotFoundError, HubError, MissingDownError, WrongKindError
-from ..tuner import MetaLoraConfig
+from ..errors import (
+    ArtefactNotFoundError,
+    FingerprintMismatchError,
+    HubError,
+    MissingDownError,
+    UnsafeNameError,
+    WrongKindError,
+)
+from ..files import write_bytes
+from ..tuner import DownSource, MetaLoraConfig
 from .cards import Picture, model_card
 from .loading import HUB_FAILURES, HubOptions, Location, fetch, fetch_beside, find_down, repository, what_failed
 
@@ -41,7 +50,7 @@ def push_down(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Publish a Down: its two files and a card made from its facts.
+    """Publish a Down: its two files, a card made from its facts, and what it reads photos with, if it does.
 
     Args:
         folder: what `save_down` wrote; it is checked in full before anything is sent.
@@ -60,7 +69,8 @@ def push_down(
     with open_artefact(_local(folder)) as found:
         source = found.down()
     config = dataclasses.replace(found.config, num_slots=1, down_fingerprint=source.fingerprint)
-    return _push(config, source.tensors, {}, repo_id, private, gallery or {}, revision, commit_message, token)
+    reader = _reader_of(Location(str(folder), None, {}, Path(folder)), source.fingerprint)
+    return _push(config, source.tensors, {}, repo_id, private, gallery or {}, revision, commit_message, token, reader)
 
 
 def push_subject(
@@ -150,6 +160,7 @@ def pull(
     with open_artefact(fetch(at)) as found:
         config = found.config
         source = found.down() if found.is_down else found.subject(find_down(config, at, found.folder))
+    reader = _reader_of(at, source.fingerprint) if isinstance(source, DownSource) else {}
     pairs: dict[str, LoraPair] = {}
     if isinstance(source, SubjectSource) and (fold := fetch_beside(at, FOLD_FILE)) is not None:
         pairs = fold_subject(config, source.down.tensors, source.tensors)
@@ -159,7 +170,39 @@ def pull(
     card = fetch_beside(at, CARD_FILE)
     text = card.read_bytes() if card is not None else None
     write_artefact(Path(folder), config, source.tensors, pairs, card=text, overwrite=overwrite)
+    for name, content in reader.items():
+        write_bytes(Path(folder) / name, content)
     return Path(folder)
+
+
+def _reader_of(at: Location, down_fingerprint: str) -> dict[str, bytes]:
+    """The files that a Down reads photos with, checked as far as it takes no base; none where it does not read.
+
+    Raises:
+        CorruptFileError, UnsafeNameError, TensorDtypeError: a file that is not what its name says.
+        FingerprintMismatchError: they belong to another Down.
+        UnsafeNameError: the encoder looks through a model that only this machine has.
+    """
+    paths = {name: fetch_beside(at, name) for name in READER_FILES}
+    space, encoder, config = (paths[name] for name in READER_FILES)
+    if space is None or encoder is None or config is None:
+        return {}
+    with open_tensors(space) as file:
+        found = file.header.metadata.get("down_fingerprint", "")
+    if found != down_fingerprint:
+        raise FingerprintMismatchError(
+            f"{space}: expected the space of the Down {down_fingerprint[:16]}…, found that of {found[:16]}…. Train the "
+            "encoder of this Down, or remove what is of another."
+        )
+    with open_tensors(encoder):
+        pass
+    kind, _, model = str(read_json(config).get("source")).partition(":")
+    if kind == "transformers" and not REPO_ID.fullmatch(model):
+        raise UnsafeNameError(
+            f"{config}: expected an encoder that looks through a model of the Hub, found {model[:80]!r}, which only "
+            "this machine has. Train it on a repository's model."
+        )
+    return {name: path.read_bytes() for name, path in paths.items() if path is not None}
 
 
 def _push(
@@ -172,6 +215,7 @@ def _push(
     revision: str | None,
     commit_message: str | None,
     token: str | bool | None,
+    reader: Mapping[str, bytes] | None = None,
 ) -> str:
     """Send what a fresh save of these tensors would hold: nothing is taken from a file by its name."""
     if not REPO_ID.fullmatch(repo_id) or ".." in repo_id:
@@ -186,7 +230,7 @@ def _push(
         saved = write_artefact(Path(made) / "artefact", config, tensors, fold)
         contents = {path.name: path.read_bytes() for path in sorted(saved.iterdir())}
         card = model_card(config, repo_id, saved, shown, has_fold=bool(fold))
-    contents = {**contents, CARD_FILE: sealed(card).encode(), **pictures}
+    contents = {**contents, **(reader or {}), CARD_FILE: sealed(card).encode(), **pictures}
     api = huggingface_hub.HfApi(token=token)
     kind = "Down" if config.stage == "meta" else "subject"
     try:
