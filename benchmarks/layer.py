@@ -97,7 +97,7 @@ class Bench:
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def train(self, model: Any, name: str, batch: int = 4) -> tuple[float, float]:
+    def train(self, model: Any, batch: int = 4) -> tuple[float, float]:
         """One training step: forward, backward, fused AdamW on float32 adapter weights. No checkpointing.
 
         Returns:
@@ -140,7 +140,7 @@ class Bench:
         gc.disable()
         for _ in range(rounds):
             for name, model in models.items():
-                seconds, peak = self.train(model, name)
+                seconds, peak = self.train(model)
                 steps[name].append(seconds)
                 self.results[f"{name}_memory_b4"] = round(peak, 4)
         gc.enable()

@@ -30,7 +30,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_a_save_without_a_fold_leaves_no_older_fold(pair, tmp_path):
+def test_a_save_without_a_fold_leaves_no_older_fold(pair):
     """Bug: after a save with fold=False the fold in the folder was still that of the older tensors."""
     again = with_subject(with_down(), seed=99)
     save_subject(pair[1], again, "ann", down=pair[0], fold=False)
@@ -42,7 +42,7 @@ def test_a_save_without_a_fold_leaves_no_older_fold(pair, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Down", "another person", "an ordinary LoRA"])
-def test_another_kind_or_another_person_is_not_replaced_unasked(kind, pair, tmp_path):
+def test_another_kind_or_another_person_is_not_replaced_unasked(kind, pair):
     """Bug: a save over a Down, somebody else or another adapter replaced it, and kept what it did not write."""
     model = with_subject(with_down(), "bob", seed=5)
     if kind == "an ordinary LoRA":
@@ -62,7 +62,7 @@ def test_another_kind_or_another_person_is_not_replaced_unasked(kind, pair, tmp_
         assert load_subject(pair[1]).config.subject_name == "bob"
 
 
-def test_the_name_goes_with_the_person_not_with_the_adapter(pair, tmp_path):
+def test_the_name_goes_with_the_person_not_with_the_adapter(pair):
     """Bug: nothing in a folder said who it was, so that a save could not know whom it replaces."""
     model = PeftModel.from_pretrained(TinyModel(), str(pair[1]), adapter_name="someone")
     save_subject(pair[1], model, "someone")
@@ -214,7 +214,7 @@ def test_a_run_of_stage_1_that_peft_saved_loads_as_the_mean(slots, tmp_path):
 # Numbers
 
 
-def test_a_fold_that_half_precision_cannot_hold_is_not_written(pair, tmp_path):
+def test_a_fold_that_half_precision_cannot_hold_is_not_written(tmp_path):
     """Bug: the fold beside a subject in fp16 held infinity."""
     model = with_subject(with_down()).half()
     for module in model.modules():

@@ -184,7 +184,7 @@ def test_a_broken_space_is_one_clear_error(tmp_path, down, space, edits, error, 
         load_space(tmp_path, down)
 
 
-def test_files_that_say_nothing_are_refused(tmp_path, space):
+def test_files_that_say_nothing_are_refused(tmp_path):
     save_file({"code": torch.zeros(SIZE)}, tmp_path / "subject_code.safetensors")
     with pytest.raises(CorruptFileError, match="down_fingerprint"):
         load_code(tmp_path)

@@ -252,7 +252,7 @@ def test_peft_brings_the_down_of_a_repository(published):
     assert len(model.base_model.model.blocks[0].to_q.metalora_down) == 1
 
 
-def test_peft_pushes_what_loads(server, tmp_path):
+def test_peft_pushes_what_loads(server):
     model = get_peft_model(TinyModel(), MetaLoraConfig(**RANKS, target_modules=TARGETS, init_weights=False))
     model.push_to_hub("ann/from-peft")
     assert hub.load_down("ann/from-peft").fingerprint

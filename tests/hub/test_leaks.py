@@ -103,7 +103,7 @@ def test_a_down_that_holds_people_goes_out_as_their_mean(server, tmp_path):
     assert json.loads(sent(server, "ann/faces")["adapter_config.json"])["num_slots"] == 1
 
 
-def test_several_people_in_one_file_are_not_pushed_as_one(published, pair, tmp_path):
+def test_several_people_in_one_file_are_not_pushed_as_one(published, pair):
     """Bug: a subject adapter with several slots, saved by PEFT, was pushed with everybody in it."""
     model = with_subject(with_down(), slots=2)
     save_subject(pair[1], model, "ann", down=pair[0])
@@ -194,7 +194,7 @@ def test_facts_of_a_wrong_kind_break_nothing(facts, server, pair):
 # Pulling
 
 
-def test_a_pull_over_another_artefact_mixes_nothing(published, pair, tmp_path):
+def test_a_pull_over_another_artefact_mixes_nothing(published, tmp_path):
     """Bug: pulling one artefact over another kept the files that the new one does not have."""
     pull("ann/me", tmp_path / "here")
     assert (tmp_path / "here" / FOLD).exists()
@@ -208,7 +208,7 @@ def test_a_pull_over_another_artefact_mixes_nothing(published, pair, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["a pickle", "not a number", "another person"])
-def test_a_fold_that_is_not_the_subjects_is_not_pulled(what, published, pair, tmp_path):
+def test_a_fold_that_is_not_the_subjects_is_not_pulled(what, published, tmp_path):
     """Bug: the fold beside a subject was laid down unread, for plain diffusers to load."""
     tensors = load(sent(published, "ann/me")[FOLD])
     if what == "a pickle":
@@ -237,7 +237,7 @@ def test_an_edited_card_stays_when_pulling(published, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
-def test_an_export_never_replaces_its_subject(format, pair, tmp_path):
+def test_an_export_never_replaces_its_subject(format, pair):
     """Bug: export --subject S --output S replaced the subject by its LoRA."""
     source = load_subject(pair[1])
     before = (pair[1] / "adapter_model.safetensors").read_bytes()
@@ -302,7 +302,7 @@ def test_what_fails_on_the_way_to_the_hub_is_one_sentence(error, says, server, p
     assert ("Log in" in str(caught.value)) == any(word in says for word in ("Log in", "know you", "name", "token on"))
 
 
-def test_a_hub_that_is_not_there_is_tried_once(server, tmp_path, monkeypatch):
+def test_a_hub_that_is_not_there_is_tried_once(server, monkeypatch):
     """Bug: without a network each file was tried for 23 s before the cache was looked into."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     tries = []

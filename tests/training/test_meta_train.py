@@ -119,7 +119,7 @@ def test_more_training_of_the_same_run_lowers_the_loss(base):
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
 
 
-def test_writes_a_down_that_loads(tmp_path, base):
+def test_writes_a_down_that_loads(tmp_path):
     people, model = write_people(tmp_path / "people"), save_tiny_flux(tmp_path / "base")
     config = meta_config(
         pretrained_model_name_or_path=str(model),

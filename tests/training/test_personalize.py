@@ -369,7 +369,7 @@ def test_bad_input_is_one_clear_sentence_and_changes_nothing(place, tmp_path, ba
     assert [name for name, _ in base.denoiser.named_modules()] == names
 
 
-def test_a_down_of_another_base_is_refused(place, base, down):
+def test_a_down_of_another_base_is_refused(base, down):
     wide = {name: tensor.repeat(1, 2) if "down" in name else tensor for name, tensor in down.tensors.items()}
     with pytest.raises(MetaLoraError, match="base model"):
         Personalization(

@@ -449,7 +449,7 @@ def test_saving_and_loading_is_the_identity(sizes, r, slots, dtype, use_dora, st
     assert torch.equal(loaded(x), model(x))
 
 
-def test_an_error_in_the_middle_of_an_injection_leaves_nothing(monkeypatch):
+def test_an_error_in_the_middle_of_an_injection_leaves_nothing():
     """Bug: layers that PEFT had adapted before the error stayed, half of the model, and the name was taken."""
     base = mlp().train()
     base.lin1.weight.data[0, 0] = float("nan")  # pissa's decomposition fails on it, after lin0
@@ -488,7 +488,7 @@ def _refuse_subjects(layer, adapter_name, start, slots=None):
 
 
 @pytest.mark.parametrize("stored", ["before", "after", "by a cast", "as a whole"])
-def test_factors_keep_a_dtype_of_computing_on_a_base_of_eight_bits(tmp_path, stored):
+def test_factors_keep_a_dtype_of_computing_on_a_base_of_eight_bits(stored):
     """Bug: factors took the storage dtype of a float8 base: 2 % off, under an unchanged fingerprint, and neither to be
     saved nor merged."""
     plain = flux()

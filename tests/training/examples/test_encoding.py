@@ -136,7 +136,7 @@ def test_captions_in_batches_equal_one_by_one(base):
     assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
 
 
-def test_the_trigger_takes_its_place_in_captions(base, people, tmp_path):
+def test_the_trigger_takes_its_place_in_captions(base, tmp_path):
     copy = write_people(tmp_path / "people", subjects=1, each=1)
     (copy / "person-0" / "metadata.jsonl").unlink()
     config = personal_config(instance_prompt="a photo of {trigger}", random_flip=False)

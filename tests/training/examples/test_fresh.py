@@ -45,7 +45,7 @@ def test_a_seed_is_a_view_and_another_another(place):
     assert examples.like(0, 3).shape == (3, 4, 4, 4) and not examples.like(0, 3).is_meta
 
 
-def test_captions_and_masks_follow_the_mirror(place, tmp_path):
+def test_captions_and_masks_follow_the_mirror(tmp_path):
     folder = write_people(tmp_path / "people", subjects=1, each=1)
     half = Image.new("L", (20, 24))
     half.paste(255, (0, 0, 10, 24))
@@ -96,7 +96,7 @@ def test_the_vae_stays_and_the_text_encoders_leave():
     assert {one.device.type for one in base.pipeline.text_encoder.parameters()} == {"cpu"}
 
 
-def test_photos_that_cannot_be_used_are_found_before_training(place, tmp_path):
+def test_photos_that_cannot_be_used_are_found_before_training(tmp_path):
     folder = write_people(tmp_path / "people", subjects=2)
     (folder / "person-1" / "1.png").write_bytes(b"no image")
     with pytest.raises(UnreadableImageError, match=r"person-1/1\.png"):

@@ -90,7 +90,7 @@ def test_a_mask_that_does_not_fit_is_named(people):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_both_stages_learn_from_the_masked_part_alone(people, stage, monkeypatch):
+def test_both_stages_learn_from_the_masked_part_alone(people, stage):
     """A mask of nothing gives no gradient, a white one that of no mask."""
     grads = []
     for level in (0, 255, None):

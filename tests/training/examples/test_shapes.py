@@ -75,7 +75,7 @@ def test_nearest_shape_is_the_one_that_loses_least():
         assert lost(chosen, width, height) == pytest.approx(min(lost(one, width, height) for one in shapes))
 
 
-def test_shapes_as_diffusers_scripts_take_them(base):
+def test_shapes_as_diffusers_scripts_take_them():
     assert parse_shapes("672,1568;688,1504") == [(672, 1568), (688, 1504)]
     assert crop_shapes(None, 512, 16) == [(512, 512)]
     for text in ("", "512", "512,512;", "512,0", "a,b", "512x512"):

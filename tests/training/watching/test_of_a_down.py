@@ -77,7 +77,7 @@ def test_training_does_not_notice_and_a_score_and_a_picture_are_written(place, t
     assert ImageChops.difference(cells[0][1], cells[1][1]).getbbox() is not None
 
 
-def test_the_score_is_that_of_stage_2_on_the_down_as_it_is_by_then(place, tmp_path):
+def test_the_score_is_that_of_stage_2_on_the_down_as_it_is_by_then(tmp_path):
     run = MetaTraining(tiny_base(), tiny_examples(tiny_base()), meta_config(max_train_steps=3))
     for _ in run.steps():
         pass
@@ -141,7 +141,7 @@ def test_score_of_a_face_model(place, tmp_path, monkeypatch):
     assert all(0.9 < record["score"] <= 1 for record in found)
 
 
-def test_settings_that_cannot_be(place):
+def test_settings_that_cannot_be():
     with pytest.raises(ConfigError, match="held-out subjects need validation_steps"):
         meta_config(validation_data_dir="people")
     with pytest.raises(ConfigError, match="give validation_steps and validation_prompt too"):
