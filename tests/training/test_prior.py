@@ -67,7 +67,7 @@ def test_the_distance_is_0_at_the_start_and_the_formula_after_a_step(base, down,
 def test_it_keeps_the_class_nearer_to_the_base(down, method):
     distances, losses = [], []
     for weight in (0.0, 10.0):
-        run = make_run(tiny_base(), down, method, prior_loss_weight=weight, max_train_steps=40)
+        run = make_run(tiny_base(), down, method, prior_loss_weight=weight, max_train_steps=24)
         losses.append([step.loss for step in run.steps()])
         distances.append(drift(run).mean().item())
     assert distances[1] < 0.5 * distances[0]

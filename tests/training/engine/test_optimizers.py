@@ -6,12 +6,10 @@ import sys
 import pytest
 import torch
 
-from peft_metalora import hub
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.engine.optimizers import optimizer_class
 from peft_metalora.training.engine.slot_optimizer import SlotOptimizer
 from peft_metalora.training.engine.state import read_state, write_state
-from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples
@@ -95,10 +93,7 @@ def test_stage_1_trains_and_resumes(name, tmp_path):
 
 @pytest.mark.parametrize("name", RATES)
 @pytest.mark.parametrize("method", ["meta-lora", "lora"])
-def test_stage_2_trains_and_resumes(name, method, tmp_path):
-    base = tiny_base()
-    meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(tmp_path / "down"))
-    down = hub.load_down(tmp_path / "down")
+def test_stage_2_trains_and_resumes(name, method, down, tmp_path):
     config = personal_config(optimizer=name, learning_rate=RATES[name], max_train_steps=6, method=method)
     states, results = {}, []
     for resumed in (False, True):

@@ -16,25 +16,19 @@ from peft_metalora.errors import UnreadableImageError
 from peft_metalora.training.examples import fresh
 from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
 from peft_metalora.training.examples.views import ViewCutter
-from peft_metalora.training.meta_train import meta_train, meta_train_on
+from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize
-from pipelines_tiny import save_tiny_flux
-from training_tiny import CAPTIONS, meta_config, personal_config, tiny_base, tiny_examples, write_people
+from training_tiny import CAPTIONS, meta_config, personal_config, tiny_base, write_people
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fresh")
-    save_tiny_flux(folder / "base")
-    write_people(folder / "people", sizes=[(24, 24), (40, 24)])
-    base = tiny_base()
-    meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(folder / "down"))
-    return folder
+def people(tmp_path_factory):
+    return write_people(tmp_path_factory.mktemp("fresh"), sizes=[(24, 24), (40, 24)])
 
 
-def test_a_seed_is_a_view_and_another_another(place):
+def test_a_seed_is_a_view_and_another_another(people):
     base = tiny_base()
-    examples = encode_subjects(base, read_subjects(place / "people"), personal_config(), 0, progress=False)
+    examples = encode_subjects(base, read_subjects(people), personal_config(), 0, progress=False)
     assert len(examples) == 6 and examples.subject.tolist() == [0, 0, 1, 1, 2, 2]
     index = torch.tensor([0, 0, 0, 3])
     latents, _, mask = examples.batch(index, [7, 7, 8, 7])
@@ -60,7 +54,7 @@ def test_captions_and_masks_follow_the_mirror(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["meta", "meta-lora"])
-def test_runs_see_new_views_repeat_and_resume(place, tmp_path, stage, monkeypatch):
+def test_runs_see_new_views_repeat_and_resume(place, people, tmp_path, stage, monkeypatch):
     seen, original = [], Base.encode_images
 
     def encode_images(self, pixels, batch_size=16):
@@ -73,9 +67,9 @@ def test_runs_see_new_views_repeat_and_resume(place, tmp_path, stage, monkeypatc
         shared = {"pretrained_model_name_or_path": str(place / "base"), "output_dir": str(output), "views_per_image": 0}
         shared |= {"max_train_steps": 6, "resolution": 32, "aspect_ratio_buckets": "auto", **changes}
         if stage == "meta":
-            meta_train(meta_config(train_data_dir=str(place / "people"), **shared), progress=False)
+            meta_train(meta_config(train_data_dir=str(people), **shared), progress=False)
         else:
-            photos = str(place / "people" / "person-0")
+            photos = str(people / "person-0")
             personalize(personal_config(instance_data_dir=photos, down=str(place / "down"), **shared), progress=False)
         return {path.name: load_file(path) for path in output.glob("*.safetensors")}
 
@@ -108,10 +102,10 @@ def test_photos_that_cannot_be_used_are_found_before_training(tmp_path):
     assert found.subject.tolist() == [0, 0, 1]
 
 
-def test_photos_kept_open_are_counted_by_their_pixels(place, monkeypatch):
+def test_photos_kept_open_are_counted_by_their_pixels(people, monkeypatch):
     """Bug: 64 photos stayed decoded in memory, whatever their size: 16 GB of the largest."""
     monkeypatch.setattr(fresh, "_KEPT_PIXELS", 1200)  # two photos of 24 x 24
-    examples = encode_subjects(tiny_base(), read_subjects(place / "people"), personal_config(), 0, progress=False)
+    examples = encode_subjects(tiny_base(), read_subjects(people), personal_config(), 0, progress=False)
     opened, original = [], ViewCutter.open
 
     def open_(self, photo, content=None, plan=None):

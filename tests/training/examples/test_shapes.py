@@ -11,34 +11,26 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from peft_metalora import hub
 from peft_metalora.data import augment, load_image, read_subjects
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
 from peft_metalora.training.examples.shapes import crop_shapes, nearest_shape, parse_shapes
-from peft_metalora.training.meta_train import meta_train, meta_train_on
+from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.training.watching.validation_scores import HeldOutLoss
 from peft_metalora.tuner import set_slots
-from pipelines_tiny import save_tiny_flux
-from training_tiny import CAPTIONS, meta_config, personal_config, tiny_base, write_people
+from training_tiny import CAPTIONS, meta_config, personal_config, write_people
 
 SIZES = [(24, 24), (40, 24), (26, 40)]  # width, height: square, wide, tall
 AUTO = {"aspect_ratio_buckets": "auto", "resolution": 32}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes")
-    save_tiny_flux(folder / "base")
-    write_people(folder / "people", subjects=4, each=3, sizes=SIZES)
-    base = tiny_base()
-    examples = encode_subjects(base, read_subjects(folder / "people"), meta_config(), 1, progress=False)
-    meta_train_on(base, examples, meta_config(), progress=False).save(str(folder / "down"))
-    return folder
+def people(tmp_path_factory):
+    return write_people(tmp_path_factory.mktemp("shapes"), subjects=4, each=3, sizes=SIZES)
 
 
 def mixed(base, subjects=2):
@@ -85,9 +77,9 @@ def test_shapes_as_diffusers_scripts_take_them():
         crop_shapes("32,32;24,32", 512, 16)
 
 
-def test_each_photo_is_cut_to_the_shape_nearest_to_its_own(base, place):
+def test_each_photo_is_cut_to_the_shape_nearest_to_its_own(base, people):
     config = personal_config(**AUTO, random_flip=False)
-    people = read_subjects(place / "people")
+    people = read_subjects(people)
     examples = encode_subjects(base, people, config, 2, progress=False)
     found = [tuple(latent.shape) for latent in examples.latents]
     assert found == [(4, 8, 8), (4, 8, 8), (4, 6, 10), (4, 6, 10), (4, 10, 6), (4, 10, 6)] * 4
@@ -109,8 +101,8 @@ def test_the_shape_of_a_photo_is_that_of_the_upright_photo(base, tmp_path):
     assert encode_subjects(base, read_subjects(tmp_path), config, 1, progress=False).latents.shape == (1, 4, 10, 6)
 
 
-def test_photos_of_one_shape_stay_one_tensor(base, place):
-    people = read_subjects(place / "people")
+def test_photos_of_one_shape_stay_one_tensor(base, people):
+    people = read_subjects(people)
     squares = [type(person)(person.name, person.photos[:1]) for person in people]
     examples = encode_subjects(base, squares, personal_config(**AUTO), 2, progress=False)
     plain = encode_subjects(base, squares, personal_config(resolution=32), 2, progress=False)
@@ -165,13 +157,13 @@ def test_gradient_of_several_shapes_is_that_of_the_mean(base):
 
 
 @pytest.mark.parametrize("stage", ["meta", "meta-lora", "lora"])
-def test_resumed_equals_uninterrupted_bit_for_bit(place, tmp_path, stage):
+def test_resumed_equals_uninterrupted_bit_for_bit(place, people, tmp_path, stage):
     shared = {"pretrained_model_name_or_path": str(place / "base"), "max_train_steps": 8, **AUTO}
 
     def run(output, **changes):
         if stage == "meta":
             config = meta_config(
-                train_data_dir=str(place / "people"),
+                train_data_dir=str(people),
                 bucket_size=2,
                 shards=2,
                 output_dir=str(output),
@@ -182,7 +174,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(place, tmp_path, stage):
         else:
             down = str(place / "down") if stage == "meta-lora" else None
             config = personal_config(
-                instance_data_dir=str(place / "people" / "person-0"),
+                instance_data_dir=str(people / "person-0"),
                 down=down,
                 method=stage,
                 validation_steps=4,
@@ -216,9 +208,9 @@ def test_stage_2_sees_every_view_of_every_shape_equally_often(base, monkeypatch)
     assert counts.tolist() == pytest.approx([0.2] * 5, abs=0.07)
 
 
-def test_several_people_in_slots_need_one_shape(base, place):
+def test_several_people_in_slots_need_one_shape(base, down):
     with pytest.raises(ConfigError, match="views of one shape for 2 subjects"):
-        Personalization(base, mixed(base), personal_config(), hub.load_down(place / "down"))
+        Personalization(base, mixed(base), personal_config(), down)
 
 
 def test_held_out_loss_of_several_shapes_is_the_mean_of_all(base):
