@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -19,7 +19,7 @@ class ReadConfig:
     """
 
     down: str = setting("Folder or repository of a Down with an encoder.")
-    photos: list[str] = field(metadata={"help": "One photo of the person, or several: then the mean of what they say."})
+    photos: list[str] = setting("One photo of the person, or several: then the mean of what they say.")
     output_dir: str = setting("Folder for the subject.")
     pretrained_model_name_or_path: str | None = setting(
         "Base model: a diffusers folder or a repository id. Default: the one that the Down names.", None
