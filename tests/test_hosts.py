@@ -208,6 +208,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("compiled", "tuner/subject_index.py", "called: is this backward?"),
     "torch._dynamo.eval_frame.OptimizedModule":
         ("ccb635f1cbd0", "checkpoint/base_model.py, pipelines/denoiser.py", "the wrapper that _orig_mod leads out of"),
+    "torch._amp_foreach_non_finite_check_and_unscale_":
+        ("compiled", "training/engine/loop.py", "called: is every gradient finite?"),
     "torch._foreach_copy_":
         ("compiled", "training/engine/processes.py, training/engine/slot_optimizer.py", "called"),
     "torch._foreach_lerp_":
