@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -71,6 +72,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{module}.{name.name}" for name in node.names) if module == "peft_metalora" else [module]
 
 
+@cache
 def rooms_imported() -> dict[str, set[str]]:
     """Of each room, a folder or a file at the top, the others that it imports."""
     found: dict[str, set[str]] = {}

@@ -6,5 +6,5 @@ import pytest
 
 @pytest.fixture
 def coarse_images(monkeypatch):
-    """Images in 6 steps for 20: coarser, but of the same people, and drawing is most of the time of these tests."""
-    monkeypatch.setattr("peft_metalora.demo.scoring.INFERENCE_STEPS", 6)
+    """Images in 4 steps for 20: coarser, but of the same people, and drawing is most of the time of these tests."""
+    monkeypatch.setattr("peft_metalora.demo.scoring.INFERENCE_STEPS", 4)

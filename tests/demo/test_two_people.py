@@ -129,7 +129,7 @@ def test_regions_keep_two_learned_people_apart_better_than_a_sum(tmp_path, coars
         resolution=RESOLUTION,
         learning_rate=3e-3,
         start="mean",
-        max_train_steps=20,
+        max_train_steps=12,
         views_per_image=8,
     )
     base = base_for(load_base())
