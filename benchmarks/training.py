@@ -9,13 +9,14 @@ Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on
 
 Writes `benchmarks/results/training.json` (`--output`) after each part: `steps` (stage 2 beside diffusers' recipe),
 `scaling` (stage 1 on one and two GPUs), `divided` (stage 1 on two GPUs, the base whole on each and divided by FSDP 2),
-`recipe24` (stage 2 on a base of int8 weights, cached text, gradient checkpointing, batch 1: its peak of memory) and
-`compiled` (stage 2 beside itself with `dynamo_backend`). Compared are, each step with forward, backward, clipping and
-AdamW: stage 2 of Meta-LoRA (r = 1, meta_r = 128, this package's loop) and what diffusers'
-`train_dreambooth_lora_flux.py` does with `--rank 1 --cache_latents` (float32 adapter under bf16 autocast, uniform noise
-levels). Both are timed in turns, so that a drifting clock cancels. A turn's time is that of its steps after a warm-up,
-one after another as a run does them, until the GPU has finished; figures are medians of the turns. Where the GPU is
-busy for less than a step takes (`kernel_ms`, profiled in one more step), the host is the limit.
+`recipe24` (stage 2 on a base of int8 weights, cached text, gradient checkpointing, batch 1: its peak of memory),
+`compiled` (stage 2 beside itself with `dynamo_backend`) and `encoder` (a space and its encoder, codes of 128 numbers,
+gradient checkpointing; people a second are those that are read, each judged by four photos). Compared are, each step
+with forward, backward, clipping and AdamW: stage 2 of Meta-LoRA (r = 1, meta_r = 128, this package's loop) and what
+diffusers' `train_dreambooth_lora_flux.py` does with `--rank 1 --cache_latents` (float32 adapter under bf16 autocast,
+uniform noise levels). Both are timed in turns, so that a drifting clock cancels. A turn's time is that of its steps
+after a warm-up, one after another as a run does them, until the GPU has finished; figures are medians of the turns.
+Where the GPU is busy for less than a step takes (`kernel_ms`, profiled in one more step), the host is the limit.
 """
 
 from __future__ import annotations
@@ -44,13 +45,18 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from peft_metalora.bases import Base, base_for
+from peft_metalora.encoder import EncoderConfig, SubjectSpace, make_encoder
+from peft_metalora.training.encoder_training import EncoderTraining, EncoderTrainingConfig, PhotoPairs, Reads
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.sharding import shard, wants_shards
+from peft_metalora.training.engine.slot_gradients import SlotGradients
 from peft_metalora.training.examples.batches import Examples
+from peft_metalora.training.injecting import inject
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.training.stage_settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.tuner import DownSource, MetaLoraConfig, down_state, fingerprint
+from peft_metalora.tuner.down import given, subject_config
 from peft_metalora.tuner.placing import restore
 
 # cuDNN's attention is left to no recipe: its backward fails on these shapes in some builds of torch (seen with 2.11).
@@ -70,16 +76,17 @@ def make_base(small: bool, device: torch.device) -> Base:
     return base_for(FluxPipeline(scheduler=scheduler, transformer=transformer, **nothing), max_sequence_length=512)
 
 
-def make_examples(base: Base, subjects: int, small: bool) -> Examples:
-    """Four random latents of each subject (512 px: 64 x 64), one caption."""
+def make_examples(base: Base, subjects: int, small: bool, each: int = 4) -> Examples:
+    """Random latents of each subject (512 px: 64 x 64), one caption."""
     config, side, tokens = base.denoiser.config, (8 if small else 64), (16 if small else 512)
     text = {
         "sequence": torch.randn(1, tokens, config.joint_attention_dim),
         "pooled": torch.randn(1, config.pooled_projection_dim),
     }
-    count = 4 * subjects
+    count = each * subjects
     latents = torch.randn(count, config.in_channels // 4, side, side)
-    return Examples(latents, text, torch.zeros(count, dtype=torch.int64), torch.arange(subjects).repeat_interleave(4))
+    owners = torch.arange(subjects).repeat_interleave(each)
+    return Examples(latents, text, torch.zeros(count, dtype=torch.int64), owners)
 
 
 def make_down(base: Base, meta_r: int) -> DownSource:
@@ -146,6 +153,31 @@ def diffusers_steps(base: Base, args: argparse.Namespace, batch: int) -> Iterato
         optimizer.step()
         optimizer.zero_grad()
         yield loss.item()
+
+
+def encoder_steps(base: Base, down: DownSource, args: argparse.Namespace) -> Iterator[Any]:
+    """Training of a space and the encoder that reads it: one photo of each person, judged by `--targets` others."""
+    people, targets, device = args.encoder_people, args.targets, base.device
+    config = PersonalizeConfig(**settings(args, gradient_checkpointing=True))
+    adapter = subject_config(down, num_slots=people, start="mean", down="in memory", inference_mode=False)
+    with given(down):
+        inject(base, adapter, "default", config)
+    examples = make_examples(base, 2 * people, args.small, targets + 1).to(device)
+    photo = torch.arange(len(examples), device=device)
+    # Latents of what is read are as those of what is drawn.
+    reads = Reads(torch.randn_like(examples.latents), examples.subject, photo)
+    of_encoder = EncoderConfig(resolution=64 if args.small else 512, code_size=6 if args.small else 128)
+    encoder = make_encoder(of_encoder, lambda pixels: torch.zeros(len(pixels), *reads.features.shape[1:])).to(device)
+    run = EncoderTraining(
+        SlotGradients(base, mixed_precision=config.mixed_precision),
+        SubjectSpace.around(down, of_encoder.code_size).to(device),
+        encoder,
+        PhotoPairs(reads, examples, photo),
+        reads,
+        examples,
+        EncoderTrainingConfig(targets=targets),
+    )
+    yield from run.steps()
 
 
 def seconds_a_step(steps: Iterator[Any], warmup: int, count: int, device: torch.device) -> float:
@@ -216,6 +248,20 @@ def stage_2(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     return figures, {"step_ms": step_ms, "kernel_ms": clock.kernel_ms, "peak_gib": clock.peak, "rounds": rounds}
 
 
+def encoder(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """People a second and peak memory of training an encoder: rank 1, codes of 128 numbers, gradient checkpointing."""
+    base = make_base(args.small, device_of(args))
+    down = make_down(base, 8 if args.small else 128)
+    clock = Clock(base, args)
+    clock.turn("encoder", lambda: encoder_steps(base, down, args))
+    seconds = clock.median("encoder")
+    figures = {
+        "encoder_train_people_per_second_flux": args.encoder_people / seconds,
+        "encoder_train_peak_gib_flux": clock.peak.get("encoder"),
+    }
+    return figures, {"encoder_step_ms": 1000 * seconds, "encoder_kernel_ms": clock.kernel_ms.get("encoder")}
+
+
 def recipe24(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Peak memory of stage 2 that fits a card of 24 GB: int8 weights, cached text, gradient checkpointing, batch 1."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # the other parts run without it
@@ -268,7 +314,14 @@ def compiled(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     return figures, {"compiled_step_ms": step_ms, "compiled_peak_gib": clock.peak}
 
 
-PARTS = {"steps": stage_2, "scaling": scaling, "recipe24": recipe24, "compiled": compiled, "divided": divided}
+PARTS = {
+    "steps": stage_2,
+    "scaling": scaling,
+    "recipe24": recipe24,
+    "compiled": compiled,
+    "divided": divided,
+    "encoder": encoder,
+}
 FIGURES = (
     "step_over_diffusers_lora_r1",
     "mem_over_diffusers_lora_r1",
@@ -281,6 +334,8 @@ FIGURES = (
     "divided_step_over_whole_2gpu",
     "divided_peak_gib_2gpu",
     "whole_peak_gib_2gpu",
+    "encoder_train_people_per_second_flux",
+    "encoder_train_peak_gib_flux",
 )
 
 
@@ -334,6 +389,8 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=8, help="people at once in slots, one sample each in a step")
     parser.add_argument("--iterations", type=int, default=375, help="steps that make a person")
     parser.add_argument("--subjects-per-process", type=int, default=4)
+    parser.add_argument("--encoder-people", type=int, default=8, help="people in a step of the encoder's training")
+    parser.add_argument("--targets", type=int, default=4, help="photos of each of them that are drawn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
