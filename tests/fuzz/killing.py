@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -193,7 +194,7 @@ class Killer:
     def __enter__(self) -> Killer:
         self.hub = FakeHub().__enter__()
         _point(self.hub.endpoint, self.folder / "hub-cache")
-        _meta_train(self._place("first"))
+        _meta_train(self._place("first"), steps=2)
         shutil.copytree(self.folder / "first" / "out", self.folder / "down")
         self._place("good")
         hub.push_down(self.folder / "good" / "faces", "ann/faces")
@@ -352,7 +353,14 @@ def _written(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def _same(one: Path, other: Path) -> bool:
+    if one.suffix == ".json":
+        return _without_time(one) == _without_time(other)
     if one.suffix != ".safetensors":
         return one.read_bytes() == other.read_bytes()
     a, b = load_file(one), load_file(other)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _without_time(path: Path) -> str:
+    """A configuration without how long its run took."""
+    return re.sub(r'"seconds": [0-9.]+', "", path.read_text())

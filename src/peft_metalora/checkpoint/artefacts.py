@@ -177,7 +177,9 @@ def check_files(folder: Path, config: MetaLoraConfig, model: nn.Module) -> None:
             f"{fingerprint(tensors)[:16]}…. Fetch it again."
         )
     modules = {name.rpartition(".")[0] for name in tensors}
-    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+    # PEFT compares each name of a list with each other one.
+    many = not isinstance(config.target_modules, str) and len(config.target_modules or ()) > len(modules)
+    if many or (isinstance(config.target_modules, str) and config.target_modules != "all-linear"):
         config.target_modules = whole_paths(modules)
     if isinstance(config.exclude_modules, str):
         config.exclude_modules = None

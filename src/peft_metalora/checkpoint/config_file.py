@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any
 from ..errors import ConfigFormatError, FormatVersionError, MetaLoraError, WrongKindError
 from ..tuner import MetaLoraConfig
 from ..tuner.config import wrong_field
-from .untrusted import read_json
+from .untrusted import MAX_CONFIG_BYTES, read_json
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -98,7 +97,7 @@ def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = F
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 2**20:
                 raise _bad_field(path, name, "positive numbers as values", value)
     alphas = [values.get("lora_alpha"), *(values.get("alpha_pattern") or {}).values()]
-    if any(alpha is not None and not (math.isfinite(alpha) and abs(alpha) <= 65504) for alpha in alphas):
+    if any(alpha is not None and not abs(alpha) <= 65504 for alpha in alphas):  # nor is NaN
         raise _bad_field(path, "lora_alpha", "a number that half precision can hold", values.get("lora_alpha"))
     for name in ("down_fingerprint", "tensors_digest"):
         if values.get(name) is not None and not re.fullmatch(r"[0-9a-f]{64}", values[name]):
@@ -150,4 +149,10 @@ def config_json(config: MetaLoraConfig) -> bytes:
             f"expected facts of plain JSON, found a {type(value).__name__}. Give text, numbers, lists."
         )
 
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain, allow_nan=False).encode()
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain, allow_nan=False).encode()
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigFormatError(
+            f"expected a configuration of at most {MAX_CONFIG_BYTES} bytes, which is all that is read again, found "
+            f"{len(text)}. Give shorter facts, or fewer patterns."
+        )
+    return text

@@ -189,10 +189,15 @@ def _parse_json_object(raw: bytes, path: Path, what: str) -> dict[str, Any]:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a number")
 
+    def finite(text: str) -> float:
+        if math.isinf(value := float(text)):
+            raise ValueError(f"{text[:20]} is too large")
+        return value
+
     if raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
         _corrupt(path, f"a {what} of at most {MAX_BRACKETS} lists and objects", "more")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         _corrupt(path, f"a {what} in JSON", str(error) if isinstance(error, ValueError) else "too deep a nesting")
     if not isinstance(value, dict):

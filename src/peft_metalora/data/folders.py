@@ -404,7 +404,7 @@ def _file_inside(folder: Path, where: str, given: str) -> Path:
     if name.is_absolute() or ".." in name.parts or not name.parts or PureWindowsPath(given).drive:
         raise MetadataError(f"{where}: expected a file inside {folder}, found {given!r}: correct the path")
     path = folder / name
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MetadataError(f"{where}: expected an image, found no file {path}: add it or remove the line")
     return path
 
