@@ -563,3 +563,24 @@ def test_an_empty_list_of_further_modules_is_none(pair, name):
     edit_config(pair[1], **{name: []})
     source = checkpoint.load_subject(pair[1])
     assert getattr(source.config, name) is None
+
+
+@pytest.mark.parametrize("text", ["1e400", "9" * 400])
+def test_a_number_that_no_float_holds_is_refused_on_reading(pair, text):
+    """Bug: an OverflowError came out of a load, and a ValueError of a pull that was to write what it had read."""
+    for name in ("lora_alpha", "facts"):
+        path = pair[1] / "adapter_config.json"
+        kept = path.read_text()
+        edit_config(pair[1], **{name: "@" if name == "lora_alpha" else {"steps": "@"}})
+        path.write_text(path.read_text().replace('"@"', text))
+        if name == "lora_alpha" or text == "1e400":
+            with pytest.raises((errors.CorruptFileError, errors.ConfigFormatError)):
+                checkpoint.load_subject(pair[1])
+        path.write_text(kept)
+
+
+def test_nothing_is_written_that_would_be_too_long_to_be_read(tmp_path):
+    """Bug: a configuration was written that the next load refused for its size."""
+    with pytest.raises(errors.ConfigFormatError, match="which is all that is read again"):
+        save_down(tmp_path / "down", with_down(), "faces", facts={"text": "x" * 300_000})
+    assert not (tmp_path / "down").exists()
