@@ -4,9 +4,9 @@
     python benchmarks/kills.py                   60 kills, ten of each job; writes results/kills.json
     python benchmarks/kills.py --replay 17       one kill again, by its number
 
-A kill is its number: job and moment are drawn from it (tests/fuzz/killing.py). Half of them come at a share of the
-job's time, from outside; half before its n-th change of the file system, by its own hand, which is the same moment on
-every machine."""
+A kill is its number: job and moment are drawn from it (tests/fuzz/killing.py). A third of them come at a share of the
+job's time, from outside; the others before its n-th change of the file system, by its own hand, which is the same moment
+on every machine; half of these are among its last changes, when a result is put in its place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import argparse
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +26,40 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "fuzz")]
 
 
-def main() -> None:
-    """Kill, look, and write what was found."""
+_killer: Any = None
+
+
+def start(folder: str) -> None:
+    """Make what is killed in this process."""
+    global _killer
     from killing import Killer
 
+    _killer = Killer(Path(tempfile.mkdtemp(dir=folder))).__enter__()
+
+
+def kill(seed: int) -> Any:
+    """A kill, and what came of it."""
+    return _killer.kill(seed)
+
+
+def main() -> None:
+    """Kill, look, and write what was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=60, help="How many kills.")
+    parser.add_argument("--processes", type=int, default=1, help="How many at a time.")
     parser.add_argument("--replay", type=int, help="Do this one kill and print what comes of it.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kills.json")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Killer(Path(folder)) as killer:
+    with tempfile.TemporaryDirectory() as folder:
         if options.replay is not None:
-            print(killer.kill(options.replay))
+            start(folder)
+            print(kill(options.replay))
             return
         found = []
-        for seed in tqdm(range(options.kills), unit="kill"):
-            found.append(killer.kill(seed))
-            write(options.output, report(found))
+        with ProcessPoolExecutor(options.processes, get_context("spawn"), start, (folder,)) as pool:
+            for one in tqdm(pool.map(kill, range(options.kills)), total=options.kills, unit="kill"):
+                found.append(one)
+                write(options.output, report(found))
 
 
 def report(found: list[Any]) -> dict[str, object]:

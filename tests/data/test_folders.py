@@ -135,6 +135,7 @@ class TestReadSubjects:
             ('{"file_name": "/etc/passwd"}', "expected a file inside"),
             ('{"file_name": ""}', "expected a file inside"),
             ('{"file_name": "gone.png"}', "found no file"),
+            ('{"file_name": "%s.png"}' % ("x" * 5000), "found no file"),  # Bug: an OSError of the file system
             ('{"file_name": "a.png"}\n{"file_name": "a.png"}', "line 2: expected each image once"),
         ],
     )

@@ -23,13 +23,13 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from peft_metalora.evaluation.settings import EvaluateConfig
 from safetensors.torch import load_file
 
 from artefacts_tiny import with_down, with_subject
 from fake_hub import TOKEN, FakeHub, point_at
 from peft_metalora import MetaLoraError, hub, load_down, load_subject, save_down, save_subject
 from peft_metalora.demo.faces import write_dataset
+from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.evaluation.protocol import evaluate
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize
@@ -40,6 +40,8 @@ CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", 
 PATIENCE = 300
 """Seconds for a job on a machine however busy."""
 STEPS = 4
+LAST = 12
+"""Changes at the end of a job, among which a result is put in its place."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,10 @@ def _point(endpoint: str, cache: Path) -> None:
     huggingface_hub.utils._auth._get_token_from_environment = lambda: TOKEN
 
 
-def moment_of(seed: int) -> tuple[str, bool, float]:
-    """The job of a kill, whether it counts changes of the file system or time, and the share of those before it."""
+def moment_of(seed: int) -> tuple[str, str, float]:
+    """The job of a kill, what it counts (time, all changes of the file system, the last), and the share before it."""
     rng = random.Random(seed)
-    return list(JOBS)[seed % len(JOBS)], rng.random() < 0.5, rng.random()
+    return list(JOBS)[seed % len(JOBS)], rng.choice(["time", "changes", "last changes"]), rng.random()
 
 
 class Killer:
@@ -268,11 +270,12 @@ class Killer:
 
     def kill(self, seed: int) -> Kill:
         """Kill number `seed`, and look at what it left."""
-        job, by_change, share = moment_of(seed)
+        job, counted, share = moment_of(seed)
         seconds, changes = self._measure(job)
         place = self._place(f"kill-{seed}", job)
-        if by_change:
-            number = int(share * changes)
+        if counted != "time":
+            among = min(LAST, changes) if counted == "last changes" else changes
+            number = changes - among + int(share * among)
             moment = f"change {number} of {changes}"
             killed = self._run(job, place, stop_before=number)
         else:
