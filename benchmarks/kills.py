@@ -5,8 +5,8 @@
     python benchmarks/kills.py --replay 17       one kill again, by its number
 
 A kill is its number: job and moment are drawn from it (tests/fuzz/killing.py). A third of them come at a share of the
-job's time, from outside; the others before its n-th change of the file system, by its own hand, the same moment on every
-machine; half of these are among its last changes, when a result is put in its place."""
+job's time, from outside; the others before its n-th change of the file system, by its own hand, the same moment
+everywhere. Half of these are among its last changes, when a result is put in its place."""
 
 from __future__ import annotations
 

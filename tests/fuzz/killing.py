@@ -18,8 +18,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import huggingface_hub
 import torch
@@ -181,9 +183,11 @@ class Killer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # A server that has imported everything forks a fresh process for each job.
+        # A server that has imported all forks a process for each job. It finds modules by PYTHONPATH alone.
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["killing"])
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            forkserver.ensure_running()
         self._whole: dict[str, tuple[float, int]] = {}
         save_tiny_flux(folder / "base")
         write_people(folder / "people")
