@@ -18,6 +18,8 @@ from mutations import NAMES, VALUES, Mutation, cut, flip, insert, not_a_file, ra
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from peft_metalora.tuner.down import digest_of
+
 BYTES: dict[str, Mutation] = {"flipped bits": flip, "cut off": cut, "bytes inserted": insert, "bytes moved": shuffle}
 
 
@@ -153,7 +155,7 @@ def _state(path: Path, rng: random.Random) -> None:
     text = json.dumps(content)
     if rng.random() < 0.2:
         text = raw_value(rng)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(f"{text}|{digest_of(tensors)}".encode()).hexdigest()
     save_file(tensors, path, {"training_state": text, "training_state_sha256": digest})
 
 

@@ -24,6 +24,7 @@ from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
+from peft_metalora.tuner.down import digest_of
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples
 
 KILLS = 10
@@ -264,11 +265,23 @@ def test_states_that_make_no_sense_are_corrupt_files(tmp_path):
     header = load_header(tmp_path / STATE_FILE)
     deep = "[" * 100000
     for text in ("5", "null", "[]", deep, '["dict", 5]', '["dict", [["state", 1]]]', '["tensor", "9"]', "1e999"):
-        metadata = {"training_state": text, "training_state_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        digest = hashlib.sha256(f"{text}|{digest_of({})}".encode()).hexdigest()
+        metadata = {"training_state": text, "training_state_sha256": digest}
         for broken in (metadata, {**metadata, "training_state": header.replace("1", "2")}, {}):
             save_file({}, tmp_path / STATE_FILE, metadata=broken)
             with pytest.raises(CorruptFileError, match="resume from an earlier checkpoint"):
                 read_state(config)
+
+
+def test_a_bit_that_flipped_in_a_tensor_of_a_state_is_found(tmp_path):
+    """Bug: only the JSON of a state had a digest; a run went on from other numbers in silence."""
+    config = personal_config(resume_from_checkpoint=str(tmp_path))
+    write_state(tmp_path, {"mid": torch.arange(4.0)}, config)
+    raw = bytearray((tmp_path / STATE_FILE).read_bytes())
+    raw[-3] ^= 1
+    (tmp_path / STATE_FILE).write_bytes(raw)
+    with pytest.raises(CorruptFileError, match="not as it was written"):
+        read_state(config)
 
 
 def load_header(path):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError, MetaLoraError
 from ...files import write_tensors
+from ...tuner.down import digest_of
 from ..stage_settings import INPUTS, OUTPUTS, MetaTrainConfig, PersonalizeConfig, TrainingConfig
 from .origin import Origin
 from .processes import ALONE, Processes
@@ -73,7 +74,7 @@ def write_state(
         tensors,
     )
     text = json.dumps(plain)
-    write_tensors(folder / _file_name(processes), tensors, {_HEADER: text, _DIGEST: _hash(text)})
+    write_tensors(folder / _file_name(processes), tensors, {_HEADER: text, _DIGEST: _hash(text, tensors)})
 
 
 def read_state(
@@ -160,14 +161,14 @@ def _wanted_folder(config: TrainingConfig, processes: Processes) -> Path | None:
 def _read(path: Path) -> dict[str, Any]:
     with understanding(path), safe_open(path, "pt") as file:
         header = file.metadata()
-        if header[_DIGEST] != _hash(header[_HEADER]):
-            raise ValueError("not as it was written")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        if header[_DIGEST] != _hash(header[_HEADER], tensors):
+            raise ValueError("not as it was written")
         return dict(_unpack(json.loads(header[_HEADER]), tensors))
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _hash(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    return hashlib.sha256(f"{text}|{digest_of(tensors)}".encode()).hexdigest()
 
 
 def check_steps(done: Any, config: MetaTrainConfig | PersonalizeConfig) -> None:
