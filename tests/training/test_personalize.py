@@ -322,6 +322,24 @@ def test_nobody_elses_output_is_replaced_unasked_and_that_before_any_work(place,
     assert load_subject(tmp_path / "out").config.subject_name == "person-1"
 
 
+def test_replacing_somebody_leaves_nothing_of_them(place, tmp_path):
+    """Bug: checkpoints, validation pictures, logs and the card of the older person stayed beside the newer."""
+    people, out = place / "people", tmp_path / "out"
+    held = {"validation_data_dir": str(people / "person-0"), "validation_steps": 1, "validation_prompt": "a photo"}
+    config = file_config(place, out, instance_data_dir=str(people / "person-0"), **held, report_to="tensorboard")
+    personalize(replace(config, checkpointing_steps=1), progress=False)
+    (out / "README.md").write_text("All about person-0, by hand.")
+    assert {"checkpoint-1", "validation", "logs"} <= {path.name for path in out.iterdir()}
+    (out / "notes.txt").write_text("mine")
+    personalize(
+        file_config(place, out, instance_data_dir=str(people / "person-1"), overwrite=True, max_train_steps=1),
+        progress=False,
+    )
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
+    assert left == {*adapter, "notes.txt"}
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(place, tmp_path, monkeypatch):
     """Bug: a whole training was lost to a folder that could not be made, or ended at the first validation."""
     monkeypatch.setattr(personalize_module, "prepare", lambda *_, **__: pytest.fail("work before the check"))

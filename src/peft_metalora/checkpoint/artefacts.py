@@ -432,7 +432,8 @@ def write_artefact(
 ) -> Path:
     """Write the two files of an artefact, and a fold and a card beside them if they are given, all or nothing.
 
-    What an older save left and this one does not write goes; a card that somebody edited stays.
+    What an older save left and this one does not write goes; a card that somebody edited stays, unless it speaks of
+    somebody else.
 
     Raises:
         NonFiniteError, WriteFailedError
@@ -446,6 +447,7 @@ def write_artefact(
             )
     require_replaceable(folder, config.stage, config.subject_name, overwrite=overwrite)
     edited = (folder / CARD_FILE).exists() and not is_made_card(folder / CARD_FILE)
+    edited = edited and what_else(folder, config.stage, config.subject_name) is None
     with staged_folder(folder, stale=SIDE_FILES if edited else (*SIDE_FILES, CARD_FILE)) as stage:
         if card is not None and not edited:
             (stage / CARD_FILE).write_bytes(card)
@@ -469,24 +471,27 @@ def require_replaceable(
     Raises:
         OutputExistsError: an adapter of another kind lies there, or the subject of another name.
     """
+    found = None if overwrite else what_else(folder, stage, subject_name)
+    if found is not None:
+        raise OutputExistsError(
+            f"{folder}: expected a new folder, or an older save of the same, found {found}. Choose another folder, or "
+            "give overwrite=True (--overwrite) to replace it."
+        )
+
+
+def what_else(folder: str | os.PathLike[str], stage: str | None, subject_name: str | None = None) -> str | None:
+    """What lies in a folder that is no older save of the same, in words; None: nothing. Arguments as above."""
     path = Path(folder) / CONFIG_FILE
-    if overwrite or not path.exists():
-        return
+    if not path.exists():
+        return None
     try:
         there = read_json(path)
     except MetaLoraError:
         there = {}
     kind, who = there.get("stage") if there.get("peft_type") == PEFT_TYPE else None, there.get("subject_name")
     if kind != stage or (kind is None and there.get("peft_type") != "LORA"):
-        found = {"meta": "a Down", "subject": "a subject"}.get(str(kind), "another adapter")
-    elif who and subject_name and who != subject_name:
-        found = f"the subject {who!r}, not {subject_name!r}"
-    else:
-        return
-    raise OutputExistsError(
-        f"{folder}: expected a new folder, or an older save of the same, found {found}. Choose another folder, or give "
-        "overwrite=True (--overwrite) to replace it."
-    )
+        return {"meta": "a Down", "subject": "a subject"}.get(str(kind), "another adapter")
+    return f"the subject {who!r}, not {subject_name!r}" if who and subject_name and who != subject_name else None
 
 
 # Cards

@@ -16,7 +16,7 @@ from .engine.state import checkpoint_folder, read_state, understanding, write_st
 from .examples.batches import Examples
 from .examples.sources import training_subjects
 from .injecting import saying_what_is_left, take_off
-from .preparing import check_places, prepare
+from .preparing import check_places, make_room, prepare
 from .stage_1 import DownResult, MetaTraining
 from .stage_settings import MetaTrainConfig
 from .watching.of_a_down import DownValidation, encode_held_out, split_subjects
@@ -71,6 +71,8 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     if state is not None:
         with understanding(str(config.resume_from_checkpoint)):
             run.load_state_dict(state)
+    elif processes.is_main:
+        make_room(config, "meta")
     done = len(run.losses)
     validation = DownValidation(run, held, trackers, done) if held is not None else None
     try:

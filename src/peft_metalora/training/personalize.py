@@ -21,7 +21,7 @@ from .engine.state import checkpoint_folder, checkpoint_folders, read_state, und
 from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject, name_of
 from .injecting import saying_what_is_left
-from .preparing import check_places, prepare
+from .preparing import check_places, make_room, prepare
 from .stage_2 import Personalization
 from .stage_settings import PersonalizeConfig
 from .watching.of_a_subject import Validation, held_out
@@ -79,6 +79,8 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
             run.load_state_dict(state["run"])
             if validation is not None:
                 validation.best.load_state_dict(state["best"])
+    elif processes.is_main:
+        make_room(config, kind, name)
     output, total, every = Path(config.output_dir), config.max_train_steps, config.checkpointing_steps
     bar = tqdm(total=total, initial=run.steps_done, desc=config.method, unit="step", disable=not progress)
     with bar, saying_what_is_left(config):

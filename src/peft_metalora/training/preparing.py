@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -12,12 +13,14 @@ import torch
 
 from ..bases import Base, load_base
 from ..bases.precision import choose_dtype
+from ..checkpoint.artefacts import what_else
 from ..data import Subject
 from ..errors import ConfigError
 from ..files import require_apart, require_writable
 from .engine.origin import Origin, base_of, photos_of
 from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
+from .engine.state import checkpoint_folders
 from .examples.batches import Examples
 from .examples.encoding import encode_subjects
 from .stage_settings import INPUTS, VALIDATION_FOLDER, MetaTrainConfig, PersonalizeConfig
@@ -49,6 +52,20 @@ def check_places(config: MetaTrainConfig | PersonalizeConfig) -> None:
     for place in places:
         require_apart(place, **inputs)
         require_writable(place)
+
+
+def make_room(config: MetaTrainConfig | PersonalizeConfig, stage: str | None, subject_name: str | None = None) -> None:
+    """Remove what a run for somebody else, or of another kind, left in an output folder that is to be replaced.
+
+    Args:
+        stage, subject_name: as of `require_replaceable`.
+    """
+    output, checkpoints = Path(config.output_dir), checkpoint_folders(config.output_dir).values()
+    if not config.overwrite or all(what_else(place, stage, subject_name) is None for place in (output, *checkpoints)):
+        return
+    for place in (*checkpoints, output / VALIDATION_FOLDER, output / config.logging_dir):
+        if output.resolve() in place.resolve().parents:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def prepare(
