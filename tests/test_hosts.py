@@ -201,7 +201,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch._C._are_functorch_transforms_active":
         ("compiled", "tuner/layer.py", "called"),
     "torch._C.TensorBase._version":
-        ("compiled", "tuner/layer.py, encoder/space.py", "counts writes in place: is it still what was checked?"),
+        ("compiled", "tuner/layer.py, checkpoint/space.py", "counts writes in place: is it still what was checked?"),
     "torch._C._autograd._top_saved_tensors_default_hooks":
         ("compiled", "tuner/subject_index.py", "called: is a block recomputed?"),
     "torch._C._current_graph_task_id":

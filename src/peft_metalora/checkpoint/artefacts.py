@@ -51,6 +51,7 @@ from .factors import (
     save_factors,
 )
 from .folded import FOLD_FILE, LoraPair, component_name, fold_subject, save_diffusers
+from .space import SPACE_FILE
 from .untrusted import read_json
 
 # Reading
@@ -413,7 +414,7 @@ def _file_config(
     return dataclasses.replace(config, **fields, **changes)
 
 
-READER_FILES = ("subject_space.safetensors", "subject_encoder.safetensors", "encoder_config.json")
+READER_FILES = (SPACE_FILE, "subject_encoder.safetensors", "encoder_config.json")
 """What `encoder` lays beside a Down that reads photos, in the order in which it is written."""
 
 # What reads photos for a Down goes when another Down takes its place.

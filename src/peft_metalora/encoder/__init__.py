@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+from ..checkpoint.space import SubjectCode, SubjectSpace, load_code, load_space, save_code
 from .networks import EncoderConfig, SubjectEncoder, load_encoder, make_encoder
 from .reader import Reader, load_reader, save_reader
-from .space import SubjectCode, SubjectSpace, load_code, load_space, save_code
 
 __all__ = [
     "EncoderConfig",

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoint.artefacts import READER_FILES
+from ..checkpoint.space import CODE_SIZE, SubjectSpace, require_finite
 from ..checkpoint.untrusted import read_json, read_tensors
 from ..errors import (
     ConfigError,
@@ -36,7 +37,6 @@ from ..errors import (
 from ..files import write_bytes, write_tensors
 from ..tuner.down import digest_of
 from .sources import Source, make_source, source_kinds
-from .space import CODE_SIZE, SubjectSpace, require_finite
 
 _, ENCODER_FILE, ENCODER_CONFIG_FILE = READER_FILES
 FORMAT_VERSION = 1

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..checkpoint.artefacts import load_down
 from ..checkpoint.factors import SubjectSource
+from ..checkpoint.space import SubjectSpace, load_space
 from ..errors import ArtefactNotFoundError, FingerprintMismatchError
 from ..tuner import DownSource
 from ..tuner.down import subject_config
 from .networks import ENCODER_CONFIG_FILE, SubjectEncoder, load_encoder
-from .space import SubjectSpace, load_space
 
 
 @dataclass(frozen=True)

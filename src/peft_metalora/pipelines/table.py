@@ -4,7 +4,8 @@
 The table is one subject adapter with `capacity` slots. All its slots lie in one tensor, a row a subject, so that
 bringing somebody in is one copy in place: no injection, no new module, nothing for torch.compile to see. Rows of those
 who are not on the device wait in host memory; beyond `host_capacity` the least recently used are dropped and read again
-from where they came when they are needed.
+from where they came when they are needed. Of subjects that are codes only the codes wait, and bringing one in is one
+expansion into its slot.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..checkpoint.factors import SubjectSource, check_subject_on_down
+from ..checkpoint.space import SubjectCode, SubjectSpace
 from ..errors import AdapterNotFoundError, AdapterStateError, FingerprintMismatchError, NonFiniteError
 from ..tuner import DownSource, MetaLoraConfig, subject_state
 from ..tuner.down import MAGNITUDE, MID, MID_INIT, UP, subject_config
 from ..tuner.on_model import configs_of, meta_lora_layers
 from ..tuner.placing import choice_kept, inject
 from ..tuner.ranks import exceptions, ranks_of
+from .codes import CodeBook
 from .denoiser import books_of, lock_of, own_factors, while_idle
 
 Read = Callable[[Callable[[str], DownSource | None]], SubjectSource]
@@ -36,7 +40,10 @@ _PARTS = (MID, UP, MAGNITUDE)
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a table has done: subjects found on the device, in host memory, read again; and put out of each."""
+    """What a table has done: subjects found on the device, in host memory, read again; and put out of each.
+
+    Codes count as in host memory.
+    """
 
     capacity: int
     on_device: int
@@ -58,7 +65,7 @@ class SubjectTable:
         model: a diffusers model or any other; the adapter is added to it, not active.
         down: the Down of all subjects here.
         capacity: subjects on the device at once.
-        host_capacity: rows in host memory; None for no limit.
+        host_capacity: rows in host memory, codes aside; None for no limit.
 
     Raises:
         AdapterStateError: a capacity below 1.
@@ -83,6 +90,7 @@ class SubjectTable:
         self._layers = [(path, layer) for path, layer in meta_lora_layers(model) if self._has(layer)]
         self._device_order: OrderedDict[str, int] = OrderedDict()
         self._host: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._codes: dict[str, CodeBook] = {}  # by the fingerprint of their space
         self._read: dict[str, Read | None] = {}
         self._loaded: set[str] = set()  # adapters of the model, whose factors are their rows
         self._pinned: set[str] = set()
@@ -112,7 +120,7 @@ class SubjectTable:
     # Subjects
 
     def __contains__(self, name: object) -> bool:
-        return name in self._read
+        return name in self._read or self._book_of(name) is not None
 
     def is_on(self, model: nn.Module) -> bool:
         """Whether the model still has the table's adapter."""
@@ -121,11 +129,11 @@ class SubjectTable:
 
     def is_own(self, name: str) -> bool:
         """Whether a subject is in the table by itself, not as the row of a loaded adapter."""
-        return name in self._read and name not in self._loaded
+        return name in self and name not in self._loaded
 
     def names(self) -> list[str]:
         """All subjects of the table, on the device or not."""
-        return list(self._read)
+        return [*self._read, *(name for book in self._codes.values() for name in book)]
 
     def register(
         self,
@@ -147,17 +155,69 @@ class SubjectTable:
         """
         row = self._host_copy(name, self._row(name, config, tensors))
         with self._books:
-            if (model := self._model()) is not None and name in configs_of(model):
-                raise AdapterStateError(
-                    f"expected a new name for a subject, found {name!r}, which is a loaded adapter's. Give another "
-                    "name=, or delete_adapters it first."
-                )
+            self._enter(name)
             self._host[name] = row
-            self._host.move_to_end(name)
             self._read[name] = read
-            if name in self._device_order:
-                self._replaced.add(name)
             self._trim_host()
+
+    def register_code(self, name: str, subject: SubjectCode, space: SubjectSpace) -> None:
+        """Put a subject that is a code into host memory: its numbers alone, some hundred bytes, which never leave it.
+
+        Args:
+            subject: a code of `space`, with the ranks and scales of the table.
+
+        Raises:
+            AdapterStateError: a loaded adapter's name.
+            FingerprintMismatchError: a code for another Down or space.
+            MissingKeysError, ShapeMismatchError, NonFiniteError: what a slot of this table cannot hold.
+        """
+        if subject.down_fingerprint != self.down.fingerprint:
+            raise FingerprintMismatchError(
+                f"{name}: expected a code for the Down {self.down.fingerprint[:16]}…, found one for "
+                f"{subject.down_fingerprint[:16]}…. Add it to the table of that Down."
+            )
+        book = self._codes.get(subject.space_fingerprint) or CodeBook(self._of_slots(space))
+        code = book.space.accept(subject)
+        if self._flat.dtype == torch.float16:  # the one dtype that a sum in float32 may not fit into
+            row = torch.empty_like(self._flat[0])
+            book.space.expand_into(code, row)
+            self._host_copy(name, row)
+        with self._books:
+            self._enter(name)
+            self._codes.setdefault(subject.space_fingerprint, book).put(name, code)
+
+    def space(self, fingerprint: str) -> SubjectSpace | None:
+        """The subject space of codes that are here."""
+        book = self._codes.get(fingerprint)
+        return None if book is None else book.space
+
+    def _of_slots(self, space: SubjectSpace) -> SubjectSpace:
+        """A space with its numbers in the order of a row, where the slots are."""
+        return space.ordered([f"{path}.{part}" for path, _, part in self._pieces()]).to(self._flat.device)
+
+    def _enter(self, name: str) -> None:
+        """Let a name be free for a subject that comes, its older self gone."""
+        if (model := self._model()) is not None and name in configs_of(model):
+            raise AdapterStateError(
+                f"expected a new name for a subject, found {name!r}, which is a loaded adapter's. Give another "
+                "name=, or delete_adapters it first."
+            )
+        self._drop(name)
+        if name in self._device_order:
+            self._replaced.add(name)
+
+    def _drop(self, name: str) -> None:
+        """Forget a subject's numbers in host memory."""
+        self._host.pop(name, None)
+        self._read.pop(name, None)
+        for fingerprint, book in [*self._codes.items()]:
+            if name in book:
+                book.drop(name)
+                if not len(book):
+                    del self._codes[fingerprint]  # its basis is large
+
+    def _book_of(self, name: object) -> CodeBook | None:
+        return next((book for book in self._codes.values() if name in book), None)
 
     def forget_unloaded(self) -> None:
         """Drop the rows of adapters that are not on the model any more, or stand on another Down now."""
@@ -175,10 +235,9 @@ class SubjectTable:
 
     def _forget(self, name: str) -> int | None:
         """Forget a subject; returns the slot that it had."""
-        self._host.pop(name, None)
+        self._drop(name)
         for names in (self._pinned, self._replaced, self._loaded):
             names.discard(name)
-        del self._read[name]
         return self._device_order.pop(name, None)
 
     @while_idle
@@ -191,10 +250,10 @@ class SubjectTable:
         """
         wanted = list(dict.fromkeys(names))
         for name in wanted:
-            if name not in self._read and self._is_loaded(name):
+            if name not in self and self._is_loaded(name):
                 self._read[name] = None
                 self._loaded.add(name)
-            elif name not in self._read:
+            elif name not in self:
                 raise AdapterNotFoundError(
                     f"expected a subject of this table, found {name!r}. Add it with add_subject."
                 )
@@ -212,9 +271,9 @@ class SubjectTable:
                 self._counts["device_hits"] += 1
             else:
                 self._counts["device_misses"] += 1
-                row = self._host_row(name) if row is None else row
+                waiting = self._waiting(name) if row is None else row
                 slot = self._free_slot(set(wanted)) if slot is None else slot
-                self._write(slot, row)
+                self._write(slot, waiting)
                 self._device_order[name] = slot
                 self._replaced.discard(name)
             self._device_order.move_to_end(name)
@@ -245,7 +304,7 @@ class SubjectTable:
         """
         names = list(dict.fromkeys(names))
         for name in names:
-            if name not in self._read:
+            if name not in self:
                 raise AdapterNotFoundError(f"expected a subject of this table, found {name!r}. See names().")
         self._repack_if_moved()
         for name in names:
@@ -256,22 +315,30 @@ class SubjectTable:
     def statistics(self) -> Statistics:
         """How full the table is and what it has done."""
         with self._books:
-            return Statistics(self.capacity, len(self._device_order), len(self._host), len(self._read), **self._counts)
+            codes = sum(map(len, self._codes.values()))
+            in_host, registered = len(self._host) + codes, len(self._read) + codes
+            return Statistics(self.capacity, len(self._device_order), in_host, registered, **self._counts)
 
     # Rows
 
     def _pack(self) -> None:
         """Move all slots of all layers into one tensor (capacity, size of a subject) that the layers look into."""
-        pieces = [
-            (layer, part) for _, layer in self._layers for part in _PARTS if self.adapter_name in getattr(layer, part)
-        ]
-        parameters = [getattr(layer, part)[self.adapter_name] for layer, part in pieces]
+        parameters = [getattr(layer, part)[self.adapter_name] for _, layer, part in self._pieces()]
         self._flat = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
         start = 0
         for parameter in parameters:
             stop = start + parameter[0].numel()
             parameter.data = self._flat[:, start:stop].view(parameter.shape)
             start = stop
+
+    def _pieces(self) -> list[tuple[str, Any, str]]:
+        """Path, layer and part of each factor, in the order of a row."""
+        return [
+            (path, layer, part)
+            for path, layer in self._layers
+            for part in _PARTS
+            if self.adapter_name in getattr(layer, part)
+        ]
 
     def _repack_if_moved(self) -> None:
         parameter = self._layers[0][1].metalora_mid[self.adapter_name]
@@ -297,17 +364,14 @@ class SubjectTable:
 
     def _flatten(self, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         pieces = []
-        for path, layer in self._layers:
-            for part in _PARTS:
-                if self.adapter_name not in getattr(layer, part):
-                    continue
-                tensor, shape = tensors[f"{path}.{part}"], getattr(layer, part)[self.adapter_name].shape[1:]
-                if tensor.shape[1:] != shape:
-                    raise AdapterStateError(
-                        f"{name}: expected {path}.{part} of shape {tuple(shape)}, as all of the table have, found "
-                        f"{tuple(tensor.shape[1:])}. Show it alone, with load_meta_lora and set_adapters."
-                    )
-                pieces.append(tensor[0].flatten().to(self._flat.dtype))
+        for path, layer, part in self._pieces():
+            tensor, shape = tensors[f"{path}.{part}"], getattr(layer, part)[self.adapter_name].shape[1:]
+            if tensor.shape[1:] != shape:
+                raise AdapterStateError(
+                    f"{name}: expected {path}.{part} of shape {tuple(shape)}, as all of the table have, found "
+                    f"{tuple(tensor.shape[1:])}. Show it alone, with load_meta_lora and set_adapters."
+                )
+            pieces.append(tensor[0].flatten().to(self._flat.dtype))
         return torch.cat(pieces)
 
     def _host_copy(self, name: str, row: torch.Tensor) -> torch.Tensor:
@@ -332,6 +396,11 @@ class SubjectTable:
                 scaled[f"{path}.{UP}"] = scaled[f"{path}.{UP}"] * ratio
         return scaled
 
+    def _waiting(self, name: str) -> torch.Tensor | Callable[[torch.Tensor], None]:
+        """What fills a slot with a subject of the table's own."""
+        book = self._book_of(name)
+        return self._host_row(name) if book is None else partial(book.write, name)
+
     def _host_row(self, name: str) -> torch.Tensor:
         if name not in self._host:
             self._counts["host_misses"] += 1
@@ -350,9 +419,13 @@ class SubjectTable:
         self._trim_host()
         return row
 
-    def _write(self, slot: int, row: torch.Tensor) -> None:
+    def _write(self, slot: int, row: torch.Tensor | Callable[[torch.Tensor], None]) -> None:
+        """Fill a slot: with a row, or by what writes into one."""
         with torch.no_grad():
-            self._flat[slot].copy_(row, non_blocking=True)
+            if callable(row):
+                row(self._flat[slot])
+            else:
+                self._flat[slot].copy_(row, non_blocking=True)
         self._written = True
         for _, layer in self._layers:
             if self.adapter_name in layer.metalora_folded:

@@ -2,7 +2,7 @@
 """The subject space of a Down: the Mid and Up of all layers are `mean + code @ basis`, a person is a code.
 
 The numbers of a subject lie in one line, factor after factor; `layout` says which are whose. What makes a code from a
-photo is `networks.py`; what trains both is in `training`. Relatives: HyperDreamBooth (arXiv 2307.06949), whose network
+photo is in `encoder`; what trains both is in `training`. Relatives: HyperDreamBooth (arXiv 2307.06949), whose network
 predicts weights that are then tuned, and weights2weights (arXiv 2406.09413), a linear space of identity LoRAs.
 """
 
@@ -19,8 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.artefacts import READER_FILES
-from ..checkpoint.untrusted import Header, open_tensors
 from ..errors import (
     ConfigError,
     CorruptFileError,
@@ -33,8 +31,9 @@ from ..errors import (
 )
 from ..files import write_tensors
 from ..tuner.down import MID, UP, DownSource, digest_of
+from .untrusted import Header, open_tensors
 
-SPACE_FILE, _, _ = READER_FILES
+SPACE_FILE = "subject_space.safetensors"
 CODE_FILE = "subject_code.safetensors"
 CODE_SIZE = 128
 _MEAN, _BASIS, _CODE = "mean", "basis", "code"
@@ -149,15 +148,30 @@ class SubjectSpace(nn.Module):
         Raises:
             ShapeMismatchError: a code of another size. NonFiniteError: NaN or infinity in it.
         """
+        self._require_code(code)
+        with torch.no_grad():
+            return self.split(self(code[None].to(self.mean.device)).to(dtype))
+
+    def expand_into(self, code: Tensor, row: Tensor) -> None:
+        """Write a subject's numbers, in the order of `layout`, into a row (N,) that lies where the space does.
+
+        Args:
+            code: (k,), as `accept` gives it.
+        """
+        with torch.no_grad():
+            row.copy_(self(code[None].to(self.mean.device))[0])
+
+    def _require_code(self, code: Tensor) -> None:
+        if code.shape != (self.code_size,):
+            raise ShapeMismatchError(
+                f"expected a code ({self.code_size},) of this space, found {tuple(code.shape)}. Read the photo with "
+                "the encoder of the same Down."
+            )
         if not torch.isfinite(code).all():
             raise NonFiniteError(
                 "expected a code of finite numbers, found NaN or infinity: read the photo again, with an encoder that "
                 "did not diverge"
             )
-        if code.ndim != 1:
-            raise ShapeMismatchError(f"expected one code ({self.code_size},), found {tuple(code.shape)}. Give one row.")
-        with torch.no_grad():
-            return self.split(self(code[None].to(self.mean.device)).to(dtype))
 
     def split(self, subjects: Tensor) -> dict[str, Tensor]:
         """Subjects (n, N) as factors by name, views of them: (n, r, meta_r) and (n, d_out, r)."""
@@ -184,7 +198,7 @@ class SubjectSpace(nn.Module):
                     f"expected a code for the {what} {own[:16]}…, found one for {found[:16]}…. Load the {what} that "
                     "the code was read for, or read the photo again."
                 )
-        self.expand(subject.code)
+        self._require_code(subject.code)
         return subject.code
 
     def rounded(self, dtype: torch.dtype = torch.bfloat16) -> SubjectSpace:
@@ -204,7 +218,9 @@ class SubjectSpace(nn.Module):
         parts = self._parts()
         mean = torch.cat([parts[f"{name}.{_MEAN}"].flatten() for name in names])
         basis = torch.cat([parts[f"{name}.{_BASIS}"].flatten(1) for name in names], dim=1)
-        return SubjectSpace([(name, shapes[name]) for name in names], mean, basis, self.down_fingerprint)
+        other = SubjectSpace([(name, shapes[name]) for name in names], mean, basis, self.down_fingerprint)
+        other._digest = (other.mean._version, other.basis._version), self.fingerprint
+        return other
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `subject_space.safetensors`; the file is whole or not there.
