@@ -17,6 +17,7 @@ from peft_metalora.cli import main
 from peft_metalora.encoder import EncoderConfig, Reader, SubjectSpace, load_reader, make_encoder, save_reader
 from peft_metalora.errors import ArtefactNotFoundError, FingerprintMismatchError, NoImagesError, UnsafeNameError
 from peft_metalora.hub import pull, push_down
+from peft_metalora.pipelines.table import tables_of
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
 
 SIZE = 6
@@ -52,9 +53,9 @@ def down_folder(tmp_path, base_folder):
     return folder
 
 
-def draw(pipe):
+def draw(pipe, **options):
     generator = torch.Generator().manual_seed(0)
-    options = {"height": 16, "width": 16, "num_inference_steps": 2, "max_sequence_length": 8, "output_type": "np"}
+    options |= {"height": 16, "width": 16, "num_inference_steps": 2, "max_sequence_length": 8, "output_type": "np"}
     return torch.tensor(pipe("a photo of a person", generator=generator, **options).images)
 
 
@@ -77,6 +78,18 @@ def test_a_person_is_in_the_pipeline_after_one_call(tmp_path, down_folder):
             torch.testing.assert_close(state[f"{name}.ann"], factor)
     pipe.unload_meta_lora()
     assert torch.equal(draw(pipe), before)
+
+
+def test_a_person_is_read_into_a_slot(tmp_path, down_folder):
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    assert pipe.read_subject(photo(tmp_path), down=down_folder, as_adapter=False) == "ann-0"
+    assert pipe.get_list_adapters() == {}, "no adapter of their own"
+    in_slot = draw(pipe, subjects="ann-0")
+    pipe.read_subject(photo(tmp_path), "ann", down=down_folder)
+    torch.testing.assert_close(in_slot, draw(pipe), rtol=0, atol=1e-4)
+    assert not torch.allclose(in_slot, draw(pipe, subjects=[None]), atol=1e-4)
+    (table,) = tables_of(pipe.transformer).values()
+    assert len(table._codes) == 1 and not table._host
 
 
 def test_several_photos_are_the_mean_code(tmp_path, down_folder):

@@ -111,17 +111,14 @@ def test_two_spaces_of_one_down_stand_side_by_side(model, table, down, space):
 
 def test_what_does_not_belong_here_is_refused_and_changes_nothing(model, table, space):
     foreign = SubjectSpace(space.layout, space.mean, space.basis, "0" * 64)
+    nan = torch.full((SIZE,), float("nan"))
+    marks = space.down_fingerprint, space.fingerprint
     cases = [
         (code(foreign), foreign, errors.FingerprintMismatchError, "expected a code for the Down"),
-        (SubjectCode(torch.zeros(SIZE), space.down_fingerprint, "0" * 64), space, errors.FingerprintMismatchError, "space"),
-        (SubjectCode(torch.zeros(3), space.down_fingerprint, space.fingerprint), space, errors.ShapeMismatchError, "a "),
-        (
-            SubjectCode(torch.full((SIZE,), float("nan")), space.down_fingerprint, space.fingerprint),
-            space,
-            errors.NonFiniteError,
-            "found NaN",
-        ),
-    ]  # fmt: skip
+        (SubjectCode(nan, marks[0], "0" * 64), space, errors.FingerprintMismatchError, "for the space"),
+        (SubjectCode(torch.zeros(3), *marks), space, errors.ShapeMismatchError, "expected a code"),
+        (SubjectCode(nan, *marks), space, errors.NonFiniteError, "found NaN"),
+    ]
     for subject, its, error, text in cases:
         with pytest.raises(error, match=text):
             table.register_code("ann", subject, its)

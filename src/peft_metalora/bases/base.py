@@ -7,6 +7,7 @@ denoiser predicts, and which modules are adapted by default and why. Nothing her
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -62,7 +63,7 @@ class Base(ABC):
     ) -> None:
         self.pipeline = pipeline
         self.weighting_scheme = weighting_scheme or self.default_weighting
-        self.max_sequence_length = max_sequence_length or self._default_sequence_length()
+        self._given_length = max_sequence_length
 
     @property
     def denoiser(self) -> Any:
@@ -106,6 +107,12 @@ class Base(ABC):
         # The stock class: one that derives from it (as Meta-LoRA's own does, under its name) may hide the parameters.
         stock = [cls for cls in type(self.pipeline).__mro__ if cls.__name__ == self.pipeline_class][-1]
         return "max_sequence_length" in inspect.signature(stock.__call__).parameters
+
+    @functools.cached_property
+    def max_sequence_length(self) -> int:
+        """Tokens of a prompt."""
+        # Asked for when it is needed: a pipeline without text encoders can still read photos.
+        return self._given_length or self._default_sequence_length()
 
     def _default_sequence_length(self) -> int:
         return min(512, self.pipeline.tokenizer.model_max_length)

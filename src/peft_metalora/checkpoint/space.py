@@ -8,6 +8,7 @@ predicts weights that are then tuned, and weights2weights (arXiv 2406.09413), a 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -30,7 +31,9 @@ from ..errors import (
     TensorDtypeError,
 )
 from ..files import write_tensors
+from ..tuner import MetaLoraConfig
 from ..tuner.down import MID, UP, DownSource, digest_of
+from .factors import SubjectSource
 from .untrusted import Header, open_tensors
 
 SPACE_FILE = "subject_space.safetensors"
@@ -53,6 +56,31 @@ class SubjectCode:
     code: Tensor
     down_fingerprint: str
     space_fingerprint: str
+
+
+class CodeSource(SubjectSource):
+    """A subject that is a code: its factors are expanded when they are first asked for.
+
+    Args:
+        config: as of any subject; its ranks and scales are those that the space was trained with.
+        code: of `space`. down: the Down of both.
+
+    Raises:
+        As `SubjectSpace.accept`.
+    """
+
+    def __init__(self, config: MetaLoraConfig, code: SubjectCode, space: SubjectSpace, down: DownSource) -> None:
+        space.accept(code)
+        vars(self).update(config=config, code=code, space=space, down=down)
+
+    code: SubjectCode
+    space: SubjectSpace
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """As `SubjectSource` has them, float32."""
+        # Views of one line of numbers: a subject owns its factors.
+        return {name: tensor.cpu().clone() for name, tensor in self.space.expand(self.code.code).items()}
 
 
 class SubjectSpace(nn.Module):

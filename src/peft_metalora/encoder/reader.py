@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint.artefacts import load_down
-from ..checkpoint.factors import SubjectSource
-from ..checkpoint.space import SubjectSpace, load_space
+from ..checkpoint.space import CodeSource, SubjectCode, SubjectSpace, load_space
 from ..errors import ArtefactNotFoundError, FingerprintMismatchError
 from ..tuner import DownSource
 from ..tuner.down import subject_config
@@ -31,7 +30,7 @@ class Reader:
     space: SubjectSpace
     encoder: SubjectEncoder
 
-    def read(self, photos: Sequence[Image.Image], source: DownSource, **config: Any) -> SubjectSource:
+    def read(self, photos: Sequence[Image.Image], source: DownSource, **config: Any) -> CodeSource:
         """A person from one photo or several, in zero steps.
 
         Args:
@@ -43,10 +42,8 @@ class Reader:
             NoImagesError, NoFaceError, NonFiniteError: as `SubjectEncoder.read`.
         """
         _require_its_down(self.space, source, "this reader")
-        tensors = self.space.expand(self.encoder.read(photos))
-        # Views of one line of numbers: a subject owns its factors.
-        own = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-        return SubjectSource(subject_config(source, **config), own, source)
+        code = SubjectCode(self.encoder.read(photos), self.space.down_fingerprint, self.space.fingerprint)
+        return CodeSource(subject_config(source, **config), code, self.space, source)
 
 
 def save_reader(folder: str | os.PathLike[str], space: SubjectSpace, encoder: SubjectEncoder) -> Path:

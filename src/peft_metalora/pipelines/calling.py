@@ -34,7 +34,7 @@ from .denoiser import (
 )
 from .regions import read_regions, shown_in_regions
 from .saving import saved_in_parts
-from .table import MOST_PASSES, SubjectTable, batch_slots, drop_tables, put_table, sample_slots, tables_of
+from .table import MOST_PASSES, Read, SubjectTable, batch_slots, drop_tables, put_table, sample_slots, tables_of
 
 
 class PerSampleMixin:
@@ -271,23 +271,45 @@ class PerSampleMixin:
                 return down_on_model(model, fingerprint)
 
         source = load_subject(path_or_repo, known_down=known, **hub)
+        last = hub.get("subfolder") or path_or_repo
+        return self._into_table(model, source, name, last, _Again(path_or_repo, hub))
+
+    def _into_table(
+        self,
+        model: nn.Module,
+        source: SubjectSource,
+        name: str | None,
+        path: str | os.PathLike[str],
+        again: Read | None = None,
+    ) -> str:
+        """Put a subject into the table of its Down, which is made if there is none; returns its name.
+
+        Args:
+            path: what it is named after where no name is given.
+            again: reads the subject anew.
+        """
 
         def enter(table: SubjectTable) -> str:
-            others = {n for other in tables_of(model).values() if other is not table for n in other.names()}
-            own = name or free_name({*configs_of(model), *table.names(), *others}, path_or_repo, hub.get("subfolder"))
-            if own in others:
+            others = [other for other in tables_of(model).values() if other is not table]
+            configs = configs_of(model)
+
+            def taken(wanted: str) -> bool:
+                return wanted in configs or any(wanted in each for each in (table, *others))
+
+            own = name or free_name(taken, path)
+            if any(own in other for other in others):
                 raise AdapterStateError(
                     f"expected a new name for a subject, found {own!r}, which a subject on another Down has. Give "
                     "another name=, or evict that one first."
                 )
-            table.register(own, source.config, source.tensors, _Again(path_or_repo, hub))
+            table.add(own, source, again)
             return own
 
         fingerprint = source.down.fingerprint
         with books_of(model):
             if (table := tables_of(model).get(fingerprint)) is not None:
                 return enter(table)
-        check_fits(model, source.down, name=str(path_or_repo))
+        check_fits(model, source.down, name=str(path))
         with self._idle():
             if (table := tables_of(model).get(fingerprint)) is not None:
                 return enter(table)

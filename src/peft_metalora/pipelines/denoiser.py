@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
@@ -119,12 +120,12 @@ def while_idle(method: Method) -> Method:
     return cast(Method, alone)
 
 
-def free_name(taken: Collection[str], path_or_repo: str | os.PathLike[str], subfolder: str | None = None) -> str:
+def free_name(taken: Callable[[str], bool], path: str | os.PathLike[str]) -> str:
     """A name after a path or repository that an adapter can have and nobody has yet."""
-    last = os.path.basename(os.path.normpath(subfolder or path_or_repo))
+    last = os.path.basename(os.path.normpath(path))
     wanted = re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-")
-    names = (f"{wanted or 'adapter'}{f'-{count}' if count else ''}" for count in range(len(taken) + 2))
-    return next(name for name in names if name not in taken and not hasattr(nn.ParameterDict, name))
+    names = (f"{wanted or 'adapter'}{f'-{count}' if count else ''}" for count in itertools.count())
+    return next(name for name in names if not taken(name) and not hasattr(nn.ParameterDict, name))
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         """
         model = denoiser(self)
         refuse_fused(all_layers(self))
-        name = self._new_name(model, adapter_name, path_or_repo, hub.get("subfolder"))
+        name = self._new_name(model, adapter_name, hub.get("subfolder") or path_or_repo)
         source = load(path_or_repo, model=model, known_down=functools.partial(down_on_model, model), **hub)
         self._install(source, name)
         return name
@@ -131,6 +131,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         adapter_name: str | None = None,
         *,
         down: str | os.PathLike[str],
+        as_adapter: bool = True,
         **hub: Unpack[HubOptions],
     ) -> str:
         """Bring a person in from photos, without training: the Down's encoder reads them, in a fraction of a second.
@@ -141,10 +142,12 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             photos: one photo of the person or several, as files or RGB images.
             adapter_name: by default the name of the first file.
             down: folder or repository of a Down with an encoder; on the model it is once, as ever.
+            as_adapter: False puts the person into the table of slots, as `add_subject` does, for `subjects=`: that is
+                faster, because PEFT walks over the whole model for each adapter.
             hub: huggingface_hub's arguments, for the Down.
 
         Returns:
-            The adapter's name.
+            The name of the adapter or the subject.
 
         Raises:
             ArtefactNotFoundError: the Down has no encoder.
@@ -157,33 +160,34 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         model = denoiser(self)
         first = several[0] if several else ""
         named = "person" if isinstance(first, Image.Image) else Path(first).stem
-        name = self._new_name(model, adapter_name, named, None)
+        if as_adapter:
+            adapter_name = self._new_name(model, adapter_name, named)
         images = [one if isinstance(one, Image.Image) else load_image(one) for one in several]
         found = load(down, model=model, **hub)
         if not isinstance(found, DownSource):
             raise WrongKindError(f"{down}: expected a Down that reads photos, found a subject. Give its Down.")
         reader = load_reader(folder_of(down, READER_FILES, **hub), found, base_for(self).encode_images)
         reference = os.path.abspath(down) if os.path.isdir(down) else os.fspath(down)
-        subject = reader.read(
-            images, found, down=reference, down_revision=hub.get("revision"), subject_name=name, inference_mode=True
-        )
-        self._install(subject, name)
-        return name
+        origin = {"down": reference, "down_revision": hub.get("revision"), "inference_mode": True}
+        subject = reader.read(images, found, subject_name=adapter_name or named, **origin)
+        if adapter_name is None or not as_adapter:
+            return self._into_table(model, subject, adapter_name, named)
+        self._install(subject, adapter_name)
+        return adapter_name
 
-    def _new_name(
-        self, model: nn.Module, wanted: str | None, path_or_repo: str | os.PathLike[str], subfolder: str | None
-    ) -> str:
-        taken = {
-            *configs_of(model),
-            *(own for table in tables_of(model).values() for own in table.names() if table.is_own(own)),
-        }
-        name = wanted or free_name(taken, path_or_repo, subfolder)
+    def _new_name(self, model: nn.Module, wanted: str | None, path: str | os.PathLike[str]) -> str:
+        configs, tables = configs_of(model), tables_of(model).values()
+
+        def taken(name: str) -> bool:
+            return name in configs or any(table.is_own(name) for table in tables)
+
+        name = wanted or free_name(taken, path)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict, name):
             raise AdapterStateError(
                 f"expected an adapter name of letters, digits, '_' and '-', found {name!r}, which torch cannot hold or "
                 "keeps for itself. Choose another one."
             )
-        if name in taken:
+        if taken(name):
             raise AdapterStateError(
                 f"expected a new adapter name, found {name!r}, which this pipeline has already. "
                 "Choose another one, or delete_adapters it first (evict it, if add_subject brought it)."

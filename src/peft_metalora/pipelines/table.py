@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.factors import SubjectSource, check_subject_on_down
-from ..checkpoint.space import SubjectCode, SubjectSpace
+from ..checkpoint.space import CodeSource, SubjectCode, SubjectSpace
 from ..errors import AdapterNotFoundError, AdapterStateError, FingerprintMismatchError, NonFiniteError
 from ..tuner import DownSource, MetaLoraConfig, subject_state
 from ..tuner.down import MAGNITUDE, MID, MID_INIT, UP, subject_config
@@ -90,6 +90,7 @@ class SubjectTable:
         self._layers = [(path, layer) for path, layer in meta_lora_layers(model) if self._has(layer)]
         self._device_order: OrderedDict[str, int] = OrderedDict()
         self._host: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._alike: tuple[Any, bool] | None = None  # the last scales that were compared
         self._codes: dict[str, CodeBook] = {}  # by the fingerprint of their space
         self._read: dict[str, Read | None] = {}
         self._loaded: set[str] = set()  # adapters of the model, whose factors are their rows
@@ -185,6 +186,13 @@ class SubjectTable:
         with self._books:
             self._enter(name)
             self._codes.setdefault(subject.space_fingerprint, book).put(name, code)
+
+    def add(self, name: str, source: SubjectSource, read: Read | None = None) -> None:
+        """Put a subject that was read into host memory, one that is a code as its code; raises as the two above."""
+        if isinstance(source, CodeSource) and self._scales_alike(source.config):
+            self.register_code(name, source.code, source.space)
+        else:
+            self.register(name, source.config, source.tensors, read)
 
     def space(self, fingerprint: str) -> SubjectSpace | None:
         """The subject space of codes that are here."""
@@ -386,6 +394,14 @@ class SubjectTable:
     def _adapter_row(self, name: str) -> torch.Tensor:
         model = cast(nn.Module, self._model())
         return self._row(name, configs_of(model)[name], subject_state(model, name))
+
+    def _scales_alike(self, config: MetaLoraConfig) -> bool:
+        """Whether a subject's own scale is the table's on every layer, so that nothing has to be taken into Up."""
+        marks = config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern
+        if self._alike is None or self._alike[0] != marks:
+            scales = ((ranks_of(config, path), ranks_of(self.config, path)) for path, _ in self._layers)
+            self._alike = marks, all(own.scaling == its.scaling for own, its in scales)
+        return self._alike[1]
 
     def _scaled(self, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The subject's own scale taken into Up, relative to the table's."""
