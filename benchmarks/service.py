@@ -216,8 +216,14 @@ def refusals(service: Service, folder: Path, person: str) -> list[int]:
     ]
 
 
-def measure(subjects: int, requests: int, clients: int, replicas: int, sample: int) -> dict[str, Any]:
-    """The whole run; returns its figures."""
+def measure(
+    subjects: int, requests: int, clients: int, replicas: int, sample: int, wait: bool = True
+) -> dict[str, Any]:
+    """The whole run; returns its figures.
+
+    Args:
+        wait: until the replica that was killed is replaced, to say how long that takes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         people = make_people(Path(folder), subjects)
         start = time.monotonic()
@@ -227,7 +233,8 @@ def measure(subjects: int, requests: int, clients: int, replicas: int, sample: i
             start = time.monotonic()
             answers, victim = load(service, people, requests, clients)
             seconds = time.monotonic() - start
-            service.wait_for_replicas(replicas)
+            if wait:
+                service.wait_for_replicas(replicas)
             whole_again = time.monotonic() - start - seconds
             found = service.statistics()
         answered = [answer for answer in answers if answer.status == 200]

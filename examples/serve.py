@@ -28,20 +28,13 @@ from typing import Any, TypeAlias
 
 import psutil
 import ray
-import torch
-from diffusers import DiffusionPipeline
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, Field
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from peft_metalora import enable_meta_lora
-from peft_metalora.demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION
-from peft_metalora.errors import MetaLoraError
-
 Job: TypeAlias = tuple[str, str, int]  # subject, prompt, seed
-DEMO_CALL = {"height": RESOLUTION, "width": RESOLUTION, "max_sequence_length": MAX_SEQUENCE_LENGTH}
 ATTEMPTS = 6  # of a request whose replica dies, 0.1 s to 1.6 s apart
 
 
@@ -50,6 +43,18 @@ class Artist:
     """One replica: a pipeline, the subjects that requests have brought to it, and a queue of those who wait."""
 
     async def __init__(self, options: argparse.Namespace) -> None:
+        # Seconds of imports, which only a replica needs: the driver and the desk start without them.
+        import torch
+        from diffusers import DiffusionPipeline
+
+        from peft_metalora import enable_meta_lora
+
+        if options.demo:
+            from peft_metalora.demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION
+
+            options.base, options.down = BASE, ASSETS / "down"
+            size = {"height": RESOLUTION, "width": RESOLUTION, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+            options.call = {**size, **options.call}
         if options.device == "cpu":
             torch.set_num_threads(1)
         pipe = DiffusionPipeline.from_pretrained(options.base, dtype=getattr(torch, options.dtype))
@@ -69,9 +74,14 @@ class Artist:
 
         self.resident = resident
 
-    async def draw(self, subject: str, prompt: str, seed: int) -> bytes:
-        """The PNG of one image, drawn in one batch with whoever else waits then."""
-        await self.resident(subject)
+    async def draw(self, subject: str, prompt: str, seed: int) -> bytes | str:
+        """The PNG of one image, drawn in one batch with whoever else waits then; or why the subject cannot be loaded."""
+        from peft_metalora.errors import MetaLoraError
+
+        try:
+            await self.resident(subject)
+        except MetaLoraError as error:
+            return str(error)
         done = asyncio.get_running_loop().create_future()
         self.queue.put_nowait(((subject, prompt, seed), done))
         return await done
@@ -96,6 +106,8 @@ class Artist:
             return [error] if len(jobs) == 1 else [result for job in jobs for result in self._draw([job])]
 
     def _draw_batch(self, jobs: list[Job]) -> list[bytes | Exception]:
+        import torch
+
         subjects, prompts, seeds = zip(*jobs, strict=True)
         images = self.pipe(
             list(prompts),
@@ -145,10 +157,10 @@ class Desk:
         draw = self.artists.options(method_name="draw", multiplexed_model_id=order.subject)
         for attempt in range(ATTEMPTS):
             try:
-                png = await draw.remote(order.subject, order.prompt, order.seed)
-                return Response(png, media_type="image/png")
-            except MetaLoraError as error:
-                raise HTTPException(422, str(error)) from error
+                drawn = await draw.remote(order.subject, order.prompt, order.seed)
+                if isinstance(drawn, str):
+                    raise HTTPException(422, drawn)
+                return Response(drawn, media_type="image/png")
             except RayActorError:  # the same image again, from another replica: a request is its seed
                 self.repeated += 1
                 await asyncio.sleep(0.1 * 2 ** min(attempt, 4))
@@ -165,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="black-forest-labs/FLUX.1-dev")
     parser.add_argument("--demo", action="store_true", help="use the embedded base and its Down")
-    parser.add_argument("--down", default=str(ASSETS / "down"), help="the Down of all subjects")
+    parser.add_argument("--down", default="", help="the Down of all subjects")
     parser.add_argument("--subjects", type=Path, required=True, help="folder with a folder for each subject")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--call", type=json.loads, default={}, help="what else a call of the pipeline gets, as JSON")
@@ -178,7 +190,7 @@ def main() -> None:
         parser.error(f"expected --slots of at least --batch, found {options.slots} and {options.batch}")
     options.subjects, options.device = options.subjects.resolve(), "cuda"
     if options.demo:
-        options.base, options.device, options.call = str(BASE), "cpu", {**DEMO_CALL, **options.call}
+        options.device = "cpu"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init("local", include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray has put its own there, which skips what follows
@@ -196,9 +208,8 @@ def main() -> None:
         pass
     finally:
         processes = psutil.Process().children(recursive=True)
-        serve.shutdown()
-        ray.shutdown()
-        for process in psutil.wait_procs(processes, timeout=5)[1]:
+        ray.shutdown()  # and not serve.shutdown() before it, which waits for replicas that are just starting
+        for process in psutil.wait_procs(processes, timeout=1)[1]:
             process.kill()  # on a busy machine Ray's own agents would stay for a minute
 
 
