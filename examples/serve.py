@@ -75,7 +75,7 @@ class Artist:
         self.resident = resident
 
     async def draw(self, subject: str, prompt: str, seed: int) -> bytes | str:
-        """The PNG of one image, drawn in one batch with whoever else waits then; or why the subject cannot be loaded."""
+        """The PNG of an image, drawn in one batch with whoever else waits then; or why its subject cannot be loaded."""
         from peft_metalora.errors import MetaLoraError
 
         try:
