@@ -89,6 +89,15 @@ def test_a_copier_of_the_reference_is_seen_through(done: tuple[Path, list[str]])
     assert figures["pose_copy"].value == pytest.approx(1 - figures["r_facesim"].value, abs=1e-4)
 
 
+def test_no_file_says_where_photos_lie(done: tuple[Path, list[str]], people: Path) -> None:
+    """Bug: each cell kept the absolute path of the reference, and the report was lost when the photos moved."""
+    output, _ = done
+    texts = [path for path in output.rglob("*") if path.suffix in (".json", ".jsonl", ".md", ".html")]
+    assert len(texts) > 6
+    assert not [path for path in texts if str(people) in path.read_text()]
+    assert "(gone)" not in (output / "report.html").read_text()
+
+
 def test_the_report_stands_alone(done: tuple[Path, list[str]]) -> None:
     output, _ = done
     page, table = (output / "report.html").read_text(), (output / "report.md").read_text()

@@ -104,7 +104,7 @@ class Bench:
         folder, key = home / method.folder / subject.name, self._key(made_from, subject)
         if is_complete(self.output, folder, key):
             return
-        cell: Cell = {"rows": [], "points": [], "failure": None, "reference": str(reference.path)}
+        cell: Cell = {"rows": [], "points": [], "failure": None, "reference": self._show(subject, reference)}
         if condition is not None:
             cell |= {"condition": condition.name, "strength": condition.strength}
         try:
@@ -128,9 +128,18 @@ class Bench:
             return
         images = [load_image(path) if path.is_file() else None for path in paths]
         rows = self._score(folder, images, subject, 0)
-        reference = str(subject.split()[0].path)
+        reference = self._show(subject, subject.split()[0])
         cell = {"rows": rows, "points": [], "failure": None, "reference": reference}
         self._finish(folder, key, name, subject, cell)
+
+    def _show(self, subject: Subject, reference: Photo) -> str:
+        """A small copy of a reference for the report, without what else its file says; its place in `output`."""
+        path = reference.path
+        if not path.is_relative_to(self.output):
+            image, path = load_image(path), self.output / "references" / f"{subject.name}.png"
+            image.thumbnail((self.config.side, self.config.side))
+            write_bytes(path, png(image))
+        return path.relative_to(self.output).as_posix()
 
     def _key(self, made_from: dict[str, Any], subject: Subject) -> str:
         """Changes with whatever a cell is made from or scored by."""

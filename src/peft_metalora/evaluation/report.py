@@ -165,7 +165,7 @@ def _picture(path: Path) -> str:
 def _galleries(output: Path, cells: Sequence[Cell], people: Sequence[str]) -> str:
     """For each prompt a row a person and a column a method, after the last step and from seed 0."""
     chosen = [cell for cell in cells if cell["subject"] in people]
-    references = {cell["subject"]: Path(cell["reference"]).resolve() for cell in chosen}
+    references = {cell["subject"]: output / cell["reference"] for cell in chosen}
     methods = list(by_method(chosen))
     parts = ["<h3>References</h3>"]
     parts += [

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..errors import NonFiniteError
+
 # Rows as long, on average, as those of the uniform start: U(-1/sqrt(n), 1/sqrt(n)) has n entries of variance 1/(3n).
 ROW_LENGTH = 1 / math.sqrt(3)
 
@@ -20,6 +22,9 @@ def start_down(down: Tensor, how: str, weight: Callable[[], Tensor]) -> None:
 
     Args:
         weight: gives the base weight as (d_out, ...), read only where it is needed.
+
+    Raises:
+        NonFiniteError: a base weight without directions.
     """
     if down.is_meta:
         return
@@ -29,6 +34,11 @@ def start_down(down: Tensor, how: str, weight: Callable[[], Tensor]) -> None:
         nn.init.orthogonal_(down.view(down.shape[0], -1), gain=ROW_LENGTH)
     else:
         matrix = weight().float().flatten(1)
+        if not matrix.isfinite().all():
+            raise NonFiniteError(
+                "expected a finite base weight for the start 'pissa', found NaN or infinity. Load the base anew, or in "
+                "a dtype that holds its weights."
+            )
         rank = min(down.shape[0], *matrix.shape)
         _, _, right = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
         set_rows(down, right.T[:rank])
