@@ -168,6 +168,16 @@ class TestFiles:
         assert found.config == CONFIG and not found.training
         assert not any(parameter.requires_grad for parameter in found.parameters())
 
+    def test_no_file_starts_code_by_itself(self, tmp_path, space):
+        """Bug: an encoder_config.json of anybody named a module and a function, and reading called it."""
+        made = make_encoder(EncoderConfig(source=f"face:{__name__}:faces", code_size=SIZE), None)
+        made.save(tmp_path, space)
+        for given in (None, f"{__name__}:photo"):
+            with pytest.raises(ConfigError, match=f"face_model='{__name__}:faces'.*if you trust it"):
+                load_encoder(tmp_path, space, face_model=given)
+        found = load_encoder(tmp_path, space, face_model=f"{__name__}:faces")
+        assert torch.equal(found.read([photo()]), made.read([photo()]))
+
     def test_an_encoder_of_another_space_is_refused(self, tmp_path, space, encoder):
         encoder.save(tmp_path, space)
         other = SubjectSpace([("x", (3,))], torch.ones(3), torch.ones(SIZE, 3), "down")
@@ -190,6 +200,8 @@ class TestFiles:
             ("format_version", 2, ConfigFormatError, "format_version 1"),
             ("hidden", 24, ShapeMismatchError, "expected head"),
             ("code_size", SIZE + 1, ShapeMismatchError, "codes of 6 numbers"),
+            ("face_align", 1, ConfigFormatError, "face_align as bool"),
+            ("face_margin", -1, ConfigFormatError, "face_margin must be 0 or more"),
             ("dropout", 0.5, FingerprintMismatchError, "expected the encoder"),
         ],
     )

@@ -36,6 +36,7 @@ from ..errors import (
 )
 from ..files import write_bytes, write_tensors
 from ..tuner.down import digest_of
+from .sight import Sight
 from .sources import Source, make_source, source_kinds
 
 _, ENCODER_FILE, ENCODER_CONFIG_FILE = READER_FILES
@@ -50,6 +51,7 @@ class EncoderConfig:
         source: as `sources.make_source` takes it. resolution: side in pixels to which photos are brought.
         code_size: numbers of a code. width: channels of the trunk's first layer. hidden: width of the head.
         dropout: share of the head's inputs that are dropped in training.
+        face_crop, face_margin, face_align: what of a photo it was trained to read, as `sight.Sight` takes it.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -61,6 +63,9 @@ class EncoderConfig:
     width: int = 64
     hidden: int = 512
     dropout: float = 0.2
+    face_crop: str = ""
+    face_margin: float = 0.5
+    face_align: bool = False
 
     def __post_init__(self) -> None:
         if self.source.partition(":")[0] not in source_kinds():
@@ -70,6 +75,8 @@ class EncoderConfig:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.width < 8 or self.width % 8:
             raise ConfigError(f"width must be a multiple of 8 (the groups of its norms), found {self.width}")
+        if not self.face_margin >= 0:
+            raise ConfigError(f"face_margin must be 0 or more, found {self.face_margin}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, found {self.dropout}")
 
@@ -109,25 +116,50 @@ class SubjectEncoder(nn.Module):
         codes = self.head(self.trunk(features))
         return F.layer_norm(codes, codes.shape[1:])
 
-    def read(self, photos: Sequence[Image.Image]) -> Tensor:
-        """The code (k,) of a person, from one photo or the mean of several; on the CPU, float32.
+    def codes(self, photos: Sequence[Image.Image]) -> Tensor:
+        """The code (n, k) that is read from each photo; on the CPU, float32.
 
         Raises:
-            NoImagesError: no photo. NoFaceError: a photo without the face that the source needs.
+            NoFaceError: a photo without the face that the source needs.
             NonFiniteError: a code that is no number, from an encoder that diverged.
         """
-        if not photos:
-            raise NoImagesError("expected at least one photo of the person, found none: give one")
         device, was_training = next(self.parameters()).device, self.training
         self.eval()
         try:
             with torch.no_grad():
-                code = self(self.source.features(photos).to(device)).mean(0).float().cpu()
+                codes = self(self.source.features(photos).to(device)).float().cpu()
         finally:
             self.train(was_training)
-        if not torch.isfinite(code).all():
+        if not torch.isfinite(codes).all():
             raise NonFiniteError("expected a code of finite numbers, found NaN or infinity: train the encoder again")
-        return code
+        return codes
+
+    def read(self, photos: Sequence[Image.Image]) -> Tensor:
+        """The code (k,) of a person, from one photo or the mean of several; raises as `codes`, and NoImagesError."""
+        if not photos:
+            raise NoImagesError("expected at least one photo of the person, found none: give one")
+        return self.codes(photos).mean(0)
+
+    def sight(
+        self, face_crop: str | None = None, face_margin: float | None = None, face_align: bool | None = None
+    ) -> Sight:
+        """How it sees photos: as it was trained to, but for what is given.
+
+        Raises:
+            ConfigError: it was trained with a face detector of somebody's own, code that no file starts by itself, and
+                none is given. ConfigError, EmbedderUnavailableError: as `Sight`.
+        """
+        own = self.config
+        if face_crop is None and ":" in own.face_crop:
+            raise ConfigError(
+                f"expected face_crop for an encoder of photos that were cut by {own.face_crop!r}, code that a file "
+                f"must not start by itself, found none: give face_crop={own.face_crop!r} if you trust it"
+            )
+        return Sight(
+            face_crop or own.face_crop or None,
+            own.face_margin if face_margin is None else face_margin,
+            own.face_align if face_align is None else face_align,
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -172,14 +204,19 @@ def make_encoder(
 
 
 def load_encoder(
-    folder: str | os.PathLike[str], space: SubjectSpace, encode_images: Callable[[Tensor], Tensor] | None = None
+    folder: str | os.PathLike[str],
+    space: SubjectSpace,
+    encode_images: Callable[[Tensor], Tensor] | None = None,
+    face_model: str | None = None,
 ) -> SubjectEncoder:
     """Read an encoder that `SubjectEncoder.save` wrote, in evaluation mode.
 
     Args:
         space: the space that it has to read codes of.
+        face_model: `module:function` of an encoder `face:module:function`: code that no file starts by itself.
 
     Raises:
+        ConfigError: such an encoder, and another `face_model` or none.
         ArtefactNotFoundError, CorruptFileError, UnsafeNameError, TensorDtypeError: files that are not there or broken.
         ConfigFormatError: a configuration that cannot be.
         FingerprintMismatchError: an encoder of another space, or weights that are not the configuration's.
@@ -201,6 +238,12 @@ def load_encoder(
         )
     if config.code_size != space.code_size:
         raise ShapeMismatchError(f"{path}: expected codes of {space.code_size} numbers, found {config.code_size}.")
+    kind, _, detail = config.source.partition(":")
+    if kind == "face" and detail and detail != face_model:
+        raise ConfigError(
+            f"{path}: expected face_model to name the code that this encoder sees with, {detail!r}, which a file must "
+            f"not start by itself, found {face_model!r}. Give face_model={detail!r} (--face_model) if you trust it."
+        )
     weights = read_tensors(Path(folder) / ENCODER_FILE)
     require_finite(weights, str(Path(folder) / ENCODER_FILE))
     encoder = make_encoder(config, encode_images)
@@ -226,13 +269,16 @@ def load_encoder(
     return encoder.eval().requires_grad_(False)
 
 
+_JSON: dict[type, Any] = {float: (int, float)}  # which writes 0.0 and 0 alike
+
+
 def _config(facts: dict[str, Any], path: Path) -> EncoderConfig:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(EncoderConfig):
         wanted: Any = type(field.default)
         value: Any = facts.get(field.name)
-        # JSON writes 0.0 and 0 alike; True is an int to Python.
-        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+        # True is an int to Python.
+        if isinstance(value, bool) != (wanted is bool) or not isinstance(value, _JSON.get(wanted, wanted)):
             raise ConfigFormatError(f"{path}: expected {field.name} as {wanted.__name__}, found {value!r}.")
         values[field.name] = wanted(value)
     try:

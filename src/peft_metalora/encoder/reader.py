@@ -67,12 +67,15 @@ def save_reader(folder: str | os.PathLike[str], space: SubjectSpace, encoder: Su
 
 
 def load_reader(
-    folder: str | os.PathLike[str], down: DownSource, encode_images: Callable[[Tensor], Tensor] | None = None
+    folder: str | os.PathLike[str],
+    down: DownSource,
+    encode_images: Callable[[Tensor], Tensor] | None = None,
+    face_model: str | None = None,
 ) -> Reader:
     """Read the space and the encoder that lie in the folder of a Down.
 
     Args:
-        encode_images: the base's VAE, for encoders of the source `latents`.
+        encode_images: the base's VAE, for encoders of the source `latents`. face_model: as `load_encoder`.
 
     Raises:
         ArtefactNotFoundError: this Down cannot read.
@@ -85,7 +88,7 @@ def load_reader(
             "stage 2 (metalora personalize), or take a Down that was trained to read photos."
         )
     space = load_space(path, down)
-    return Reader(space, load_encoder(path, space, encode_images))
+    return Reader(space, load_encoder(path, space, encode_images, face_model))
 
 
 def _require_its_down(space: SubjectSpace, down: DownSource, where: str) -> None:

@@ -14,10 +14,9 @@ from PIL import Image, ImageDraw
 from face_models import SIDE, TILE, write_pack
 from peft_metalora.data import read_subjects
 from peft_metalora.errors import ConfigError, EmbedderUnavailableError, NoFaceError, NoImagesError
-from peft_metalora.metrics import Face, InsightFaceDetector
-from peft_metalora.training.examples import face_crop
+from peft_metalora.metrics import Face, InsightFaceDetector, face_crop
+from peft_metalora.metrics.face_crop import FaceCrop, Region
 from peft_metalora.training.examples.encoding import encode_subjects
-from peft_metalora.training.examples.face_crop import FaceCrop, Region
 from training_tiny import personal_config, tiny_base
 
 WHITE = (255, 255, 255)

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from ...bases import Base
-from ...data import Photo, cut, cut_mask, decode_image, decode_mask, random_box, read_file
-from ...errors import NoFaceError
+from ...data import Photo, cut, cut_mask, random_box, read_file
+from ...encoder.sight import face_region, open_photo
+from ...metrics.face_crop import FaceCrop, Region
 from ..stage_settings import TrainingConfig
-from .face_crop import FaceCrop, Region
 from .shapes import Shape, crop_shapes, nearest_shape
 
 _NARROW = 0.7  # of a photo of 3 : 2, a square shows two thirds
@@ -79,17 +79,12 @@ class ViewCutter:
             NoImagesError, UnreadableImageError: it, or its mask, is not there or cannot be decoded.
             NoFaceError: it is to be cut around a face, and shows none.
         """
-        image = decode_image(photo.read() if content is None else content, photo.path)
-        drawn = mask_content(photo)
-        mask = None if drawn is None else decode_mask(drawn, photo.mask or "", image.size)
-        region = plan.region if plan is not None else self._region(photo, image)
-        if region is not None:
-            image, mask = region.cut(image), None if mask is None else region.cut(mask)
-        shape = nearest_shape(self.shapes, *image.size) if plan is None else plan.shape
-        share = _share(image.size, shape)
+        seen = open_photo(photo, lambda image: self._region(photo, image) if plan is None else plan.region, content)
+        shape = nearest_shape(self.shapes, *seen.image.size) if plan is None else plan.shape
+        share = _share(seen.image.size, shape)
         if self._faces is None and share < _NARROW:
             self._narrow[photo.path] = share
-        return Opened(image, mask, Plan(region, shape))
+        return Opened(seen.image, seen.mask, Plan(seen.region, shape))
 
     def warn_of_narrow_views(self) -> None:
         """Hint, once, at what helps where views show so little of opened photos that they may miss a person."""
@@ -104,12 +99,7 @@ class ViewCutter:
             self._narrow.clear()
 
     def _region(self, photo: Photo, image: Image.Image) -> Region | None:
-        if self._faces is None:
-            return None
-        region = self._faces.region(image)
-        if region is None:
-            raise NoFaceError(f"expected a face in {photo.path}, found none: remove the photo, or leave face_crop out")
-        return region
+        return None if self._faces is None else face_region(self._faces, image, photo.path)
 
     def cut(self, opened: Opened, generator: torch.Generator) -> View:
         """The next random view."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ...metrics import Face, FaceDetector, InsightFaceDetector
-from ...metrics.embedders import made_by
+from .detectors import Face, FaceDetector, InsightFaceDetector
+from .embedders import made_by
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Region:
 
 
 class FaceCrop:
-    """Finds the part of a photo to train on.
+    """Finds the part of a photo to train on or to read.
 
     Args:
         detector: 'insightface', or `module:function` that returns a `FaceDetector`.

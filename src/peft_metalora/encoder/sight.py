@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is seen of a photo: all of it or the part around the face, with its mask cut alike; and what an encoder sees."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..data import Photo, decode_image, decode_mask, read_file
+from ..errors import NoFaceError
+from ..metrics.face_crop import FaceCrop, Region
+
+_GREY = 127
+
+
+@dataclass(frozen=True)
+class SeenPhoto:
+    """RGB, and its mask in grey if it has one, both cut to the part that is used (None: all of it)."""
+
+    image: Image.Image
+    mask: Image.Image | None
+    region: Region | None
+
+
+def open_photo(
+    photo: Photo, region_of: Callable[[Image.Image], Region | None], content: bytes | None = None
+) -> SeenPhoto:
+    """Decode a photo and its mask, and cut both.
+
+    Args:
+        region_of: the part to use.
+        content: the photo's bytes, if they have been read.
+
+    Raises:
+        NoImagesError, UnreadableImageError: it, or its mask, is not there or cannot be decoded.
+        What `region_of` raises.
+    """
+    image = decode_image(photo.read() if content is None else content, photo.path)
+    mask = None if photo.mask is None else decode_mask(read_file(photo.mask), photo.mask, image.size)
+    region = region_of(image)
+    if region is not None:
+        image, mask = region.cut(image), None if mask is None else region.cut(mask)
+    return SeenPhoto(image, mask, region)
+
+
+def face_region(faces: FaceCrop, image: Image.Image, name: str | os.PathLike[str]) -> Region:
+    """The part of a photo around its face; `name` is for the message.
+
+    Raises:
+        NoFaceError: it shows none.
+    """
+    region = faces.region(image)
+    if region is None:
+        raise NoFaceError(f"expected a face in {os.fspath(name)}, found none: remove the photo, or leave face_crop out")
+    return region
+
+
+class Sight:
+    """Photos as an encoder sees them: what a mask hides is grey.
+
+    Args:
+        face_crop, face_margin, face_align: as `FaceCrop`; None: all of a photo.
+
+    Raises:
+        ConfigError, EmbedderUnavailableError: as `FaceCrop`.
+    """
+
+    def __init__(self, face_crop: str | None = None, face_margin: float = 0.5, face_align: bool = False) -> None:
+        self._faces = None if face_crop is None else FaceCrop(face_crop, face_margin, face_align)
+
+    def __call__(self, photo: Photo | Image.Image, name: str = "the image") -> Image.Image:
+        """A photo, or an image that is in memory and called `name`, in RGB; raises as `open_photo`, and NoFaceError."""
+        if isinstance(photo, Photo):
+            seen = open_photo(photo, lambda image: self._region(image, photo.path))
+            if seen.mask is None:
+                return seen.image
+            return Image.composite(seen.image, Image.new("RGB", seen.image.size, (_GREY,) * 3), seen.mask)
+        image = photo.convert("RGB")
+        region = self._region(image, name)
+        return image if region is None else region.cut(image)
+
+    def _region(self, image: Image.Image, name: str | os.PathLike[str]) -> Region | None:
+        return None if self._faces is None else face_region(self._faces, image, name)
