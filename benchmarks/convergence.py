@@ -143,14 +143,15 @@ def train(world: World, recipe: Recipe) -> Trained:
     looks = {round(share * recipe.steps) for share in args.looks}
     people, latents = world.test_people(), world.seen(world.test_photos()[:, 0], recipe)
     curve: dict[str, Any] = {}
-    losses: list[Tensor] = []
+    losses: list[float] = []
     ready = clock = world.now()
     counted = spent = 0.0
-    for done in run.steps():
+    for step in run.steps():
+        done = step.number
         if done % 100 == 0:
-            losses.append(run.loss.clone())
+            losses.append(step.loss)
             if len(losses) == 3 and not losses[-1] < 2 * losses[0] < 1:
-                raise TrainingError(f"{recipe.name} diverges: losses {[float(loss) for loss in losses]}")
+                raise TrainingError(f"{recipe.name} diverges: losses {losses}")
         if done == SETTLED:  # compiled and recorded by now
             clock = world.now()
             counted = done
@@ -174,7 +175,7 @@ def train(world: World, recipe: Recipe) -> Trained:
         "seconds_to_prepare": round(ready - begin, 1),
         "seconds": round(spent * recipe.steps / max(recipe.steps - counted, 1), 1),
         "steps_per_second": round((recipe.steps - counted) / spent, 2),
-        "losses": [round(float(loss), 5) for loss in losses],
+        "losses": [round(loss, 5) for loss in losses],
         "curve": curve,
     }
     del run, stack

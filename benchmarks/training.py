@@ -168,9 +168,10 @@ def encoder_steps(base: Base, down: DownSource, args: argparse.Namespace) -> Ite
     reads = Reads(torch.randn_like(examples.latents), examples.subject, photo)
     of_encoder = EncoderConfig(resolution=64 if args.small else 512, code_size=6 if args.small else 128)
     encoder = make_encoder(of_encoder, lambda pixels: torch.zeros(len(pixels), *reads.features.shape[1:])).to(device)
+    gradients = SlotGradients(base, mixed_precision=config.mixed_precision)
     run = EncoderTraining(
-        SlotGradients(base, mixed_precision=config.mixed_precision),
-        SubjectSpace.around(down, of_encoder.code_size).to(device),
+        gradients,
+        SubjectSpace.around(down, of_encoder.code_size).ordered(gradients.names).to(device),
         encoder,
         PhotoPairs(reads, examples, photo),
         reads,

@@ -16,8 +16,11 @@ from peft_metalora.data import read_subjects
 from peft_metalora.data.degrade import DEGRADATIONS, make_worse
 from peft_metalora.encoder import EncoderConfig, make_encoder
 from peft_metalora.errors import ConfigError, TooFewImagesError
+from peft_metalora.metrics import Embeddings
+from peft_metalora.training.examples.batches import Examples
+from peft_metalora.training.examples.reading import read_photos
 from peft_metalora.training.stage_settings import TrainEncoderConfig
-from peft_metalora.training.train_encoder import read_photos_of, train_encoder
+from peft_metalora.training.train_encoder import train_encoder
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
 from training_tiny import write_people
 
@@ -43,8 +46,8 @@ def config_of(home, output, **changes):
         "output_dir": str(output),
         "resolution": 16,
         "code_size": 6,
-        "width": 8,
-        "hidden": 16,
+        "encoder_width": 8,
+        "encoder_hidden": 16,
         "max_train_steps": 3,
         "subjects_per_batch": 2,
         "images_per_subject": 1,
@@ -75,16 +78,58 @@ def test_equal_seeds_are_equal_readers(folders, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_bad_versions_are_read_beside_as_many_good_ones(folders):
+def reads_of(folders, **changes):
+    """The subjects, and what a small encoder sees of their photos."""
     subjects = read_subjects(folders / "people")
-    config = EncoderConfig(resolution=16, code_size=6, width=8)
-    encoder = make_encoder(config, lambda pixels: torch.nn.functional.avg_pool2d(pixels, 4))
-    reads = read_photos_of(subjects, encoder, 3, seed=0, progress=False)
+    encoder = make_encoder(
+        EncoderConfig(resolution=16, code_size=6, width=8), lambda pixels: torch.nn.functional.avg_pool2d(pixels, 4)
+    )
+    examples = Examples(torch.zeros(6, 4, 4, 4), {}, torch.zeros(6), torch.arange(6) // 2, photo=torch.arange(6))
+    return read_photos(subjects, examples, encoder, config_of(folders, "unused", **changes), progress=False)
+
+
+def test_bad_versions_are_read_beside_as_many_good_ones(folders):
+    reads = reads_of(folders)
     assert reads.person.bincount().tolist() == [12, 12, 12] and reads.photo.bincount().tolist() == [6] * 6
-    first = reads.features[:6]
+    assert len(reads.features) == 4 * 6  # each version is kept once
+    first = reads.of(torch.arange(6), torch.device("cpu"))
     assert all(torch.equal(row, first[0]) for row in first[:3])
     assert not any(torch.equal(row, first[0]) for row in first[3:])
-    assert read_photos_of(subjects, encoder, 0, seed=0, progress=False).photo.tolist() == list(range(6))
+    assert reads_of(folders, bad_versions=0).photo.tolist() == list(range(6))
+
+
+def test_what_was_seen_is_found_again_on_disk(folders, tmp_path, monkeypatch):
+    cached = {"cache_dir": str(tmp_path / "cache")}
+    first = reads_of(folders, **cached)
+    monkeypatch.setattr("peft_metalora.training.examples.reading.make_worse", None)
+    again = reads_of(folders, **cached)
+    assert torch.equal(again.features, first.features) and torch.equal(again.row, first.row)
+    with pytest.raises(TypeError):
+        reads_of(folders, **cached, seed=1)
+
+
+def test_bad_versions_without_the_face_are_left_out_and_so_are_photos(folders, monkeypatch):
+    subjects = read_subjects(folders / "people")
+    corners = [float(np.asarray(photo.load())[0, 0].mean()) for one in subjects for photo in one.photos]
+    limit = sorted(corners)[1] + 0.1  # two photos are darker there
+
+    class Bright:
+        """Finds a face where a picture's corner is bright."""
+
+        def embed(self, images):
+            values = torch.tensor([[float(np.asarray(image)[0, 0].mean()), 1.0] for image in images])
+            return Embeddings(values, values[:, 0] > limit)
+
+    monkeypatch.setattr("peft_metalora.encoder.sources.face.InsightFaceEmbedder", Bright)
+    examples = Examples(torch.zeros(6, 4, 4, 4), {}, torch.zeros(6), torch.arange(6) // 2, photo=torch.arange(6))
+    encoder = make_encoder(EncoderConfig(source="face", code_size=6))
+    monkeypatch.setattr(
+        "peft_metalora.training.examples.reading.make_worse", lambda image, source: Image.new("RGB", image.size)
+    )
+    with pytest.warns(UserWarning, match=r"skipped 2 of 6 images: expected a face in .*png, found none"):
+        reads = read_photos(subjects, examples, encoder, config_of(folders, "unused", encoder="face"), progress=False)
+    # What is left is the good version of each photo that shows a face.
+    assert reads.photo.tolist() == [number for number, corner in enumerate(corners) if corner > limit]
 
 
 def test_worse_photos_are_of_the_same_size_and_differ():
@@ -101,7 +146,7 @@ def test_what_cannot_be_trained_is_named_and_writes_nothing(folders, tmp_path):
     alone = write_people(tmp_path / "alone", subjects=2, each=1)
     with pytest.warns(UserWarning, match="people"), pytest.raises(TooFewImagesError, match="give more photos"):
         train_encoder(config_of(folders, tmp_path / "out", train_data_dir=str(alone)), progress=False)
-    with pytest.raises(ConfigError, match="encoder must be one of"):
+    with pytest.warns(UserWarning, match="people"), pytest.raises(ConfigError, match="encoder must be one of"):
         train_encoder(config_of(folders, tmp_path / "out", encoder="eyes"), progress=False)
     with pytest.raises(ConfigError, match="bad_versions"):
         config_of(folders, tmp_path / "out", bad_versions=-1)

@@ -102,8 +102,12 @@ class SubjectEncoder(nn.Module):
             nn.Linear(config.hidden, config.code_size),
         )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, among: tuple[int, int] | None = None) -> Tensor:
         """Codes (n, k) of features (n, *feature_shape), each of mean 0 and length sqrt(k).
+
+        Args:
+            among: (first, count): these are rows `first` and following of a batch of `count` that several processes
+                share. Dropout is drawn for the whole batch, so that it is the same however many they are.
 
         Raises:
             ShapeMismatchError: features of another source.
@@ -113,7 +117,13 @@ class SubjectEncoder(nn.Module):
                 f"expected features (n, {', '.join(map(str, self.source.feature_shape))}) of the source "
                 f"{self.source.name!r}, found {tuple(features.shape)}. Encode the photos with this encoder's source."
             )
-        codes = self.head(self.trunk(features))
+        seen = self.trunk(features)
+        if among is None:
+            codes = self.head(seen)
+        else:
+            first, count = among
+            end = first + len(seen)
+            codes = self.head(F.pad(seen, (0, 0, first, count - end)))[first:end]
         return F.layer_norm(codes, codes.shape[1:])
 
     def codes(self, photos: Sequence[Image.Image]) -> Tensor:

@@ -10,57 +10,27 @@ code through a subject's numbers alone: their gradient comes from the stacked st
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..bases import send
 from ..encoder import SubjectEncoder, SubjectSpace
-from ..errors import ConfigError, TooFewImagesError, TrainingError
+from ..errors import ConfigError, TooFewImagesError
+from .engine.loop import Step, training_steps
+from .engine.optimizers import restore_scheduler
+from .engine.processes import ALONE, Processes
 from .engine.slot_gradients import SlotGradients
 from .engine.stacked import Recorded, RowGradients, denoising_inputs
+from .engine.state import check_steps
 from .examples.batches import Examples
+from .injecting import sanity_of
+from .stage_settings import EncoderTrainingConfig
 
-_CHECK_EVERY = 50  # steps between two looks at the loss, each of which waits for the device
-
-
-@dataclass(frozen=True)
-class EncoderTrainingConfig:
-    """How a space and its encoder are trained.
-
-    Attributes:
-        steps: of the optimiser. targets: photos of a person in a step, beside the one that is read.
-        learning_rate: of the encoder (AdamW). space_learning_rate: of mean and basis (Adam).
-        warmup_steps: over which the rates rise from 0. decay: share of the steps, the last, over which they fall to 0.
-        weight_decay: of the encoder. seed: of everything that is drawn.
-
-    Raises:
-        ConfigError: a value that cannot be.
-    """
-
-    steps: int = 10_000
-    targets: int = 4
-    learning_rate: float = 1e-3
-    space_learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    decay: float = 0.6
-    weight_decay: float = 0.01
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "targets"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if not 0 <= self.decay <= 1:
-            raise ConfigError(f"decay must be a share of the steps from 0 to 1, found {self.decay}")
-
-    def factor(self, number: int) -> float:
-        """What the rates are multiplied with in step `number`, from 0."""
-        rise = min(1.0, (number + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        fall = (self.steps - number) / (self.decay * self.steps) if self.decay else 1.0
-        return min(rise, fall)
+__all__ = ["EncoderTraining", "EncoderTrainingConfig", "PhotoPairs", "Reads"]
 
 
 @dataclass(frozen=True)
@@ -68,17 +38,26 @@ class Reads:
     """Photos as the encoder sees them, some of them made worse.
 
     Attributes:
-        features: (m, ...) of the encoder's source. person: (m,) int64, as `Examples.subject`.
-        photo: (m,) int64: equal for what was made of one photo.
+        features: of the encoder's source, (m, ...), or, with `row`, (rows, ...).
+        person: (m,) int64, as `Examples.subject`. photo: (m,) int64: equal for what was made of one photo.
+        row: (m,) int64, the row of `features` that each shows; None: its own.
     """
 
     features: Tensor
     person: Tensor
     photo: Tensor
+    row: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> Reads:
-        """The same on a device."""
-        return Reads(self.features.to(device), self.person.to(device), self.photo.to(device))
+    def of(self, index: Tensor, device: torch.device) -> Tensor:
+        """Features of the reads `index` (b,), float32 on a device."""
+        rows = index if self.row is None else self.row[index]
+        return send(self.features[rows.to(self.features.device)], device).float()
+
+    def to(self, device: torch.device | str, features: bool = True) -> Reads:
+        """The same on a device; without `features` these stay where they are."""
+        seen = self.features.to(device) if features else self.features
+        row = None if self.row is None else self.row.to(device)
+        return Reads(seen, self.person.to(device), self.photo.to(device), row)
 
 
 class PhotoPairs:
@@ -139,13 +118,17 @@ class EncoderTraining:
     """One run: `steps()` trains `space` and `encoder` in place.
 
     Args:
-        gradients: of rows that are the people of a step and whose numbers are those of `space`, in the same order:
-            stacked for a small base, by slots for one of any size.
+        gradients: of rows that are people of a step and whose numbers are those of `space`, in the same order: stacked
+            for a small base, by slots for one of any size.
         pairs: who is read and judged, on the device of the base. reads, examples: what `pairs` was made from.
-        record: replay the gradients of a step as a CUDA graph (stacked ones).
+        record: replay the gradients of a step as a CUDA graph (stacked ones). The host then never waits for a step:
+            the loss that a step tells is that of the one before.
+        processes: those that share the run. Each has its rows of a step's people, gradients are summed, and all draw
+            the same people, photos and noises: the result depends on the sum of their rows, not on their number (up to
+            the order of sums).
 
     Raises:
-        ConfigError: a space that does not fit the stack, or codes of another size than the encoder's.
+        ConfigError: a space that does not fit the rows, or codes of another size than the encoder's.
     """
 
     def __init__(
@@ -158,10 +141,14 @@ class EncoderTraining:
         examples: Examples,
         config: EncoderTrainingConfig,
         record: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
-        self.gradients, self.base = gradients, gradients.base
+        self.gradients, self.base, self.processes = gradients, gradients.base, processes
         self.space, self.encoder, self.config = space, encoder, config
         self.pairs, self.reads, self.examples = pairs, reads, examples
+        rows = len(gradients.values)
+        self.people = rows * processes.count
+        self._first = rows * processes.rank
         if space.mean.numel() != gradients.values.shape[1] or space.code_size != encoder.config.code_size:
             raise ConfigError(
                 f"expected a space of {gradients.values.shape[1]} numbers a subject and codes of "
@@ -178,61 +165,111 @@ class EncoderTraining:
         self.optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.factor)
         self._generator = torch.Generator(device).manual_seed(config.seed)
-        self._gradients = Recorded(gradients, record and device.type == "cuda")
-        self.steps_done = 0
-        self.loss = torch.zeros((), device=device)
+        recorded = record and device.type == "cuda"
+        self._gradients = Recorded(gradients, recorded)
+        self._read = _OneLate(processes.later) if recorded else processes.later
+        self._batches = 0  # since the start
+        self.losses: list[float] = []
 
-    def steps(self) -> Iterator[int]:
-        """Train; yields the number of steps done after each. `loss` is that of the last one, on the device.
+    def steps(self) -> Iterator[Step]:
+        """Train; yields each step when it is finished.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: a loss or a gradient is not finite, or the run has destroyed what it learns.
         """
-        config, cuda = self.config, [self.base.device] if self.base.device.type == "cuda" else []
-        while self.steps_done < config.steps:
-            index, targets = self.pairs.draw(len(self.gradients.values), config.targets, self._generator)
-            # Dropout draws from the global state: here from one of this step, so that a resumed run goes on alike.
-            with torch.random.fork_rng(devices=cuda):
-                torch.manual_seed(config.seed + self.steps_done)
-                subjects = self.space(self.encoder(self.reads.features[index].float()))
-            self.gradients.values.copy_(subjects.detach())
-            inputs = denoising_inputs(self.base, self.examples, targets.flatten(), self._generator)
-            losses, gradient = self._gradients(inputs)
-            self.optimizer.zero_grad()
-            subjects.backward(gradient / len(self.gradients.values))
-            self.optimizer.step()
-            self.scheduler.step()
-            self.loss = losses.mean()
-            self.steps_done += 1
-            looked_at = self.steps_done % _CHECK_EVERY == 0 or self.steps_done == config.steps
-            if looked_at and not torch.isfinite(self.loss):
-                raise TrainingError(
-                    f"expected a finite loss, found {self.loss.item()} by step {self.steps_done}: lower the learning "
-                    "rates"
-                )
-            yield self.steps_done
+        sanity = sanity_of(self.base, self.examples, losses=self.losses)
+        self._batches = len(self.losses) * self.config.accumulation
+        for step in training_steps(
+            self._loss,
+            self.optimizer,
+            steps=self.config.steps,
+            scheduler=self.scheduler,
+            accumulation=self.config.accumulation,
+            clip=self._sum_gradients,
+            read=self._read,
+            share=self.processes.sum_,
+            done=len(self.losses),
+        ):
+            self.losses.append(step.loss)
+            sanity.see(step)
+            yield step
         self.space.requires_grad_(False)
         self.encoder.requires_grad_(False).eval()
 
+    def _loss(self) -> Tensor:
+        """This process's part of the mean over the people of a batch."""
+        config, cuda = self.config, [self.base.device] if self.base.device.type == "cuda" else []
+        index, targets = self.pairs.draw(self.people, config.targets, self._generator)
+        first, rows = self._first, len(self.gradients.values)
+        features = self.reads.of(index[first : first + rows], self.base.device)
+        # Dropout draws from the global state: here from one of this batch, so that a resumed run goes on alike.
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(config.seed + self._batches)
+            subjects = self.space(self.encoder(features, (first, self.people)))
+        self._batches += 1
+        self.gradients.values.copy_(subjects.detach())
+        own = slice(first * config.targets, (first + rows) * config.targets)
+        inputs = denoising_inputs(self.base, self.examples, targets.flatten(), self._generator, own)
+        losses, gradient = self._gradients(inputs)
+        return _Known.apply(subjects, losses.sum() / self.people, gradient / self.people)
+
+    def _sum_gradients(self) -> None:
+        """Sum all gradients over the processes."""
+        if self.processes.count > 1:
+            # By itself it need not be copied to be sent, and it is by far the largest.
+            for alike in ([self.space.basis], [self.space.mean, *self.encoder.parameters()]):
+                self.processes.sum_([one.grad for one in alike if one.grad is not None])
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the base, the photos and the settings."""
+        """All that a resumed run needs beside the base, the photos and the settings; the same on all processes."""
         return {
-            "space": self.space.state_dict(),
-            "encoder": self.encoder.state_dict(),
+            "space": dict(self.space.state_dict()),
+            "encoder": dict(self.encoder.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "generator": self._generator.get_state(),
-            "steps_done": self.steps_done,
+            "losses": self.losses,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a `state_dict` that was made between two steps."""
+        """Take up a `state_dict` that was made between two steps.
+
+        Raises:
+            ConfigError: the run is to end before them. What Python and torch raise of a state that makes no sense.
+        """
+        check_steps(len(state["losses"]), self.config.steps)
         self.space.load_state_dict(state["space"])
         self.encoder.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        restore_scheduler(self.scheduler, state["scheduler"])
         self._generator.set_state(state["generator"].cpu())
-        self.steps_done = state["steps_done"]
+        self.losses = [float(loss) for loss in state["losses"]]
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradient with respect to `subjects` has been computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, subjects: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * grads[0], None, None
+
+
+class _OneLate:
+    """Reads numbers as `read` does, and gives the one before: the host is a step ahead and never waits."""
+
+    def __init__(self, read: Callable[[Tensor], Callable[[], float]]) -> None:
+        self._read = read
+        self._before: Callable[[], float] | None = None
+
+    def __call__(self, part: Tensor) -> Callable[[], float]:
+        now = self._read(part)
+        before, self._before = self._before or now, now
+        return before
 
 
 def _positions(owner: Tensor, count: int) -> list[Tensor]:

@@ -17,10 +17,10 @@ from .engine.compiling import compile_blocks, uncompile
 from .engine.loop import Sanity
 from .engine.state import last_checkpoint
 from .examples.batches import Examples
-from .stage_settings import TrainingConfig
+from .stage_settings import StageConfig, TrainingConfig
 
 
-def targets(base: Base, config: TrainingConfig) -> list[str] | str:
+def targets(base: Base, config: StageConfig) -> list[str] | str:
     """The modules to adapt, as PEFT takes them."""
     if config.target_modules is None:
         return base.target_modules

@@ -1,25 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 from photos to files: encode, train a Down (`MetaTraining`), validate and write on the way, resume."""
+"""Stage 1 from photos to files: encode, train a Down (`MetaTraining`), validate and write on the way, resume.
+
+With `encoder` there is a second phase: the Down is there, and `train_encoder` teaches it to read. Its checkpoints,
+validation and logs lie in `output_dir/encoder`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from ..bases import Base
 from ..bases.precision import choose_device
 from ..checkpoint import require_replaceable
+from ..data import Subject
+from ..hub.loading import load_down
+from ..tuner.placing import set_aside
+from .encoder_training import EncoderTraining
 from .engine.origin import Origin
 from .engine.processes import Processes
-from .engine.state import checkpoint_folder, read_state, understanding, write_state
+from .engine.state import checkpoint_folder, keep_newest, last_checkpoint, read_state, understanding, write_state
 from .examples.batches import Examples
+from .examples.encoding import encode_subjects
 from .examples.sources import training_subjects
 from .injecting import saying_what_is_left, take_off
 from .preparing import check_places, make_room, prepare
 from .stage_1 import DownResult, MetaTraining
-from .stage_settings import MetaTrainConfig
-from .watching.of_a_down import DownValidation, encode_held_out, split_subjects
+from .stage_settings import ENCODER_FOLDER, MetaTrainConfig, TrainEncoderConfig, second_phase
+from .train_encoder import Material, material_of, save_with_reader, teach, warn_of_few
+from .watching.held_out import HeldOut, split_subjects
+from .watching.of_a_down import DownValidation, encode_held_out
 from .watching.tracking import Trackers
 
 
@@ -41,9 +55,11 @@ def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, pr
 def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     """Stage 1 from a folder or a data set of subjects: trains a Down and writes it to `output_dir`.
 
-    Ctrl-C writes the Down as it is by then (nothing before the first step, nor in a run of several processes) and
-    raises KeyboardInterrupt. With `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint`
-    as if nothing had happened.
+    With `encoder` the Down is then taught to read photos, and written again with its subject space and encoder.
+
+    Ctrl-C writes what there is by then (nothing before the first step, nor in a run of several processes) and raises
+    KeyboardInterrupt. With `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint` as if
+    nothing had happened, in the phase that it was in.
 
     Returns:
         The result that was written.
@@ -51,21 +67,88 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     Images that cannot be decoded, or show no face where one is needed, are left out, with a warning that names them.
 
     Raises:
-        NoImagesError, NoCaptionError, MetadataError: the data cannot be used.
+        NoImagesError, NoCaptionError, MetadataError, TooFewImagesError: the data cannot be used.
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot.
         OutputExistsError: a subject or another adapter lies in output_dir.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
     """
     check_places(config)
     require_replaceable(config.output_dir, "meta", overwrite=config.overwrite)
-    subjects = training_subjects(config)
+    subjects, others = split_subjects(training_subjects(config), config)
+    teaching = None
+    if config.encoder is not None:
+        teaching = second_phase(config, config.output_dir, str(Path(config.output_dir, ENCODER_FOLDER)))
+        warn_of_few(subjects)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
     progress = progress and processes.is_main
     trackers = Trackers(config, processes)
-    subjects, others = split_subjects(subjects, config)
-    look = partial(encode_held_out, subjects=others, config=config, progress=progress) if others else None
-    base, examples, held, origin = prepare(config, subjects, device, processes, look, progress=progress)
+    look = partial(_encode_more, subjects, others, config, teaching, progress)
+    base, examples, more, origin = prepare(config, subjects, device, processes, look, progress=progress)
+    assert more is not None
+    (held, material), went_on = more, _checkpoint_of_second_phase(config)
+    if went_on is None:
+        result = _stage_1(base, examples, held, config, origin, processes, trackers, progress)
+    else:
+        result = DownResult.of(base.denoiser, load_down(config.output_dir))
+    if teaching is None or material is None:
+        return result
+    down = load_down(config.output_dir)
+    facts = dict(result.facts)
+
+    def save(run: EncoderTraining, of_encoder: dict[str, object]) -> None:
+        save_with_reader(config.output_dir, down, run, of_encoder, overwrite=config.overwrite)
+        facts.update(of_encoder)
+
+    asked = replace(config, output_dir=teaching.output_dir, resume_from_checkpoint=went_on)
+    with set_aside(base.denoiser):
+        teach(base, down, material, teaching, asked, origin, processes, save, progress=progress)
+    return replace(result, facts=facts)
+
+
+def _encode_more(
+    subjects: Sequence[Subject],
+    others: Sequence[Subject],
+    config: MetaTrainConfig,
+    teaching: TrainEncoderConfig | None,
+    progress: bool,
+    base: Base,
+    examples: Examples,
+) -> tuple[tuple[HeldOut, Examples] | None, Material | None]:
+    """What validation looks at, and what an encoder is taught with."""
+    held = encode_held_out(base, others, config, progress=progress) if others else None
+    if teaching is None:
+        return held, None
+    if len(set(examples.shapes())) > 1:  # an encoder's batches mix people
+        views = max(1, config.views_per_image)
+        examples = encode_subjects(base, subjects, teaching, views, progress=progress, skip_unreadable=True)
+    return held, material_of(base, examples, subjects, others, teaching, progress=progress)
+
+
+def _checkpoint_of_second_phase(config: MetaTrainConfig) -> str | None:
+    """The checkpoint of the second phase that the run goes on from; None: it is in stage 1, or starts."""
+    wanted, place = config.resume_from_checkpoint, Path(config.output_dir, ENCODER_FOLDER)
+    if config.encoder is None or wanted is None:
+        return None
+    if wanted == "latest":
+        folder = last_checkpoint(str(place))
+    else:
+        folder = Path(wanted) if Path(wanted).exists() else Path(config.output_dir, wanted)
+        folder = folder if folder.absolute().parent.name == ENCODER_FOLDER else None
+    return None if folder is None else str(folder)
+
+
+def _stage_1(
+    base: Base,
+    examples: Examples,
+    held: tuple[HeldOut, Examples] | None,
+    config: MetaTrainConfig,
+    origin: Origin,
+    processes: Processes,
+    trackers: Trackers,
+    progress: bool,
+) -> DownResult:
+    """Train a Down, or go on with it, and write it."""
     run = MetaTraining(base, examples, config, processes)
     state = read_state(config, processes, origin, extendable=run.extendable)
     if state is not None:
@@ -74,24 +157,27 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     elif processes.is_main:
         make_room(config, "meta")
     done = len(run.losses)
-    validation = DownValidation(run, held, trackers, done) if held is not None else None
+    validation = DownValidation(run, *held, trackers, done) if held is not None else None
+    save = partial(
+        DownResult.save,
+        folder=config.output_dir,
+        base_model=config.pretrained_model_name_or_path,
+        base_revision=config.revision,
+        overwrite=config.overwrite,
+    )
     try:
         trackers.start(done)
         with saying_what_is_left(config):
             _run(run, progress, trackers, validation, origin)
     except KeyboardInterrupt:
         if run.losses and processes.count == 1:  # the others may be gone already
-            run.finish().save(
-                config.output_dir, config.pretrained_model_name_or_path, config.revision, overwrite=config.overwrite
-            )
+            save(run.finish())
         raise
     finally:
         trackers.finish()
     result = run.finish()
     if processes.is_main:
-        result.save(
-            config.output_dir, config.pretrained_model_name_or_path, config.revision, overwrite=config.overwrite
-        )
+        save(result)
     processes.wait()
     return result
 
@@ -117,3 +203,4 @@ def _run(
             if every and step.number % every == 0:
                 folder = checkpoint_folder(run.config.output_dir, step.number)
                 write_state(folder, run.state_dict(), run.config, run.processes, origin)
+                keep_newest(run.config, step.number, run.processes)

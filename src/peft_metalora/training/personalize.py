@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..tuner import DownSource
 from .engine.origin import photos_of
 from .engine.processes import Processes
-from .engine.state import checkpoint_folder, checkpoint_folders, read_state, understanding, write_state
+from .engine.state import checkpoint_folder, checkpoint_folders, keep_newest, read_state, understanding, write_state
 from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject, name_of
 from .injecting import saying_what_is_left
@@ -98,6 +98,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
                     folder = run.save(checkpoint_folder(config.output_dir, step.number), subject_name=name)
                     best = validation.best.state_dict() if validation is not None else None
                     write_state(folder, {"run": run.state_dict(), "best": best}, config, origin=origin)
+                    keep_newest(config, step.number)
         except KeyboardInterrupt:
             if run.steps_done and processes.is_main:
                 run.save(output, subject_name=name)

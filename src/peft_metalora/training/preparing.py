@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both stages do before the first step: load the base, encode what is seen, put everything in its place."""
+"""What all training does before the first step: load the base, encode what is seen, put everything in its place."""
 
 from __future__ import annotations
 
@@ -23,12 +23,20 @@ from .engine.sharding import shard, wants_shards
 from .engine.state import checkpoint_folders
 from .examples.batches import Examples
 from .examples.encoding import encode_subjects
-from .stage_settings import INPUTS, VALIDATION_FOLDER, MetaTrainConfig, PersonalizeConfig
+from .stage_settings import (
+    ENCODER_FOLDER,
+    INPUTS,
+    VALIDATION_FOLDER,
+    MetaTrainConfig,
+    PersonalizeConfig,
+    TrainEncoderConfig,
+    TrainingConfig,
+)
 
-_HeldOut = TypeVar("_HeldOut")
+_More = TypeVar("_More")
 
 
-def check_places(config: MetaTrainConfig | PersonalizeConfig) -> None:
+def check_places(config: MetaTrainConfig | PersonalizeConfig | TrainEncoderConfig) -> None:
     """Check where a run writes, before any work.
 
     Raises:
@@ -54,7 +62,7 @@ def check_places(config: MetaTrainConfig | PersonalizeConfig) -> None:
         require_writable(place)
 
 
-def make_room(config: MetaTrainConfig | PersonalizeConfig, stage: str | None, subject_name: str | None = None) -> None:
+def make_room(config: TrainingConfig, stage: str | None, subject_name: str | None = None) -> None:
     """Remove what a run for somebody else, or of another kind, left in an output folder that is to be replaced.
 
     Args:
@@ -63,30 +71,31 @@ def make_room(config: MetaTrainConfig | PersonalizeConfig, stage: str | None, su
     output, checkpoints = Path(config.output_dir), checkpoint_folders(config.output_dir).values()
     if not config.overwrite or all(what_else(place, stage, subject_name) is None for place in (output, *checkpoints)):
         return
-    for place in (*checkpoints, output / VALIDATION_FOLDER, output / config.logging_dir):
+    of_runs = VALIDATION_FOLDER, config.logging_dir, ENCODER_FOLDER
+    for place in (*checkpoints, *(output / name for name in of_runs)):
         if output.resolve() in place.resolve().parents:
             shutil.rmtree(place, ignore_errors=True)
 
 
 def prepare(
-    config: MetaTrainConfig | PersonalizeConfig,
+    config: MetaTrainConfig | PersonalizeConfig | TrainEncoderConfig,
     subjects: Sequence[Subject],
     device: torch.device,
     processes: Processes,
-    encode_held_out: Callable[[Base], _HeldOut] | None,
+    encode_more: Callable[[Base, Examples], _More] | None,
     *,
     progress: bool = True,
-) -> tuple[Base, Examples, _HeldOut | None, Origin]:
+) -> tuple[Base, Examples, _More | None, Origin]:
     """Load the base in the precision for `device` and encode the subjects on it.
 
     Afterwards the denoiser is on the device, or divided over the processes if the launcher asks for it; the VAE and the
     text encoders are there only if views are cut in every batch or validation draws pictures.
 
     Args:
-        encode_held_out: gives what validation looks at; None: there is none.
+        encode_more: called while VAE and text encoders are there, for what is needed beside the examples.
 
     Returns:
-        The base, its examples, what `encode_held_out` gave, and, if there are to be checkpoints, what all is made from.
+        The base, its examples, what `encode_more` gave, and, if there are to be checkpoints, what all is made from.
 
     Raises:
         As `load_base`, `encode_subjects` and `shard`.
@@ -106,8 +115,8 @@ def prepare(
         origin["photos"] = photos_of(subjects, getattr(config, "balance_by", None))
     base.place(device, encoders=True, denoiser=whole)
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
-    held_out = None if encode_held_out is None else encode_held_out(base)
-    draws = held_out is not None and bool(config.validation_prompt)
+    more = None if encode_more is None else encode_more(base, examples)
+    draws = bool(config.validation_steps and config.validation_prompt)
     base.place(device, encoders=draws, denoiser=whole, vae=not config.views_per_image)
     shard(base, device, processes, config)
-    return base, examples, held_out, origin
+    return base, examples, more, origin

@@ -10,7 +10,7 @@ start.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,12 @@ class DownResult:
     adapter_name: str
     facts: dict[str, Any]
     losses: list[float]
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, down: DownSource) -> DownResult:
+        """The result of an earlier run, put on a denoiser without adapters; its losses are not known."""
+        _publish(denoiser, down.config, down.tensors)
+        return cls(denoiser, PUBLISHED, dict(down.config.facts or {}), [])
 
     def save(
         self, folder: str, base_model: str | None = None, base_revision: str | None = None, *, overwrite: bool = False
@@ -211,13 +217,9 @@ class MetaTraining:
             tensors[f"{path}.{MID_INIT}"] = layer.metalora_mid_init[_TRAINING]
             tensors[f"{path}.{MID}"], tensors[f"{path}.{UP}"] = next(means)[None], next(means)[None]
         set_slots(denoiser, None)
-        injection.inject(denoiser, replace(self.adapter_config, num_slots=1), PUBLISHED)
-        for layer in self._layers:
-            layer.metalora_down[PUBLISHED].data = layer.metalora_down[PUBLISHED].data.float()
-        injection.copy_factors(denoiser, tensors, PUBLISHED)
+        _publish(denoiser, replace(self.adapter_config, num_slots=1), tensors)
         injection.remove_adapters(denoiser, [_TRAINING], [PUBLISHED])
         uncompile(denoiser, config)
-        denoiser.eval()
         kept = "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "resolution", "seed"
         facts = {
             **({"domain": config.domain} if config.domain else {}),
@@ -263,7 +265,7 @@ class MetaTraining:
         Raises:
             ConfigError: the run is to end before them. What Python and torch raise of a state that makes no sense.
         """
-        check_steps(len(state["losses"]), self.config)
+        check_steps(len(state["losses"]), self.config.max_train_steps)
         with torch.no_grad():
             for factor, value in zip(self._factors(), state["factors"], strict=True):
                 factor.copy_(value)
@@ -335,6 +337,15 @@ class MetaTraining:
             total += part[own].sum(0)
         self._counted += len(self._bucket)
         self._open = False
+
+
+def _publish(denoiser: nn.Module, config: MetaLoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Put a Down on the denoiser, its factors in float32."""
+    injection.inject(denoiser, config, PUBLISHED)
+    for _, layer in meta_lora_layers(denoiser):
+        layer.metalora_down[PUBLISHED].data = layer.metalora_down[PUBLISHED].data.float()
+    injection.copy_factors(denoiser, tensors, PUBLISHED)
+    denoiser.eval()
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,7 @@ class Personalization:
         Raises:
             ConfigError: the run is to end before them. What Python and torch raise of a state that makes no sense.
         """
-        check_steps(state["steps"], self.config)
+        check_steps(state["steps"], self.config.max_train_steps)
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)

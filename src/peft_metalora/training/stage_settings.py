@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be set in either stage: one dataclass a job, each field documented once, in its `help`.
+"""What can be set in training: one dataclass a job, each field documented once, in its `help`.
 
 Flags, YAML keys and the docs page are made from these fields; names are those of diffusers' training scripts where it
 has one. Plain Python only, so that `metalora --help` loads no torch.
@@ -16,6 +16,8 @@ from ..errors import ConfigError
 from ..settings import fault_of, setting
 from .examples.shapes import parse_shapes
 
+_SUBJECTS = "Folder of subject folders: DIR/<subject>/*.png with metadata.jsonl or a .txt beside each image."
+_FLIP = "Mirror half of the views; 'left' and 'right' in captions are swapped with them."
 _VIEWS = (
     "Crops (and mirror images) of each photo that are encoded before training. 0: every batch cuts and encodes new "
     "ones, and the VAE stays on the device."
@@ -23,6 +25,8 @@ _VIEWS = (
 
 VALIDATION_FOLDER = "validation"
 """In output_dir: the pictures and scores of validation."""
+ENCODER_FOLDER = "encoder"
+"""In output_dir of `meta-train`: checkpoints, validation and logs of its second phase."""
 INPUTS = (
     "pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir", "validation_data_dir",
     "down",
@@ -34,7 +38,7 @@ OUTPUTS = "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint"
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """What both stages share.
+    """What all training shares.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -45,10 +49,6 @@ class TrainingConfig:
     overwrite: bool = setting("Replace another kind of artefact, or another person, that lies in output_dir.", False)
     revision: str | None = setting("Revision of the base model's repository.", None)
     local_files_only: bool = setting("Never ask the network for the base model or the Down.", False)
-    target_modules: str | None = setting(
-        "Modules to adapt: names separated by commas, or one regular expression. Default: the family's own choice.",
-        None,
-    )
     instance_prompt: str | None = setting("Caption of images that have none of their own.", None)
     trigger: str | None = setting("Word that takes the place of {trigger} in captions and in instance_prompt.", None)
     dataset_name: str | None = setting(
@@ -61,11 +61,6 @@ class TrainingConfig:
     caption_column: str = setting("Column that holds the captions, if there is one.", "text")
     subject_column: str = setting("Column that says whom an image shows; stage 2 does without.", "subject")
     resolution: int = setting("Height and width of the training crops, in pixels.", 512)
-    aspect_ratio_buckets: str | None = setting(
-        "Cut each photo to the bucket nearest to its own ratio of sides: 'auto' (areas near resolution²), or "
-        "'height,width;height,width'. Default: squares of resolution.",
-        None,
-    )
     face_crop: str | None = setting(
         "Cut the views around the largest face of a photo, found by this detector: 'insightface' (needs the extra "
         "[face]), or module:function. Photos without a face are left out. Default: cut from the whole photo.",
@@ -73,7 +68,7 @@ class TrainingConfig:
     )
     face_margin: float = setting("Room around the face on every side, as a share of the longer side of its box.", 0.5)
     face_align: bool = setting("With face_crop, turn photos so that the eyes are level.", False)
-    random_flip: bool = setting("Mirror half of the views; 'left' and 'right' in captions are swapped with them.", True)
+    random_flip: bool = setting(_FLIP, True)
     cache_dir: str | None = setting(
         "Keep encoded photos and captions in this folder for later runs. Default: in memory only.", None
     )
@@ -84,22 +79,6 @@ class TrainingConfig:
     )
     max_sequence_length: int | None = setting(
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
-    )
-    learning_rate: float = setting("Learning rate of Mid and Up (of a plain LoRA: of both its factors).", 1e-3)
-    lr_scheduler: str = setting(
-        "Shape of the learning rate over the run, after lr_warmup_steps.",
-        "constant",
-        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
-    )
-    lr_warmup_steps: int = setting("Steps over which the learning rate rises from 0.", 0)
-    optimizer: str = setting(
-        "Optimiser: adamw, adafactor, sgd, adamw8bit (needs bitsandbytes), prodigy (prodigyopt; learning_rate 1), "
-        "a class of torch.optim, or module:Class of any installed package.",
-        "AdamW",
-    )
-    weight_decay: float = setting("Weight decay of the optimiser.", 0.0)
-    max_grad_norm: float = setting(
-        "Gradients are clipped to this norm, each subject's by its own; 0: not clipped.", 1.0
     )
     gradient_accumulation_steps: int = setting("Batches whose gradients are summed before a step.", 1)
     gradient_checkpointing: bool = setting("Recompute activations in the backward pass: less memory, more time.", False)
@@ -120,6 +99,7 @@ class TrainingConfig:
         "subject as it is by then.",
         None,
     )
+    checkpoints_total_limit: int | None = setting("Keep only so many checkpoints, the newest. Default: all.", None)
     resume_from_checkpoint: str | None = setting(
         "Go on from a checkpoint: its path, its name in output_dir (checkpoint-200), or the 'latest' there (from the "
         "start if there is none).",
@@ -150,8 +130,6 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0, found {value!r}")
-        if self.aspect_ratio_buckets is not None:
-            parse_shapes(self.aspect_ratio_buckets)
         if self.face_align and self.face_crop is None:
             raise ConfigError("face_align needs face_crop, found none: give face_crop 'insightface'")
         for name in self._zero_or_more():
@@ -160,31 +138,194 @@ class TrainingConfig:
         if Path(self.output_dir).is_file():
             raise ConfigError(f"output_dir must be a folder, found a file: {self.output_dir}")
 
-    @property
-    def has_constant_rate(self) -> bool:
-        """Whether the learning rate of a step does not depend on how many steps there are in all."""
-        return self.lr_scheduler in ("constant", "constant_with_warmup")
-
     def _at_least_one(self) -> tuple[str, ...]:
-        return "resolution", "max_sequence_length", "gradient_accumulation_steps", "checkpointing_steps"
+        checkpoints = "checkpointing_steps", "checkpoints_total_limit"
+        return "resolution", "max_sequence_length", "gradient_accumulation_steps", *checkpoints
 
     def _positive(self) -> tuple[str, ...]:
         return ("learning_rate",)
 
     def _zero_or_more(self) -> tuple[str, ...]:
-        return "lr_warmup_steps", "weight_decay", "max_grad_norm", "views_per_image", "face_margin"
+        return "lr_warmup_steps", "views_per_image", "face_margin"
 
 
 @dataclass(kw_only=True)
-class MetaTrainConfig(TrainingConfig):
-    """Stage 1: a Down from many subjects.
+class StageConfig(TrainingConfig):
+    """What both stages share.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    target_modules: str | None = setting(
+        "Modules to adapt: names separated by commas, or one regular expression. Default: the family's own choice.",
+        None,
+    )
+    aspect_ratio_buckets: str | None = setting(
+        "Cut each photo to the bucket nearest to its own ratio of sides: 'auto' (areas near resolution²), or "
+        "'height,width;height,width'. Default: squares of resolution.",
+        None,
+    )
+    learning_rate: float = setting("Learning rate of Mid and Up (of a plain LoRA: of both its factors).", 1e-3)
+    lr_scheduler: str = setting(
+        "Shape of the learning rate over the run, after lr_warmup_steps.",
+        "constant",
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    )
+    lr_warmup_steps: int = setting("Steps over which the learning rate rises from 0.", 0)
+    optimizer: str = setting(
+        "Optimiser: adamw, adafactor, sgd, adamw8bit (needs bitsandbytes), prodigy (prodigyopt; learning_rate 1), "
+        "a class of torch.optim, or module:Class of any installed package.",
+        "AdamW",
+    )
+    weight_decay: float = setting("Weight decay of the optimiser.", 0.0)
+    max_grad_norm: float = setting(
+        "Gradients are clipped to this norm, each subject's by its own; 0: not clipped.", 1.0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.aspect_ratio_buckets is not None:
+            parse_shapes(self.aspect_ratio_buckets)
+
+    @property
+    def has_constant_rate(self) -> bool:
+        """Whether the learning rate of a step does not depend on how many steps there are in all."""
+        return self.lr_scheduler in ("constant", "constant_with_warmup")
+
+    def _zero_or_more(self) -> tuple[str, ...]:
+        return *super()._zero_or_more(), "weight_decay", "max_grad_norm"
+
+
+@dataclass(kw_only=True)
+class HeldOutConfig(TrainingConfig):
+    """How runs over many subjects look at some that they do not train on.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    validation_steps: int | None = setting(
+        "Every so many steps, score and draw held-out subjects: stage 1 learns each on the Down as it is by then, an "
+        "encoder reads each from its reference photo.",
+        None,
+    )
+    validation_data_dir: str | None = setting(
+        "Folder of subject folders that are held out: the reference of each is learned or read, the others score.",
+        None,
+    )
+    validation_subjects: int | None = setting(
+        "Subjects to validate on: the first ones of validation_data_dir (default: all), or, without it, the last ones "
+        "of train_data_dir, which are then not trained on (default: 4).",
+        None,
+    )
+    validation_embedder: str | None = setting(
+        "Score by R-FaceSim with this face model: 'insightface', or module:function. Default: score by the loss on "
+        "what is not learned from.",
+        None,
+    )
+    validation_prompt: list[str] = setting(
+        "Prompts to draw every held-out subject with, beside its reference, to output_dir/validation/<step>.png.", []
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_steps is None and (self.validation_data_dir or self.validation_subjects):
+            raise ConfigError("held-out subjects need validation_steps, found none: say how often, for example 500")
+        if self.validation_embedder is not None and not (self.validation_steps and self.validation_prompt):
+            raise ConfigError("validation_embedder needs images: give validation_steps and validation_prompt too")
+
+    def _at_least_one(self) -> tuple[str, ...]:
+        return *super()._at_least_one(), "validation_steps", "validation_subjects"
+
+
+@dataclass(frozen=True)
+class EncoderTrainingConfig:
+    """How a space and its encoder are trained, apart from where photos come from.
+
+    Attributes:
+        steps: of the optimiser. targets: photos of a person in a step, beside the one that is read.
+        learning_rate: of the encoder (AdamW). space_learning_rate: of mean and basis (Adam).
+        warmup_steps: over which the rates rise from 0. decay: share of the steps, the last, over which they fall to 0.
+        weight_decay: of the encoder. seed: of everything that is drawn. accumulation: batches in a step.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    steps: int = 9000
+    targets: int = 4
+    learning_rate: float = 1e-3
+    space_learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    decay: float = 0.6
+    weight_decay: float = 0.01
+    seed: int = 0
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "targets", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay must be a share of the steps from 0 to 1, found {self.decay}")
+
+    def factor(self, number: int) -> float:
+        """What the rates are multiplied with in step `number`, from 0."""
+        rise = min(1.0, (number + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        fall = (self.steps - number) / (self.decay * self.steps) if self.decay else 1.0
+        return min(rise, fall)
+
+
+_ENCODER = "Where an encoder looks: latents (the base's own VAE), transformers:<vision model>, or face."
+_ENCODER_STEPS = "Steps of the training of space and encoder.", EncoderTrainingConfig.steps
+_ENCODER_RATE = "Learning rate of the encoder.", EncoderTrainingConfig.learning_rate
+_ENCODER_PEOPLE = "People in a batch of the encoder's training.", 8
+_ENCODER_TARGETS = (
+    "Photos of each of these people in a batch, beside the one that is read.",
+    EncoderTrainingConfig.targets,
+)
+
+
+@dataclass(kw_only=True)
+class EncoderConfigs(TrainingConfig):
+    """What an encoder is made of and how it is taught, alike in both commands that teach one.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    code_size: int = setting("Numbers of a person's code.", 128)
+    encoder_width: int = setting("Channels of the encoder's first layer.", 64)
+    encoder_hidden: int = setting("Width of the encoder's head.", 512)
+    encoder_dropout: float = setting("Dropout of the encoder's head.", 0.2)
+    bad_versions: int = setting(
+        "Bad versions (blurred, dark, covered, ...) of each photo that is read; the good one is read as often as all "
+        "of them.",
+        3,
+    )
+    space_learning_rate: float = setting(
+        "Learning rate of the subject space.", EncoderTrainingConfig.space_learning_rate
+    )
+
+    def _at_least_one(self) -> tuple[str, ...]:
+        return *super()._at_least_one(), "code_size", "encoder_width", "encoder_hidden"
+
+    def _positive(self) -> tuple[str, ...]:
+        return *super()._positive(), "space_learning_rate"
+
+    def _zero_or_more(self) -> tuple[str, ...]:
+        return *super()._zero_or_more(), "encoder_dropout", "bad_versions"
+
+
+@dataclass(kw_only=True)
+class MetaTrainConfig(EncoderConfigs, HeldOutConfig, StageConfig):
+    """Stage 1: a Down from many subjects; with `encoder`, then a subject space and the encoder that reads it.
 
     The rates, sizes and lengths of the paper (arXiv 2503.22352) are not known; these defaults are ours.
     """
 
-    train_data_dir: str | None = setting(
-        "Folder of subject folders: DIR/<subject>/*.png with metadata.jsonl or a .txt beside each image.", None
-    )
+    train_data_dir: str | None = setting(_SUBJECTS, None)
     domain: str | None = setting("What the subjects have in common ('women's faces'), for the model card.", None)
     rank: int = setting("Rank r of a subject (columns of Up, rows of Mid).", 4)
     meta_rank: int = setting("Rank of the shared Down (its rows).", 64)
@@ -208,48 +349,27 @@ class MetaTrainConfig(TrainingConfig):
         None,
     )
     views_per_image: int = setting(_VIEWS, 1)
-    validation_steps: int | None = setting(
-        "Every so many steps, learn held-out subjects on the Down as it is by then, and score and draw them.", None
-    )
-    validation_data_dir: str | None = setting(
-        "Folder of subject folders that are held out: each one's reference photo is learned, the others score.", None
-    )
-    validation_subjects: int | None = setting(
-        "Subjects to validate on: the first ones of validation_data_dir (default: all), or, without it, the last ones "
-        "of train_data_dir, which are then not trained on (default: 4).",
-        None,
-    )
     validation_train_steps: int = setting("Steps of stage 2 for each of these subjects.", 50)
-    validation_embedder: str | None = setting(
-        "Score by R-FaceSim with this face model: 'insightface', or module:function. Default: score by the loss on "
-        "what is not learned from.",
-        None,
-    )
-    validation_prompt: list[str] = setting(
-        "Prompts to draw every held-out subject with, beside its reference, to output_dir/validation/<step>.png.", []
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.validation_steps is None and (self.validation_data_dir or self.validation_subjects):
-            raise ConfigError("held-out subjects need validation_steps, found none: say how often, for example 500")
-        if self.validation_embedder is not None and not (self.validation_steps and self.validation_prompt):
-            raise ConfigError("validation_embedder needs images: give validation_steps and validation_prompt too")
+    encoder: str | None = setting(f"Second phase: train an encoder, too. {_ENCODER} Default: a Down alone.", None)
+    encoder_train_steps: int = setting(*_ENCODER_STEPS)
+    encoder_learning_rate: float = setting(*_ENCODER_RATE)
+    encoder_subjects_per_batch: int = setting(*_ENCODER_PEOPLE)
+    encoder_images_per_subject: int = setting(*_ENCODER_TARGETS)
 
     def _at_least_one(self) -> tuple[str, ...]:
         own = "rank", "meta_rank", "max_train_steps", "bucket_size", "subjects_per_batch", "images_per_subject"
-        looking = "validation_steps", "validation_subjects", "validation_train_steps"
-        return *super()._at_least_one(), *own, "shards", *looking
+        second = "encoder_train_steps", "encoder_subjects_per_batch", "encoder_images_per_subject"
+        return *super()._at_least_one(), *own, "shards", "validation_train_steps", *second
 
     def _positive(self) -> tuple[str, ...]:
-        return *super()._positive(), "lora_alpha", "down_learning_rate"
+        return *super()._positive(), "lora_alpha", "down_learning_rate", "encoder_learning_rate"
 
     def _zero_or_more(self) -> tuple[str, ...]:
         return *super()._zero_or_more(), "warmup_steps"
 
 
 @dataclass(kw_only=True)
-class PersonalizeConfig(TrainingConfig):
+class PersonalizeConfig(StageConfig):
     """Stage 2: one subject from one image or a few, by Meta-LoRA or, as the baseline, by a plain LoRA."""
 
     instance_data_dir: str | None = setting("An image, or a folder of images of one subject.", None)
@@ -330,58 +450,46 @@ def public_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 @dataclass(kw_only=True)
-class TrainEncoderConfig:
+class TrainEncoderConfig(EncoderConfigs, HeldOutConfig):
     """Teach a Down to read photos: a subject space and an encoder, from photos of many people.
 
     Raises:
         ConfigError: a value that cannot be.
     """
 
-    down: str = setting("Folder or repository of the Down.")
-    train_data_dir: str = setting("Folder that holds a folder for each person, with at least two photos.")
-    output_dir: str = setting("Folder for the Down with its space and encoder.")
-    pretrained_model_name_or_path: str | None = setting(
-        "Base model: a diffusers folder or a repository id. Default: the one that the Down names.", None
+    pretrained_model_name_or_path: str = setting(
+        "Base model: a diffusers folder or a repository id. Default: the one that the Down names.", ""
     )
-    revision: str | None = setting("Revision of the base model's repository.", None)
+    down: str = setting("The Down: a folder or a repository id.")
     down_revision: str | None = setting("Revision of the Down's repository.", None)
-    local_files_only: bool = setting("Never ask the network for the base model or the Down.", False)
-    encoder: str = setting(
-        "Where the encoder looks: latents (the base's own VAE), transformers:<vision model>, or face.", "latents"
+    train_data_dir: str | None = setting(f"{_SUBJECTS} People with one photo are left out.", None)
+    views_per_image: int = setting(_VIEWS, 1)
+    # What is read is not mirrored, and faces are not symmetric.
+    random_flip: bool = setting(_FLIP, False)
+    encoder: str = setting(_ENCODER, "latents")
+    max_train_steps: int = setting(*_ENCODER_STEPS)
+    learning_rate: float = setting(*_ENCODER_RATE)
+    lr_warmup_steps: int = setting(
+        "Steps over which the learning rates rise from 0.", EncoderTrainingConfig.warmup_steps
     )
-    code_size: int = setting("Numbers of a person's code.", 128)
-    width: int = setting("Channels of the encoder's first layer.", 64)
-    hidden: int = setting("Width of the encoder's head.", 512)
-    dropout: float = setting("Dropout of the encoder's head.", 0.2)
-    bad_versions: int = setting(
-        "Bad versions (blurred, dark, covered, ...) of each photo; the good one is read as often as all of them.", 3
-    )
-    resolution: int = setting(
-        "Height and width in pixels of the photos that are drawn, and of those that are read.", 512
-    )
-    instance_prompt: str | None = setting("Caption of images that have none of their own.", None)
-    random_flip: bool = setting(
-        "Mirror half of the views; 'left' and 'right' in captions are swapped with them.", False
-    )
-    views_per_image: int = setting("Crops of each photo that are drawn.", 1)
-    cache_dir: str | None = setting("Keep encoded photos and captions in this folder for later runs.", None)
-    max_train_steps: int = setting("Steps.", 9000)
-    subjects_per_batch: int = setting("People in a step.", 8)
-    images_per_subject: int = setting("Photos of each person in a step, beside the one that is read.", 4)
-    learning_rate: float = setting("Learning rate of the encoder.", 1e-3)
-    space_learning_rate: float = setting("Learning rate of the space.", 3e-4)
-    lr_warmup_steps: int = setting("Steps over which the learning rates rise from 0.", 100)
-    gradient_checkpointing: bool = setting("Recompute activations in the backward pass: less memory, more time.", False)
-    mixed_precision: str = setting(
-        "Precision of the base; 'auto' is bf16 on a GPU and none on a CPU.", "auto", choices=("auto", "no", "bf16")
-    )
-    device: str | None = setting("Device to train on. Default: a GPU when there is one.", None)
-    seed: int = setting("Seed of everything random.", 0)
-    overwrite: bool = setting("Replace another kind of artefact that lies in output_dir.", False)
+    subjects_per_batch: int = setting(*_ENCODER_PEOPLE)
+    images_per_subject: int = setting(*_ENCODER_TARGETS)
 
-    def __post_init__(self) -> None:
-        for name in ("subjects_per_batch", "images_per_subject", "views_per_image"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.bad_versions < 0:
-            raise ConfigError(f"bad_versions must be at least 0, found {self.bad_versions}")
+    def _at_least_one(self) -> tuple[str, ...]:
+        return *super()._at_least_one(), "max_train_steps", "subjects_per_batch", "images_per_subject"
+
+
+def second_phase(config: MetaTrainConfig, down: str, output_dir: str) -> TrainEncoderConfig:
+    """The settings of `train-encoder` for the second phase of a `meta-train`."""
+    other: dict[str, Any] = {
+        "max_train_steps": config.encoder_train_steps,
+        "learning_rate": config.encoder_learning_rate,
+        "subjects_per_batch": config.encoder_subjects_per_batch,
+        "images_per_subject": config.encoder_images_per_subject,
+        "lr_warmup_steps": TrainEncoderConfig.lr_warmup_steps,
+        "down": down,
+        "down_revision": None,
+        "output_dir": output_dir,
+    }
+    shared = {one.name: getattr(config, one.name) for one in fields(TrainEncoderConfig) if one.name not in other}
+    return TrainEncoderConfig(**shared, **other)

@@ -1,146 +1,326 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second phase of meta-training from photos to files: a Down that exists learns to read photos.
+"""Space and encoder from photos to files: encode, teach a Down that exists to read, validate on the way, write, resume.
 
 The Down stays what it is; a copy of it is written with its subject space and encoder beside it. See
-`encoder_training` for what is trained on what.
+`encoder_training` for what is trained on what. `meta_train` does the same as its second phase.
 """
 
 from __future__ import annotations
 
-import random
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..bases import load_base
-from ..bases.precision import choose_device, choose_dtype
+from ..bases import Base
+from ..bases.precision import choose_device
 from ..checkpoint.artefacts import require_replaceable, write_artefact
 from ..checkpoint.base_model import check_fits
-from ..data import Subject, read_subjects
-from ..data.degrade import make_worse
+from ..data import Subject
 from ..encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_reader
 from ..errors import ConfigError
 from ..files import require_apart
 from ..hub.loading import load_down
+from ..tuner import DownSource
 from ..tuner.down import given, subject_config
 from .encoder_training import EncoderTraining, EncoderTrainingConfig, PhotoPairs, Reads
+from .engine.compiling import backend_of
+from .engine.origin import Origin
+from .engine.processes import Processes
+from .engine.sharding import wants_shards
 from .engine.slot_gradients import SlotGradients
-from .examples.encoding import encode_subjects
-from .injecting import inject, take_off
-from .stage_settings import PersonalizeConfig, TrainEncoderConfig
+from .engine.stacked import AdapterStack, RowGradients
+from .engine.state import checkpoint_folder, keep_newest, read_state, understanding, write_state
+from .examples.batches import Examples
+from .examples.reading import read_photos
+from .examples.sources import training_subjects
+from .injecting import inject, saying_what_is_left, take_off
+from .preparing import check_places, make_room, prepare
+from .stage_settings import TrainEncoderConfig, TrainingConfig
+from .watching.held_out import HeldOut, hold_out, split_subjects
+from .watching.of_an_encoder import EncoderValidation
+from .watching.tracking import Trackers
 
-_FEW = 256  # people
+# Zero-step R-FaceSim of people who were not trained on, by the number of those who were: the embedded domain, 8 photos
+# each, rank 1, codes of 128 numbers, equal seconds. To be replaced by the files people-*.json of
+# `benchmarks/convergence.py --plan` when they stand in benchmarks/results.
+_BY_PEOPLE = {64: 0.252, 256: 0.591, 1024: 0.651}
+_FEW = 256  # people below which the curve is steep
+# Numbers of a denoiser up to which the people of a step are stacked: its kernels are then so small that launching them
+# one by one takes longer than they do. Above, the memory of the stacked pass, which keeps every activation, is missed.
+_SMALL = 100_000_000
 
 
 def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
-    """Train a space and an encoder for a Down and write all three; nothing is written before the end.
+    """Train a space and an encoder for a Down and write all three to `output_dir`.
+
+    Ctrl-C writes them as they are by then (nothing before the first step, nor in a run of several processes) and raises
+    KeyboardInterrupt. With `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint` as if
+    nothing had happened.
 
     Returns:
         `output_dir`.
 
+    Images that cannot be decoded, or show no face where one is needed, and people with one photo are left out, with a
+    warning that names them.
+
     Raises:
-        NoImagesError, NoCaptionError, TooFewImagesError, UnreadableImageError: the photos cannot be used.
+        NoImagesError, NoCaptionError, MetadataError, TooFewImagesError: the photos cannot be used.
         BaseModelMismatchError, ConfigError, OutputExistsError: the base, the settings or the output cannot.
-        TrainingError: the loss is not finite. WriteFailedError: the disk refuses.
+        TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
         Everything that `hub.load_down` raises.
     """
-    of_encoder = EncoderConfig(
-        config.encoder, config.resolution, config.code_size, config.width, config.hidden, config.dropout
-    )
-    of_training = EncoderTrainingConfig(
-        steps=config.max_train_steps,
-        targets=config.images_per_subject,
-        learning_rate=config.learning_rate,
-        space_learning_rate=config.space_learning_rate,
-        warmup_steps=config.lr_warmup_steps,
-        seed=config.seed,
-    )
-    require_apart(config.output_dir, down=config.down, train_data_dir=config.train_data_dir)
+    require_apart(config.output_dir, down=config.down)
+    check_places(config)
     require_replaceable(config.output_dir, "meta", overwrite=config.overwrite)
     down = load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
     base_name = config.pretrained_model_name_or_path or down.config.base_model_name_or_path
     if base_name is None:
         raise ConfigError(f"{config.down} names no base model: give pretrained_model_name_or_path")
-    subjects = read_subjects(config.train_data_dir)
-    if len(subjects) < _FEW:
-        warnings.warn(
-            f"{len(subjects)} people: an encoder learns so few by heart and reads others badly; give {_FEW} or more",
-            stacklevel=2,
-        )
+    config = dataclasses.replace(config, pretrained_model_name_or_path=base_name)
+    subjects, others = split_subjects(training_subjects(config), config)
+    warn_of_few(subjects)
     device = choose_device(config.device)
-    base = load_base(
-        base_name,
-        revision=config.revision,
-        dtype=choose_dtype(config.mixed_precision, device),
-        local_files_only=config.local_files_only,
-    )
-    check_fits(base.denoiser, down, name=config.down)
-    base.place(device, encoders=True)
-    settings = PersonalizeConfig(
-        pretrained_model_name_or_path=base_name,
-        output_dir=config.output_dir,
-        resolution=config.resolution,
-        instance_prompt=config.instance_prompt,
-        random_flip=config.random_flip,
-        cache_dir=config.cache_dir,
-        gradient_checkpointing=config.gradient_checkpointing,
-        mixed_precision=config.mixed_precision,
-        seed=config.seed,
-        down=config.down,
-    )
-    examples = encode_subjects(base, subjects, settings, config.views_per_image, progress=progress).to(device)
-    encoder = make_encoder(of_encoder, base.encode_images, config.seed).to(device)
-    reads = read_photos_of(subjects, encoder, config.bad_versions, config.seed, progress=progress).to(device)
-    photo = torch.arange(len(examples)) // config.views_per_image
-    pairs = PhotoPairs(reads, examples, photo, [subject.name for subject in subjects])
-    base.place(device, encoders=False)
-    rows = min(config.subjects_per_batch, len(pairs.people))
-    adapter = subject_config(down, num_slots=rows, start="mean", down=config.down, inference_mode=False)
-    with given(down):
-        inject(base, adapter, "default", settings)
-    try:
-        gradients = SlotGradients(base, "default", config.mixed_precision)
-        space = SubjectSpace.around(down, config.code_size).to(device)
-        run = EncoderTraining(gradients, space, encoder, pairs, reads, examples, of_training)
-        for _ in tqdm(run.steps(), total=config.max_train_steps, desc="training the encoder", disable=not progress):
-            pass
-    finally:
-        take_off(base, settings)
-    path = Path(config.output_dir)
-    facts = {**(down.config.facts or {}), "encoder_subjects": len(pairs.people), "encoder_steps": run.steps_done}
-    down.config.facts = facts
-    down.config.down_fingerprint = down.fingerprint
-    write_artefact(path, down.config, down.tensors, overwrite=config.overwrite)
-    return save_reader(path, space.rounded().cpu(), encoder.cpu())
+    processes = Processes.of_environment(device)
+    progress = progress and processes.is_main
+
+    def look(base: Base, examples: Examples) -> Material:
+        check_fits(base.denoiser, down, name=config.down)
+        return material_of(base, examples, subjects, others, config, progress=progress)
+
+    base, _, material, origin = prepare(config, subjects, device, processes, look, progress=progress)
+    assert material is not None
+    save = partial(save_with_reader, config.output_dir, down, overwrite=config.overwrite)
+    teach(base, down, material, config, config, origin, processes, save, progress=progress)
+    return Path(config.output_dir)
 
 
-def read_photos_of(
-    subjects: Sequence[Subject], encoder: SubjectEncoder, bad_versions: int, seed: int, *, progress: bool = True
-) -> Reads:
-    """What an encoder sees of every photo: as it is, and made worse in several ways.
+def warn_of_few(subjects: Sequence[Subject]) -> None:
+    """Warn where so few people can be learned from that an encoder will not know others."""
+    count = sum(len(subject.photos) > 1 for subject in subjects)
+    if count < _FEW:
+        curve = ", ".join(f"{score} after {people}" for people, score in _BY_PEOPLE.items())
+        warnings.warn(
+            f"{count} people: an encoder learns so few by heart and reads others badly (R-FaceSim of others in zero "
+            f"steps on the embedded domain: {curve} people); give {_FEW} or more",
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an encoder is taught with.
+
+    Attributes:
+        names: of the people. encoder: untrained.
+        reads: what it reads. examples: what people are judged by. held: on whom it is validated, if on anybody.
+        references: features of their reference photos.
+    """
+
+    names: list[str]
+    encoder: SubjectEncoder
+    reads: Reads
+    examples: Examples
+    held: HeldOut | None
+    references: Tensor | None
+
+
+def material_of(
+    base: Base,
+    examples: Examples,
+    subjects: Sequence[Subject],
+    others: Sequence[Subject],
+    config: TrainEncoderConfig,
+    *,
+    progress: bool = True,
+) -> Material:
+    """Have an untrained encoder look at all photos, while the base's VAE is there.
 
     Args:
-        bad_versions: of each photo; the good one stands as often in the result as all of them.
+        examples: of `subjects`, all of one shape. others: on whom is validated.
 
     Raises:
-        UnreadableImageError: a file that is no image. NoFaceError: a photo without the face that the source needs.
+        ConfigError: what an encoder cannot be. As `encode_subjects`.
     """
-    features: list[Tensor] = []
-    people: list[int] = []
-    photos: list[int] = []
-    number = 0
-    source = random.Random(seed)
-    for person, subject in enumerate(tqdm(subjects, desc="reading", unit="person", disable=not progress)):
-        for photo in subject.photos:
-            image = photo.load()
-            seen = encoder.source.features([image, *(make_worse(image, source) for _ in range(bad_versions))]).cpu()
-            rows = torch.cat([seen[:1].expand(max(1, bad_versions), *seen.shape[1:]), seen[1:]])
-            features.append(rows)
-            people += [person] * len(rows)
-            photos += [number] * len(rows)
-            number += 1
-    return Reads(torch.cat(features), torch.tensor(people), torch.tensor(photos))
+    of_encoder = EncoderConfig(
+        config.encoder,
+        config.resolution,
+        config.code_size,
+        config.encoder_width,
+        config.encoder_hidden,
+        config.encoder_dropout,
+        config.face_crop or "",
+        config.face_margin,
+        config.face_align,
+    )
+    encoder = make_encoder(of_encoder, base.encode_images, config.seed)
+    reads = read_photos(subjects, examples, encoder, config, progress=progress)
+    held = hold_out(base, others, config) if others else None
+    sight = encoder.sight(config.face_crop)
+    seen = None if held is None else encoder.source.features([sight(photo) for photo in held.references]).cpu()
+    return Material([one.name for one in subjects], encoder, reads, examples, held, seen)
+
+
+def teach(
+    base: Base,
+    down: DownSource,
+    material: Material,
+    config: TrainEncoderConfig,
+    asked: TrainingConfig,
+    origin: Origin,
+    processes: Processes,
+    save: Callable[[EncoderTraining, dict[str, Any]], None],
+    *,
+    progress: bool = True,
+) -> None:
+    """Train on a base without adapters, which it leaves so; the last that happens is that the main process saves.
+
+    Args:
+        asked: the settings that the user gave, which a checkpoint keeps; its folders are those of `config`.
+        save: writes the result, given the run and its facts.
+
+    Raises:
+        As `train_encoder`.
+    """
+    device = base.device
+    photo = material.examples.photo
+    assert photo is not None
+    rows, rest = divmod(config.subjects_per_batch, processes.count)
+    if rest:
+        raise ConfigError(
+            f"expected subjects_per_batch as a multiple of the {processes.count} processes, which share a batch, found "
+            f"{config.subjects_per_batch}: give {processes.count * max(1, rows)}"
+        )
+    trackers = Trackers(config, processes)
+    stacked, why = _stacks(base, config, processes)
+    adapter = subject_config(
+        down, num_slots=1 if stacked else rows, start="mean", down=config.down, inference_mode=False
+    )
+    with given(down):
+        inject(base, adapter, "default", config)
+    try:
+        gradients: RowGradients | SlotGradients
+        if stacked:
+            gradients = RowGradients(base, AdapterStack(base.denoiser, rows))
+        else:
+            gradients = SlotGradients(base, "default", config.mixed_precision)
+        if progress:
+            tqdm.write(f"gradients of {rows} people a batch: {'stacked' if stacked else 'by slots'} ({why})")
+        space = SubjectSpace.around(down, config.code_size).ordered(gradients.names)
+        reads = material.reads.to(device, features=stacked)
+        examples = material.examples.to(device)
+        run = EncoderTraining(
+            gradients,
+            space.to(device),
+            material.encoder.to(device),
+            PhotoPairs(reads, examples, photo, material.names),
+            reads,
+            examples,
+            EncoderTrainingConfig(
+                steps=config.max_train_steps,
+                targets=config.images_per_subject,
+                learning_rate=config.learning_rate,
+                space_learning_rate=config.space_learning_rate,
+                warmup_steps=config.lr_warmup_steps,
+                seed=config.seed,
+                accumulation=config.gradient_accumulation_steps,
+            ),
+            record=stacked,
+            processes=processes,
+        )
+        origin = {**origin, "Down": {config.down: down.fingerprint}}
+        # Whatever their number, processes share one state.
+        state = read_state(asked, origin=origin)
+        if state is not None:
+            with understanding(str(asked.resume_from_checkpoint)):
+                run.load_state_dict(state)
+        elif processes.is_main:
+            make_room(config, "meta")
+        done = len(run.losses)
+        validation = None
+        if material.held is not None and material.references is not None:
+            validation = EncoderValidation(run, material.held, material.references, config, trackers, done)
+        facts = partial(_facts, run, config)
+        try:
+            trackers.start(done)
+            with saying_what_is_left(config):
+                _run(run, config, asked, origin, trackers, validation, progress=progress)
+        except KeyboardInterrupt:
+            if run.losses and processes.count == 1:  # the others may be gone already
+                save(run, facts())
+            raise
+        finally:
+            trackers.finish()
+        if processes.is_main:
+            save(run, facts())
+        processes.wait()
+    finally:
+        take_off(base, config)
+
+
+def _stacks(base: Base, config: TrainEncoderConfig, processes: Processes) -> tuple[bool, str]:
+    """Whether the people of a step are stacked or held in slots, and why."""
+    size = sum(parameter.numel() for parameter in base.denoiser.parameters())
+    if size > _SMALL:
+        return False, f"a base of {size / 1e6:.0f} M numbers, more than {_SMALL / 1e6:.0f} M"
+    for asked, why in (
+        (wants_shards(processes, config), "the base is divided over processes"),
+        (config.gradient_checkpointing, "gradient_checkpointing"),
+        (backend_of(config) is not None, "dynamo_backend"),
+        (base.denoiser_name != "transformer", "a UNet"),
+    ):
+        if asked:
+            return False, why
+    return True, f"a base of {size / 1e6:.0f} M numbers, at most {_SMALL / 1e6:.0f} M"
+
+
+def _run(
+    run: EncoderTraining,
+    config: TrainEncoderConfig,
+    asked: TrainingConfig,
+    origin: Origin,
+    trackers: Trackers,
+    validation: EncoderValidation | None,
+    *,
+    progress: bool,
+) -> None:
+    total, every = config.max_train_steps, config.checkpointing_steps
+    with tqdm(total=total, initial=len(run.losses), desc="encoder", unit="step", disable=not progress) as bar:
+        for step in run.steps():
+            bar.update()
+            bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+            trackers.step(step)
+            if validation is not None:
+                score = validation.look(step.number)
+                if score is not None:
+                    bar.set_postfix(loss=f"{step.loss:.4f}", score=f"{score:.4f}", refresh=False)
+            if every and step.number % every == 0 and run.processes.is_main:
+                folder = checkpoint_folder(config.output_dir, step.number)
+                write_state(folder, run.state_dict(), asked, origin=origin)
+                keep_newest(config, step.number)
+
+
+def _facts(run: EncoderTraining, config: TrainEncoderConfig) -> dict[str, Any]:
+    """What a Down's configuration says of its encoder."""
+    kept = "learning_rate", "space_learning_rate", "subjects_per_batch", "images_per_subject", "bad_versions", "seed"
+    return {
+        "encoder_subjects": len(run.pairs.people),
+        "encoder_steps": len(run.losses),
+        "encoder_recipe": {name: getattr(config, name) for name in kept},
+    }
+
+
+def save_with_reader(
+    folder: str, down: DownSource, run: EncoderTraining, facts: dict[str, Any], *, overwrite: bool
+) -> None:
+    """Write a Down with its reader; raises as `write_artefact` and `save_reader`."""
+    config = dataclasses.replace(down.config, facts={**(down.config.facts or {}), **facts})
+    config.down_fingerprint = down.fingerprint
+    write_artefact(Path(folder), config, down.tensors, overwrite=overwrite)
+    save_reader(folder, run.space.rounded().cpu(), run.encoder.cpu())

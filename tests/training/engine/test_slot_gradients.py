@@ -53,7 +53,7 @@ def test_they_are_those_of_the_stacked_step(down, checkpointing):
 
     rows = with_slots(down[1], 1)
     stack = AdapterStack(rows.denoiser, SUBJECTS)
-    space = SubjectSpace.around(down[1], 1)
+    space = SubjectSpace.around(down[1], 1).ordered(found.names)
     factors = space.split(found.values)
     for name, tensor in stack.parameters.items():
         tensor.copy_(factors[name.removesuffix(".default")][:, None])
@@ -80,10 +80,10 @@ def test_a_down_learns_to_read_and_keeps_it(down, tmp_path):
     photo = torch.arange(len(examples))
     reads = Reads(examples.latents, examples.subject, photo)
     settings = EncoderTrainingConfig(steps=3, targets=1, warmup_steps=0)
-    run = EncoderTraining(
-        SlotGradients(base), space, encoder, PhotoPairs(reads, examples, photo), reads, examples, settings
-    )
-    assert list(run.steps()) == [1, 2, 3]
+    gradients = SlotGradients(base)
+    space = space.ordered(gradients.names)
+    run = EncoderTraining(gradients, space, encoder, PhotoPairs(reads, examples, photo), reads, examples, settings)
+    assert [step.number for step in run.steps()] == [1, 2, 3]
     assert space.basis.abs().max() > 0
     for name, parameter in base.denoiser.named_parameters():
         if name in before:

@@ -15,7 +15,9 @@ from peft_metalora.errors import ConfigError, CorruptFileError
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.stage_1 import MetaTraining
-from peft_metalora.training.watching import of_a_down as down_validation
+from peft_metalora.training.watching import held_out
+from peft_metalora.training.watching.of_a_down import DownValidation
+from peft_metalora.training.watching.tracking import Trackers
 from peft_metalora.training.watching.validation_scores import HeldOutLoss
 from peft_metalora.tuner import set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
@@ -84,9 +86,9 @@ def test_the_score_is_that_of_stage_2_on_the_down_as_it_is_by_then(tmp_path):
     base, learned, scored = tiny_base(), tiny_examples(run.base, 2, seed=5), tiny_examples(run.base, 1, seed=6)
     config = meta_config(output_dir=str(tmp_path), validation_steps=3, validation_train_steps=4)
     run.config = config
-    held = down_validation.HeldOut(["a", "b"], [], [], learned, [scored, scored])
+    held = held_out.HeldOut(["a", "b"], [], [], [scored, scored])
     layers = dict(meta_lora_layers(run.base.denoiser))
-    validation = down_validation.DownValidation(run, held, trackers=down_validation.Trackers(config, run.processes))
+    validation = DownValidation(run, held, learned, Trackers(config, run.processes))
     assert validation.look(2) is None
     before = torch.get_rng_state()
     found = validation.look(3)
@@ -133,7 +135,7 @@ def test_some_subjects_of_the_training_data_are_held_out(place, tmp_path):
 
 
 def test_score_of_a_face_model(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(down_validation, "load_embedder", lambda name: Brightness())
+    monkeypatch.setattr(held_out, "load_embedder", lambda name: Brightness())
     settings = looking(place, validation_prompt=["a photo"], validation_embedder="brightness", validation_subjects=1)
     meta_train(config_for(place, tmp_path / "a", **settings, max_train_steps=4), progress=False)
     found = records(tmp_path / "a")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ...errors import ConfigError
-from ..stage_settings import TrainingConfig
+from ..stage_settings import StageConfig
 
 SHORT_NAMES = {
     "adamw": "AdamW",
@@ -54,7 +54,7 @@ _FUSED = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 """Optimisers with one kernel for all of a step on a GPU: a fraction of the launches and of the memory moved."""
 
 
-def optimizer_options(cls: type[Optimizer], config: TrainingConfig, device: torch.device) -> dict[str, Any]:
+def optimizer_options(cls: type[Optimizer], config: StageConfig, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of every optimiser of a run.
 
     Raises:
@@ -74,7 +74,7 @@ def optimizer_options(cls: type[Optimizer], config: TrainingConfig, device: torc
     return options
 
 
-def make_scheduler(optimizer: Optimizer, config: TrainingConfig, steps: int) -> LRScheduler:
+def make_scheduler(optimizer: Optimizer, config: StageConfig, steps: int) -> LRScheduler:
     """diffusers' learning-rate schedule of that name, warm-up included."""
     name = config.lr_scheduler
     if name == "constant" and config.lr_warmup_steps:

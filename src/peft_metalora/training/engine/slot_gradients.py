@@ -26,8 +26,8 @@ class SlotGradients:
         mixed_precision: as the settings of both stages have it.
 
     Attributes:
-        values: (S, N) float32, the subjects of the next call, to be written in place; factors in the order of their
-            names, as `SubjectSpace.around` has them.
+        values: (S, N) float32, the subjects of the next call, to be written in place.
+        names: of the factors, in the order in which `values` holds their numbers; as a subject's file has them.
 
     Raises:
         AdapterNotFoundError: there is no such adapter.
@@ -35,14 +35,14 @@ class SlotGradients:
 
     def __init__(self, base: Base, adapter_name: str = "default", mixed_precision: str = "no") -> None:
         self.base, self._precision = base, mixed_precision
-        layers = [
-            (path, layer) for path, layer in meta_lora_layers(base.denoiser) if adapter_name in layer.metalora_mid
-        ]
+        layers = [layer for _, layer in meta_lora_layers(base.denoiser) if adapter_name in layer.metalora_mid]
         if not layers:
             raise AdapterNotFoundError(f"expected a Meta-LoRA adapter {adapter_name!r} on the denoiser, found none")
-        factors = {f"{path}.{part}": getattr(layer, part)[adapter_name] for path, layer in layers for part in (MID, UP)}
-        self._factors = [factors[name] for name in sorted(factors)]
-        self._index = layers[0][1].subject_index
+        ends = f".{MID}.{adapter_name}", f".{UP}.{adapter_name}"
+        factors = {name: one for name, one in base.denoiser.named_parameters() if name.endswith(ends)}
+        self.names = [name.removesuffix(f".{adapter_name}") for name in factors]
+        self._factors = list(factors.values())
+        self._index = layers[0].subject_index
         self.values = torch.cat([factor.detach().float().flatten(1) for factor in self._factors], dim=1)
 
     def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,7 @@ class SlotGradients:
         """
         count, device = len(self.values), self.values.device
         with torch.no_grad():
-            parts = self.values.split([factor[0].numel() for factor in self._factors], dim=1)
-            for factor, part in zip(self._factors, parts, strict=True):
+            for factor, part in zip(self._factors, self._split(self.values), strict=True):
                 factor.copy_(part.view_as(factor))
         each = len(inputs["latents"]) // count
         # One index serves all layers of a model.
@@ -66,3 +65,13 @@ class SlotGradients:
         # No row depends on another's numbers, so that the gradient of the sum is each one's own.
         gradients = torch.autograd.grad(rows.sum(), self._factors)
         return rows.detach(), torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
+
+    @torch.no_grad()
+    def show(self, subject: Tensor) -> None:
+        """Have the denoiser by itself show a subject (N,), until the next call."""
+        for factor, part in zip(self._factors, self._split(subject[None]), strict=True):
+            factor[0].copy_(part.view_as(factor[0]))
+        self._index.write(None, subject.device)
+
+    def _split(self, subjects: Tensor) -> tuple[Tensor, ...]:
+        return subjects.split([factor[0].numel() for factor in self._factors], dim=1)

@@ -133,11 +133,21 @@ def train_stack(
         yield number + 1
 
 
-def denoising_inputs(base: Base, examples: Examples, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """What `RowGradients` takes: the examples `index` (b,) with a noise and a noise level drawn for each."""
-    latents, text, mask = examples.batch(index)
-    noise = torch.randn(latents.shape, generator=generator, device=generator.device)
-    times = base.sample_times(latents, generator)
+def denoising_inputs(
+    base: Base, examples: Examples, index: Tensor, generator: torch.Generator, own: slice = slice(None)
+) -> dict[str, Tensor]:
+    """What `RowGradients` takes: the examples `index` (b,) with a noise and a noise level drawn for each.
+
+    Args:
+        own: which of them are returned; noise is drawn for all.
+    """
+    like = examples.like(0, len(index))
+    noise = torch.randn(like.shape, generator=generator, device=generator.device)[own]
+    times = base.sample_times(like, generator)[own]
+    seeds = None
+    if examples.fresh:
+        seeds = torch.randint(1 << 62, index.shape, generator=generator, device=generator.device)[own].tolist()
+    latents, text, mask = examples.batch(index[own], seeds)
     inputs = {"latents": latents, "noise": noise, "times": times, **{f"text.{k}": v for k, v in text.items()}}
     return inputs if mask is None else {**inputs, "mask": mask}
 
@@ -160,6 +170,11 @@ class RowGradients:
         self._stand_in = _OneDenoiser(self._original, stack)
 
     @property
+    def names(self) -> list[str]:
+        """Of the factors, as `SlotGradients.names`: those of the parameters without the adapter's."""
+        return [name.rpartition(".")[0] for name in self.stack.parameters]
+
+    @property
     def values(self) -> Tensor:
         """(S, N): the rows that the next call is about, to be written in place."""
         return self.stack.values
@@ -180,6 +195,14 @@ class RowGradients:
             return self._pass(stack.parameters, blocks)
         finally:
             setattr(base.pipeline, base.denoiser_name, self._original)
+
+    @torch.no_grad()
+    def show(self, subject: Tensor) -> None:
+        """Have the denoiser by itself show a subject (N,)."""
+        parts = subject.split([tensor[0].numel() for tensor in self.stack.parameters.values()])
+        for name, part in zip(self.stack.parameters, parts, strict=True):
+            parameter = self.stack.model.get_parameter(name)
+            parameter.copy_(part.view_as(parameter))
 
     def _gradients(self, parameters: dict[str, Tensor], blocks: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         with sdpa_kernel(SDPBackend.MATH):  # the others run row by row under vmap

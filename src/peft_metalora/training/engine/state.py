@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError, MetaLoraError
+from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError, MetaLoraError, WriteFailedError
 from ...files import write_tensors
 from ...tuner.down import digest_of
-from ..stage_settings import INPUTS, OUTPUTS, MetaTrainConfig, PersonalizeConfig, TrainingConfig
+from ..stage_settings import INPUTS, OUTPUTS, HeldOutConfig, TrainingConfig
 from .origin import Origin
 from .processes import ALONE, Processes
 
@@ -34,7 +35,8 @@ _FOLDER = re.compile(r"checkpoint-(\d+)")
 # leaves every number as it is, or as exact.
 _FREE = {*INPUTS, *OUTPUTS, "revision", "down_revision", "local_files_only"} | {
     "dataset_config_name", "image_column", "caption_column", "subject_column", "checkpointing_steps", "report_to",
-    "tracker_project_name", "device", "gradient_checkpointing", "dynamo_backend", "overwrite",
+    "checkpoints_total_limit", "tracker_project_name", "device", "gradient_checkpointing", "dynamo_backend",
+    "overwrite",
 }  # fmt: skip
 
 
@@ -75,6 +77,27 @@ def write_state(
     )
     text = json.dumps(plain)
     write_tensors(folder / _file_name(processes), tensors, {_HEADER: text, _DIGEST: _hash(text, tensors)})
+
+
+def keep_newest(config: TrainingConfig, step: int, processes: Processes = ALONE) -> None:
+    """Remove the oldest checkpoints up to `step`, which all processes have just written or will not write, where
+    `checkpoints_total_limit` asks for it.
+
+    Raises:
+        WriteFailedError: the disk refuses.
+    """
+    if config.checkpoints_total_limit is None:
+        return
+    processes.wait()
+    found = checkpoint_folders(config.output_dir)
+    older = sorted(number for number in found if number <= step)[: -config.checkpoints_total_limit]
+    for number in older if processes.is_main else []:
+        try:
+            shutil.rmtree(found[number])
+        except OSError as error:
+            raise WriteFailedError(
+                f"expected to remove the old checkpoint {found[number]}, found: {error}. Remove it, and resume"
+            ) from error
 
 
 def read_state(
@@ -171,18 +194,18 @@ def _hash(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     return hashlib.sha256(f"{text}|{digest_of(tensors)}".encode()).hexdigest()
 
 
-def check_steps(done: Any, config: MetaTrainConfig | PersonalizeConfig) -> None:
-    """Check that a run can go on after `done` steps.
+def check_steps(done: Any, steps: int) -> None:
+    """Check that a run of `steps` steps can go on after `done`.
 
     Raises:
         ConfigError: it is to end before. ValueError: that is no number of steps.
     """
     if not isinstance(done, int) or done < 0:
         raise ValueError(f"{done!r} steps")
-    if done > config.max_train_steps:
+    if done > steps:
         raise ConfigError(
             f"expected max_train_steps of at least the {done} steps that the checkpoint has behind it, found "
-            f"{config.max_train_steps}: raise it, or resume from an earlier checkpoint"
+            f"{steps}: raise it, or resume from an earlier checkpoint"
         )
 
 
@@ -192,8 +215,8 @@ def _check_settings(folder: Path, before: Mapping[str, Any], config: TrainingCon
     changed = {
         name: (before.get(name, default[name]), now)
         for name, now in sorted(asdict(config).items())
-        # Stage 1 does not notice that it is looked at.
-        if name not in _FREE | free and not (isinstance(config, MetaTrainConfig) and name.startswith("validation_"))
+        # Runs over many do not notice that they are looked at.
+        if name not in _FREE | free and not (isinstance(config, HeldOutConfig) and name.startswith("validation_"))
     }
     changed = {name: (then, now) for name, (then, now) in changed.items() if then != now}
     if changed:

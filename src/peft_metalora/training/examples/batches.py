@@ -35,6 +35,7 @@ class Examples:
         mask: n weights (1, h, w) in [0, 1] of the loss, as `latents`; None: 1 everywhere.
         prior: embedding of the class prompt, one row in each tensor, for prior preservation.
         tags: of each subject, what is said of it.
+        photo: (n,) int64, which of all subjects' photos each latent is a view of; None: not known.
     """
 
     latents: Tensor | list[Tensor]
@@ -44,6 +45,7 @@ class Examples:
     mask: Tensor | list[Tensor] | None = None
     prior: Text | None = None
     tags: list[dict[str, str]] | None = None
+    photo: Tensor | None = None
 
     fresh: ClassVar[bool] = False
     """Whether `batch` needs seeds."""

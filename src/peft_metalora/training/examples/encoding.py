@@ -55,24 +55,26 @@ def encode_subjects(
     cutter = ViewCutter(base, config)
     if not subjects or any(not subject.photos for subject in subjects):
         raise NoImagesError("expected at least one image of each subject, found none: check the folder")
-    photos = [(number, photo) for number, subject in enumerate(subjects) for photo in subject.photos]
+    owner_of = [number for number, subject in enumerate(subjects) for _ in subject.photos]
+    photos = [photo for subject in subjects for photo in subject.photos]
     prior = class_prompt(config)
-    for _, photo in photos:
+    for photo in photos:
         caption_of(photo, config)  # before the long work
     progress_bar = tqdm(photos, desc="encoding", unit="image", disable=not progress)
     if views:
         encoder = PhotoEncoder(base, config, views, cutter)
-        encoded = _see(progress_bar, encoder, skip_unreadable)
-        owners = [number for number, one in encoded for _ in one[1]]
+        encoded = see(progress_bar, encoder, skip_unreadable)
+        of_photo = [number for number, one in encoded for _ in one[1]]
         texts = [text for _, (_, captions, _) in encoded for text in captions]
         latents, mask = _join([one[0] for _, one in encoded], [one[2] for _, one in encoded])
     else:
-        opened = _see(progress_bar, lambda photo: (photo, cutter.open(photo).plan), skip_unreadable)
-        owners = [number for number, _ in opened]
+        opened = see(progress_bar, lambda photo: (photo, cutter.open(photo).plan), skip_unreadable)
+        of_photo = [number for number, _ in opened]
         plain = [caption_of(photo, config) for _, (photo, _) in opened]
         texts = [text for one in plain for text in (one, flip_caption(one) if config.random_flip else one)]
         latents, mask = [], None
     cutter.warn_of_narrow_views()
+    owners = [owner_of[number] for number in of_photo]
     present = set(owners)
     lost = [subject.name for number, subject in enumerate(subjects) if number not in present]
     if lost:
@@ -86,16 +88,15 @@ def encode_subjects(
         mask,
         None if prior is None else encode_captions(base, [prior], cache_dir=config.cache_dir),
         [subject.tags for subject in subjects],
+        torch.tensor(of_photo),
     )
     return examples if views else FreshExamples.of(examples, base, cutter, [one for _, one in opened])
 
 
-def _see(
-    photos: Iterable[tuple[int, Photo]], look: Callable[[Photo], _Seen], skip_unreadable: bool
-) -> list[tuple[int, _Seen]]:
-    """What `look` gives of each photo, with its subject; see `encode_subjects` for those that cannot be used."""
+def see(photos: Iterable[Photo], look: Callable[[Photo], _Seen], skip_unreadable: bool) -> list[tuple[int, _Seen]]:
+    """What `look` gives of each photo, with its number; see `encode_subjects` for those that cannot be used."""
     seen, unusable, count = [], [], 0
-    for number, photo in photos:
+    for number, photo in enumerate(photos):
         count += 1
         try:
             seen.append((number, look(photo)))

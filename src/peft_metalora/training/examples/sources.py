@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ...data import Subject, read_photos, read_subjects
 from ...errors import ConfigError, MetadataError
-from ..stage_settings import MetaTrainConfig, PersonalizeConfig
+from ..stage_settings import MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig
 from .hub_dataset import read_dataset
 
 
-def training_subjects(config: MetaTrainConfig) -> list[Subject]:
-    """The subjects of stage 1.
+def training_subjects(config: MetaTrainConfig | TrainEncoderConfig) -> list[Subject]:
+    """The subjects of a run over many.
 
     Raises:
         ConfigError: no source, or two. MetadataError: a subject without the tag that `balance_by` asks for.
@@ -25,7 +25,7 @@ def training_subjects(config: MetaTrainConfig) -> list[Subject]:
             "a folder that holds a folder for each subject, or a data set"
         )
     subjects = read_dataset(config) if config.train_data_dir is None else read_subjects(config.train_data_dir)
-    tag = config.balance_by
+    tag = config.balance_by if isinstance(config, MetaTrainConfig) else None
     if tag is not None and (missing := [subject.name for subject in subjects if tag not in subject.tags]):
         raise MetadataError(
             f"expected the tag {tag!r} of every subject, alike on all their photos, found none of "

@@ -18,7 +18,7 @@ from ...bases import Base
 from ...data import Photo, cut, cut_mask, random_box, read_file
 from ...encoder.sight import face_region, open_photo
 from ...metrics.face_crop import FaceCrop, Region
-from ..stage_settings import TrainingConfig
+from ..stage_settings import StageConfig, TrainingConfig
 from .shapes import Shape, crop_shapes, nearest_shape
 
 _NARROW = 0.7  # of a photo of 3 : 2, a square shows two thirds
@@ -59,7 +59,8 @@ class ViewCutter:
     """
 
     def __init__(self, base: Base, config: TrainingConfig) -> None:
-        self.shapes = crop_shapes(config.aspect_ratio_buckets, config.resolution, base.pixel_multiple)
+        buckets = config.aspect_ratio_buckets if isinstance(config, StageConfig) else None
+        self.shapes = crop_shapes(buckets, config.resolution, base.pixel_multiple)
         self._flips = config.random_flip
         self._narrow: dict[Path, float] = {}
         self._faces: FaceCrop | None = None

@@ -121,7 +121,7 @@ class Validation:
             self.run.steps_done = self.best.step
 
 
-def held_out(base: Base, subject: Subject, config: PersonalizeConfig) -> tuple[list[Photo], Examples]:
+def held_out(base: Base, _: Examples, *, subject: Subject, config: PersonalizeConfig) -> tuple[list[Photo], Examples]:
     """Photos that are not trained on, or without them the trained photos, and views that no step sees."""
     photos = read_photos(config.validation_data_dir) if config.validation_data_dir else subject.photos
     # Another seed gives other crops.

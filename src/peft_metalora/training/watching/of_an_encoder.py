@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at an encoder while it is taught: held-out subjects are read from their references, in zero steps.
+
+The score is R-FaceSim of what is then drawn, against the subject's other photos (arXiv 2503.22352), or minus the loss
+on those photos. Training does not notice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...bases.precision import autocast
+from ...tuner import set_slots
+from ..encoder_training import EncoderTraining
+from ..engine.compiling import eagerly
+from ..stage_settings import TrainEncoderConfig
+from .held_out import HeldOut, Watch
+from .tracking import Trackers
+
+
+class EncoderValidation:
+    """Reads, scores and draws held-out subjects every `validation_steps`, into `output_dir/validation`.
+
+    With several processes each computes all of it, because a base that is divided over them needs them all, and the
+    main one writes.
+
+    Args:
+        features: (subjects, ...), of the references of `held`.
+        done: steps of a resumed run so far.
+    """
+
+    def __init__(
+        self,
+        run: EncoderTraining,
+        held: HeldOut,
+        features: Tensor,
+        config: TrainEncoderConfig,
+        trackers: Trackers,
+        done: int = 0,
+    ) -> None:
+        self.run, self.features, self.config = run, features, config
+        self.watch = Watch(run.base, held, config, run.processes, trackers, done)
+
+    def look(self, step: int) -> float | None:
+        """Look, if this is a step to look at; returns the mean score of the subjects, the higher the better.
+
+        Raises:
+            WriteFailedError: the disk refuses.
+        """
+        run, config = self.run, self.config
+        denoiser, device = run.base.denoiser, run.base.device
+        if config.validation_steps is None or step % config.validation_steps:
+            return None
+        run.encoder.eval()
+        denoiser.eval()
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), eagerly(config):
+            subjects = run.space(run.encoder(self.features.to(device)))
+            with autocast(config.mixed_precision, device, adapter_casts=True):
+                for number, subject in enumerate(subjects):
+                    run.gradients.show(subject)
+                    self.watch.see(number)
+        set_slots(denoiser, None)
+        run.encoder.train()
+        denoiser.train()
+        return self.watch.finish(step)
