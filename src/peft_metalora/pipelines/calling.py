@@ -19,7 +19,7 @@ from ..checkpoint.factors import SubjectSource
 from ..errors import AdapterNotFoundError, AdapterStateError, RegionError
 from ..hub.loading import HubOptions, KnownDown, load_subject
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_slots
-from ..tuner.on_model import configs_of, down_on_model, meta_layers
+from ..tuner.on_model import configs_of, down_on_model, meta_layers, seen
 from ..tuner.placing import active_adapters, remove_adapters, shown_alone
 from .denoiser import (
     books_of,
@@ -145,9 +145,10 @@ class PerSampleMixin:
     def _showing(self, model: nn.Module, names: Sequence[str | None]) -> Iterator[dict[str, int]]:
         """Have the table of these subjects as the one adapter of ours; gives the slot of each."""
         chosen = list(dict.fromkeys(name for name in names if name is not None))
-        layers = meta_layers(model)
-        refuse_fused(layers)
-        if chosen and any(layer.disable_adapters for layer in layers):
+        known = seen(model)
+        if known.merged:
+            refuse_fused(meta_layers(model))
+        if chosen and known.disabled:
             raise AdapterStateError(
                 f"expected enabled adapters to show {', '.join(chosen)}, found them disabled. Use enable_meta_lora "
                 "(or diffusers' enable_lora) first."

@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import AdapterStateError, PipelineError
-from ..tuner.on_model import configs_of, meta_lora_layers
+from ..tuner.on_model import configs_of, meta_lora_layers, seen
 
 
 def named_denoiser(pipe: Any) -> tuple[str, nn.Module]:
@@ -164,6 +164,8 @@ def own_factors(model: nn.Module) -> None:
     Raises:
         PipelineError: group offloading to disk.
     """
+    if not _hooks_around_factors(model):
+        return
     for part in _factor_containers(model):
         hooks = vars(part)
         if isinstance(hook := hooks.get("_hf_hook"), AlignDevicesHook):
@@ -178,8 +180,26 @@ def own_factors(model: nn.Module) -> None:
             registry.remove_hook(_GROUP_OFFLOADING, recurse=False)
 
 
+def _hooks_around_factors(model: nn.Module) -> bool:
+    """Whether there may be offloading: it hooks every layer or none, so that the first and the last one are asked,
+    with what is around and in them."""
+    layers = seen(model).layers
+    for name, known in (*layers[:1], *layers[-1:]):
+        around = [model]
+        for child in name.split("."):
+            around.append(around[-1].get_submodule(child))
+        layer = known()
+        for part in (*around, *(() if layer is None else _parts(layer))):
+            registry: Any = vars(part).get("_diffusers_hook")  # the first image leaves an empty one on the model
+            if "_hf_hook" in vars(part) or (registry is not None and registry.hooks):
+                return True
+    return False
+
+
 def refresh_offload(model: nn.Module) -> None:
     """After factors were overwritten in place: renew the pinned copies that block-level offloading by streams keeps."""
+    if not _hooks_around_factors(model):
+        return
     hook = _get_top_level_group_offload_hook(model)
     if hook is not None and hook.config.stream is not None:
         _maybe_remove_and_reapply_group_offloading(model)
@@ -196,6 +216,10 @@ def _refuse_disk(hook: Any) -> None:
 
 def _factor_containers(model: nn.Module) -> Iterator[nn.Module]:
     for _, layer in meta_lora_layers(model):
-        for name, part in layer.named_children():
-            if name not in ("base_layer", "metalora_kept"):  # weights that unfusing needs may stay parked
-                yield part
+        yield from _parts(layer)
+
+
+def _parts(layer: nn.Module) -> Iterator[nn.Module]:
+    for name, part in layer.named_children():
+        if name not in ("base_layer", "metalora_kept"):  # weights that unfusing needs may stay parked
+            yield part

@@ -235,8 +235,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             if not fused:
                 raise AdapterStateError("expected a fused adapter to keep, found none. Use fuse_meta_lora first.")
             for layer in fused:
-                layer.merged_adapters.clear()
-                layer.forget_kept_weight()
+                layer.keep_merged()
         with offload_paused(self), saved_in_parts(model):
             give_back(self)
             drop_tables(model)

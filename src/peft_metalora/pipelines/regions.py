@@ -8,6 +8,7 @@ transformers; a grid for each resolution, flat or as a map, in a UNet. Text toke
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import PipelineError, RegionError
 from ..tuner import TokenSlots, set_token_slots
-from ..tuner.on_model import meta_lora_layers
+from ..tuner.on_model import Seen, meta_lora_layers, seen
 from ..tuner.subject_index import NO_SUBJECT
 from .denoiser import named_denoiser
 
@@ -94,6 +95,9 @@ def shown_in_regions(
         set_token_slots(model, None)
 
 
+_tables: weakref.WeakKeyDictionary[Seen, dict[str, TokenSlots]] = weakref.WeakKeyDictionary()
+
+
 class _Layout:
     """Follows the shapes of a denoiser's calls and keeps the tables of its layers true to them."""
 
@@ -110,8 +114,14 @@ class _Layout:
         self._image, self._seen = TokenSlots(), None
 
     def tables(self) -> dict[str, TokenSlots]:
-        """The image's table for each layer that sees image tokens."""
-        return {path: self._image for path, _ in meta_lora_layers(self._model) if not self._sees_text(path)}
+        """The image's table for each layer that sees image tokens; the same for every call until layers change."""
+        known = seen(self._model)
+        tables = _tables.get(known)
+        if tables is None:
+            paths = [path for path, _ in meta_lora_layers(self._model) if not self._sees_text(path)]
+            tables = _tables[known] = dict.fromkeys(paths, self._image)
+        self._image = next(iter(tables.values()), self._image)
+        return tables
 
     def _sees_text(self, path: str) -> bool:
         parent, _, leaf = path.rpartition(".")
@@ -130,7 +140,7 @@ class _Layout:
         if shape == self._seen:
             return
         maps = self._levels(*shape) if "sample" in given else self._packed(given["img_ids"], shape[1])
-        device = next(layer.adapter_device() for _, layer in meta_lora_layers(self._model))
+        device = seen(self._model).homes()[0][1]
         self._image.write(maps, device)
         self._seen = shape
 

@@ -35,7 +35,7 @@ from .linear import Linear
 from .on_model import down_fingerprint, meta_lora_layers, module_path
 from .ranks import Ranks, ranks_of
 from .registration import PREFIX
-from .subject_index import SubjectIndex
+from .subject_index import SubjectIndex, layers_changed
 
 ASIDE = " (replaced)"
 """Ends the name of an adapter that goes when its successor is there: no subject may come to stand on its Down."""
@@ -308,6 +308,7 @@ class _Before:
                 layer.forget_adapter(adapter_name)
         for parameter, trains in self._trains:
             parameter.requires_grad_(trains)
+        layers_changed()
 
 
 def _containers(layer: MetaLoraLayer) -> Iterator[nn.Module]:

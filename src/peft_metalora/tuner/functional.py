@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..errors import AdapterStateError, SubjectIndexError
 from .config import STARTS
 from .down import MAGNITUDE, MID, UP
-from .layer import MetaLoraLayer
 from .merging import MERGE_BACKUPS
-from .on_model import layers_of, meta_lora_layers, require_slot
+from .on_model import Seen, layers_of, meta_lora_layers, require_slot, seen
 from .subject_index import NO_SUBJECT, TokenSlots
 
 
@@ -30,16 +29,12 @@ def set_slots(model: nn.Module, slots: Sequence[int] | Tensor | None, *, each: b
     Raises:
         SubjectIndexError: a slot that no active adapter has, or others than now while an adapter is merged.
     """
-    layers = [layer for _, layer in meta_lora_layers(model)]
-    if not layers:
+    known = seen(model)
+    if not known.layers:
         raise SubjectIndexError("The model holds no Meta-LoRA layers. Add an adapter before choosing subjects.")
-    values = _checked_values(layers, slots)
-    for layer in _one_of_each_index(layers):
-        layer.subject_index.write(values, layer.adapter_device(), each)
-
-
-def _one_of_each_index(layers: list[MetaLoraLayer]) -> list[MetaLoraLayer]:
-    return list({id(layer.subject_index): layer for layer in layers}.values())
+    values = _checked_values(known, slots)
+    for index, device in known.homes():
+        index.write(values, device, each)
 
 
 def set_token_slots(model: nn.Module, tables: Mapping[str, TokenSlots] | None) -> None:
@@ -52,51 +47,50 @@ def set_token_slots(model: nn.Module, tables: Mapping[str, TokenSlots] | None) -
     Raises:
         SubjectIndexError: an adapter is merged.
     """
-    layers = list(meta_lora_layers(model))
+    known = seen(model)
     if tables is not None:
-        _refuse_merged([layer for _, layer in layers])
-    nobody = TokenSlots()
-    for path, layer in layers:
-        layer.token_slots = None if tables is None else tables.get(path, nobody)
+        _refuse_merged(known)
+        known.give_tables(tables)
+    for index, _ in known.homes():
+        index.by_tokens = tables is not None
 
 
-def _refuse_merged(layers: list[MetaLoraLayer]) -> None:
-    if any(layer.merged for layer in layers):
+def _refuse_merged(known: Seen) -> None:
+    if known.merged:
         raise SubjectIndexError(
             "A subject is merged into the base weights, so every sample shows it. Unmerge it before choosing subjects."
         )
 
 
-def _checked_values(layers: list[MetaLoraLayer], slots: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+def _checked_values(known: Seen, slots: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
     if slots is None:
-        if any(layer.subject_index.values is not None for layer in layers):
-            _refuse_merged(layers)
+        if any(index.values is not None for index, _ in known.homes()):
+            _refuse_merged(known)
         return None
     raw = slots.tolist() if isinstance(slots, Tensor) else list(slots)
     if not raw or not all(isinstance(value, int) and not isinstance(value, bool) for value in raw):
         raise SubjectIndexError(f"The subject index must be whole numbers, one for each sample, got {raw!r}.")
-    count = min((layer.active_slots() for layer in layers), default=1)
+    count = known.slots()
     wrong = sorted({value for value in raw if not NO_SUBJECT <= value < count})
     if wrong:
         raise SubjectIndexError(
             f"The active adapter holds {count} slot(s), numbered 0 to {count - 1} (-1 = no subject); got {wrong}. "
             "Raise num_slots or choose other subjects."
         )
-    _refuse_merged(layers)
+    _refuse_merged(known)
     return tuple(raw)
 
 
 @contextmanager
 def using_slots(model: nn.Module, slots: Sequence[int] | Tensor | None) -> Iterator[None]:
     """`set_slots` for the length of a `with` block; what was set before it comes back afterwards."""
-    layers = _one_of_each_index([layer for _, layer in meta_lora_layers(model)])
-    before = [(layer, layer.subject_index.written) for layer in layers]
+    before = [(index, index.written, device) for index, device in seen(model).homes()]
     set_slots(model, slots)
     try:
         yield
     finally:  # unchecked: what was merged in the block stays merged, whatever the index says
-        for layer, written in before:
-            layer.subject_index.write(written.values, layer.adapter_device(), written.each)
+        for index, written, device in before:
+            index.write(written.values, device, written.each)
 
 
 def set_warmup(model: nn.Module, enabled: bool, adapter_name: str = "default") -> None:

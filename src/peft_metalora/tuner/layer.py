@@ -30,7 +30,7 @@ from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, Downs
 from .merging import Mergeable, decomposed_norms, dtype_of_sums
 from .ranks import Ranks
 from .starts import start_down
-from .subject_index import Chosen, Positions, SubjectIndex, TokenSlots
+from .subject_index import Chosen, Positions, SubjectIndex, TokenSlots, layers_changed
 
 transformed = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks: vmap, grad and their kin
 hooked_everywhere = torch.nn.modules.module._has_any_global_hook  # as nn.Module asks before it calls forward alone
@@ -65,7 +65,7 @@ class MetaLoraLayer(Mergeable):
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
         self.subject_index = subject_index
-        self.token_slots: TokenSlots | None = None
+        self.token_table = TokenSlots()
         self.down_row, self.d_out = factor_shape(self.get_base_layer())
         self.in_features, self.out_features = self.down_row[0], self.d_out
         self.metalora_down = Downs()
@@ -94,6 +94,24 @@ class MetaLoraLayer(Mergeable):
         self.merge_backup = "device"
         self._kept_quantised: Any = None
         self.register_load_state_dict_post_hook(_fold_again)
+        layers_changed()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        layers_changed()
+
+    # ---- what shows ----------------------------------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """As PEFT's; for the length of a call that shows another adapter, that one."""
+        shown = self.subject_index.shown
+        return self._active_adapter if shown is None else [*shown]
+
+    @property
+    def token_slots(self) -> TokenSlots | None:
+        """The slot of each token, None while the samples' index counts."""
+        return self.token_table if self.subject_index.by_tokens else None
 
     # ---- factors -------------------------------------------------------------------------------------------------
 
@@ -219,10 +237,12 @@ class MetaLoraLayer(Mergeable):
             self._require_gradient(name, name in names and not inference_mode)
         self._active_adapter = names
         self.sync_down()
+        layers_changed()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         self.sync_down()
+        layers_changed()
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Freeze adapters, or let them train."""
@@ -320,6 +340,7 @@ class MetaLoraLayer(Mergeable):
             self.down_key[new] = new
         if old in self._may_train:
             self._may_train = self._may_train - {old} | {new}
+        layers_changed()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a Down that a subject brought goes with its last user.
@@ -353,6 +374,7 @@ class MetaLoraLayer(Mergeable):
                 del container[key]
         self._may_train &= set(self.metalora_mid)
         self.sync_down()
+        layers_changed()
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -374,9 +396,9 @@ class MetaLoraLayer(Mergeable):
         for name in self.active_adapters:
             if name not in self.metalora_mid:
                 continue
-            if self.token_slots is None:
+            if not self.subject_index.by_tokens:
                 result = self._add(result, base, x, name, self._chosen(x))
-            elif places := self.token_slots.positions(self._tokens(x, base), x.device):
+            elif places := self.token_table.positions(self._tokens(x, base), x.device):
                 result = self._add_at(result, base, x, name, places)
         return result
 

@@ -37,7 +37,7 @@ class Linear(MetaLoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) plus the active adapters: x (..., d_in) -> (..., d_out)."""
-        if args or kwargs or self.token_slots is not None or torch.compiler.is_compiling() or transformed():
+        if args or kwargs or self.subject_index.by_tokens or torch.compiler.is_compiling() or transformed():
             return super().forward(x, *args, **kwargs)
         if self.merged_adapters and not self._disable_adapters:
             return self.base_layer(x)
@@ -56,7 +56,8 @@ class Linear(MetaLoraLayer):
 
     def _fusible(self, x: Tensor) -> str | None:
         """Name of the one adapter that can be fused with the base, None if the general road must be taken."""
-        active = self._active_adapter
+        shown = self.subject_index.shown
+        active = self._active_adapter if shown is None else shown
         modules: Any = self._modules
         name = active if type(active) is str else active[0] if len(active) == 1 else None
         base: Any = modules["base_layer"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import AdapterStateError, NonFiniteError, UnsupportedModuleError
 from .down import Downs
 from .ranks import scale_of
-from .subject_index import SubjectIndex
+from .subject_index import SubjectIndex, layers_changed
 
 MERGE_BACKUPS = ("device", "host", "none")
 
@@ -160,6 +160,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
             self._keep_weight()
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
+        layers_changed()
 
     def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise what `merge` would raise, and touch nothing."""
@@ -260,13 +261,14 @@ class Mergeable(BaseTunerLayer, nn.Module):
                 "Load the base model again."
             )
         self.put_weight(self.metalora_kept["weight"] if self._kept_quantised is None else self._kept_quantised)
-        self.forget_kept_weight()
-        self.merged_adapters.clear()
+        self.keep_merged()
 
-    def forget_kept_weight(self) -> None:
-        """Free what `unmerge` would need."""
+    def keep_merged(self) -> None:
+        """Take the weight as it is now for the base's; what `unmerge` would need is freed."""
         self.metalora_kept.clear()
         self._kept_quantised = None
+        self.merged_adapters.clear()
+        layers_changed()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return adapter_name not in self.metalora_magnitude
@@ -294,6 +296,7 @@ def merged_or_as_before(
             if names:
                 layer.put_weight(weight)
                 layer.merged_adapters[:] = names
+                layers_changed()
             elif layer.merge_backup != "none":
                 layer.unmerge()
         raise

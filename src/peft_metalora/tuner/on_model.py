@@ -3,20 +3,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError, MissingDownError
+from . import subject_index
 from .down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint
 from .layer import MetaLoraLayer
+from .subject_index import SubjectIndex, TokenSlots
 
 
 def meta_layers(model: nn.Module) -> list[MetaLoraLayer]:
     """The Meta-LoRA layers of a model, without their paths."""
     return [module for module in model.modules() if isinstance(module, MetaLoraLayer)]
+
+
+class Seen:
+    """What was seen of all Meta-LoRA layers of a model when they were last looked at.
+
+    Attributes:
+        layers: each with its name in the model, by a weak reference.
+        indices: each index of subjects, with a layer that reads it, weakly too.
+        merged: whether a layer is. disabled: whether one is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._state = subject_index.state_of_layers
+        found = [(name, module) for name, module in model.named_modules() if isinstance(module, MetaLoraLayer)]
+        self.layers = [(name, weakref.ref(layer)) for name, layer in found]
+        self.indices = list({id(m.subject_index): (m.subject_index, weakref.ref(m)) for _, m in found}.values())
+        self.merged = any(layer.merged for _, layer in found)
+        self.disabled = any(layer.disable_adapters for _, layer in found)
+        self._slots: dict[Any, int] = {}
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether it is still so. Layers come, go and change through this package; others take off all of them."""
+        if self._state is not subject_index.state_of_layers or not self.layers:
+            return False
+        name, layer = self.layers[0]
+        try:
+            return model.get_submodule(name) is layer()
+        except AttributeError:
+            return False
+
+    def homes(self) -> list[tuple[SubjectIndex, torch.device]]:
+        """Each index of subjects, and where the layers are that read it."""
+        return [(index, layer.adapter_device()) for index, known in self.indices if (layer := known()) is not None]
+
+    def give_tables(self, tables: Mapping[str, TokenSlots]) -> None:
+        """Let each layer have its table of tokens, by path, or an empty one; those that were given last they have."""
+        if all(index.tables is tables and index.tables_state is self._state for index, _ in self.indices):
+            return
+        nobody = TokenSlots()
+        for name, known in self.layers:
+            if (layer := known()) is not None:
+                layer.token_table = tables.get(module_path(name), nobody)
+        for index, _ in self.indices:
+            index.tables, index.tables_state = tables, self._state
+
+    def slots(self) -> int:
+        """The fewest slots of what a layer shows, a large number if none shows anything."""
+        shown = tuple(index.shown for index, _ in self.indices)
+        if shown not in self._slots:
+            layers = [layer for _, reference in self.layers if (layer := reference()) is not None]
+            self._slots[shown] = min((layer.active_slots() for layer in layers), default=1)
+        return self._slots[shown]
+
+
+_seen: weakref.WeakKeyDictionary[nn.Module, Seen] = weakref.WeakKeyDictionary()
+
+
+def seen(model: nn.Module) -> Seen:
+    """What a model's layers have in common, without a visit to them if nothing has changed since the last one.
+
+    Of a module that was not adapted itself but holds adapted ones nothing is remembered: others may join them.
+    """
+    known = _seen.get(model)
+    if known is None or not known.holds(model):
+        known = Seen(model)
+        if hasattr(model, "peft_config"):
+            _seen[model] = known
+    return known
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:

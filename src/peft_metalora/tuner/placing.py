@@ -23,8 +23,9 @@ from .config import MetaLoraConfig
 from .down import DOWN_PARTS, MAGNITUDE, MID, UP, DownSource, given
 from .functional import using_slots
 from .layer import MetaLoraLayer
-from .on_model import configs_of, meta_layers, meta_lora_layers
+from .on_model import configs_of, meta_layers, meta_lora_layers, seen
 from .registration import PREFIX
+from .subject_index import layers_changed
 
 
 def require_adapter(model: nn.Module, name: str) -> MetaLoraConfig:
@@ -96,6 +97,7 @@ def choice_kept(model: nn.Module) -> Iterator[None]:
     yield
     for layer in _tuner_layers(model).values():
         layer._active_adapter = before.get(id(layer), names)
+    layers_changed()
 
 
 @contextmanager
@@ -104,16 +106,16 @@ def shown_alone(model: nn.Module, name: str | None) -> Iterator[None]:
 
     What other methods' layers show, what is merged and what trains is not touched; `activate` would change all of it.
     """
-    layers = meta_layers(model)
-    before = [(layer, layer._active_adapter, layer.token_slots) for layer in layers]
-    for layer in layers:
-        layer._active_adapter, layer.token_slots = [] if name is None else [name], None
+    indices = [index for index, _ in seen(model).homes()]
+    before = [(index, index.shown, index.by_tokens) for index in indices]
+    for index in indices:
+        index.shown, index.by_tokens = () if name is None else (name,), False
     try:
-        with using_slots(model, None) if layers else nullcontext():
+        with using_slots(model, None) if indices else nullcontext():
             yield
     finally:
-        for layer, active, token_slots in before:
-            layer._active_adapter, layer.token_slots = active, token_slots
+        for index, shown, by_tokens in before:
+            index.shown, index.by_tokens = shown, by_tokens
 
 
 def remove_adapters(model: nn.Module, names: Iterable[str], active: list[str]) -> None:
@@ -206,6 +208,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         restore(model, every=True)
         for path, layer in layers.items():
             _put(model, path, layer)
+        layers_changed()
         vars(model).update(kept)
         if loaded is not None:
             model._hf_peft_config_loaded = loaded
@@ -224,6 +227,7 @@ def _put_back(model: nn.Module, layers: Iterable[Any]) -> None:
             if layer.merged:
                 layer.unmerge()
             _put(model, path, layer.base_layer)
+    layers_changed()
 
 
 def _put(model: nn.Module, path: str, module: Any) -> None:

@@ -3,7 +3,8 @@
 
 For samples it is one index, shared by all layers of a model and written in place: because its tensors stay where they
 are, neither a swap of subjects nor another mix of them changes a compiled graph. For tokens it is one table for each
-kind of layer (`TokenSlots`), which goes before the samples' index."""
+kind of layer (`TokenSlots`), which goes before the samples' index. What holds for a call alone stands in the index too,
+so that no call has to visit the layers."""
 
 from __future__ import annotations
 
@@ -18,6 +19,15 @@ from torch import Tensor
 from ..errors import SubjectIndexError
 
 NO_SUBJECT = -1
+
+state_of_layers = object()
+"""Another object after every change of the layers of any model: adapters that come, go, are chosen or merged."""
+
+
+def layers_changed() -> None:
+    """Say that what was seen of a model's layers may hold no more."""
+    global state_of_layers
+    state_of_layers = object()  # no counter: two threads could count one
 
 
 class Chosen(NamedTuple):
@@ -40,9 +50,15 @@ class SubjectIndex:
 
     `slot` (n,) int64 is the slot to read, 0 where there is no subject, and `present` (n, 1, 1) bool says whether there
     is one. Both are None while every sample uses slot 0, which costs no gather. `complete`: no sample is without one.
+    `shown`: adapters that the layers show in the place of their active ones. `by_tokens`: each layer's table of tokens
+    counts, not this index; `tables` are those that the layers have.
     """
 
     def __init__(self) -> None:
+        self.shown: tuple[str, ...] | None = None
+        self.by_tokens = False
+        self.tables: Mapping[str, TokenSlots] | None = None
+        self.tables_state: object = None  # of the layers, when they were given
         self.slot: Tensor | None = None
         self.present: Tensor | None = None
         self.written = Written()
@@ -65,7 +81,10 @@ class SubjectIndex:
             each: how a batch of k times the index repeats it: each sample k times in a row, as a denoiser of videos
                 flattens its frames, or else the index as a whole, as pipelines repeat their prompts for guidance.
         """
-        self.written = Written(values, each)
+        written = Written(values, each)
+        if written == self.written and (self.slot is None or self.slot.device == device):
+            return
+        self.written = written
         self.complete = values is None or NO_SUBJECT not in values
         if values is None:
             self.slot = self.present = self._for_gradients = None
