@@ -30,6 +30,8 @@ from peft_metalora.tuner.registration import register
         ({"meta_rank_pattern": {"q": "8"}}, r"meta_rank_pattern\['q'\] must be a whole number"),
         ({"lora_alpha": 0}, "lora_alpha must be a number above 0, got 0"),
         ({"alpha_pattern": {"q": -1}}, "lora_alpha must be a number above 0, got -1 for q"),
+        ({"lora_alpha": float("inf")}, "lora_alpha must be a number above 0, got inf"),  # Bug: was accepted
+        ({"lora_alpha": 10**400}, "lora_alpha must be a number above 0, got 1000"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"stage": "inference"}, "stage must be one of 'meta', 'subject', got 'inference'"),
         ({"start": "zero"}, "start must be one of 'stored', 'mean', 'fresh', got 'zero'"),

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import ConfigFormatError, FormatVersionError, MetaLoraError, WrongKindError
 from ..tuner import MetaLoraConfig
-from ..tuner.config import wrong_field
+from ..tuner.config import MAX_ALPHA, wrong_field
 from .untrusted import MAX_CONFIG_BYTES, read_json
 
 FORMAT_VERSION = 1
@@ -97,7 +97,7 @@ def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = F
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 2**20:
                 raise _bad_field(path, name, "positive numbers as values", value)
     alphas = [values.get("lora_alpha"), *(values.get("alpha_pattern") or {}).values()]
-    if any(alpha is not None and not abs(alpha) <= 65504 for alpha in alphas):  # nor is NaN
+    if any(alpha is not None and not abs(alpha) <= MAX_ALPHA for alpha in alphas):  # nor is NaN
         raise _bad_field(path, "lora_alpha", "a number that half precision can hold", values.get("lora_alpha"))
     for name in ("down_fingerprint", "tensors_digest"):
         if values.get(name) is not None and not re.fullmatch(r"[0-9a-f]{64}", values[name]):

@@ -24,6 +24,7 @@ from .registration import MetaLoraType
 
 STAGES = ("meta", "subject")
 STARTS = ("stored", "mean", "fresh")
+MAX_ALPHA = 65504  # of half precision
 DOWN_INITS = ("uniform", "orthogonal", "pissa")
 BIASES = ("none", "all", "meta_lora_only")
 
@@ -187,9 +188,10 @@ class MetaLoraConfig(PeftConfig):
                 _require_positive_int(f"{name}[{pattern!r}]", value)
         self.alpha_pattern = self.alpha_pattern or {}
         for name, value in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_ALPHA:
                 raise ConfigError(
-                    f"lora_alpha must be a number above 0, got {value!r} for {name}. Use alpha = r for 1."
+                    f"lora_alpha must be a number above 0, got {str(value)[:20]} for {name}; half precision must hold it. "
+                    "Use alpha = r for 1."
                 )
         if isinstance(self.lora_dropout, bool) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}. Use 0.0 for no dropout.")
