@@ -190,8 +190,8 @@ class MetaLoraConfig(PeftConfig):
         for name, value in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_ALPHA:
                 raise ConfigError(
-                    f"lora_alpha must be a number above 0, got {str(value)[:20]} for {name}; half precision must hold it. "
-                    "Use alpha = r for 1."
+                    f"lora_alpha must be a number above 0, got {str(value)[:20]} for {name}. Half precision must "
+                    "hold it. Use alpha = r for 1."
                 )
         if isinstance(self.lora_dropout, bool) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}. Use 0.0 for no dropout.")
