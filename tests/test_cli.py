@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import peft_metalora
 from peft_metalora import hub
-from peft_metalora.cli import COMMANDS, build_parser, main, make_config
+from peft_metalora.cli import COMMANDS, build_parser, in_flags, main, make_config
+from peft_metalora.commands import Done
 from peft_metalora.commands.generate import GenerateConfig, generate
+from peft_metalora.training.stage_settings import PersonalizeConfig
 from pipelines_tiny import save_tiny_flux
 from training_tiny import write_people
 
@@ -20,7 +27,7 @@ REQUIRED = ["--pretrained_model_name_or_path", "base", "--output_dir", "out"]
 
 def parse(command, *arguments):
     given = vars(build_parser().parse_args([command, *arguments]))
-    assert given.pop("command") == command
+    assert given.pop("command") == command and given.pop("parser")
     return make_config(COMMANDS[command].config_class(), given.pop("config", None), given)
 
 
@@ -60,8 +67,8 @@ def test_file_and_flags_are_one_definition(tmp_path):
         ("a: [", "expected a YAML file"),
         ("seed: !!timestamp x", "expected a YAML file"),  # Bug: an AttributeError came out
         ("seed: !!bool x", "expected a YAML file"),  # Bug: a KeyError came out
-        ("rank: 0", "rank must be a whole number of at least 1, found 0"),
-        ("method: dora", "method must be one of 'meta-lora', 'lora', found 'dora'"),
+        ("rank: 0", "--rank must be a whole number of at least 1, found 0"),
+        ("method: dora", "--method must be one of 'meta-lora', 'lora', found 'dora'"),
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path, capsys, text, message):
@@ -143,9 +150,9 @@ def test_other_errors_are_no_want_of_memory(monkeypatch):
     ("arguments", "message"),
     [
         (["personalize", "--output_dir", "out"], "expected --pretrained_model_name_or_path, found nothing"),
-        (["personalize", *REQUIRED], "expected instance_data_dir or dataset_name, found none"),
+        (["personalize", *REQUIRED], "expected --instance_data_dir or --dataset_name, found none"),
         (["personalize", *REQUIRED, "--instance_data_dir", "x"], "needs a Down"),
-        (["meta-train", *REQUIRED], "expected train_data_dir or dataset_name, found none"),
+        (["meta-train", *REQUIRED], "expected --train_data_dir or --dataset_name, found none"),
         (["personalize", *REQUIRED, "--down", "d", "--instance_data_dir", "/none"], "/none"),
         (["meta-train", *REQUIRED, "--train_data_dir", "/none"], "/none"),
         (["personalize", *REQUIRED, "--config", "/none.yaml"], "expected a YAML file at /none.yaml"),
@@ -159,21 +166,128 @@ def test_errors_are_one_sentence_and_exit_code_2(capsys, arguments, message):
     assert "Traceback" not in error
 
 
-def test_unknown_flags_and_values_are_refused(capsys):
-    for arguments in (["personalize", "--max_train_step", "3"], ["personalize", "--start", "warm"], ["fly"]):
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        assert stop.value.code == 2
-    assert "invalid choice: 'warm'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["personalize", "--max_train_step", "3"], "found '--max_train_step'; did you mean '--max_train_steps'? See"),
+        (["personalize", "--max_train_step=3"], "did you mean '--max_train_steps'? See metalora personalize --help"),
+        (["personalize", "--output-dir", "out"], "did you mean '--output_dir'?"),
+        (["personalize", "--start", "warm"], "invalid choice: 'warm'"),
+        (["personalise"], "expected a command, found 'personalise'; did you mean 'personalize'? See metalora --help"),
+        (["fly"], "expected a command, found 'fly'; there are: demo, "),
+    ],
+)
+def test_unknown_commands_flags_and_values_are_a_sentence_that_says_what_was_meant(capsys, arguments, message):
+    """Bug: a page of usage in which the flag that was meant had to be found by eye."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
-def test_interrupt(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("needs a Down, found none: give down=, or method 'lora'", "give --down, or --method 'lora'"),
+        ("leave `rank` out, or use start='fresh' (the control)", "leave --rank out, or use --start 'fresh' (the"),
+        ("give overwrite=True to replace it", "give --overwrite to replace it"),
+        ("use random_flip=False", "use --no-random_flip"),
+        ("rank must be at least 1, found 0", "--rank must be at least 1"),
+        (
+            "found instance_prompt 'a rank' in /data/output_dir/down.png",
+            "--instance_prompt 'a rank' in /data/output_dir/d",
+        ),
+        ("the Down's start and rank differ", "the Down's start and rank differ"),
+        ("run.yaml: expected a setting, found 'output_dir'", "found 'output_dir'"),
+    ],
+)
+def test_messages_speak_of_flags(message, told):
+    """Bug: `give down=` to somebody who types `--down`."""
+    assert told in in_flags(message, PersonalizeConfig)
+
+
+def test_the_help_is_one_screen(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0
+    assert len(lines) <= 32 and max(map(len, lines)) <= 80
+    assert main([]) == 0 and capsys.readouterr().out.splitlines() == lines
+
+
+def test_the_help_imports_no_command(monkeypatch):
+    monkeypatch.setattr("peft_metalora.cli._named", lambda name: pytest.fail(name))
+    with pytest.raises(SystemExit):
+        main(["--help"])
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"metalora {peft_metalora.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_each_command_is_one_that_works(command):
+    program, name, *arguments = shlex.split(COMMANDS[command].example.replace("\\\n", ""))
+    assert (program, name) == ("metalora", command)
+    parse(command, *arguments)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_flags_and_choices(capsys, shell):
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(word in script for word in ("personalize", "--instance_data_dir", "stored"))
+
+
+def test_results_as_json(monkeypatch, capsys):
+    def run(config):
+        print("what a library prints")
+        return Done("wrote a, b", {"files": [Path("a"), "b"]}, 1)
+
+    monkeypatch.setattr("peft_metalora.commands.demo.run_demo", run)
+    assert main(["demo", "--json"]) == 1
+    out = capsys.readouterr()
+    assert json.loads(out.out) == {"files": ["a", "b"]} and "what a library prints" in out.err
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().out == "what a library prints\nwrote a, b\n"
+
+
+def test_errors_as_json_have_their_address(capsys):
+    assert main(["personalize", *REQUIRED, "--rank", "0", "--json"]) == 2
+    out = capsys.readouterr()
+    error = json.loads(out.out)["error"]
+    assert error["type"] == "ConfigError" and error["message"].startswith("--rank must be")
+    assert error["see"] == "docs/troubleshooting.md#configerror" and out.err.endswith(f". See {error['see']}\n")
+
+
+def test_an_interrupted_run_says_what_it_wrote_and_how_it_goes_on(tmp_path, monkeypatch, capsys):
+    """Bug: "interrupted", and nobody knew whether an hour's work was there."""
+
     def interrupted(config):
+        for name in writes:
+            (tmp_path / name).mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_metalora.commands.demo.run_demo", interrupted)
-    assert main(["demo"]) == 130
-    assert capsys.readouterr().err == "metalora: interrupted\n"
+    (tmp_path / "of-yesterday").mkdir()
+    os.utime(tmp_path / "of-yesterday", (0, 0))
+    monkeypatch.setattr("peft_metalora.commands.train.run_personalize", interrupted)
+    command = ["personalize", *REQUIRED[:2], "--output_dir", str(tmp_path)]
+    writes = []
+    assert main(command) == 130
+    assert capsys.readouterr().err == f"metalora: interrupted; nothing was written to {tmp_path}\n"
+    writes = ["checkpoint-2", ".temporary"]
+    assert main(command) == 130
+    told = f"{tmp_path} has from this run: checkpoint-2; --resume_from_checkpoint latest goes on from there\n"
+    assert capsys.readouterr().err == f"metalora: interrupted; {told}"
+    monkeypatch.setattr("peft_metalora.commands.doctor.run_doctor", interrupted)
+    writes = []
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "metalora: interrupted; nothing was written\n"
 
 
 def test_every_setting_has_help():

@@ -2,7 +2,8 @@
 """The `metalora` command: one subcommand a job, its flags made from the job's dataclass.
 
 Every flag may also stand in a YAML file (`--config file.yaml`, same names); a flag on the command line wins. Errors of
-this package are printed as one sentence, with exit code 2.
+this package are printed as one sentence that speaks of flags, with exit code 2. Only the command that runs is
+imported: `metalora --help` needs none of them.
 """
 
 from __future__ import annotations
@@ -10,31 +11,43 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
+import re
 import sys
+import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from .errors import ConfigError, MetaLoraError
+from .errors import OUT_OF_MEMORY, ConfigError, MetaLoraError
 from .settings import fault_of, shown
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does in a line, the dataclass of its settings, and the function that runs it."""
+    """A subcommand.
+
+    Attributes:
+        help: what it does, in a line. settings: the dataclass of its settings. function: what runs it, and returns a
+            `commands.Done`; both as `module:name` in the package, imported when they are needed.
+        example: a command line that works once its files are there.
+    """
 
     help: str
     settings: str
     function: str
+    example: str
 
     def config_class(self) -> type:
         """The dataclass of its settings."""
         return _named(self.settings)
 
-    def run(self, config: Any) -> str:
-        """Do it, and say in a sentence what was done."""
+    def run(self, config: Any) -> Any:
+        """Do it, and return what was done."""
         return _named(self.function)(config)
 
 
@@ -43,44 +56,94 @@ def _named(name: str) -> Any:
     return getattr(importlib.import_module(f".{module}", __package__), attribute)
 
 
-# Each command's settings and function, as `module:name` in the package; neither is imported before it is needed.
 COMMANDS = {
     "demo": Command(
-        "run the whole method on the embedded base, in minutes", "commands.demo:DemoConfig", "commands.demo:run_demo"
+        "run the whole method on the embedded base, in minutes",
+        "commands.demo:DemoConfig",
+        "commands.demo:run_demo",
+        "metalora demo --output_dir demo-out",
     ),
     "demo-data": Command(
-        "write the demo's faces as image folders", "commands.demo:DemoDataConfig", "commands.demo:run_demo_data"
+        "write the demo's faces as image folders",
+        "commands.demo:DemoDataConfig",
+        "commands.demo:run_demo_data",
+        "metalora demo-data people --split held-out --subjects 8",
+    ),
+    "doctor": Command(
+        "say what this machine has, lacks and can do",
+        "commands.doctor:DoctorConfig",
+        "commands.doctor:run_doctor",
+        "metalora doctor",
     ),
     "meta-train": Command(
         "stage 1: train a Down on many subjects",
         "training.stage_settings:MetaTrainConfig",
         "commands.train:run_meta_train",
+        "metalora meta-train --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\\n"
+        '    --train_data_dir people --instance_prompt "a photo of a person" --output_dir faces',
+    ),
+    "train-encoder": Command(
+        "teach a Down to read photos",
+        "training.stage_settings:TrainEncoderConfig",
+        "commands.train:run_train_encoder",
+        "metalora train-encoder --down faces --train_data_dir people --output_dir faces-reading",
+    ),
+    "read": Command(
+        "bring a person in from photos, without training",
+        "commands.read:ReadConfig",
+        "commands.read:run_read",
+        "metalora read --down faces-reading --photos ann.jpg --output_dir ann",
     ),
     "personalize": Command(
         "stage 2: learn a subject from one image",
         "training.stage_settings:PersonalizeConfig",
         "commands.train:run_personalize",
-    ),
-    "train-encoder": Command(
-        "teach a Down to read photos", "training.stage_settings:TrainEncoderConfig", "commands.train:run_train_encoder"
-    ),
-    "read": Command(
-        "bring a person in from photos, without training", "commands.read:ReadConfig", "commands.read:run_read"
+        "metalora personalize --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --down faces \\\n"
+        '    --instance_data_dir ann.jpg --instance_prompt "a photo of a person" --output_dir ann',
     ),
     "generate": Command(
-        "draw subjects from prompts", "commands.generate:GenerateConfig", "commands.generate:run_generate"
+        "draw subjects from prompts",
+        "commands.generate:GenerateConfig",
+        "commands.generate:run_generate",
+        "metalora generate --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\\n"
+        '    --subject ann --prompt "a photo of a person, laughing, on a beach" --output_dir images',
     ),
     "evaluate": Command(
         "compare methods on a folder of people",
         "evaluation.evaluation_settings:EvaluateConfig",
         "commands.evaluate:run_evaluate",
+        "metalora evaluate --data people --method base meta-lora:start=mean --output evaluation",
     ),
-    "push": Command("publish a Down or a subject", "commands.transfer:PushConfig", "commands.transfer:run_push"),
-    "pull": Command("download a Down or a subject", "commands.transfer:PullConfig", "commands.transfer:run_pull"),
+    "info": Command(
+        "say what a Down or a subject is, and whether they fit",
+        "commands.info:InfoConfig",
+        "commands.info:run_info",
+        "metalora info faces ann",
+    ),
+    "push": Command(
+        "publish a Down or a subject",
+        "commands.transfer:PushConfig",
+        "commands.transfer:run_push",
+        "metalora push --folder ann --repo_id me/ann --down me/faces",
+    ),
+    "pull": Command(
+        "download a Down or a subject",
+        "commands.transfer:PullConfig",
+        "commands.transfer:run_pull",
+        "metalora pull --repo_id me/ann --output_dir ann",
+    ),
     "export": Command(
-        "write a subject for another tool", "commands.transfer:ExportConfig", "commands.transfer:run_export"
+        "write a subject for another tool",
+        "commands.transfer:ExportConfig",
+        "commands.transfer:run_export",
+        "metalora export --subject ann --output ann.safetensors --format comfyui",
     ),
-    "project": Command("bring a LoRA onto a Down", "commands.transfer:ProjectConfig", "commands.transfer:run_project"),
+    "project": Command(
+        "bring a LoRA onto a Down",
+        "commands.transfer:ProjectConfig",
+        "commands.transfer:run_project",
+        "metalora project --lora ann-lora.safetensors --down faces --output_dir ann",
+    ),
 }
 
 
@@ -88,32 +151,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, 2 for an error of this package or its usage, 130 after Ctrl-C.
+        The exit code: that of the command (0, or 1 where it found something amiss), 2 for an error of this package or
+        its usage, 130 after Ctrl-C.
     """
-    parser = build_parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((text for text in arguments if not text.startswith("-")), None)
+    parser = build_parser([name] if name in COMMANDS else [])
+    if not arguments:
+        parser.print_help()
+        return 0
+    if arguments[0] == name and name not in COMMANDS:
+        parser.error(f"expected a command, found {name!r}; {_meant(name, COMMANDS)}")
+    namespace, unknown = parser.parse_known_args(arguments)
+    given = vars(namespace)
+    command, sub = COMMANDS[given.pop("command")], given.pop("parser")
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        sub.error(f"expected flags of this command, found {flag!r}; {_meant(flag, sub._option_string_actions)}")
+    verbose, as_json, file = given.pop("verbose", False), given.pop("json", False), given.pop("config", None)
+    config, begun = None, time.time()
     try:
-        given = vars(parser.parse_args(arguments))
-        command = COMMANDS[given.pop("command")]
-        config = make_config(command.config_class(), given.pop("config", None), given)
-        print(command.run(config))
+        config = make_config(command.config_class(), file, given)
+        quiet = nullcontext() if verbose else _named("commands.noise:quiet")()
+        with quiet, redirect_stdout(sys.stderr) if as_json else nullcontext():
+            done = command.run(config)
     except MetaLoraError as error:
-        print(f"metalora: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        message = " ".join(str(error).split())
+        if file is None or not message.startswith(f"{file}:"):  # in the file they are keys
+            message = in_flags(message, command.config_class())
+        return _failed(message, error.address, type(error).__name__, as_json)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         found = str(error).partition("\n")[0] or "none left"
-        print(f"metalora: expected enough memory, found: {found}. {_LESS}", file=sys.stderr)
-        return 2
+        message = f"expected enough memory, found: {found}. {_LESS}"
+        return _failed(message, OUT_OF_MEMORY, type(error).__name__, as_json)
     except KeyboardInterrupt:
-        print("metalora: interrupted", file=sys.stderr)
+        print(f"metalora: interrupted; {_left_behind(config, begun)}", file=sys.stderr)
         return 130
-    return 0
+    print(json.dumps(done.values, default=str, indent=2) if as_json else done.sentence)
+    return int(done.code)
+
+
+def _failed(message: str, address: str, kind: str, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": {"type": kind, "message": message, "see": address}}, indent=2))
+    print(f"metalora: {message.rstrip('.')}. See {address}", file=sys.stderr)
+    return 2
 
 
 _LESS = (
-    "Take a smaller resolution, batch or rank, mixed_precision bf16, in training gradient_checkpointing, or a device "
-    "with more memory."
+    "Take a smaller resolution, batch or rank, --mixed_precision bf16, in training --gradient_checkpointing, or a "
+    "device with more memory"
 )
 
 
@@ -123,23 +212,93 @@ def _is_out_of_memory(error: Exception) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with all subcommands."""
-    parser = argparse.ArgumentParser(
-        prog="metalora", description="Meta-LoRA: a shared Down for a domain, a tiny adapter for each subject."
+def _left_behind(config: Any, begun: float) -> str:
+    """What a run that was interrupted has written by then, and how it goes on."""
+    output = next((getattr(config, name) for name in ("output_dir", "output") if getattr(config, name, None)), None)
+    if output is None:
+        return "nothing was written"
+    # A file system's clock lags behind ours by a tick.
+    places = Path(output).iterdir() if Path(output).is_dir() else []
+    new = sorted(path.name for path in places if path.name[0] != "." and path.stat().st_mtime > begun - 0.05)
+    if not new:
+        return f"nothing was written to {output}"
+    told = f"{output} has from this run: {', '.join(new[:6])}{f' and {len(new) - 6} more' if len(new) > 6 else ''}"
+    goes_on = any(name.startswith("checkpoint-") for name in new)
+    return told + ("; --resume_from_checkpoint latest goes on from there" if goes_on else "")
+
+
+# The parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are a sentence, and whose examples keep their lines."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        from . import __version__
+
+        print(f"metalora {__version__}")
+        parser.exit()
+
+
+class _Completion(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        import shtab
+
+        print(shtab.complete(build_parser(), values))
+        parser.exit()
+
+
+def build_parser(complete: Collection[str] | None = None) -> argparse.ArgumentParser:
+    """The parser with all subcommands.
+
+    Args:
+        complete: those that get their flags, for which their settings are imported. Default: all.
+    """
+    parser = _Parser(
+        prog="metalora",
+        description="Meta-LoRA: a shared Down for a domain, a tiny adapter for each subject.",
+        epilog="metalora COMMAND --help has a command's flags and an example.",
+        argument_default=argparse.SUPPRESS,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print the completion of a shell and exit",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
-        cls = command.config_class()
-        description = (cls.__doc__ or "").partition("\n")[0]
-        sub = commands.add_parser(
-            name, help=command.help, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
-        )
-        sub.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it.")
-        hints = typing.get_type_hints(cls)
-        for one in fields(cls):
-            _add_flag(sub, one, hints[one.name])
+        example = f"example:\n  {command.example}"
+        sub = commands.add_parser(name, help=command.help, epilog=example, argument_default=argparse.SUPPRESS)
+        if complete is None or name in complete:
+            sub.set_defaults(parser=sub)
+            _add_flags(sub, command.config_class())
     return parser
+
+
+def _meant(found: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(found, known, 1)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+
+
+def _add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    parser.description = (cls.__doc__ or "").partition("\n")[0]
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it.")
+    hints = typing.get_type_hints(cls)
+    for one in fields(cls):
+        _add_flag(parser, one, hints[one.name])
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="Show what other libraries log and warn of.")
 
 
 def _add_flag(parser: argparse.ArgumentParser, one: Field[Any], hint: Any) -> None:
@@ -152,7 +311,8 @@ def _add_flag(parser: argparse.ArgumentParser, one: Field[Any], hint: Any) -> No
     # argparse formats help with %.
     help_text = (one.metadata["help"] + suffix).replace("%", "%%")
     if "positional" in one.metadata:
-        parser.add_argument(one.name, nargs="?", metavar=one.metadata["positional"], help=help_text)
+        nargs = "*" if is_list else "?"
+        parser.add_argument(one.name, nargs=nargs, metavar=one.metadata["positional"], help=help_text)
         return
     if kind is bool:
         parser.add_argument(f"--{one.name}", action=argparse.BooleanOptionalAction, help=help_text)
@@ -205,8 +365,7 @@ def _read_yaml(cls: type, file: str) -> dict[str, Any]:
     known = [one.name for one in fields(cls)]
     for name, value in values.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else []
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+            hint = _meant(name if isinstance(name, str) else "", known)
             raise ConfigError(f"{file}: expected a setting of this command, found {shown(name)}; {hint}")
         values[name] = _converted(file, name, value, hints[name])
     return values
@@ -227,6 +386,31 @@ def _converted(file: str, name: str, value: Any, hint: Any) -> Any:
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{file}: expected {name} to be of type {kind.__name__}, found {shown(value)}")
+
+
+def in_flags(message: str, cls: type) -> str:
+    """A message that speaks of arguments, as Python has them, with the flags that they are on the command line.
+
+    An argument is known by its backticks (`down`), its value (down=, start='mean', method 'lora'), an underscore in
+    its name, or as the first word of a rule (rank must be ...).
+    """
+    settings = [one for one in fields(cls) if "positional" not in one.metadata]
+    every = "|".join(one.name for one in settings)
+    chosen = "|".join(one.name for one in settings if "choices" in one.metadata) or "(?!)"
+    long = "|".join(one.name for one in settings if "_" in one.name) or "(?!)"
+    before, after = r"(?<![\w./\\'\"=-])", r"(?![\w/\\'\"-]|\.\w)"  # not within a path or a text of the user's
+    message = re.sub(rf"`({every})(?:=([^`]*))?`", _flag, message)
+    message = re.sub(rf"{before}({every})=('[^']*'|True|False|)", _flag, message)
+    message = re.sub(rf"{before}({chosen})(?= ')", _flag, message)
+    message = re.sub(rf"^({every})(?= must | needs | belongs )", _flag, message)
+    return re.sub(rf"{before}({long}){after}", _flag, message)
+
+
+def _flag(match: re.Match[str]) -> str:
+    name, value = (*match.groups(), None)[:2]
+    if value == "False":
+        return f"--no-{name}"
+    return f"--{name}" if value in (None, "", "True") else f"--{name} {value}"
 
 
 if __name__ == "__main__":

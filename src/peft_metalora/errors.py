@@ -2,7 +2,7 @@
 """Everything that peft_metalora raises on purpose: catch `MetaLoraError` for all of it, or one branch.
 
 Each error also derives from the built-in that fits, so that code which knows nothing of this package catches it too.
-A message says what was expected, what was found and what to do.
+A message says what was expected, what was found and what to do; where there is more to say, `address` names the entry.
 
     MetaLoraError
     +-- ConfigError (ValueError)              settings that cannot be, alone or together
@@ -52,9 +52,23 @@ A message says what was expected, what was found and what to do.
 
 from __future__ import annotations
 
+PAGE = "docs/troubleshooting.md"
+"""The page on which every error has its entry: a path in the source, until the documentation has a place on the web."""
+OUT_OF_MEMORY = f"{PAGE}#out-of-memory"
+
 
 class MetaLoraError(Exception):
     """The root of every error raised by this package."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        # Tracebacks end with it (from Python 3.11 on), while a message inside of another one stays a sentence.
+        self.__notes__ = [f"See {self.address}"]
+
+    @property
+    def address(self) -> str:
+        """Where the documentation says more about errors of this kind."""
+        return f"{PAGE}#{next(cls.__name__ for cls in type(self).__mro__ if cls.__module__ == __name__).lower()}"
 
     def __str__(self) -> str:
         # KeyError would show the repr of its message; a sentence for people must stay one.

@@ -476,7 +476,7 @@ def require_replaceable(
     if found is not None:
         raise OutputExistsError(
             f"{folder}: expected a new folder, or an older save of the same, found {found}. Choose another folder, or "
-            "give overwrite=True (--overwrite) to replace it."
+            "give overwrite=True to replace it."
         )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..settings import setting
+from . import Done
 
 
 @dataclass(kw_only=True)
@@ -33,15 +34,16 @@ class DemoDataConfig:
     conditions: bool = setting("Also write photos of strongly turned heads, for evaluate --degrade yaw.", False)
 
 
-def run_demo(config: DemoConfig) -> str:
+def run_demo(config: DemoConfig) -> Done:
     """Run the demo, and name its files."""
     from ..demo import run
 
     run.run_demo(config.output_dir)
-    return "wrote " + ", ".join(f"{config.output_dir}/{name}" for name in ("demo.png", "demo-two.png", "demo.json"))
+    files = [f"{config.output_dir}/{name}" for name in ("demo.png", "demo-two.png", "demo.json")]
+    return Done(f"wrote {', '.join(files)}", {"files": files})
 
 
-def run_demo_data(config: DemoDataConfig) -> str:
+def run_demo_data(config: DemoDataConfig) -> Done:
     """Draw a data set, and say where it lies."""
     from ..demo.faces import write_dataset
 
@@ -54,4 +56,5 @@ def run_demo_data(config: DemoDataConfig) -> str:
         seed=config.seed,
         conditions=config.conditions,
     )
-    return f"wrote {config.subjects} people to {config.output_dir}"
+    values = {"folder": config.output_dir, "subjects": config.subjects}
+    return Done(f"wrote {config.subjects} people to {config.output_dir}", values)

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from ..evaluation.evaluation_settings import EvaluateConfig
 from ..evaluation.protocol import evaluate
+from . import Done
 
 
-def run_evaluate(config: EvaluateConfig) -> str:
+def run_evaluate(config: EvaluateConfig) -> Done:
     """Evaluate, and say where the report lies."""
-    return f"wrote {evaluate(config)}"
+    report = evaluate(config)
+    return Done(f"wrote {report}", {"report": report})

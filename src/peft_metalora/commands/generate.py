@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..settings import setting
+from . import Done
 
 
 @dataclass(kw_only=True)
@@ -52,9 +53,10 @@ class GenerateConfig:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
-def run_generate(config: GenerateConfig) -> str:
-    """Draw, and count the images."""
-    return f"wrote {len(generate(config))} image(s) to {config.output_dir}"
+def run_generate(config: GenerateConfig) -> Done:
+    """Draw, and name the images."""
+    images = generate(config)
+    return Done(f"wrote {len(images)} image(s) to {config.output_dir}", {"images": images})
 
 
 def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:

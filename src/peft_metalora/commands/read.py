@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..settings import setting
+from . import Done
 
 
 @dataclass(kw_only=True)
@@ -39,7 +40,7 @@ class ReadConfig:
             raise ConfigError("photos must name at least one photo of the person, found none")
 
 
-def run_read(config: ReadConfig) -> str:
+def run_read(config: ReadConfig) -> Done:
     """Read, write the subject, and say where to.
 
     Raises:
@@ -80,4 +81,7 @@ def run_read(config: ReadConfig) -> str:
         subject_name=name,
         overwrite=config.overwrite,
     )
-    return f"read {len(config.photos)} photo(s) and wrote the subject {name!r} to {config.output_dir}"
+    return Done(
+        f"read {len(config.photos)} photo(s) and wrote the subject {name!r} to {config.output_dir}",
+        {"subject": name, "folder": config.output_dir, "photos": len(config.photos)},
+    )

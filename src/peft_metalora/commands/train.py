@@ -7,19 +7,23 @@ from ..training.meta_train import meta_train
 from ..training.personalize import personalize
 from ..training.stage_settings import MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig
 from ..training.train_encoder import train_encoder
+from . import Done
 
 
-def run_meta_train(config: MetaTrainConfig) -> str:
+def run_meta_train(config: MetaTrainConfig) -> Done:
     """Train a Down, and say of how many subjects."""
     result = meta_train(config)
-    return f"wrote the Down of {result.facts['subjects']} subjects to {config.output_dir}"
+    values = {"folder": config.output_dir, "facts": result.facts}
+    return Done(f"wrote the Down of {result.facts['subjects']} subjects to {config.output_dir}", values)
 
 
-def run_personalize(config: PersonalizeConfig) -> str:
+def run_personalize(config: PersonalizeConfig) -> Done:
     """Learn a subject, and say where it lies."""
-    return f"wrote {personalize(config)}"
+    folder = personalize(config)
+    return Done(f"wrote {folder}", {"folder": folder})
 
 
-def run_train_encoder(config: TrainEncoderConfig) -> str:
+def run_train_encoder(config: TrainEncoderConfig) -> Done:
     """Teach a Down to read photos, and say where it lies."""
-    return f"wrote the Down with its encoder to {train_encoder(config)}"
+    folder = train_encoder(config)
+    return Done(f"wrote the Down with its encoder to {folder}", {"folder": folder})

@@ -13,6 +13,7 @@ from ..hub.publishing import pull, push_down, push_subject
 from ..lora.export import FORMATS, export_subject
 from ..lora.projection import project
 from ..settings import setting
+from . import Done
 
 
 @dataclass(kw_only=True)
@@ -61,15 +62,15 @@ class ProjectConfig:
     overwrite: bool = setting("Replace an artefact of another kind, or another person's, that lies there.", False)
 
 
-def run_push(config: PushConfig) -> str:
+def run_push(config: PushConfig) -> Done:
     """Push, and say where to and who sees it."""
     gallery = {path: "".join(config.prompt[index : index + 1]) for index, path in enumerate(config.image)}
     is_down = read_config(config.folder).stage == "meta"
     public = is_down if config.public is None else config.public
     if is_down:
-        push_down(config.folder, config.repo_id, private=not public, gallery=gallery, revision=config.revision)
+        commit = push_down(config.folder, config.repo_id, private=not public, gallery=gallery, revision=config.revision)
     else:
-        push_subject(
+        commit = push_subject(
             config.folder,
             config.repo_id,
             private=not public,
@@ -78,10 +79,14 @@ def run_push(config: PushConfig) -> str:
             gallery=gallery,
             revision=config.revision,
         )
-    return f"pushed a {'Down' if is_down else 'subject'} to {config.repo_id}, {'public' if public else 'private'}"
+    kind = "Down" if is_down else "subject"
+    return Done(
+        f"pushed a {kind} to {config.repo_id}, {'public' if public else 'private'}",
+        {"kind": kind, "repo_id": config.repo_id, "public": public, "commit": commit},
+    )
 
 
-def run_pull(config: PullConfig) -> str:
+def run_pull(config: PullConfig) -> Done:
     """Pull, and say where it lies."""
     place = pull(
         config.repo_id,
@@ -90,16 +95,17 @@ def run_pull(config: PullConfig) -> str:
         revision=config.revision,
         overwrite=config.overwrite,
     )
-    return f"{config.repo_id} is checked and lies in {place}"
+    return Done(f"{config.repo_id} is checked and lies in {place}", {"repo_id": config.repo_id, "folder": place})
 
 
-def run_export(config: ExportConfig) -> str:
+def run_export(config: ExportConfig) -> Done:
     """Export, and say where to."""
     source = load_subject(config.subject)
-    return f"wrote {export_subject(source, config.output, config.format, overwrite=config.overwrite)}"
+    written = export_subject(source, config.output, config.format, overwrite=config.overwrite)
+    return Done(f"wrote {written}", {"output": written, "format": config.format})
 
 
-def run_project(config: ProjectConfig) -> str:
+def run_project(config: ProjectConfig) -> Done:
     """Project, and say the relative error of each layer."""
     require_apart(config.output_dir, lora=config.lora, down=config.down)
     down = load_down(config.down, revision=config.down_revision)
@@ -116,4 +122,10 @@ def run_project(config: ProjectConfig) -> str:
     lines = [f"{module:<{width}}  {error:.4f}" for module, error in done.relative_error.items()]
     lines += [f"{module:<{width}}  dropped: the Down lacks this layer" for module in done.dropped]
     lines += [f"relative error of all layers together: {done.total_error:.4f}", f"wrote {done.folder}"]
-    return "\n".join(lines)
+    values = {
+        "folder": done.folder,
+        "relative_error": done.relative_error,
+        "dropped": done.dropped,
+        "total_error": done.total_error,
+    }
+    return Done("\n".join(lines), values)

@@ -94,7 +94,7 @@ class EvaluateConfig:
         if not self.steps or min(self.steps) < 1:
             raise ConfigError(f"steps must be one or more numbers of at least 1, found {self.steps}")
         if not (self.method or self.images or self.export_prompts):
-            raise ConfigError("expected something to do, found none: give method, images or export_prompts")
+            raise ConfigError("expected something to do, found none: give `method`, `images` or `export_prompts`")
         if self.lpips is not None and self.seeds < 2:
             raise ConfigError("lpips compares images of one prompt, which needs seeds of at least 2, found 1")
         if not self.subject_name.strip():

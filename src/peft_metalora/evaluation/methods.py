@@ -125,7 +125,7 @@ def down_name(config: EvaluateConfig, method: Method) -> str:
 
         name = str(ASSETS / "down")
     if name is None:
-        raise ConfigError(f"method {method.text!r} needs a Down, found none: give down")
+        raise ConfigError(f"method {method.text!r} needs a Down, found none: give `down`")
     return name
 
 

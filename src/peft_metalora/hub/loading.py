@@ -240,7 +240,7 @@ def _download(at: Location, name: str) -> Path:
 HUB_FAILURES = (hub_errors.HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError)
 """What huggingface_hub raises: its own errors, its client's (no ConnectionErrors), RuntimeErrors of its storage."""
 
-_LOG_IN = "Log in (hf auth login) or give token=."
+_LOG_IN = "Log in (hf auth login), set HF_TOKEN, or give token=."
 
 
 def what_failed(error: Exception) -> str:

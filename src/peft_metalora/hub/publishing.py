@@ -111,7 +111,7 @@ def push_subject(
         if not REPO_ID.fullmatch(reference) or (down is None and os.path.isdir(found.folder / reference)):
             raise MissingDownError(
                 f"{folder}: expected the Down in a repository, so that others can load the subject, found "
-                f"{reference!r}. Push the Down first (push_down) and give down=<its repository>."
+                f"{reference!r}. Push the Down first (push_down) and give its repository as `down`."
             )
         if config.num_slots > 1:
             raise WrongKindError(

@@ -192,7 +192,7 @@ def _run(
     """Train; with an `origin`, write checkpoints."""
     total, done = run.config.max_train_steps, len(run.losses)
     every = run.config.checkpointing_steps if origin is not None else None
-    with tqdm(total=total, initial=done, desc="meta-training", unit="step", disable=not progress) as bar:
+    with tqdm(total=total, initial=done, desc="stage 1: training the Down", unit="step", disable=not progress) as bar:
         for step in run.steps():
             bar.update()
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)

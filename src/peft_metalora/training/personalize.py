@@ -82,7 +82,8 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     elif processes.is_main:
         make_room(config, kind, name)
     output, total, every = Path(config.output_dir), config.max_train_steps, config.checkpointing_steps
-    bar = tqdm(total=total, initial=run.steps_done, desc=config.method, unit="step", disable=not progress)
+    doing = f"stage 2: learning the {kind or 'LoRA'}"
+    bar = tqdm(total=total, initial=run.steps_done, desc=doing, unit="step", disable=not progress)
     with bar, saying_what_is_left(config):
         try:
             trackers.start(run.steps_done)
@@ -131,7 +132,8 @@ def personalize_many(
     """
     run = Personalization(base, examples, config, down)
     try:
-        for _ in tqdm(run.steps(), total=config.max_train_steps, unit="step", disable=not progress):
+        doing = f"stage 2: learning {run.num_subjects} subjects"
+        for _ in tqdm(run.steps(), total=config.max_train_steps, desc=doing, unit="step", disable=not progress):
             pass
     except BaseException:
         run.remove()

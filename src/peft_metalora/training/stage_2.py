@@ -127,7 +127,7 @@ class Personalization:
         own = self.down.config.r
         if config.rank is not None and config.rank != own and config.start != "fresh":
             raise ConfigError(
-                f"rank must be the Down's, {own}, for start={config.start!r}, found {config.rank}: leave rank "
+                f"rank must be the Down's, {own}, for start={config.start!r}, found {config.rank}: leave `rank` "
                 "out, or use start='fresh' (the control)"
             )
         adapter = subject_config(

@@ -7,7 +7,7 @@ of x. On a GPU, factors of a small rank go through the kernels of kernels.py, el
 from __future__ import annotations
 
 import functools
-import logging
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -114,7 +114,7 @@ def _kernels_on(device: torch.device) -> ModuleType | None:
             kernels.add_product_(y, y, factor.mT.contiguous(), factor, 1.0)
         torch.cuda.synchronize(device)
     except Exception as error:  # whatever a driver, a compiler or Triton raises
-        logging.getLogger(__name__).warning("Triton's kernels cannot be used, plain products are slower: %s", error)
+        warnings.warn(f"Triton's kernels cannot be used, plain products are slower: {error}", stacklevel=2)
         return None
     return kernels
 

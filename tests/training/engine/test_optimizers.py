@@ -55,7 +55,7 @@ def test_a_missing_package_is_named_as_pip_knows_it(monkeypatch):
         for module in [known for known in sys.modules if known.split(".")[0] == package]:
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setattr(sys, "meta_path", [Hides(package), *sys.meta_path])
-        with pytest.raises(ConfigError, match=f"optimizer '{name}', found none: pip install {package}$"):
+        with pytest.raises(ConfigError, match=f"optimizer '{name}', found none: pip install {package}\n"):
             optimizer_class(name)
 
 

@@ -60,7 +60,7 @@ def encode_subjects(
     prior = class_prompt(config)
     for photo in photos:
         caption_of(photo, config)  # before the long work
-    progress_bar = tqdm(photos, desc="encoding", unit="image", disable=not progress)
+    progress_bar = tqdm(photos, desc="encoding photos", unit="image", disable=not progress)
     if views:
         encoder = PhotoEncoder(base, config, views, cutter)
         encoded = see(progress_bar, encoder, skip_unreadable)
@@ -197,5 +197,5 @@ def caption_of(photo: Photo, config: TrainingConfig) -> str:
     if config.trigger is not None:
         return caption.replace(TRIGGER_MARK, config.trigger)
     if TRIGGER_MARK in caption:
-        raise ConfigError(f"expected a trigger for the caption {caption!r} of {photo.path}, found none: give trigger")
+        raise ConfigError(f"expected a trigger for the caption {caption!r} of {photo.path}, found none: give `trigger`")
     return caption
