@@ -291,7 +291,9 @@ def _run(
     progress: bool,
 ) -> None:
     total, every = config.max_train_steps, config.checkpointing_steps
-    with tqdm(total=total, initial=len(run.losses), desc="training the encoder", unit="step", disable=not progress) as bar:
+    with tqdm(
+        total=total, initial=len(run.losses), desc="training the encoder", unit="step", disable=not progress
+    ) as bar:
         for step in run.steps():
             bar.update()
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
