@@ -166,8 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(namespace)
     command, sub = COMMANDS[given.pop("command")], given.pop("parser")
     if unknown:
-        flag = unknown[0].partition("=")[0]
-        sub.error(f"expected flags of this command, found {flag!r}; {_meant(flag, sub._option_string_actions)}")
+        found, flags = unknown[0].partition("=")[0], [f"--{one.name}" for one in fields(command.config_class())]
+        sub.error(f"expected flags of this command, found {found!r}; {_meant(found, ['--config', '--json', *flags])}")
     verbose, as_json, file = given.pop("verbose", False), given.pop("json", False), given.pop("config", None)
     config, begun = None, time.time()
     try:

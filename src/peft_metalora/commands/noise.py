@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import warnings
@@ -42,7 +43,6 @@ def quiet() -> Iterator[None]:
 
 def _is_ours() -> bool:
     """Whether our code asked for the warning that is being shown, whosever line it names."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__") == "warnings":
-        frame = frame.f_back
-    return str(frame.f_globals.get("__name__")).startswith(f"{__package__.partition('.')[0]}.")
+    frames = iter(inspect.stack(context=0)[2:])
+    asked = next(one.frame.f_globals.get("__name__") for one in frames if one.frame.f_globals["__name__"] != "warnings")
+    return str(asked).startswith(f"{__package__.partition('.')[0]}.")
