@@ -428,7 +428,7 @@ def one(world: World, recipe: Recipe, facts: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             save(trained, args.output / recipe.name if args.save else Path(folder))
             space = trained.space.rounded().cpu()
-            data["code_file_bytes"] = save_code(folder, torch.zeros(recipe.k), space).stat().st_size
+            data["code_file_bytes"] = save_code(folder, space.coded(torch.zeros(recipe.k))).stat().st_size
     write_bytes(args.output / f"{recipe.name}.json", (json.dumps(data, indent=1) + "\n").encode())
     print(f"{world.left:.0f} s left", flush=True)
 

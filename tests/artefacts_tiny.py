@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from peft import inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_metalora import MetaLoraConfig, save_down, save_subject
+from peft_metalora import MetaLoraConfig, load_down, save_down, save_subject
+from peft_metalora.checkpoint import write_artefact
+from peft_metalora.checkpoint.space import SubjectCode, SubjectSpace
+from peft_metalora.encoder import EncoderConfig, make_encoder, save_reader
+from peft_metalora.tuner.down import subject_config
 
 RANKS = {"r": 2, "meta_r": 4, "lora_alpha": 3}
 TARGETS = ["to_q", "to_out"]
@@ -67,6 +72,36 @@ def write_pair(folder: Path) -> tuple[Path, Path]:
     save_down(folder / "faces", model, "faces", facts={"domain": "faces", "subjects": 2})
     save_subject(folder / "ann", model, "ann", down=folder / "faces")
     return folder / "faces", folder / "ann"
+
+
+CODE_SIZE = 5
+
+
+def add_reader(folder: Path, seed: int = 0, size: int = CODE_SIZE) -> SubjectSpace:
+    """Lay a random subject space and a random encoder beside a Down, which reads photos of 16 px then."""
+    space = SubjectSpace.around(load_down(folder), size)
+    with torch.no_grad():
+        space.basis.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+    space = space.rounded()
+    config = EncoderConfig(resolution=16, code_size=size, width=8, hidden=4)
+    save_reader(folder, space, make_encoder(config, lambda pixels: pixels[:, :, ::4, ::4], seed))
+    return space
+
+
+def a_code(space: SubjectSpace, seed: int = 1) -> SubjectCode:
+    """A random code of a space."""
+    return space.coded(torch.randn(space.code_size, generator=torch.Generator().manual_seed(seed)))
+
+
+def write_code(folder: Path, space: SubjectSpace, seed: int = 1, **changes) -> Path:
+    """Write `folder`, a subject that is a code, beside its Down `faces`.
+
+    Args:
+        changes: of its configuration.
+    """
+    down = load_down(folder.parent / "faces")
+    config = subject_config(down, down="../faces", subject_name=folder.name)
+    return write_artefact(folder, dataclasses.replace(config, **changes), a_code(space, seed))
 
 
 def write_subjects(folder: Path, model: nn.Module, *names: str, seed: int = 1, **settings) -> Path:

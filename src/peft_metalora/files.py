@@ -171,7 +171,9 @@ def _write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def staged_folder(folder: str | os.PathLike[str], stale: Collection[str] = ()) -> Iterator[Path]:
+def staged_folder(
+    folder: str | os.PathLike[str], stale: Collection[str] = (), replaced: Collection[str] = ()
+) -> Iterator[Path]:
     """Give an empty folder to write into; when the block ends well, its files appear in `folder` together.
 
     A new folder, and one of which nothing stays, changes in one step (rename, or exchange where the system has it). A
@@ -182,6 +184,8 @@ def staged_folder(folder: str | os.PathLike[str], stale: Collection[str] = ()) -
     Args:
         stale: names of files made from the others: what an older save left of them goes before anything is replaced,
             and new ones come last, so that none ever lies beside files that it was not made from.
+        replaced: names of files that new ones of other names may take the place of: what an older save left of them
+            goes once the new ones are there.
 
     Raises:
         WriteFailedError: the disk is full or refuses; `folder` is as it was.
@@ -197,7 +201,7 @@ def staged_folder(folder: str | os.PathLike[str], stale: Collection[str] = ()) -
             _flush(path)
         _flush(stage)
         _keep_rights(stage, target)
-        _install(stage, target, set(stale))
+        _install(stage, target, set(stale), set(replaced))
         _flush(target.parent)
     except MetaLoraError:
         raise
@@ -217,7 +221,7 @@ def _keep_rights(stage: Path, target: Path) -> None:
     stage.chmod(rights)
 
 
-def _install(stage: Path, target: Path, stale: set[str]) -> None:
+def _install(stage: Path, target: Path, stale: set[str], replaced: set[str]) -> None:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file")
     written = {path.name for path in stage.iterdir()}
@@ -225,12 +229,17 @@ def _install(stage: Path, target: Path, stale: set[str]) -> None:
     if not target.exists() and not target.is_symlink():
         os.replace(stage, target)
     elif not (
-        present and present <= written | stale and not _is_working_directory(target) and _exchange(stage, target)
+        present
+        and present <= written | stale | replaced
+        and not _is_working_directory(target)
+        and _exchange(stage, target)
     ):
         for name in present & stale:
             (target / name).unlink()
         for name in [*sorted(written - stale, reverse=True), *sorted(written & stale)]:
             os.replace(stage / name, target / name)
+        for name in present & replaced - written:
+            (target / name).unlink()
 
 
 def _is_working_directory(folder: Path) -> bool:

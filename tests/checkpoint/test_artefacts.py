@@ -210,7 +210,7 @@ REFUSALS = {
         "not a number",
     ),
     "another adapter": (lambda f: edit_config(f, peft_type="LORA"), errors.WrongKindError, "META_LORA"),
-    "newer format": (lambda f: edit_config(f, format_version=2), errors.FormatVersionError, "found 2"),
+    "newer format": (lambda f: edit_config(f, format_version=3), errors.FormatVersionError, "found 3"),
     "version is text": (lambda f: edit_config(f, format_version="1"), errors.ConfigFormatError, "format_version"),
     "rank is text": (lambda f: edit_config(f, r="2"), errors.ConfigFormatError, "expected r to be"),
     "rank is huge": (lambda f: edit_config(f, r=10**30), errors.ConfigFormatError, "2**20"),

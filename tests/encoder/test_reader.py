@@ -130,7 +130,13 @@ def test_the_command_writes_a_subject_like_any_other(tmp_path, down_folder, caps
     pipe.unload_meta_lora()
     pipe.read_subject([first, second], "ann", down=down_folder)
     torch.testing.assert_close(loaded, draw(pipe), rtol=0, atol=1e-5)
+    assert {path.name for path in out.iterdir()} == {"adapter_config.json", "subject_code.safetensors"}
+    assert main([*arguments, "--device", "cpu", "--whole"]) == 0
+    factors = load_file(out / "adapter_model.safetensors")
+    for name, factor in subject.tensors.items():
+        torch.testing.assert_close(factors[f"base_model.model.{name}"], factor)
     assert load_file(out / "pytorch_lora_weights.safetensors")
+    assert not (out / "subject_code.safetensors").exists()
 
 
 def test_a_reader_of_another_down_is_refused_and_goes_when_the_down_does(tmp_path, down_folder):

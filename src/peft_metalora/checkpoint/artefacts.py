@@ -2,8 +2,9 @@
 """The file format of Downs and subjects (docs/format.md): reading with every check, writing with none half done.
 
 Both are PEFT adapter folders. A *Down* holds, per module, `metalora_down`, `metalora_mid_init` (the Mid that every
-subject starts from), and the mean `metalora_mid` and `metalora_up` of stage 1. A *subject* holds `metalora_mid` and
-`metalora_up` and names its Down by reference and fingerprint. Nothing here knows the network: `hub` finds folders,
+subject starts from), and the mean `metalora_mid` and `metalora_up` of stage 1; beside it may lie what it reads photos
+with. A *subject* holds `metalora_mid` and `metalora_up`, or a code of its Down's subject space alone, and names its
+Down by reference and fingerprint. Nothing here knows the network: `hub` finds folders,
 this module reads them. Nothing here changes a model either: what comes back has been read and checked in full.
 """
 
@@ -13,7 +14,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 
 from ..errors import (
     AdapterNotFoundError,
+    ArtefactNotFoundError,
     ConfigFormatError,
     CorruptFileError,
     FingerprintMismatchError,
@@ -36,7 +38,7 @@ from ..errors import (
 from ..files import require_apart, staged_folder
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
 from ..tuner.config import reference_to_write
-from ..tuner.down import MID
+from ..tuner.down import MID, digest_of
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
 from .base_model import REPO_ID, bare_model, base_model_name, check_layers
 from .config_file import CONFIG_FILE, FORMAT_VERSION, PEFT_TYPE, check_values, config_json, read_config
@@ -45,13 +47,15 @@ from .factors import (
     WEIGHTS_FILE,
     FactorFile,
     SubjectSource,
+    check_ranks,
     check_subject_on_down,
     config_of,
     open_weights,
     save_factors,
 )
 from .folded import FOLD_FILE, LoraPair, component_name, fold_subject, save_diffusers
-from .space import SPACE_FILE
+from .reader_files import READER_FILES, ReaderFiles
+from .space import CODE_FILE, CodeSource, SubjectCode, SubjectSpace, load_code, load_space, save_code
 from .untrusted import read_json
 
 # Reading
@@ -62,11 +66,14 @@ class Artefact:
 
     Attributes:
         folder: where it lies. config: as the file says it, with every check that needs no model.
-        tensors: by name, what the header says of each.
+        tensors: by name, what the header says of each; nothing of a subject that is a code.
+        code: of a subject that is one.
     """
 
-    def __init__(self, folder: Path, config: MetaLoraConfig, file: FactorFile) -> None:
-        self.folder, self.config, self.tensors, self._file = folder, config, file.entries, file
+    def __init__(self, folder: Path, config: MetaLoraConfig, file: FactorFile | SubjectCode) -> None:
+        self.folder, self.config, self._file = folder, config, file
+        self.code = file if isinstance(file, SubjectCode) else None
+        self.tensors = file.entries if isinstance(file, FactorFile) else {}
 
     @property
     def is_down(self) -> bool:
@@ -76,6 +83,7 @@ class Artefact:
     def down(self, expected_fingerprint: str | None = None) -> DownSource:
         """Read it as a Down; raises as `load_down`."""
         _require_stage(self.config, "meta", self.folder)
+        assert isinstance(self._file, FactorFile)  # only subjects are codes
         tensors = self._file.read()
         found = fingerprint(tensors)
         for expected in (self.config.down_fingerprint, expected_fingerprint):
@@ -89,18 +97,26 @@ class Artefact:
         config = dataclasses.replace(_canonical(self.config, tensors), num_slots=1)
         return DownSource(config=config, tensors=tensors, fingerprint=found)
 
-    def subject(self, down: DownSource) -> SubjectSource:
-        """Read it as a subject on `down`, which its header is compared with first; raises as `load_subject`."""
+    def subject(self, down: DownSource, find_space: Callable[[], SubjectSpace]) -> SubjectSource:
+        """Read it as a subject on `down`, which its header is compared with first; raises as `load_subject`.
+
+        Args:
+            find_space: gives the subject space of its Down, for a subject that is a code.
+        """
         _require_stage(self.config, "subject", self.folder)
         if down.fingerprint != self.config.down_fingerprint:
             raise FingerprintMismatchError(
                 f"{self.folder}: expected to stand on the Down {str(self.config.down_fingerprint)[:16]}…, found "
                 f"{down.fingerprint[:16]}…. Give it the Down that it names: {self.config.down}."
             )
+        here = os.path.abspath(self.folder)
+        if isinstance(self._file, SubjectCode):
+            space = find_space()
+            check_ranks(dict(space.layout), self.config, self.folder)
+            return CodeSource(_canonical(self.config, dict(space.layout)).read_from(here), self._file, space, down)
         check_subject_on_down(self.tensors, down.tensors, self.folder)
         tensors = self._file.read()
-        config = _canonical(self.config, tensors).read_from(os.path.abspath(self.folder))
-        return SubjectSource(config, tensors, down)
+        return SubjectSource(_canonical(self.config, tensors).read_from(here), tensors, down)
 
 
 @contextmanager
@@ -108,6 +124,10 @@ def open_artefact(folder: str | os.PathLike[str]) -> Iterator[Artefact]:
     """Open what lies in a local folder, for `Artefact.down` or `Artefact.subject`; raises as `load_down`."""
     path = Path(folder)
     config = read_config(path)
+    if main_file(config) == CODE_FILE:
+        code = load_code(path)
+        yield Artefact(path, _config_of_code(code, config, path), code)
+        return
     with open_weights(path) as file:
         config = config_of(file, config)
         if config.stage == "subject" and config.down_fingerprint is None:
@@ -115,6 +135,32 @@ def open_artefact(folder: str | os.PathLike[str]) -> Iterator[Artefact]:
                 f"{path}: expected down_fingerprint in {CONFIG_FILE}, found none. Save the subject again."
             )
         yield Artefact(path, config, FactorFile(file, config))
+
+
+def main_file(config: MetaLoraConfig) -> str:
+    """The file that holds what a configuration says it does: factors, or the code of a subject."""
+    is_code = config.stage == "subject" and config.space_fingerprint is not None
+    return CODE_FILE if is_code else WEIGHTS_FILE
+
+
+def _config_of_code(code: SubjectCode, beside: MetaLoraConfig, path: Path) -> MetaLoraConfig:
+    """The configuration of a code: the one beside it, or what the code says of itself if that is another save's."""
+    if beside.use_dora:
+        raise ConfigFormatError(
+            f"{path}: expected a code of a subject without DoRA, found use_dora, whose magnitudes no code holds. Save "
+            "the whole subject."
+        )
+    own: dict[str, Any] = {"down_fingerprint": code.down_fingerprint, "space_fingerprint": code.space_fingerprint}
+    if code.digest != beside.tensors_digest:  # a save was killed between its two files
+        own |= {"subject_name": code.subject_name, "tensors_digest": code.digest, "facts": None}
+        return dataclasses.replace(beside, **own)
+    for name, found in own.items():
+        if getattr(beside, name) != found:
+            raise FingerprintMismatchError(
+                f"{path}: expected a code with the {name} {str(getattr(beside, name))[:16]}… of {CONFIG_FILE}, found "
+                f"{str(found)[:16]}…. Fetch both files again, from one place."
+            )
+    return beside
 
 
 def load_down(folder: str | os.PathLike[str], *, expected_fingerprint: str | None = None) -> DownSource:
@@ -150,7 +196,37 @@ def load_subject(folder: str | os.PathLike[str]) -> SubjectSource:
     """
     with open_artefact(folder) as found:
         _require_stage(found.config, "subject", found.folder)
-        return found.subject(find_local_down(found.config, found.folder))
+        down = find_local_down(found.config, found.folder)
+
+        def find_space() -> SubjectSpace:
+            return space_for(found.config, Path(down_reference(found.config, found.folder)), down)
+
+        return found.subject(down, find_space)
+
+
+def space_for(config: MetaLoraConfig, folder: Path, down: DownSource) -> SubjectSpace:
+    """The subject space that a code needs, out of the folder of its Down.
+
+    Args:
+        config: of the subject that is a code. down: the Down, read from there or known already.
+
+    Raises:
+        ArtefactNotFoundError: the Down there has no space. FingerprintMismatchError: it has another one.
+        As `load_space`.
+    """
+    there, wanted = read_config(folder), str(config.space_fingerprint)
+    if there.space_fingerprint is None:
+        raise ArtefactNotFoundError(
+            f"{folder}: expected a Down with the subject space {wanted[:16]}… (format version 2), as the subject is a "
+            f"code of it, found one of version {there.format_version} without. Take the Down that the photo was read "
+            "with, or the whole subject."
+        )
+    if there.space_fingerprint != wanted:
+        raise FingerprintMismatchError(
+            f"{folder}: expected a Down with the subject space {wanted[:16]}…, as the subject is a code of it, found "
+            f"{there.space_fingerprint[:16]}…. Take the Down that the photo was read with, or read the photo again."
+        )
+    return load_space(folder, down, wanted)
 
 
 def check_files(folder: Path, config: MetaLoraConfig, model: nn.Module) -> None:
@@ -162,6 +238,11 @@ def check_files(folder: Path, config: MetaLoraConfig, model: nn.Module) -> None:
     Raises:
         As `load_down`.
     """
+    if main_file(config) == CODE_FILE:
+        raise WrongKindError(
+            f"{folder}: expected a subject with Mid and Up, found a code alone, which PEFT's own verbs cannot expand. "
+            "Load it with pipe.load_meta_lora or peft_metalora.load_subject, or save it whole (whole=True)."
+        )
     check_values(config.to_dict(), folder / CONFIG_FILE, expressions=True)
     with open_weights(folder) as file:
         if config_of(file, config) is not config:
@@ -247,7 +328,7 @@ def _require_stage(config: MetaLoraConfig, stage: str, path: Path) -> None:
         )
 
 
-def _canonical(config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> MetaLoraConfig:
+def _canonical(config: MetaLoraConfig, tensors: Mapping[str, Any]) -> MetaLoraConfig:
     """The configuration with its modules spelt out: a file's own patterns are never matched against a model."""
     return dataclasses.replace(
         config,
@@ -314,10 +395,13 @@ def save_subject(
     base_model: str | None = None,
     base_revision: str | None = None,
     subject_name: str | None = None,
-    fold: bool = True,
+    fold: bool | None = None,
+    whole: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write one slot of a stage-`subject` adapter as a subject, with its exact fold as an ordinary LoRA beside it.
+
+    Somebody who was read from photos, or loaded from a code, and has not been trained since is written as the code.
 
     Args:
         folder: written all at once; an older subject in it is replaced.
@@ -325,7 +409,9 @@ def save_subject(
         down: the Down to name, as a local folder (written as a relative path when it lies beside the subject) or a
             repository id; by default what the adapter's configuration names.
         subject_name: who it is; by default the name it was loaded with, or the adapter's.
-        fold: whether to ship `pytorch_lora_weights.safetensors`, which plain diffusers loads.
+        fold: whether to ship `pytorch_lora_weights.safetensors`, which plain diffusers loads; by default beside Mid and
+            Up, and not beside a code.
+        whole: whether to write Mid and Up even of a code.
         overwrite: whether it may replace what is no subject, or somebody else. Never its own Down.
 
     Returns:
@@ -352,9 +438,23 @@ def save_subject(
         down_fingerprint=down_fingerprint(model, adapter_name),
         subject_name=subject_name or config.subject_name or (adapter_name if adapter_name != "default" else None),
     )
+    code = None if whole else code_on_model(model, adapter_name)
+    fold = code is None if fold is None else fold
     # DoRA rescales the weight itself, which no ordinary LoRA can say.
     pairs = fold_subject(config, factors, tensors) if fold and not config.use_dora else {}
-    return write_artefact(target, config, tensors, pairs, overwrite=overwrite)
+    return write_artefact(target, config, code or tensors, pairs, overwrite=overwrite)
+
+
+def know_code(model: nn.Module, adapter_name: str, code: SubjectCode) -> None:
+    """Remember that the factors of a subject on the model were just expanded from a code."""
+    config = _adapter_config(model, adapter_name, "subject")
+    config.__dict__["expanded_from"] = code, digest_of(subject_state(model, adapter_name))
+
+
+def code_on_model(model: nn.Module, adapter_name: str) -> SubjectCode | None:
+    """The code of a subject on the model, if its factors are what they were when they were expanded from one."""
+    known = getattr(model, "peft_config", {})[adapter_name].expanded_from
+    return known[0] if known is not None and known[1] == digest_of(subject_state(model, adapter_name)) else None
 
 
 def _adapter_config(model: nn.Module, adapter_name: str, stage: str) -> MetaLoraConfig:
@@ -402,7 +502,6 @@ def _file_config(
         "num_slots": 1,
         "inference_mode": True,
         "init_weights": True,
-        "format_version": FORMAT_VERSION,
         "facts": dict(facts) if facts is not None else config.facts,
         "base_model_name_or_path": base_model or config.base_model_name_or_path or base_model_name(model),
         "revision": base_revision or config.revision,
@@ -414,32 +513,36 @@ def _file_config(
     return dataclasses.replace(config, **fields, **changes)
 
 
-READER_FILES = (SPACE_FILE, "subject_encoder.safetensors", "encoder_config.json")
-"""What `encoder` lays beside a Down that reads photos, in the order in which it is written."""
-
-# What reads photos for a Down goes when another Down takes its place.
 SIDE_FILES = (FOLD_FILE, *READER_FILES)
-"""What is made from the tensors and lies beside them."""
+"""What is made from the tensors and lies beside them: of an older save it goes before another takes its place."""
+MAIN_FILES = (WEIGHTS_FILE, CODE_FILE)
+"""What holds an artefact itself, one of the two: of an older save the other goes once the new one is there."""
 
 
 def write_artefact(
     folder: Path,
     config: MetaLoraConfig,
-    tensors: Mapping[str, torch.Tensor],
+    content: Mapping[str, torch.Tensor] | SubjectCode,
     fold: Mapping[str, LoraPair] | None = None,
     *,
+    reader: ReaderFiles | None = None,
     card: bytes | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the two files of an artefact, and a fold and a card beside them if they are given, all or nothing.
+    """Write the files of an artefact, all or nothing: configuration and content, and what is given to lie beside them.
 
     What an older save left and this one does not write goes; a card that somebody edited stays, unless it speaks of
     somebody else.
+
+    Args:
+        content: tensors by name, or the code that a subject is.
 
     Raises:
         NonFiniteError, WriteFailedError
         OutputExistsError: as `require_replaceable`.
     """
+    code = content if isinstance(content, SubjectCode) else None
+    tensors = content if not isinstance(content, SubjectCode) else {"the code": content.code}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(
@@ -449,10 +552,24 @@ def write_artefact(
     require_replaceable(folder, config.stage, config.subject_name, overwrite=overwrite)
     edited = (folder / CARD_FILE).exists() and not is_made_card(folder / CARD_FILE)
     edited = edited and what_else(folder, config.stage, config.subject_name) is None
-    with staged_folder(folder, stale=SIDE_FILES if edited else (*SIDE_FILES, CARD_FILE)) as stage:
+    space = code or reader
+    config = dataclasses.replace(
+        config,
+        format_version=1 if space is None else FORMAT_VERSION,
+        space_fingerprint=None if space is None else space.space_fingerprint,
+        encoder_fingerprint=None if reader is None else reader.encoder_fingerprint,
+    )
+    with staged_folder(folder, SIDE_FILES if edited else (*SIDE_FILES, CARD_FILE), MAIN_FILES) as stage:
         if card is not None and not edited:
             (stage / CARD_FILE).write_bytes(card)
-        config = save_factors(stage / WEIGHTS_FILE, config, tensors)
+        if code is not None:
+            save_code(stage, dataclasses.replace(code, subject_name=config.subject_name))
+            # The modules are those of the Down: by name they would take more room than the code.
+            config = dataclasses.replace(config, tensors_digest=code.digest, target_modules=None)
+        else:
+            config = save_factors(stage / WEIGHTS_FILE, config, tensors)
+        if reader is not None:
+            reader.write(stage)
         if fold:
             save_diffusers(stage / FOLD_FILE, fold, component_name(config))
         (stage / CONFIG_FILE).write_bytes(config_json(config))

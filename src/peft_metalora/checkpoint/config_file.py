@@ -20,9 +20,11 @@ from ..tuner import MetaLoraConfig
 from ..tuner.config import MAX_ALPHA, wrong_field
 from .untrusted import MAX_CONFIG_BYTES, read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read. Version 1 knows no subject spaces and is still what is written where there is none."""
 CONFIG_FILE = "adapter_config.json"
 PEFT_TYPE = "META_LORA"
+_SINCE_2 = "space_fingerprint", "encoder_fingerprint"
 _PATTERN_KEY = re.compile(r"\^?[A-Za-z0-9_\\.-]+\$?")
 
 
@@ -48,7 +50,7 @@ def parse_config(table: Mapping[str, Any], path: Path) -> MetaLoraConfig:
             f"{path}: expected peft_type {PEFT_TYPE}, found {str(table.get('peft_type'))[:40]!r}. "
             "Load ordinary adapters with PEFT or pipe.load_lora_weights."
         )
-    version = table.get("format_version", FORMAT_VERSION)
+    version = table.get("format_version", 1)
     if type(version) is not int or version < 1:
         raise _bad_field(path, "format_version", "a whole number from 1", version)
     if version > FORMAT_VERSION:
@@ -60,6 +62,8 @@ def parse_config(table: Mapping[str, Any], path: Path) -> MetaLoraConfig:
     values = {name: value for name, value in table.items() if name in known}
     if (wrong := wrong_field(values)) is not None:
         raise _bad_field(path, *wrong, values[wrong[0]])
+    if version < 2:
+        values.update(dict.fromkeys(_SINCE_2))
     check_values(values, path)
     for name in ("modules_to_save", "trainable_token_indices"):
         if values.get(name):
@@ -99,7 +103,7 @@ def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = F
     alphas = [values.get("lora_alpha"), *(values.get("alpha_pattern") or {}).values()]
     if any(alpha is not None and not abs(alpha) <= MAX_ALPHA for alpha in alphas):  # nor is NaN
         raise _bad_field(path, "lora_alpha", "a number that half precision can hold", values.get("lora_alpha"))
-    for name in ("down_fingerprint", "tensors_digest"):
+    for name in ("down_fingerprint", "tensors_digest", *_SINCE_2):
         if values.get(name) is not None and not re.fullmatch(r"[0-9a-f]{64}", values[name]):
             raise _bad_field(path, name, "64 hexadecimal digits", values[name])
     for name in ("revision", "down_revision"):

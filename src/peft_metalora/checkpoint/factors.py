@@ -156,6 +156,16 @@ def _check_header(
         _check_shapes(module, found, config, path)
 
 
+def check_ranks(shapes: Mapping[str, tuple[int, ...]], config: MetaLoraConfig, path: Path) -> None:
+    """Check the shapes of Mids and Ups by name against the ranks of a configuration; raises as `FactorFile`."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, shape in shapes.items():
+        module, _, part = name.rpartition(".")
+        modules[module][part] = shape
+    for module, found in modules.items():
+        _check_shapes(module, found, config, path)
+
+
 def _check_shapes(module: str, found: Mapping[str, tuple[int, ...]], config: MetaLoraConfig, path: Path) -> None:
     rank, meta_rank, *_ = ranks_of(config, module)
     mid, up, down = found[MID], found[UP], found.get(DOWN)

@@ -40,7 +40,7 @@ SPACE_FILE = "subject_space.safetensors"
 CODE_FILE = "subject_code.safetensors"
 CODE_SIZE = 128
 _MEAN, _BASIS, _CODE = "mean", "basis", "code"
-_DOWN, _SPACE = "down_fingerprint", "space_fingerprint"
+_DOWN, _SPACE, _NAME = "down_fingerprint", "space_fingerprint", "subject_name"
 _CHUNK = 1 << 20  # numbers of a subject that are expanded together where the product has no mixed precision
 
 
@@ -51,11 +51,18 @@ class SubjectCode:
     Attributes:
         code: (k,) float32.
         down_fingerprint, space_fingerprint: of the Down and the space that it was read for.
+        subject_name: who it is, where the file says so.
     """
 
     code: Tensor
     down_fingerprint: str
     space_fingerprint: str
+    subject_name: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the numbers, as `MetaLoraConfig.tensors_digest` has it."""
+        return digest_of({_CODE: self.code})
 
 
 class CodeSource(SubjectSource):
@@ -79,8 +86,7 @@ class CodeSource(SubjectSource):
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
         """As `SubjectSource` has them, float32."""
-        # Views of one line of numbers: a subject owns its factors.
-        return {name: tensor.cpu().clone() for name, tensor in self.space.expand(self.code.code).items()}
+        return self.space.expand(self.code.code)
 
 
 class SubjectSpace(nn.Module):
@@ -130,6 +136,10 @@ class SubjectSpace(nn.Module):
         layout = [(name, tuple(tensor.shape)) for name, tensor in factors.items()]
         return cls(layout, mean, torch.zeros(code_size, len(mean)), down.fingerprint)
 
+    def coded(self, code: Tensor, subject_name: str | None = None) -> SubjectCode:
+        """A code (k,) of this space, with what it means something to."""
+        return SubjectCode(code.detach().float().cpu(), self.down_fingerprint, self.fingerprint, subject_name)
+
     @property
     def code_size(self) -> int:
         """k, the numbers of a code."""
@@ -168,7 +178,7 @@ class SubjectSpace(nn.Module):
         return torch.cat([torch.addmm(mean, codes, basis.float()) for mean, basis in parts], dim=1)
 
     def expand(self, code: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """The factors of one subject, as a subject's file has them: `{module}.metalora_mid` and so on.
+        """The factors of one subject on the CPU, as its file has them: `{module}.metalora_mid` and so on.
 
         Args:
             code: (k,). dtype: of the factors; sums are in float32 all the same.
@@ -178,7 +188,9 @@ class SubjectSpace(nn.Module):
         """
         self._require_code(code)
         with torch.no_grad():
-            return self.split(self(code[None].to(self.mean.device)).to(dtype))
+            line = self(code[None].to(self.mean.device)).to(dtype).cpu()
+        # Not views of the line: a subject owns its factors.
+        return {name: factor.clone() for name, factor in self.split(line).items()}
 
     def expand_into(self, code: Tensor, row: Tensor) -> None:
         """Write a subject's numbers, in the order of `layout`, into a row (N,) that lies where the space does.
@@ -273,16 +285,19 @@ class SubjectSpace(nn.Module):
         return parts
 
 
-def load_space(folder: str | os.PathLike[str], down: DownSource | None = None) -> SubjectSpace:
+def load_space(
+    folder: str | os.PathLike[str], down: DownSource | None = None, expected_fingerprint: str | None = None
+) -> SubjectSpace:
     """Read the subject space of a Down.
 
     Args:
         down: whose space it has to be.
+        expected_fingerprint: what the Down's configuration or a code says the space is.
 
     Raises:
         ArtefactNotFoundError: there is none.
         CorruptFileError, UnsafeNameError: the file is not what it says.
-        FingerprintMismatchError: it is the space of another Down.
+        FingerprintMismatchError: it is the space of another Down, or another one than was asked for.
         MissingKeysError, ForeignKeysError, ShapeMismatchError: its factors are not those of the Down.
         TensorDtypeError, NonFiniteError: numbers that cannot be.
     """
@@ -301,20 +316,27 @@ def load_space(folder: str | os.PathLike[str], down: DownSource | None = None) -
     means, bases = ([parts[f"{name}.{what}"] for name in names] for what in (_MEAN, _BASIS))
     layout = [(name, tuple(mean.shape)) for name, mean in zip(names, means, strict=True)]
     mean = torch.cat([mean.flatten() for mean in means])
-    return SubjectSpace(layout, mean, torch.cat([basis.flatten(1) for basis in bases], dim=1), fingerprint)
+    space = SubjectSpace(layout, mean, torch.cat([basis.flatten(1) for basis in bases], dim=1), fingerprint)
+    if expected_fingerprint is not None and space.fingerprint != expected_fingerprint:
+        raise FingerprintMismatchError(
+            f"{path}: expected the space {expected_fingerprint[:16]}…, found {space.fingerprint[:16]}…. Put the files "
+            "of one training into a folder, or read the photo again."
+        )
+    return space
 
 
-def save_code(folder: str | os.PathLike[str], code: Tensor, space: SubjectSpace) -> Path:
-    """Write a code with the fingerprints of its Down and space; raises as `SubjectSpace.save`."""
-    code = code.detach().float().cpu().contiguous()
-    space.expand(code)
+def save_code(folder: str | os.PathLike[str], subject: SubjectCode) -> Path:
+    """Write a code with the fingerprints of its Down and space; raises NonFiniteError and WriteFailedError."""
     path = Path(folder) / CODE_FILE
-    write_tensors(path, {_CODE: code}, {_DOWN: space.down_fingerprint, _SPACE: space.fingerprint})
+    code = subject.code.detach().float().cpu().contiguous()
+    require_finite({_CODE: code}, str(path))
+    named = {} if subject.subject_name is None else {_NAME: subject.subject_name}
+    write_tensors(path, {_CODE: code}, {_DOWN: subject.down_fingerprint, _SPACE: subject.space_fingerprint, **named})
     return path
 
 
 def load_code(folder: str | os.PathLike[str]) -> SubjectCode:
-    """Read a code; `SubjectSpace.accept` checks that it belongs to a space.
+    """Read a code from the folder of a subject; `SubjectSpace.accept` checks that it belongs to a space.
 
     Raises:
         ArtefactNotFoundError, CorruptFileError, MissingKeysError, ForeignKeysError, ShapeMismatchError, NonFiniteError.
@@ -322,6 +344,7 @@ def load_code(folder: str | os.PathLike[str]) -> SubjectCode:
     path = Path(folder) / CODE_FILE
     with open_tensors(path) as file:
         down, space = (_metadata(file.header, key, path) for key in (_DOWN, _SPACE))
+        name = file.header.metadata.get(_NAME)
         tensors = file.read()
     if _CODE not in tensors:
         raise MissingKeysError(f"{path}: expected a tensor {_CODE!r}, found none. Read the photo again.")
@@ -331,7 +354,7 @@ def load_code(folder: str | os.PathLike[str]) -> SubjectCode:
     if code.ndim != 1:
         raise ShapeMismatchError(f"{path}: expected a code (k,), found {tuple(code.shape)}. Read the photo again.")
     require_finite(tensors, str(path))
-    return SubjectCode(code.float(), down, space)
+    return SubjectCode(code.float(), down, space, name)
 
 
 def _metadata(header: Header, key: str, path: Path) -> str:

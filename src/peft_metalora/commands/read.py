@@ -33,6 +33,7 @@ class ReadConfig:
     )
     local_files_only: bool = setting("Never ask the network.", False)
     device: str | None = setting("Device. Default: a GPU when there is one.", None)
+    whole: bool = setting("Write Mid and Up with their fold, not the code alone that they are expanded from.", False)
     overwrite: bool = setting("Replace an artefact of another kind, or another person's, that lies there.", False)
 
     def __post_init__(self) -> None:
@@ -79,6 +80,7 @@ def run_read(config: ReadConfig) -> Done:
         down=local,
         down_revision=config.down_revision,
         subject_name=name,
+        whole=config.whole,
         overwrite=config.overwrite,
     )
     return Done(

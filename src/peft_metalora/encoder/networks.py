@@ -9,7 +9,6 @@ the shorter the less they agree.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checkpoint.artefacts import READER_FILES
+from ..checkpoint.reader_files import ENCODER_CONFIG_FILE, ENCODER_FILE, encoder_fingerprint
 from ..checkpoint.space import CODE_SIZE, SubjectSpace, require_finite
 from ..checkpoint.untrusted import read_json, read_tensors
 from ..errors import (
@@ -35,11 +34,9 @@ from ..errors import (
     ShapeMismatchError,
 )
 from ..files import write_bytes, write_tensors
-from ..tuner.down import digest_of
 from .sight import Sight
 from .sources import Source, make_source, source_kinds
 
-_, ENCODER_FILE, ENCODER_CONFIG_FILE = READER_FILES
 FORMAT_VERSION = 1
 
 
@@ -174,8 +171,7 @@ class SubjectEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) of the configuration and of every weight's name, shape, dtype and bytes."""
-        settings = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
-        return hashlib.sha256(f"{settings}|{digest_of(self.state_dict())}".encode()).hexdigest()
+        return encoder_fingerprint(dataclasses.asdict(self.config), self.state_dict())
 
     def save(self, folder: str | os.PathLike[str], space: SubjectSpace) -> None:
         """Write `subject_encoder.safetensors` and `encoder_config.json` for the space that its codes belong to.

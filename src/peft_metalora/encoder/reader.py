@@ -6,6 +6,7 @@ A Down without them is a Down as ever: it learns people by stage 2 alone.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint.artefacts import load_down
-from ..checkpoint.space import CodeSource, SubjectCode, SubjectSpace, load_space
+from ..checkpoint.artefacts import load_down, write_artefact
+from ..checkpoint.config_file import read_config
+from ..checkpoint.reader_files import ENCODER_CONFIG_FILE, ReaderFiles
+from ..checkpoint.space import CodeSource, SubjectSpace, load_space
 from ..errors import ArtefactNotFoundError, FingerprintMismatchError
 from ..tuner import DownSource
 from ..tuner.down import subject_config
-from .networks import ENCODER_CONFIG_FILE, SubjectEncoder, load_encoder
+from .networks import SubjectEncoder, load_encoder
 
 
 @dataclass(frozen=True)
@@ -42,28 +45,44 @@ class Reader:
             NoImagesError, NoFaceError, NonFiniteError: as `SubjectEncoder.read`.
         """
         _require_its_down(self.space, source, "this reader")
-        code = SubjectCode(self.encoder.read(photos), self.space.down_fingerprint, self.space.fingerprint)
+        code = self.space.coded(self.encoder.read(photos))
         return CodeSource(subject_config(source, **config), code, self.space, source)
 
 
-def save_reader(folder: str | os.PathLike[str], space: SubjectSpace, encoder: SubjectEncoder) -> Path:
-    """Write a space and its encoder into the folder of their Down; an older pair there is replaced.
+def save_reader(
+    folder: str | os.PathLike[str],
+    space: SubjectSpace,
+    encoder: SubjectEncoder,
+    down: DownSource | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a Down with its space and encoder; its configuration names both, its fingerprint stays what it is.
+
+    Args:
+        down: the Down; by default the one that lies in the folder.
+        overwrite: whether it may replace what is no Down.
 
     Returns:
         The folder.
 
     Raises:
         ArtefactNotFoundError: there is no Down. FingerprintMismatchError: it is another one.
+        OutputExistsError: something else lies there.
         ConfigError, NonFiniteError, WriteFailedError: as `SubjectSpace.save` and `SubjectEncoder.save`.
         Everything else that `checkpoint.load_down` raises.
     """
     path = Path(folder)
-    _require_its_down(space, load_down(path), str(path))
-    # Without a configuration nothing is read: a save that ends in the middle leaves a Down that cannot read.
-    (path / ENCODER_CONFIG_FILE).unlink(missing_ok=True)
-    space.save(path)
-    encoder.save(path, space)
-    return path
+    down = load_down(path) if down is None else down
+    _require_its_down(space, down, str(path))
+    config = dataclasses.replace(down.config, down_fingerprint=down.fingerprint)
+
+    def write(stage: Path) -> None:
+        space.save(stage)
+        encoder.save(stage, space)
+
+    files = ReaderFiles(space.fingerprint, encoder.fingerprint, write)
+    return write_artefact(path, config, down.tensors, reader=files, overwrite=overwrite)
 
 
 def load_reader(
@@ -71,24 +90,35 @@ def load_reader(
     down: DownSource,
     encode_images: Callable[[Tensor], Tensor] | None = None,
     face_model: str | None = None,
+    space: SubjectSpace | None = None,
 ) -> Reader:
     """Read the space and the encoder that lie in the folder of a Down.
 
     Args:
         encode_images: the base's VAE, for encoders of the source `latents`. face_model: as `load_encoder`.
+        space: the Down's, where it has been read already.
 
     Raises:
         ArtefactNotFoundError: this Down cannot read.
+        FingerprintMismatchError: they are not those that the Down's configuration names.
         Everything that `load_space` and `load_encoder` raise.
     """
     path = Path(folder)
-    if not (path / ENCODER_CONFIG_FILE).is_file():
+    config = read_config(path)
+    if config.encoder_fingerprint is None or not (path / ENCODER_CONFIG_FILE).is_file():
         raise ArtefactNotFoundError(
             f"{path}: expected a Down with an encoder ({ENCODER_CONFIG_FILE}), found none. Learn the person with "
             "stage 2 (metalora personalize), or take a Down that was trained to read photos."
         )
-    space = load_space(path, down)
-    return Reader(space, load_encoder(path, space, encode_images, face_model))
+    if space is None:
+        space = load_space(path, down, config.space_fingerprint)
+    encoder = load_encoder(path, space, encode_images, face_model)
+    if encoder.fingerprint != config.encoder_fingerprint:
+        raise FingerprintMismatchError(
+            f"{path}: expected the encoder {config.encoder_fingerprint[:16]}… that the Down names, found "
+            f"{encoder.fingerprint[:16]}…. Put the files of one training into a folder."
+        )
+    return Reader(space, encoder)
 
 
 def _require_its_down(space: SubjectSpace, down: DownSource, where: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..checkpoint.factors import WEIGHTS_FILE
+from ..checkpoint.space import CODE_FILE
 from ..tuner import MetaLoraConfig
 from .markdown import as_code, as_literal, as_text
 
@@ -151,8 +152,9 @@ def _opening(config: MetaLoraConfig, facts: Mapping[str, Any]) -> str:
             "([arXiv 2503.22352](https://arxiv.org/abs/2503.22352)). Train a subject on it from one image."
         )
     words = f" The words that call it: {as_code(facts['trigger'])}." if facts.get("trigger") else ""
+    what = "Mid and Up of one subject" if config.space_fingerprint is None else "one subject, as a code"
     return (
-        f"A Meta-LoRA *subject*{base}: Mid and Up of one subject, on the Down {as_code(config.down)} "
+        f"A Meta-LoRA *subject*{base}: {what}, on the Down {as_code(config.down)} "
         f"([arXiv 2503.22352](https://arxiv.org/abs/2503.22352)).{words}"
     )
 
@@ -186,14 +188,19 @@ def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has
 
 
 def _recipe(config: MetaLoraConfig, facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    size = sum(path.stat().st_size for path in folder.glob(WEIGHTS_FILE))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    own = {name: _size(sizes[file]) for name, file in (("size", WEIGHTS_FILE), ("code", CODE_FILE)) if file in sizes}
     rows: dict[str, Any] = {"rank of a subject (r)": config.r, "rank of the Down (meta_r)": config.meta_r}
-    rows |= {"lora_alpha": config.lora_alpha, "size": f"{size / 2**20:.2f} MiB"}
+    rows |= {"lora_alpha": config.lora_alpha, **own, "whole folder": _size(sum(sizes.values()))}
     rows |= {name: facts[name] for name in ("domain", "subjects", "steps") if name in facts}
     rows |= facts.get("recipe") or {}
     if config.stage == "subject":
         rows |= {"Down": config.down, "Down's revision": config.down_revision or "main"}
     return {**rows, "Down's fingerprint": config.down_fingerprint}
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**17 else f"{count} bytes"
 
 
 def _table(title: str, rows: Mapping[str, Any], note: str | None = None) -> str | None:

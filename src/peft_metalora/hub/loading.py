@@ -22,10 +22,11 @@ from torch import nn
 from typing_extensions import Unpack
 
 from .. import checkpoint
-from ..checkpoint.artefacts import check_files, down_reference, open_artefact
+from ..checkpoint.artefacts import Artefact, check_files, down_reference, main_file, open_artefact, space_for
 from ..checkpoint.base_model import REPO_ID, check_fits
-from ..checkpoint.config_file import CONFIG_FILE
-from ..checkpoint.factors import WEIGHTS_FILE, SubjectSource
+from ..checkpoint.config_file import CONFIG_FILE, read_config
+from ..checkpoint.factors import SubjectSource
+from ..checkpoint.space import SPACE_FILE, SubjectSpace
 from ..errors import ArtefactNotFoundError, HubError, MissingDownError, UnsafeNameError, WrongKindError
 from ..tuner import DownSource, MetaLoraConfig
 
@@ -60,6 +61,7 @@ class Location:
 
 
 KnownDown = Callable[[str], DownSource | None]
+KnownSpace = Callable[[str], SubjectSpace | None]
 
 
 def load(
@@ -67,6 +69,7 @@ def load(
     *,
     model: nn.Module | None = None,
     known_down: KnownDown | None = None,
+    known_space: KnownSpace | None = None,
     **hub: Unpack[HubOptions],
 ) -> DownSource | SubjectSource:
     """Read a Down, or a subject and the Down it names, from local folders or the Hub: the one way in.
@@ -74,6 +77,7 @@ def load(
     Args:
         model: a base model that it must fit, compared before a tensor is read.
         known_down: asked first for a subject's Down, by its fingerprint; None where it has none.
+        known_space: the same for the subject space of a subject that is a code.
         hub: huggingface_hub's arguments, see `HubOptions`.
 
     Raises:
@@ -83,15 +87,31 @@ def load(
     """
     at = locate(path_or_repo, **hub)
     with open_artefact(fetch(at)) as found:
-        if found.is_down:
-            if model is not None:
-                check_fits(model, found, name=str(path_or_repo))
-            return found.down()
-        down = known_down(found.config.down_fingerprint or "") if known_down is not None else None
-        down = down or find_down(found.config, at, found.folder)
+        if not found.is_down:
+            return subject_of(found, at, model, known_down, known_space)
         if model is not None:
-            check_fits(model, down, name=str(path_or_repo))
-        source = found.subject(down)
+            check_fits(model, found, name=str(path_or_repo))
+        return found.down()
+
+
+def subject_of(
+    found: Artefact,
+    at: Location,
+    model: nn.Module | None = None,
+    known_down: KnownDown | None = None,
+    known_space: KnownSpace | None = None,
+) -> SubjectSource:
+    """Read what was opened as a subject, with the Down it names; arguments and errors are those of `load`."""
+    down = known_down(found.config.down_fingerprint or "") if known_down is not None else None
+    down = down or find_down(found.config, at, found.folder)
+    if model is not None:
+        check_fits(model, down, name=str(at.folder or at.name))
+
+    def find_space() -> SubjectSpace:
+        known = known_space(found.config.space_fingerprint or "") if known_space is not None else None
+        return known or find_space_of(found.config, at, found.folder, down)
+
+    source = found.subject(down, find_space)
     if at.folder is None:
         source.config.read_from(at.name, folder=str(found.folder), subfolder=at.subfolder, **at.options)
     return source
@@ -111,19 +131,24 @@ def load_down(
 
 
 def load_subject(
-    path_or_repo: str | os.PathLike[str], *, known_down: KnownDown | None = None, **hub: Unpack[HubOptions]
+    path_or_repo: str | os.PathLike[str],
+    *,
+    known_down: KnownDown | None = None,
+    known_space: KnownSpace | None = None,
+    **hub: Unpack[HubOptions],
 ) -> SubjectSource:
     """Read a subject, and the Down it names, from local folders or the Hub; arguments and errors are those of `load`.
 
     Raises:
         WrongKindError: it is a Down.
     """
-    source = load(path_or_repo, known_down=known_down, **hub)
-    if isinstance(source, DownSource):
-        raise WrongKindError(
-            f"{path_or_repo}: expected a subject (stage 'subject'), found a Down (stage 'meta'). Use load_down."
-        )
-    return source
+    at = locate(path_or_repo, **hub)
+    with open_artefact(fetch(at)) as found:
+        if found.is_down:
+            raise WrongKindError(
+                f"{path_or_repo}: expected a subject (stage 'subject'), found a Down (stage 'meta'). Use load_down."
+            )
+        return subject_of(found, at, known_down=known_down, known_space=known_space)
 
 
 def folder_of(path_or_repo: str | os.PathLike[str], also: Sequence[str] = (), **hub: Unpack[HubOptions]) -> Path:
@@ -154,6 +179,30 @@ def find_down(config: MetaLoraConfig, at: Location, folder: Path) -> DownSource:
     Raises:
         As `load_down`, and MissingDownError when nothing is named or found.
     """
+    return checkpoint.load_down(fetch(_place_of_down(config, at, folder)), expected_fingerprint=config.down_fingerprint)
+
+
+def find_space_of(config: MetaLoraConfig, at: Location, folder: Path, down: DownSource) -> SubjectSpace:
+    """Read the subject space that a code needs, beside the Down that its configuration names.
+
+    Args:
+        config, at, folder: as `find_down` takes them.
+        down: the Down, read already or on a model.
+
+    Raises:
+        As `find_down` and `checkpoint.artefacts.space_for`.
+    """
+    return space_at(_place_of_down(config, at, folder), config, down)
+
+
+def space_at(place: Location, config: MetaLoraConfig, down: DownSource) -> SubjectSpace:
+    """Read the subject space that a code needs from where its Down lies; raises as `find_space_of`."""
+    folder = fetch(place, (CONFIG_FILE,))
+    fetch_beside(place, SPACE_FILE)
+    return space_for(config, folder, down)
+
+
+def _place_of_down(config: MetaLoraConfig, at: Location, folder: Path) -> Location:
     name = config.down or ""
     is_path = name.startswith(".") or not REPO_ID.fullmatch(name)
     if name and is_path and not os.path.isabs(name) and at.folder is None:
@@ -163,16 +212,18 @@ def find_down(config: MetaLoraConfig, at: Location, folder: Path) -> DownSource:
                 f"{at.name}: expected a Down inside the repository, found the path {name[:80]!r}. "
                 "Ask its author to name the Down's repository."
             )
-        place = fetch(Location(at.name, inside, at.options))
-    else:
-        named = down_reference(config, folder)
-        of_down = {**at.options, "revision": config.down_revision}
-        place = named if isinstance(named, Path) else fetch(Location(named, None, of_down))
-    return checkpoint.load_down(place, expected_fingerprint=config.down_fingerprint)
+        return Location(at.name, inside, at.options)
+    named = down_reference(config, folder)
+    if isinstance(named, Path):
+        return Location(str(named), None, {}, named)
+    return Location(named, None, {**at.options, "revision": config.down_revision})
 
 
-def fetch(at: Location) -> Path:
+def fetch(at: Location, names: Sequence[str] | None = None) -> Path:
     """Return the local folder of an artefact, its two files downloaded into the Hub's cache if need be.
+
+    Args:
+        names: other files than these.
 
     Raises:
         HubError: the repository, its revision or its files cannot be had.
@@ -187,9 +238,10 @@ def fetch(at: Location) -> Path:
             f"{at.name}: expected a local folder or a repository id such as ann/faces, found neither. Check it."
         )
     at = _within_reach(at)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        path = _download(at, name)
-    return path.parent
+    if names is None:
+        folder = _download(at, CONFIG_FILE).parent
+        names = (main_file(read_config(folder)),)
+    return [_download(at, name) for name in names][-1].parent
 
 
 def _within_reach(at: Location) -> Location:

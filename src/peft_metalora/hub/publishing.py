@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,25 +20,35 @@ import torch
 from typing_extensions import Unpack
 
 from ..checkpoint import load_down as load_local_down
-from ..checkpoint.artefacts import CARD_FILE, READER_FILES, open_artefact, sealed, write_artefact
+from ..checkpoint.artefacts import CARD_FILE, open_artefact, sealed, write_artefact
 from ..checkpoint.base_model import REPO_ID
 from ..checkpoint.factors import SubjectSource
 from ..checkpoint.folded import FOLD_FILE, LoraPair, check_fold, component_name, fold_subject
-from ..checkpoint.untrusted import open_tensors, read_json
+from ..checkpoint.reader_files import ENCODER_CONFIG_FILE, READER_FILES, ReaderFiles, check_reader
+from ..checkpoint.space import CodeSource, SubjectCode
+from ..checkpoint.untrusted import read_json
 from ..data import load_image
 from ..data.images import png
 from ..errors import (
     ArtefactNotFoundError,
-    FingerprintMismatchError,
     HubError,
     MissingDownError,
     UnsafeNameError,
     WrongKindError,
 )
-from ..files import write_bytes
 from ..tuner import DownSource, MetaLoraConfig
 from .cards import Picture, model_card
-from .loading import HUB_FAILURES, HubOptions, Location, fetch, fetch_beside, find_down, repository, what_failed
+from .loading import (
+    HUB_FAILURES,
+    HubOptions,
+    Location,
+    fetch,
+    fetch_beside,
+    repository,
+    space_at,
+    subject_of,
+    what_failed,
+)
 
 
 def push_down(
@@ -69,7 +80,7 @@ def push_down(
     with open_artefact(_local(folder)) as found:
         source = found.down()
     config = dataclasses.replace(found.config, num_slots=1, down_fingerprint=source.fingerprint)
-    reader = _reader_of(Location(str(folder), None, {}, Path(folder)), source.fingerprint)
+    reader = _reader_of(Location(str(folder), None, {}, Path(folder)), config, source)
     return _push(config, source.tensors, {}, repo_id, private, gallery or {}, revision, commit_message, token, reader)
 
 
@@ -119,11 +130,13 @@ def push_subject(
                 "meant with save_subject(..., slot=<its number>)."
             )
         at = Location(reference, None, {"revision": down_revision or config.down_revision, "token": token})
-        source = found.subject(load_local_down(fetch(at), expected_fingerprint=config.down_fingerprint))
+        its_down = load_local_down(fetch(at), expected_fingerprint=config.down_fingerprint)
+        source = found.subject(its_down, lambda: space_at(at, config, its_down))
     config = dataclasses.replace(config, down=reference, down_revision=at.options["revision"] or _commit_of(at))
     # DoRA rescales the weight itself, which no ordinary LoRA can say.
     pairs = fold_subject(config, source.down.tensors, source.tensors) if not config.use_dora else {}
-    return _push(config, source.tensors, pairs, repo_id, private, gallery or {}, revision, commit_message, token)
+    content = source.code if isinstance(source, CodeSource) else source.tensors
+    return _push(config, content, pairs, repo_id, private, gallery or {}, revision, commit_message, token)
 
 
 def _local(folder: str | os.PathLike[str]) -> Path:
@@ -159,8 +172,12 @@ def pull(
     at = repository(repo_id, **hub)
     with open_artefact(fetch(at)) as found:
         config = found.config
-        source = found.down() if found.is_down else found.subject(find_down(config, at, found.folder))
-    reader = _reader_of(at, source.fingerprint) if isinstance(source, DownSource) else {}
+        source = found.down() if found.is_down else subject_of(found, at)
+    reader = None
+    if isinstance(source, DownSource):
+        reader = _reader_of(at, config, source)
+        if reader is not None and folder is None:
+            check_reader(found.folder, config, source)
     pairs: dict[str, LoraPair] = {}
     if isinstance(source, SubjectSource) and (fold := fetch_beside(at, FOLD_FILE)) is not None:
         pairs = fold_subject(config, source.down.tensors, source.tensors)
@@ -169,45 +186,46 @@ def pull(
         return found.folder
     card = fetch_beside(at, CARD_FILE)
     text = card.read_bytes() if card is not None else None
-    write_artefact(Path(folder), config, source.tensors, pairs, card=text, overwrite=overwrite)
-    for name, content in reader.items():
-        write_bytes(Path(folder) / name, content)
-    return Path(folder)
+    content = source.code if isinstance(source, CodeSource) else source.tensors
+    return write_artefact(Path(folder), config, content, pairs, reader=reader, card=text, overwrite=overwrite)
 
 
-def _reader_of(at: Location, down_fingerprint: str) -> dict[str, bytes]:
-    """The files that a Down reads photos with, checked as far as it takes no base; none where it does not read.
+def _reader_of(at: Location, config: MetaLoraConfig, down: DownSource) -> ReaderFiles | None:
+    """What a Down reads photos with, to be copied and checked as far as it takes no base; None where it does not read.
 
     Raises:
-        CorruptFileError, UnsafeNameError, TensorDtypeError: a file that is not what its name says.
-        FingerprintMismatchError: they belong to another Down.
+        ArtefactNotFoundError: a file that its configuration names is not there.
         UnsafeNameError: the encoder looks through a model that only this machine has.
     """
-    paths = {name: fetch_beside(at, name) for name in READER_FILES}
-    space, encoder, config = (paths[name] for name in READER_FILES)
-    if space is None or encoder is None or config is None:
-        return {}
-    with open_tensors(space) as file:
-        found = file.header.metadata.get("down_fingerprint", "")
-    if found != down_fingerprint:
-        raise FingerprintMismatchError(
-            f"{space}: expected the space of the Down {down_fingerprint[:16]}…, found that of {found[:16]}…. Train the "
-            "encoder of this Down, or remove what is of another."
-        )
-    with open_tensors(encoder):
-        pass
-    kind, _, model = str(read_json(config).get("source")).partition(":")
+    if config.space_fingerprint is None or config.encoder_fingerprint is None:
+        return None
+    paths: list[Path] = []
+    for name in READER_FILES:
+        path = fetch_beside(at, name)
+        if path is None:
+            raise ArtefactNotFoundError(
+                f"{at.folder or at.name}: expected {name}, as the Down's configuration says that it reads photos, "
+                "found none. Train its encoder again, or save the Down without."
+            )
+        paths.append(path)
+    kind, _, model = str(read_json(paths[READER_FILES.index(ENCODER_CONFIG_FILE)]).get("source")).partition(":")
     if kind == "transformers" and not REPO_ID.fullmatch(model):
         raise UnsafeNameError(
-            f"{config}: expected an encoder that looks through a model of the Hub, found {model[:80]!r}, which only "
+            f"{paths[-1]}: expected an encoder that looks through a model of the Hub, found {model[:80]!r}, which only "
             "this machine has. Train it on a repository's model."
         )
-    return {name: path.read_bytes() for name, path in paths.items() if path is not None}
+
+    def write(stage: Path) -> None:
+        for path in paths:
+            shutil.copyfile(path, stage / path.name)
+        check_reader(stage, config, down)
+
+    return ReaderFiles(config.space_fingerprint, config.encoder_fingerprint, write)
 
 
 def _push(
     config: MetaLoraConfig,
-    tensors: Mapping[str, torch.Tensor],
+    content: Mapping[str, torch.Tensor] | SubjectCode,
     fold: Mapping[str, LoraPair],
     repo_id: str,
     private: bool,
@@ -215,9 +233,9 @@ def _push(
     revision: str | None,
     commit_message: str | None,
     token: str | bool | None,
-    reader: Mapping[str, bytes] | None = None,
+    reader: ReaderFiles | None = None,
 ) -> str:
-    """Send what a fresh save of these tensors would hold: nothing is taken from a file by its name."""
+    """Send what a fresh save of this would hold: nothing is taken from a file by its name."""
     if not REPO_ID.fullmatch(repo_id) or ".." in repo_id:
         raise HubError(f"{repo_id!r}: expected a repository id such as ann/faces-down. Give owner and name.")
     pictures = {f"images/{index}.png": _picture(path) for index, path in enumerate(gallery)}
@@ -227,10 +245,10 @@ def _push(
         config = dataclasses.replace(config, **nameless)
     shown = tuple(Picture(name, prompt) for name, prompt in zip(pictures, gallery.values(), strict=True))
     with tempfile.TemporaryDirectory() as made:
-        saved = write_artefact(Path(made) / "artefact", config, tensors, fold)
+        saved = write_artefact(Path(made) / "artefact", config, content, fold, reader=reader)
         contents = {path.name: path.read_bytes() for path in sorted(saved.iterdir())}
         card = model_card(config, repo_id, saved, shown, has_fold=bool(fold))
-    contents = {**contents, **(reader or {}), CARD_FILE: sealed(card).encode(), **pictures}
+    contents = {**contents, CARD_FILE: sealed(card).encode(), **pictures}
     api = huggingface_hub.HfApi(token=token)
     kind = "Down" if config.stage == "meta" else "subject"
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.artefacts import SIDE_FILES, require_replaceable
+from ..checkpoint.artefacts import MAIN_FILES, SIDE_FILES, require_replaceable
 from ..checkpoint.base_model import REPO_ID
 from ..checkpoint.factors import SubjectSource
 from ..checkpoint.folded import FOLD_FILE, LoraPair, component_name, fold_subject, model_class, with_names
@@ -61,7 +61,7 @@ def export_subject(
     require_replaceable(folder, None, overwrite=overwrite)
     pairs = fold_subject(source.config, source.down.tensors, source.tensors)
     if format == "peft":
-        with staged_folder(target, stale=SIDE_FILES) as stage:
+        with staged_folder(target, SIDE_FILES, MAIN_FILES) as stage:
             save_tensors(stage / "adapter_model.safetensors", with_names(pairs, "base_model.model.{}"))
             (stage / "adapter_config.json").write_text(json.dumps(_config_file(source.config, pairs), indent=2))
         return target

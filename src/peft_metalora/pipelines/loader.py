@@ -21,8 +21,10 @@ from typing_extensions import Unpack
 
 from .. import checkpoint
 from ..bases import base_for
-from ..checkpoint.artefacts import READER_FILES
+from ..checkpoint.artefacts import know_code
 from ..checkpoint.factors import SubjectSource
+from ..checkpoint.reader_files import READER_FILES
+from ..checkpoint.space import CodeSource
 from ..data import load_image
 from ..encoder import load_reader
 from ..errors import AdapterStateError, WrongKindError
@@ -207,6 +209,8 @@ class MetaLoraLoaderMixin(ChoosingMixin):
                 copy_factors(model, source.tensors, name)
                 if source is down:
                     know_down(model, name, down.fingerprint)
+                elif isinstance(source, CodeSource):
+                    know_code(model, name, source.code)
             except BaseException:
                 remove_adapters(model, [name], before)
                 raise

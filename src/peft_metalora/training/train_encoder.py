@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..bases import Base
 from ..bases.precision import choose_device
-from ..checkpoint.artefacts import require_replaceable, write_artefact
+from ..checkpoint.artefacts import require_replaceable
 from ..checkpoint.base_model import check_fits
 from ..data import Subject
 from ..encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_reader
@@ -321,8 +321,7 @@ def _facts(run: EncoderTraining, config: TrainEncoderConfig) -> dict[str, Any]:
 def save_with_reader(
     folder: str, down: DownSource, run: EncoderTraining, facts: dict[str, Any], *, overwrite: bool
 ) -> None:
-    """Write a Down with its reader; raises as `write_artefact` and `save_reader`."""
+    """Write a Down with its reader; raises as `save_reader`."""
     config = dataclasses.replace(down.config, facts={**(down.config.facts or {}), **facts})
-    config.down_fingerprint = down.fingerprint
-    write_artefact(Path(folder), config, down.tensors, overwrite=overwrite)
-    save_reader(folder, run.space.rounded().cpu(), run.encoder.cpu())
+    source = dataclasses.replace(down, config=config)
+    save_reader(folder, run.space.rounded().cpu(), run.encoder.cpu(), source, overwrite=overwrite)

@@ -96,6 +96,14 @@ class MetaLoraConfig(PeftConfig):
     )
     down_revision: str | None = setting("Revision of the Down's repository.", None)
     down_fingerprint: str | None = setting("Hash that identifies the Down's tensors; set when a Down is bound.", None)
+    space_fingerprint: str | None = setting(
+        "Hash of a subject space: that of a Down that reads photos, or the one that a subject's code is of; set when "
+        "files are written.",
+        None,
+    )
+    encoder_fingerprint: str | None = setting(
+        "Hash of the encoder of a Down that reads photos; set when files are written.", None
+    )
     subject_name: str | None = setting(
         "Who a subject is, for the files: a save of somebody else does not replace it unasked.", None
     )
@@ -109,6 +117,8 @@ class MetaLoraConfig(PeftConfig):
 
     # Where it was read: the arguments that found it, so that a Down named by a relative path can be found. Never saved.
     origin: ClassVar[dict[str, Any] | None] = None
+    # Of a subject that was expanded from a code: the code, and a hash of the factors as they were then. Never saved.
+    expanded_from: ClassVar[tuple[Any, str] | None] = None
 
     @classmethod
     def from_pretrained(
@@ -164,6 +174,8 @@ class MetaLoraConfig(PeftConfig):
         written.down = reference_to_write(self.located_down(), save_directory)
         if self.stage == "meta":
             written.down_fingerprint = None  # of the tensors as they are, which only whoever reads them knows
+        # PEFT writes factors alone, without what reads photos and not as a code.
+        written.format_version, written.space_fingerprint, written.encoder_fingerprint = 1, None, None
         super(MetaLoraConfig, written).save_pretrained(save_directory, **kwargs)
 
     def __post_init__(self) -> None:

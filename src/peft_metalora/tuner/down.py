@@ -55,6 +55,7 @@ def subject_config(source: DownSource, *, r: int | None = None, **changes: Any) 
     before = source.config
     own: dict[str, Any] = {"stage": "subject", "num_slots": 1, "r": before.r if r is None else r}
     own |= {"down_fingerprint": source.fingerprint, "facts": None, "init_weights": True, "lora_dropout": 0.0}
+    own |= {"format_version": 1, "space_fingerprint": None, "encoder_fingerprint": None}  # the Down's
     config = dataclasses.replace(before, **own | changes)
     if config.r == before.r or "lora_alpha" in changes:
         return config
