@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from artefacts_tiny import edit_config
 from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, load_subject, save_down
 from peft_metalora.bases import base_for
 from peft_metalora.cli import main
 from peft_metalora.encoder import EncoderConfig, Reader, SubjectSpace, load_reader, make_encoder, save_reader
 from peft_metalora.errors import ArtefactNotFoundError, FingerprintMismatchError, NoImagesError, UnsafeNameError
-from peft_metalora.hub import pull, push_down
+from peft_metalora.hub import pull, push_down, push_subject
 from peft_metalora.pipelines.table import tables_of
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
 
@@ -53,10 +54,10 @@ def down_folder(tmp_path, base_folder):
     return folder
 
 
-def draw(pipe, **options):
-    generator = torch.Generator().manual_seed(0)
+def draw(pipe, *, prompt="a photo of a person", seeds=(0,), **options):
+    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
     options |= {"height": 16, "width": 16, "num_inference_steps": 2, "max_sequence_length": 8, "output_type": "np"}
-    return torch.tensor(pipe("a photo of a person", generator=generator, **options).images)
+    return torch.tensor(pipe(prompt, generator=generator, **options).images)
 
 
 def test_a_person_is_in_the_pipeline_after_one_call(tmp_path, down_folder):
@@ -169,6 +170,100 @@ def test_it_goes_to_the_hub_and_comes_back_with_its_down(tmp_path, down_folder, 
     pipe.unload_meta_lora()
     pipe.read_subject(photo(tmp_path), "ann", down=pulled)
     assert torch.equal(draw(pipe), ann)
+
+
+def read_as_code(tmp_path, down_folder, name="ann"):
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    pipe.read_subject(photo(tmp_path), name, down=down_folder)
+    pipe.save_meta_lora(tmp_path / name, name, down=down_folder)
+    drawn = draw(pipe)
+    pipe.unload_meta_lora()
+    return pipe, tmp_path / name, drawn
+
+
+def test_a_folder_with_a_code_draws_the_same_on_every_road(tmp_path, down_folder):
+    pipe, folder, wanted = read_as_code(tmp_path, down_folder)
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "subject_code.safetensors"}
+    assert pipe.load_meta_lora(folder) == "ann"
+    assert torch.equal(draw(pipe), wanted)
+    pipe.save_meta_lora(tmp_path / "again", "ann", down=down_folder)
+    code = "subject_code.safetensors"
+    assert (tmp_path / "again" / code).read_bytes() == (folder / code).read_bytes()
+    pipe.save_meta_lora(tmp_path / "whole", "ann", down=down_folder, whole=True)
+    pipe.add_subject(folder, "slot")
+    pipe.add_subject(tmp_path / "whole", "row")
+    both = draw(pipe, subjects=["slot", "row"], prompt=["a photo of a person"] * 2, seeds=(0, 0))
+    torch.testing.assert_close(both[0], wanted[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(both[1], wanted[0], rtol=0, atol=1e-4)
+    (table,) = tables_of(pipe.transformer).values()
+    assert [*table._host] == ["row"] and table.space(load_subject(folder).space.fingerprint) is not None
+
+
+def test_whoever_was_trained_since_keeps_mid_and_up(tmp_path, down_folder):
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    pipe.read_subject(photo(tmp_path), "ann", down=down_folder)
+    ups = [p for name, p in pipe.transformer.named_parameters() if name.endswith("_up.ann")]
+    with torch.no_grad():
+        ups[0][0, 0] += 1e-3
+    drawn = draw(pipe)
+    pipe.save_meta_lora(tmp_path / "ann", "ann", down=down_folder)
+    assert (tmp_path / "ann" / "adapter_model.safetensors").exists()
+    pipe.unload_meta_lora()
+    pipe.load_meta_lora(tmp_path / "ann")
+    assert torch.equal(draw(pipe), drawn)
+
+
+def test_a_code_goes_to_the_hub_and_comes_back(tmp_path, down_folder, server):
+    pipe, folder, wanted = read_as_code(tmp_path, down_folder)
+    push_down(down_folder, "ann/faces")
+    push_subject(folder, "ann/me", down="ann/faces")
+    sent = server.repos["ann/me"].files()
+    assert "adapter_model.safetensors" not in sent and "pytorch_lora_weights.safetensors" in sent
+    card = sent["README.md"].decode()
+    whole = sum(len(content) for name, content in sent.items() if name != "README.md")
+    code = len(sent["subject_code.safetensors"])
+    assert f"| code | {code} bytes |" in card and f"| whole folder | {whole} bytes |" in card
+    assert "as a code, on the Down" in card
+    pipe.load_meta_lora("ann/me", "ann")
+    torch.testing.assert_close(draw(pipe), wanted)
+    pipe.unload_meta_lora()
+    pulled = pull("ann/me", tmp_path / "pulled")
+    assert (pulled / "subject_code.safetensors").read_bytes() == (folder / "subject_code.safetensors").read_bytes()
+    pipe.add_subject(pulled, "ann")
+    torch.testing.assert_close(draw(pipe, subjects="ann"), wanted, rtol=0, atol=1e-4)
+
+
+def test_a_code_is_not_pushed_onto_a_down_that_cannot_expand_it(tmp_path, down_folder, server):
+    _, folder, _ = read_as_code(tmp_path, down_folder)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (bare / name).write_bytes((down_folder / name).read_bytes())
+    edit_config(bare, format_version=1)
+    push_down(bare, "ann/bare")
+    assert "subject_space.safetensors" not in server.repos["ann/bare"].files()
+    with pytest.raises(ArtefactNotFoundError, match="expected a Down with the subject space"):
+        push_subject(folder, "ann/me", down="ann/bare")
+    assert "ann/me" not in server.repos
+
+
+@pytest.mark.parametrize("name", ["subject_space.safetensors", "subject_encoder.safetensors", "encoder_config.json"])
+def test_what_the_down_names_has_to_be_there_and_be_that(tmp_path, down_folder, server, name):
+    """Bug: a Down went out without what it reads with, or with that of another training, and nobody said so."""
+    (down_folder / name).rename(tmp_path / name)
+    with pytest.raises(ArtefactNotFoundError, match=name):
+        push_down(down_folder, "ann/faces")
+    (tmp_path / name).rename(down_folder / name)
+    if name.endswith(".safetensors"):
+        with (down_folder / name).open("r+b") as file:
+            file.seek(-3, 2)
+            file.write(b"\x01\x02\x03")
+    else:
+        facts = json.loads((down_folder / name).read_text())
+        (down_folder / name).write_text(json.dumps({**facts, "dropout": 0.3}))
+    with pytest.raises(FingerprintMismatchError):
+        push_down(down_folder, "ann/faces")
+    assert "ann/faces" not in server.repos
 
 
 def test_what_only_this_machine_has_is_not_published(down_folder, server):
