@@ -14,7 +14,7 @@ from typing import Any
 def forkserver() -> ForkServerContext:
     """Where fresh processes of training come from; one server a test session."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_metalora.training.meta_train", "peft_metalora.training.personalize"])
+    context.set_forkserver_preload(["peft_metalora.training.meta_train", "peft_metalora.training.train_encoder"])
     return context
 
 

@@ -273,7 +273,6 @@ def _stacks(base: Base, config: TrainEncoderConfig, processes: Processes) -> tup
         (wants_shards(processes, config), "the base is divided over processes"),
         (config.gradient_checkpointing, "gradient_checkpointing"),
         (backend_of(config) is not None, "dynamo_backend"),
-        (base.denoiser_name != "transformer", "a UNet"),
     ):
         if asked:
             return False, why

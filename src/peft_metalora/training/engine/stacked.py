@@ -302,8 +302,8 @@ class _OneDenoiser(_StandIn):
 
     values: dict[str, Tensor]
 
-    def forward(self, **kwargs: Any) -> Any:
-        return functional_call(self._stack.model, self.values, kwargs=kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self._stack.model, self.values, args, kwargs)
 
 
 class _StackedDenoiser(_StandIn):
