@@ -3,26 +3,35 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from peft_metalora import MetaLoraConfig, load_down, save_down
+from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, save_down
+from peft_metalora.bases import load_base
 from peft_metalora.cli import main
 from peft_metalora.data import read_subjects
 from peft_metalora.data.degrade import DEGRADATIONS, make_worse
 from peft_metalora.encoder import EncoderConfig, make_encoder
-from peft_metalora.errors import ConfigError, TooFewImagesError
-from peft_metalora.metrics import Embeddings
+from peft_metalora.errors import ConfigError, TooFewImagesError, TrainingError
+from peft_metalora.metrics import Embeddings, r_facesim
+from peft_metalora.training import train_encoder as module
+from peft_metalora.training.engine.processes import Processes
+from peft_metalora.training.engine.slot_gradients import SlotGradients
+from peft_metalora.training.engine.stacked import RowGradients
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.reading import read_photos
 from peft_metalora.training.stage_settings import TrainEncoderConfig
 from peft_metalora.training.train_encoder import train_encoder
+from peft_metalora.training.watching import held_out
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
-from training_tiny import write_people
+from training_tiny import Brightness, tiny_base, write_people
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +149,185 @@ def test_worse_photos_are_of_the_same_size_and_differ():
     assert len({image.tobytes() for image in made}) > len(DEGRADATIONS)
     dark = make_worse(photo, source, ("low_light",), erasing=False)
     assert np.asarray(dark).mean() < 0.9 * pixels.mean()
+
+
+FILES = "subject_space.safetensors", "subject_encoder.safetensors", "encoder_config.json"
+BY_SLOTS = {"gradient_checkpointing": True}  # which the stacked step cannot do
+
+
+def content(folder):
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+def teach(config):
+    with pytest.warns(UserWarning, match="people"):
+        train_encoder(config, progress=False)
+
+
+@pytest.mark.parametrize("way", [{}, BY_SLOTS], ids=["stacked", "slots"])
+def test_resumed_in_the_middle_equals_uninterrupted(folders, tmp_path, way):
+    settings = {"max_train_steps": 6, "gradient_accumulation_steps": 2, **way}
+    teach(config_of(folders, tmp_path / "whole", **settings, checkpointing_steps=2))
+    for step in (2, 4, 6):
+        folder = str(tmp_path / "whole" / f"checkpoint-{step}")
+        teach(config_of(folders, tmp_path / f"{step}", **settings, resume_from_checkpoint=folder))
+        assert content(tmp_path / f"{step}") == content(tmp_path / "whole")
+    # Killed in step 5: 'latest' goes on after step 4, and only the newest are kept.
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-6")
+    settings |= {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest"}
+    teach(config_of(folders, tmp_path / "whole", **settings))
+    assert content(tmp_path / "whole") == content(tmp_path / "2")
+    left = sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*"))
+    assert left == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_run_goes_on_only_as_what_it_was(folders, tmp_path):
+    teach(config_of(folders, tmp_path / "one", checkpointing_steps=2))
+    folder = str(tmp_path / "one" / "checkpoint-2")
+    other = write_people(tmp_path / "other", subjects=4)
+    torch.manual_seed(1)
+    pipe = tiny_flux_pipeline()
+    pipe.transformer.add_adapter(MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=["to_q"]), "faces")
+    save_down(tmp_path / "down", pipe.transformer, "faces", base_model=str(folders / "base"))
+    for changes, message in (
+        ({"learning_rate": 0.1}, "other values of learning_rate"),
+        ({"max_train_steps": 9}, "other values of max_train_steps"),
+        ({"encoder_dropout": 0.0}, "other values of encoder_dropout"),
+        ({"train_data_dir": str(other)}, "expected the photos of the run"),
+        ({"down": str(tmp_path / "down")}, "expected the Down of the run"),
+    ):
+        config = config_of(folders, tmp_path / "again", resume_from_checkpoint=folder, **changes)
+        with pytest.warns(UserWarning, match="people"), pytest.raises(ConfigError, match=message):
+            train_encoder(config, progress=False)
+    assert not (tmp_path / "again").exists()
+
+
+def test_training_does_not_notice_that_it_is_looked_at(folders, tmp_path, monkeypatch):
+    write_people(tmp_path / "others", subjects=2, each=3)
+    looking = {"validation_steps": 2, "validation_data_dir": str(tmp_path / "others"), "max_train_steps": 4}
+    looking |= {"validation_prompt": ["a photo", "a red shirt"], "report_to": "tensorboard"}
+    for name, way in (("stacked", {}), ("slots", BY_SLOTS)):
+        blind, seeing = tmp_path / f"blind-{name}", tmp_path / f"seeing-{name}"
+        teach(config_of(folders, blind, max_train_steps=4, **way))
+        teach(config_of(folders, seeing, **looking, **way, space_learning_rate=3e-4))
+        assert content(seeing) == content(blind)
+    seen = {}
+    for name in ("stacked", "slots"):
+        place = tmp_path / f"seeing-{name}" / "validation"
+        assert sorted(path.name for path in place.iterdir()) == ["00002.png", "00004.png", "scores.jsonl"]
+        assert Image.open(place / "00004.png").size == (3 * 16, 2 * 16)
+        seen[name] = [json.loads(line) for line in (place / "scores.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in seen[name]] == [2, 4]
+        assert list(seen[name][0]["subjects"]) == ["person-0", "person-1"]
+        assert seen[name][0]["score"] != seen[name][1]["score"]
+    for one, other in zip(seen["stacked"], seen["slots"], strict=True):
+        assert one["score"] == pytest.approx(other["score"], rel=1e-4)
+    (events,) = (tmp_path / "seeing-slots" / "logs" / "metalora").glob("events*")
+    found = EventAccumulator(str(events.parent)).Reload()
+    assert {"loss", "lr", "validation_score"} <= set(found.Tags()["scalars"])
+    assert [one.step for one in found.Scalars("loss")] == [1, 2, 3, 4]
+    # Only names of folders leave the machine.
+    for path in (tmp_path / "seeing-slots" / "logs").rglob("*"):
+        assert path.is_dir() or (str(tmp_path).encode() not in path.read_bytes())
+        assert path.is_dir() or (str(folders).encode() not in path.read_bytes())
+
+
+def test_the_score_is_that_of_a_person_who_is_read(folders, tmp_path, monkeypatch):
+    write_people(tmp_path / "others", subjects=1, each=2)
+    monkeypatch.setattr(held_out, "load_embedder", lambda name: Brightness())
+    looking = {"validation_steps": 3, "validation_data_dir": str(tmp_path / "others"), "validation_prompt": ["a photo"]}
+    teach(config_of(folders, tmp_path / "out", **looking, validation_embedder="brightness", space_learning_rate=0.1))
+    (line,) = (tmp_path / "out" / "validation" / "scores.jsonl").read_text().splitlines()
+    # The same person, read from the files.
+    pipe = enable_meta_lora(load_base(str(folders / "base"), dtype=torch.float32).pipeline)
+    reference, other = sorted((tmp_path / "others" / "person-0").glob("*.png"))
+    pipe.read_subject(reference, "ann", down=str(tmp_path / "out"))
+    drawn = pipe("a photo", generator=torch.Generator().manual_seed(0), height=16, width=16, num_inference_steps=20)
+    embedder = Brightness()
+    score = r_facesim(embedder.embed(drawn.images), embedder.embed([Image.open(other)])).mean
+    assert json.loads(line)["score"] == pytest.approx(score, abs=1e-3)  # the basis at rest is bfloat16
+
+
+def test_held_out_people_of_the_folder_are_not_trained_on(folders, tmp_path):
+    teach(config_of(folders, tmp_path / "out", validation_steps=2, validation_subjects=1))
+    assert load_down(tmp_path / "out").config.facts["encoder_subjects"] == 2
+    (line,) = (tmp_path / "out" / "validation" / "scores.jsonl").read_text().splitlines()
+    assert list(json.loads(line)["subjects"]) == ["person-2"]
+
+
+@pytest.mark.parametrize("way", [{}, BY_SLOTS], ids=["stacked", "slots"])
+def test_a_gradient_that_is_no_number_stops_the_run(folders, tmp_path, monkeypatch, way):
+    gradients = SlotGradients if way else RowGradients
+    original, calls = gradients.__call__, []
+
+    def bad(self, inputs):
+        losses, gradient = original(self, inputs)
+        calls.append(len(calls))
+        return losses, gradient * (torch.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(gradients, "__call__", bad)
+    config = config_of(folders, tmp_path / "out", max_train_steps=5, checkpointing_steps=1, **way)
+    with (
+        pytest.warns(UserWarning, match="people"),
+        pytest.raises(TrainingError, match=r"finite gradients.* in step 3.*No result.*good checkpoint is .*point-2\."),
+    ):
+        train_encoder(config, progress=False)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(folders, tmp_path, monkeypatch):
+    original = RowGradients.__call__
+    monkeypatch.setattr(
+        RowGradients, "__call__", lambda self, inputs: tuple(part * torch.nan for part in original(self, inputs))
+    )
+    with pytest.warns(UserWarning, match="people"), pytest.raises(TrainingError, match="no checkpoint is from before"):
+        train_encoder(config_of(folders, tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_it_writes_what_there_is(folders, tmp_path, monkeypatch):
+    original, calls = RowGradients.__call__, []
+
+    def interrupted(self, inputs):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, inputs)
+
+    monkeypatch.setattr(RowGradients, "__call__", interrupted)
+    with pytest.warns(UserWarning, match="people"), pytest.raises(KeyboardInterrupt):
+        train_encoder(config_of(folders, tmp_path / "out"), progress=False)
+    assert load_down(tmp_path / "out").config.facts["encoder_steps"] == 2
+    assert all((tmp_path / "out" / name).exists() for name in FILES)
+
+
+def test_few_people_and_people_with_one_photo_are_told(folders, tmp_path):
+    people = write_people(tmp_path / "people", subjects=3, each=2)
+    lines = (people / "person-1" / "metadata.jsonl").read_text().splitlines()
+    (people / "person-1" / "1.png").unlink()
+    (people / "person-1" / "metadata.jsonl").write_text(lines[0])
+    with pytest.warns(UserWarning) as warnings:
+        train_encoder(config_of(folders, tmp_path / "out", train_data_dir=str(people)), progress=False)
+    told = [str(one.message) for one in warnings]
+    assert any(text.startswith("2 people: ") and "0.591 after 256" in text for text in told)
+    assert "left out 1 of 3 people, who have one photo: person-1" in told
+    assert load_down(tmp_path / "out").config.facts["encoder_subjects"] == 2
+
+
+def test_which_gradients_are_taken_is_a_rule_and_is_said(folders, tmp_path, capsys, monkeypatch):
+    with pytest.warns(UserWarning, match="people"):
+        train_encoder(config_of(folders, tmp_path / "out", max_train_steps=1), progress=True)
+    assert "gradients of 2 people a batch: stacked (a base of 0 M numbers, at most 100 M)" in capsys.readouterr().out
+    base = tiny_base()
+    for changes, why in ((BY_SLOTS, "gradient_checkpointing"), ({"dynamo_backend": "eager"}, "dynamo_backend")):
+        assert module.stacks(base, config_of(folders, "unused", **changes), Processes()) == (False, why)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    found = module.stacks(base, config_of(folders, "unused"), Processes(0, 2))
+    assert found == (False, "the base is divided over processes")
+    base.denoiser.numbers_of_a_large_one = torch.nn.Parameter(torch.empty(101_000_000, device="meta"))
+    taken, why = module.stacks(base, config_of(folders, "unused"), Processes())
+    assert not taken and why == "a base of 101 M numbers, more than 100 M"
 
 
 def test_what_cannot_be_trained_is_named_and_writes_nothing(folders, tmp_path):

@@ -198,7 +198,7 @@ def teach(
             f"{config.subjects_per_batch}: give {processes.count * max(1, rows)}"
         )
     trackers = Trackers(config, processes)
-    stacked, why = _stacks(base, config, processes)
+    stacked, why = stacks(base, config, processes)
     adapter = subject_config(
         down, num_slots=1 if stacked else rows, start="mean", down=config.down, inference_mode=False
     )
@@ -264,7 +264,7 @@ def teach(
         take_off(base, config)
 
 
-def _stacks(base: Base, config: TrainEncoderConfig, processes: Processes) -> tuple[bool, str]:
+def stacks(base: Base, config: TrainEncoderConfig, processes: Processes) -> tuple[bool, str]:
     """Whether the people of a step are stacked or held in slots, and why."""
     size = sum(parameter.numel() for parameter in base.denoiser.parameters())
     if size > _SMALL:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both stages on two processes (gloo) give what one process gives, with a whole base and with a divided one."""
+"""All training on two processes (gloo) gives what one process gives, with a whole base and with a divided one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from forked import on_two_processes
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.sharding import shard, wants_shards
+from peft_metalora.training.engine.state import read_state
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
+from peft_metalora.training.stage_settings import MetaTrainConfig, TrainEncoderConfig
+from peft_metalora.training.train_encoder import train_encoder
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 
@@ -61,7 +64,9 @@ def worker(rank, environment, configs):
         # An exchange through shared memory, which it would compile first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for config in configs:
-        if hasattr(config, "train_data_dir"):
+        if isinstance(config, TrainEncoderConfig):
+            train_encoder(config, progress=False)
+        elif isinstance(config, MetaTrainConfig):
             result = meta_train(config, progress=False)
             seen = {"held": held(result.denoiser), "losses": result.losses}
             Path(config.output_dir, f"seen-{rank}.json").write_text(json.dumps(seen))
@@ -94,6 +99,14 @@ def stage_2(place, output, method="meta-lora", **changes):
     settings |= {"instance_data_dir": str(place / "people" / "person-0" / "0.png"), "train_batch_size": 3}
     settings |= {"optimizer": "SGD", "learning_rate": 0.1, "max_train_steps": 4}
     return personal_config(**{**settings, **changes}, output_dir=str(output))
+
+
+def reading(place, output, **changes):
+    settings = {"pretrained_model_name_or_path": str(place / "base"), "down": str(place / "one")}
+    settings |= {"train_data_dir": str(place / "people"), "resolution": 16, "code_size": 6, "encoder_width": 8}
+    settings |= {"encoder_hidden": 16, "max_train_steps": 4, "images_per_subject": 2, "lr_warmup_steps": 1}
+    settings |= {"learning_rate": 1e-4, "space_learning_rate": 1e-4, "subjects_per_batch": 4, "device": "cpu"}
+    return TrainEncoderConfig(**{**settings, **changes}, output_dir=str(output))
 
 
 def files(folder):
@@ -138,6 +151,40 @@ def test_two_processes_give_what_one_gives(place, tmp_path, launcher):
         assert own == whole if launcher == "plain" else 0.45 * whole < own < 0.55 * whole
 
 
+def assert_same_state(found, expected):
+    """States of an encoder's training, but for what Adam makes of sums in another order: far less than a step."""
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    for part in ("space", "encoder"):
+        for name, tensor in expected[part].items():
+            torch.testing.assert_close(found[part][name], tensor, rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("launcher", ["plain", "fsdp2"])
+@pytest.mark.filterwarnings("ignore:4 people")
+def test_two_processes_teach_what_one_teaches(place, tmp_path, launcher):
+    """Dropout, too, is drawn for the batch and not for a process. A divided base takes slots, a whole one a stack."""
+    looking = {"validation_steps": 2, "validation_data_dir": str(place / "people"), "validation_subjects": 2}
+    settings = {"checkpointing_steps": 2, "gradient_accumulation_steps": 2, **looking}
+    train_encoder(reading(place, tmp_path / "one", **settings), progress=False)
+    on_two_processes(worker, LAUNCHERS[launcher], [reading(place, tmp_path / "two", **settings)])
+
+    def state(name, step):
+        folder = tmp_path / name / f"checkpoint-{step}"
+        assert [path.name for path in folder.iterdir()] == ["training_state.safetensors"]
+        return read_state(reading(place, "unused", **{**settings, "resume_from_checkpoint": str(folder)}))
+
+    for step in (2, 4):
+        assert_same_state(state("two", step), state("one", step))
+    scores = [(tmp_path / name / "validation" / "scores.jsonl").read_text().splitlines() for name in ("one", "two")]
+    for one, other in zip(*scores, strict=True):
+        assert json.loads(one)["score"] == pytest.approx(json.loads(other)["score"], rel=1e-5)
+    if launcher == "plain":
+        # All share one state, so that another number of processes may go on with it.
+        settings["resume_from_checkpoint"] = str(tmp_path / "two" / "checkpoint-2")
+        train_encoder(reading(place, tmp_path / "again", **settings), progress=False)
+        assert_same_state(state("again", 4), state("two", 4))
+
+
 def test_same_down_from_photos_of_several_shapes_and_balanced_groups(place, tmp_path):
     people = write_people(tmp_path / "people", subjects=5, each=3, sizes=[(24, 24), (40, 24)])
     tags = {f"person-{number}": {"sex": "male" if number < 2 else "female"} for number in range(5)}
@@ -162,6 +209,7 @@ def test_a_run_of_two_processes_resumes(place, tmp_path):
     whole = (
         stage_1(place, tmp_path / "two", **adam, checkpointing_steps=4),
         stage_2(place, tmp_path / "ann", **adam, **looking, checkpointing_steps=3),
+        reading(place, tmp_path / "reading", checkpointing_steps=3),
     )
     on_two_processes(worker, {}, whole)
     folder = tmp_path / "two" / "checkpoint-4"  # in the warm-up of the second bucket
@@ -174,13 +222,14 @@ def test_a_run_of_two_processes_resumes(place, tmp_path):
     resumed = (
         stage_1(place, tmp_path / "two again", **adam, resume_from_checkpoint=str(folder)),
         stage_2(place, tmp_path / "ann again", **adam, **looking, resume_from_checkpoint=half),
+        reading(place, tmp_path / "reading again", resume_from_checkpoint=str(tmp_path / "reading" / "checkpoint-3")),
     )
     on_two_processes(worker, {}, resumed)
-    for name in ("two", "ann"):
+    for name in ("two", "ann", "reading"):
         assert_equal_files(files(tmp_path / f"{name} again"), files(tmp_path / name), 0)
 
 
-def test_what_cannot_be_divided_is_refused(monkeypatch):
+def test_what_cannot_be_divided_is_refused(place, tmp_path, monkeypatch):
     base = tiny_base()
     with pytest.raises(ConfigError, match="multiple of the 2 processes, found 3"):
         MetaTraining(base, tiny_examples(base), meta_config(shards=3), Processes(0, 2))
