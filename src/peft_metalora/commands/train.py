@@ -14,7 +14,8 @@ def run_meta_train(config: MetaTrainConfig) -> Done:
     """Train a Down, and say of how many subjects."""
     result = meta_train(config)
     values = {"folder": config.output_dir, "facts": result.facts}
-    return Done(f"wrote the Down of {result.facts['subjects']} subjects to {config.output_dir}", values)
+    reader = " with its encoder" if config.encoder else ""
+    return Done(f"wrote the Down of {result.facts['subjects']} subjects{reader} to {config.output_dir}", values)
 
 
 def run_personalize(config: PersonalizeConfig) -> Done:

@@ -9,6 +9,7 @@ code through a subject's numbers alone: their gradient comes from the stacked st
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,13 @@ class PhotoPairs:
                 f"{' ...' if len(alone) > 5 else ''}",
                 stacklevel=2,
             )
+
+    def to(self, device: torch.device | str) -> PhotoPairs:
+        """The same, to be drawn on a device."""
+        moved = copy.copy(self)
+        for name, tensor in vars(self).items():
+            setattr(moved, name, tensor.to(device))
+        return moved
 
     def draw(self, count: int, targets: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A read for each of `count` people, (count,), and targets of other photos, (count, targets).

@@ -89,12 +89,17 @@ def sanity_of(
 
 
 @contextmanager
-def saying_what_is_left(config: TrainingConfig) -> Iterator[None]:
-    """Context of a run that writes: a TrainingError also says what there is of the run, and where."""
+def saying_what_is_left(config: TrainingConfig, result: str | None = None) -> Iterator[None]:
+    """Context of a run that writes: a TrainingError also says what there is of the run, and where.
+
+    Args:
+        result: what there is already, in a sentence without its full stop; None: nothing.
+    """
     try:
         yield
     except TrainingError as error:
         good = error.good_step
         checkpoint = None if good is None else last_checkpoint(config.output_dir, good)
         left = "no checkpoint is from before" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
-        raise TrainingError(f"{error} No result was written to {config.output_dir}; {left}.", good) from error
+        result = result or f"No result was written to {config.output_dir}"
+        raise TrainingError(f"{error} {result}; {left}.", good) from error

@@ -31,7 +31,7 @@ from .injecting import saying_what_is_left, take_off
 from .preparing import check_places, make_room, prepare
 from .stage_1 import DownResult, MetaTraining
 from .stage_settings import ENCODER_FOLDER, MetaTrainConfig, TrainEncoderConfig, second_phase
-from .train_encoder import Material, material_of, save_with_reader, teach, warn_of_few
+from .train_encoder import Material, check_shares, material_of, save_with_reader, teach, warn_of_few
 from .watching.held_out import HeldOut, split_subjects
 from .watching.of_a_down import DownValidation, encode_held_out
 from .watching.tracking import Trackers
@@ -81,6 +81,8 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
         warn_of_few(subjects)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
+    if teaching is not None:
+        check_shares(teaching.subjects_per_batch, processes)
     progress = progress and processes.is_main
     trackers = Trackers(config, processes)
     look = partial(_encode_more, subjects, others, config, teaching, progress)

@@ -8,6 +8,7 @@ The Down stays what it is; a copy of it is written with its subject space and en
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
     warn_of_few(subjects)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
+    check_shares(config.subjects_per_batch, processes)
     progress = progress and processes.is_main
 
     def look(base: Base, examples: Examples) -> Material:
@@ -99,6 +101,16 @@ def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
     save = partial(save_with_reader, config.output_dir, down, overwrite=config.overwrite)
     teach(base, down, material, config, config, origin, processes, save, progress=progress)
     return Path(config.output_dir)
+
+
+def check_shares(people: int, processes: Processes) -> None:
+    """Raise ConfigError unless the people of a batch can be divided among the processes."""
+    rows, rest = divmod(people, processes.count)
+    if rest:
+        raise ConfigError(
+            f"expected a multiple of the {processes.count} processes, which share a batch, as the people in it, found "
+            f"{people}: give {processes.count * max(1, rows)}"
+        )
 
 
 def warn_of_few(subjects: Sequence[Subject]) -> None:
@@ -118,13 +130,12 @@ class Material:
     """What an encoder is taught with.
 
     Attributes:
-        names: of the people. encoder: untrained.
-        reads: what it reads. examples: what people are judged by. held: on whom it is validated, if on anybody.
-        references: features of their reference photos.
+        encoder: untrained. reads: what it reads. examples: what people are judged by. pairs: of both.
+        held: on whom it is validated, if on anybody. references: features of their reference photos.
     """
 
-    names: list[str]
     encoder: SubjectEncoder
+    pairs: PhotoPairs
     reads: Reads
     examples: Examples
     held: HeldOut | None
@@ -146,7 +157,7 @@ def material_of(
         examples: of `subjects`, all of one shape. others: on whom is validated.
 
     Raises:
-        ConfigError: what an encoder cannot be. As `encode_subjects`.
+        ConfigError: what an encoder cannot be. TooFewImagesError: nobody has two photos. As `encode_subjects`.
     """
     of_encoder = EncoderConfig(
         config.encoder,
@@ -164,7 +175,9 @@ def material_of(
     held = hold_out(base, others, config) if others else None
     sight = encoder.sight(config.face_crop)
     seen = None if held is None else encoder.source.features([sight(photo) for photo in held.references]).cpu()
-    return Material([one.name for one in subjects], encoder, reads, examples, held, seen)
+    assert examples.photo is not None
+    pairs = PhotoPairs(reads, examples, examples.photo, [one.name for one in subjects])
+    return Material(encoder, pairs, reads, examples, held, seen)
 
 
 def teach(
@@ -188,15 +201,7 @@ def teach(
     Raises:
         As `train_encoder`.
     """
-    device = base.device
-    photo = material.examples.photo
-    assert photo is not None
-    rows, rest = divmod(config.subjects_per_batch, processes.count)
-    if rest:
-        raise ConfigError(
-            f"expected subjects_per_batch as a multiple of the {processes.count} processes, which share a batch, found "
-            f"{config.subjects_per_batch}: give {processes.count * max(1, rows)}"
-        )
+    device, rows = base.device, config.subjects_per_batch // processes.count
     trackers = Trackers(config, processes)
     stacked, why = stacks(base, config, processes)
     adapter = subject_config(
@@ -211,7 +216,8 @@ def teach(
         else:
             gradients = SlotGradients(base, "default", config.mixed_precision)
         if progress:
-            tqdm.write(f"gradients of {rows} people a batch: {'stacked' if stacked else 'by slots'} ({why})")
+            taken = "stacked" if stacked else "by slots"
+            tqdm.write(f"gradients of {rows} people a batch: {taken} ({why})", file=sys.stderr)
         space = SubjectSpace.around(down, config.code_size).ordered(gradients.names)
         reads = material.reads.to(device, features=stacked)
         examples = material.examples.to(device)
@@ -219,7 +225,7 @@ def teach(
             gradients,
             space.to(device),
             material.encoder.to(device),
-            PhotoPairs(reads, examples, photo, material.names),
+            material.pairs.to(device),
             reads,
             examples,
             EncoderTrainingConfig(
@@ -249,7 +255,8 @@ def teach(
         facts = partial(_facts, run, config)
         try:
             trackers.start(done)
-            with saying_what_is_left(config):
+            alone = f"The Down in {config.down} is whole, but reads no photos" if asked is not config else None
+            with saying_what_is_left(config, alone):
                 _run(run, config, asked, origin, trackers, validation, progress=progress)
         except KeyboardInterrupt:
             if run.losses and processes.count == 1:  # the others may be gone already

@@ -25,7 +25,7 @@ from peft_metalora.training.personalize import personalize
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.training.stage_settings import MetaTrainConfig, TrainEncoderConfig
-from peft_metalora.training.train_encoder import train_encoder
+from peft_metalora.training.train_encoder import check_shares, train_encoder
 from pipelines_tiny import save_tiny_flux
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
 
@@ -229,12 +229,14 @@ def test_a_run_of_two_processes_resumes(place, tmp_path):
         assert_equal_files(files(tmp_path / f"{name} again"), files(tmp_path / name), 0)
 
 
-def test_what_cannot_be_divided_is_refused(place, tmp_path, monkeypatch):
+def test_what_cannot_be_divided_is_refused(monkeypatch):
     base = tiny_base()
     with pytest.raises(ConfigError, match="multiple of the 2 processes, found 3"):
         MetaTraining(base, tiny_examples(base), meta_config(shards=3), Processes(0, 2))
     with pytest.raises(ConfigError, match="each of the 4 processes in a batch, found 2: raise train_batch_size"):
         Personalization(base, tiny_examples(base, 1), personal_config(method="lora"), processes=Processes(0, 4))
+    with pytest.raises(ConfigError, match=r"multiple of the 3 processes.*found 8: give 6"):
+        check_shares(8, Processes(0, 3))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert not wants_shards(Processes(), meta_config())
     cases = (({}, "fsdp_version 2"), ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "without offloading"))
