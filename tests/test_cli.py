@@ -37,7 +37,7 @@ def parse(command, *arguments):
         ("meta-train", ["--meta_rank", "32"], {"meta_rank": 32, "rank": 4, "bucket_size": None}),
         ("meta-train", ["--down_learning_rate", "1e-4"], {"down_learning_rate": 1e-4}),
         ("meta-train", ["--no-random_flip"], {"random_flip": False}),
-        ("personalize", [], {"method": "meta-lora", "max_train_steps": 375, "rank": None, "random_flip": True}),
+        ("personalize", [], {"method": "meta-lora", "max_train_steps": None, "rank": None, "random_flip": True}),
         ("personalize", ["--method", "lora", "--rank", "1"], {"method": "lora", "rank": 1}),
         ("personalize", ["--mixed_precision", "bf16", "--seed", "7"], {"mixed_precision": "bf16", "seed": 7}),
         ("generate", ["--prompt", "a", "b c", "--subject", "x"], {"prompt": ["a", "b c"], "subject": ["x"]}),
@@ -149,7 +149,7 @@ def test_other_errors_are_no_want_of_memory(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["personalize", "--output_dir", "out"], "expected --pretrained_model_name_or_path, found nothing"),
+        (["meta-train", "--output_dir", "out"], "expected --pretrained_model_name_or_path, found nothing"),
         (["personalize", *REQUIRED], "expected --instance_data_dir or --dataset_name, found none"),
         (["personalize", *REQUIRED, "--instance_data_dir", "x"], "needs a Down"),
         (["meta-train", *REQUIRED], "expected --train_data_dir or --dataset_name, found none"),

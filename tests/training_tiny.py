@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from peft_metalora import load_down
 from peft_metalora.bases import Base, base_for
+from peft_metalora.encoder import EncoderConfig, SubjectSpace, make_encoder, save_reader
 from peft_metalora.metrics import Embeddings
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
@@ -48,6 +50,16 @@ def write_people(
             lines.append(json.dumps({"file_name": f"{number}.png", "text": CAPTIONS[number % 2]}))
         (place / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+def teach_to_read(down: Path, size: int = 6, **config: Any) -> Path:
+    """Lay a random subject space and a random encoder beside a Down."""
+    source = load_down(down)
+    space = SubjectSpace.around(source, size)
+    with torch.no_grad():
+        space.basis.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    of_encoder = EncoderConfig(**{"resolution": 16, "code_size": size, "width": 8, "hidden": 16, **config})
+    return save_reader(down, space.rounded(), make_encoder(of_encoder, tiny_base().encode_images))
 
 
 class Brightness:

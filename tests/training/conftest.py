@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from peft_metalora import hub
 from peft_metalora.training.meta_train import meta_train_on
 from pipelines_tiny import save_tiny_flux
-from training_tiny import meta_config, tiny_base, tiny_examples, write_people
+from training_tiny import meta_config, teach_to_read, tiny_base, tiny_examples, write_people
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +22,12 @@ def place(tmp_path_factory):
     base = tiny_base()
     meta_train_on(base, tiny_examples(base), meta_config(), progress=False).save(str(folder / "down"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def reading(place, tmp_path_factory):
+    """A copy of the Down of `place` that reads photos; nobody writes into it."""
+    return teach_to_read(shutil.copytree(place / "down", tmp_path_factory.mktemp("reading") / "down"))
 
 
 @pytest.fixture

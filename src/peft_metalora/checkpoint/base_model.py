@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import BaseModelMismatchError
+from ..errors import BaseModelMismatchError, ConfigError
 from ..tuner import MetaLoraConfig
 from ..tuner.base_layers import base_of, factor_shape
 from ..tuner.down import DOWN, UP
@@ -87,6 +87,18 @@ def _shape(base: nn.Module) -> tuple[int, ...]:
     except AttributeError:
         return ()
     return (outputs, *row)
+
+
+def base_to_load(given: str | None, config: MetaLoraConfig, name: str) -> str:
+    """The base model that was asked for, or the one that a Down or a subject called `name` was made for.
+
+    Raises:
+        ConfigError: neither says.
+    """
+    found = given or config.base_model_name_or_path
+    if not found:
+        raise ConfigError(f"{name} names no base model: give pretrained_model_name_or_path")
+    return found
 
 
 def bare_model(model: Any) -> Any:

@@ -150,7 +150,10 @@ class SubjectEncoder(nn.Module):
     def sight(
         self, face_crop: str | None = None, face_margin: float | None = None, face_align: bool | None = None
     ) -> Sight:
-        """How it sees photos: as it was trained to, but for what is given.
+        """How it sees photos: as it was trained to, or around the faces that `face_crop` finds.
+
+        Args:
+            face_margin, face_align: with `face_crop`; None: as it was trained.
 
         Raises:
             ConfigError: it was trained with a face detector of somebody's own, code that no file starts by itself, and
@@ -162,11 +165,10 @@ class SubjectEncoder(nn.Module):
                 f"expected face_crop for an encoder of photos that were cut by {own.face_crop!r}, code that a file "
                 f"must not start by itself, found none: give face_crop={own.face_crop!r} if you trust it"
             )
-        return Sight(
-            face_crop or own.face_crop or None,
-            own.face_margin if face_margin is None else face_margin,
-            own.face_align if face_align is None else face_align,
-        )
+        if face_crop is None:
+            return Sight(own.face_crop or None, own.face_margin, own.face_align)
+        margin = own.face_margin if face_margin is None else face_margin
+        return Sight(face_crop, margin, own.face_align if face_align is None else face_align)
 
     @property
     def fingerprint(self) -> str:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +14,13 @@ from .. import hub
 from ..bases import Base
 from ..bases.precision import choose_device
 from ..checkpoint import require_replaceable
-from ..data import Subject
+from ..checkpoint.base_model import base_to_load
+from ..checkpoint.reader_files import READER_FILES
+from ..checkpoint.space import CodeSource
+from ..data import Photo, Subject
+from ..encoder.reader import load_reader, no_encoder
 from ..errors import ConfigError
+from ..hub.loading import HubOptions, folder_of
 from ..tuner import DownSource
 from .engine.origin import photos_of
 from .engine.processes import Processes
@@ -31,6 +38,9 @@ from .watching.tracking import Trackers
 def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     """Stage 2 from an image, a folder of images or a data set of one subject: trains and writes `output_dir`.
 
+    On a Down with an encoder the subject starts as it is read from the images, unless `start` says otherwise, and
+    training ends by itself.
+
     Ctrl-C writes the subject as it is by then (nothing before the first step) and raises KeyboardInterrupt. With
     `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint` as if nothing had happened.
 
@@ -42,7 +52,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
 
     Raises:
         NoImagesError, NoCaptionError, UnreadableImageError, MetadataError: the data cannot be used.
-        CheckpointError: the Down cannot be read, or belongs to another base model.
+        CheckpointError: the Down cannot be read, or belongs to another base model, or has no encoder to start from.
         BaseModelMismatchError, NoTargetModulesError, ConfigError: the base or the settings cannot be used.
         OutputExistsError: something else, or somebody else, lies in output_dir.
         TrainingError: the loss is not finite. WriteFailedError: the disk refuses; nothing is written.
@@ -51,6 +61,8 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     check_places(config)
     if config.method == "meta-lora" and config.down is None:
         raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
+    if config.method == "lora" and not config.pretrained_model_name_or_path:
+        raise ConfigError("method 'lora' needs a base model, found none: give pretrained_model_name_or_path")
     subject = instance_subject(config)
     name = name_of(config, subject)
     kind = "subject" if config.method == "meta-lora" else None
@@ -61,13 +73,16 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
     progress = progress and processes.is_main
+    down, folder = _down_of(config)
+    config = config.settled(folder is not None)
+    if down is not None:
+        base_name = base_to_load(config.pretrained_model_name_or_path, down.config, str(config.down))
+        config = replace(config, pretrained_model_name_or_path=base_name)
     trackers = Trackers(config, processes)
-    down = None
-    if config.method == "meta-lora" and config.down is not None:
-        down = hub.load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
-    look = partial(held_out, subject=subject, config=config) if config.validation_steps else None
-    base, examples, others, origin = prepare(config, [subject], device, processes, look, progress=progress)
-    run = Personalization(base, examples, config, down, processes)
+    look = partial(_beside, subject=subject, config=config, down=down, folder=folder, processes=processes)
+    base, examples, beside, origin = prepare(config, [subject], device, processes, look, progress=progress)
+    others, read = beside or (None, [])
+    run = Personalization(base, examples, config, down, processes, read)
     validation = Validation(run, *others, trackers) if others is not None else None
     if down is not None:
         origin["Down"] = {str(config.down): down.fingerprint}
@@ -114,15 +129,61 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     return output
 
 
+def _down_of(config: PersonalizeConfig) -> tuple[DownSource | None, Path | None]:
+    """The Down, and where it lies if a subject may start from what its encoder reads.
+
+    Raises:
+        ArtefactNotFoundError: it is to, and there is no encoder. As `hub.load_down`.
+    """
+    if config.method != "meta-lora" or config.down is None:
+        return None, None
+    options: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
+    down = hub.load_down(config.down, **options)
+    reads = down.config.encoder_fingerprint is not None
+    if config.start == "encoder" and not reads:
+        raise no_encoder(config.down)
+    if not reads or config.start not in (None, "encoder"):
+        return down, None
+    return down, folder_of(config.down, READER_FILES, **options)
+
+
+def _beside(
+    base: Base,
+    examples: Examples,
+    subject: Subject,
+    config: PersonalizeConfig,
+    down: DownSource | None,
+    folder: Path | None,
+    processes: Processes,
+) -> tuple[tuple[list[Photo], Examples] | None, list[CodeSource]]:
+    """What is needed beside the examples: what validation looks at, and the subject as it is read."""
+    others = held_out(base, examples, subject=subject, config=config) if config.validation_steps else None
+    if down is None or folder is None:
+        return others, []
+    reader = load_reader(folder, down, base.encode_images, config.face_model)
+    sight = reader.encoder.sight(config.face_crop, config.face_margin, config.face_align)
+    assert examples.photo is not None
+    usable = [subject.photos[number] for number in sorted(set(examples.photo.tolist()))]
+    code = reader.codes([usable], sight, skip_unusable=True)[0].to(base.device)
+    if not processes.is_main:  # one start for all, to the last bit
+        code.zero_()
+    processes.sum_([code])
+    return others, [reader.subject(code.cpu(), down)]
+
+
 def personalize_many(
     base: Base,
     examples: Examples,
     config: PersonalizeConfig,
     down: DownSource,
     *,
+    read: Sequence[CodeSource] = (),
     progress: bool = True,
 ) -> Personalization:
     """Learn all subjects of `examples` at once, each in its slot, on a base that is loaded already; writes nothing.
+
+    Args:
+        read: each subject as the Down's encoder reads it (`Reader.codes`), to start from there.
 
     Returns:
         The finished run: `set_slots` shows a subject, `save(folder, slot)` writes one, `remove()` takes all off.
@@ -130,10 +191,10 @@ def personalize_many(
     Raises:
         As `Personalization`; TrainingError when the loss is not finite. The denoiser is then as it was.
     """
-    run = Personalization(base, examples, config, down)
+    run = Personalization(base, examples, config, down, read=read)
     try:
-        doing = f"stage 2: learning {run.num_subjects} subjects"
-        for _ in tqdm(run.steps(), total=config.max_train_steps, desc=doing, unit="step", disable=not progress):
+        doing, total = f"stage 2: learning {run.num_subjects} subjects", run.config.max_train_steps
+        for _ in tqdm(run.steps(), total=total, desc=doing, unit="step", disable=not progress):
             pass
     except BaseException:
         run.remove()

@@ -4,12 +4,16 @@
 The image is cut and mirrored into a number of views, which are encoded once; a step then costs the denoiser alone.
 Many subjects can be learned in one run: each has a slot, its own random stream, its own optimiser state and its own
 gradient clipping, so that it becomes what it would have become alone (up to the order of floating-point sums).
+
+A subject may start as an encoder read it. The photo then has little to add and much to take: from the read start a
+subject stops when its numbers have moved by `max_drift`.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +27,11 @@ from .. import checkpoint
 from ..bases import Base, send
 from ..bases.precision import autocast
 from ..checkpoint.base_model import check_fits
+from ..checkpoint.space import CodeSource
 from ..data import TRIGGER_MARK
 from ..errors import ConfigError, TooFewImagesError
 from ..files import staged_folder
-from ..tuner import DownSource, set_slots
+from ..tuner import DownSource, set_slots, write_subject
 from ..tuner.down import given, subject_config
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.subject_index import SubjectIndex
@@ -54,11 +59,13 @@ class Personalization:
         examples: views of one subject, or of several with method 'meta-lora'; subject s is trained in slot s.
         config: folders and `views_per_image` are not looked at.
         down: needed with method 'meta-lora'.
+        read: with start 'encoder', the subjects as they were read.
         processes: those that share the run. Each takes its share of every batch, and gradients are summed over all,
             so that all hold the same factors, those that one process would have (up to the order of sums).
 
     Raises:
-        ConfigError: no Down, several subjects with method 'lora', or more processes than samples in a batch.
+        ConfigError: no Down, several subjects with method 'lora', more processes than samples in a batch, or not one
+            subject that was read for each to be learned.
         BaseModelMismatchError: the Down belongs to another base model; the denoiser is as it was.
     """
 
@@ -69,8 +76,10 @@ class Personalization:
         config: PersonalizeConfig,
         down: DownSource | None = None,
         processes: Processes = ALONE,
+        read: Sequence[CodeSource] = (),
     ) -> None:
-        self.base, self.config, self.down, self.processes = base, config, down, processes
+        self.config = config = config.settled(bool(read))
+        self.base, self.down, self.processes = base, down, processes
         self.examples = examples.to(base.device)
         self.num_subjects = examples.num_subjects
         self._positions = [positions.cpu() for positions in examples.by_subject()]
@@ -99,12 +108,15 @@ class Personalization:
         options = optimizer_options(cls, config, base.device)
         self._index = SubjectIndex()
         self.parameters = parameters = self._inject()
+        self._drift = self._start_as(read) if config.start == "encoder" else None
         self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
         self.optimizer = SlotOptimizer(cls, parameters, **options) if self.uses_slots else cls(parameters, **options)
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
         # Every subject has the stream that it would have alone.
         self._generators = [torch.Generator().manual_seed(config.seed) for _ in range(self.num_subjects)]
         self.steps_done = 0
+        self._learning = list(range(self.num_subjects))  # the others have moved as far as they may
+        self._stopped: dict[int, int] = {}  # after which step
         self._start = time.perf_counter()
 
     @property
@@ -125,6 +137,7 @@ class Personalization:
             raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
         check_fits(self.base.denoiser, self.down, name=config.down or "this Down")
         own = self.down.config.r
+        reads = config.start == "encoder"
         if config.rank is not None and config.rank != own and config.start != "fresh":
             raise ConfigError(
                 f"rank must be the Down's, {own}, for start={config.start!r}, found {config.rank}: leave `rank` "
@@ -134,7 +147,7 @@ class Personalization:
             self.down,
             r=config.rank,
             num_slots=self.num_subjects,
-            start=config.start,
+            start="mean" if reads else config.start,
             down=config.down or "in memory",
             down_revision=config.down_revision,
             base_model_name_or_path=config.pretrained_model_name_or_path,
@@ -147,14 +160,35 @@ class Personalization:
         self._index = next(layer for _, layer in meta_lora_layers(self.base.denoiser)).subject_index
         return parameters
 
+    def _start_as(self, read: Sequence[CodeSource]) -> _Drift:
+        """Write the subjects that were read into their slots."""
+        try:
+            if len(read) != self.num_subjects:
+                raise ConfigError(
+                    f"start 'encoder' needs each of {self.num_subjects} subjects as the Down's encoder reads them, "
+                    f"found {len(read)}: give read=, or another start"
+                )
+            for slot, subject in enumerate(read):
+                write_subject(self.base.denoiser, _ADAPTER, subject.tensors, slot)
+        except BaseException:
+            self.remove()
+            raise
+        return _Drift(self.parameters, [_distance_from_mean(subject) for subject in read])
+
     def _targets(self) -> list[str] | str:
         if self.down is not None and self.config.target_modules is None:
             return self.down.config.target_modules or self.base.target_modules
         return targets(self.base, self.config)
 
     def steps(self) -> Iterator[Step]:
-        """Train; yields each step when it is finished. With several subjects `loss` is their mean."""
+        """Train; yields each step when it is finished. With several subjects `loss` is their mean.
+
+        From a read start it ends when all have moved by `max_drift`.
+        """
         config = self.config
+        self._leave_out_those_who_moved()
+        if not self._learning:
+            return
         sanity = sanity_of(self.base, self.examples, done=self.steps_done, prior_loss_weight=config.prior_loss_weight)
         for step in training_steps(
             self._loss,
@@ -168,9 +202,20 @@ class Personalization:
             done=self.steps_done,
         ):
             self.steps_done = step.number
-            step = replace(step, loss=step.loss / self.num_subjects)
+            step = replace(step, loss=step.loss / len(self._learning))
             sanity.see(step)
+            self._leave_out_those_who_moved()
             yield step
+            if not self._learning:
+                return
+
+    def _leave_out_those_who_moved(self) -> None:
+        if self._drift is None or not self.config.max_drift:
+            return
+        moved = self._drift.of_all()
+        for subject in [one for one in self._learning if moved[one] >= self.config.max_drift]:
+            self._learning.remove(subject)
+            self._stopped[subject] = self.steps_done
 
     def _finish_gradients(self) -> None:
         """Sum the gradients over the processes, then clip."""
@@ -189,7 +234,8 @@ class Personalization:
         base, size, config = self.base, self.config.train_batch_size, self.config
         index, noise, times = [], [], []
         seeds: list[int] = []
-        for positions, generator in zip(self._positions, self._generators, strict=True):
+        for subject in self._learning:
+            positions, generator = self._positions[subject], self._generators[subject]
             if self._many_shapes:  # those of one view, so that each view is seen equally often
                 first = positions[torch.randint(len(positions), (), generator=generator)]
                 positions = positions[self._shapes[positions] == self._shapes[first]]
@@ -208,8 +254,8 @@ class Personalization:
             with cast():
                 prior = distance_from_base(base, self.examples.prior, latents, spread, levels)
         if isinstance(self.optimizer, SlotOptimizer):
-            slots = range(self.num_subjects)
-            wanted = None if len(slots) == 1 else tuple(slot for slot in slots for _ in range(size))[own]
+            slots = self._learning
+            wanted = None if self.num_subjects == 1 else tuple(slot for slot in slots for _ in range(size))[own]
             if self._index.values != wanted:  # to set it anew in each step would look at every module of the model
                 set_slots(base.denoiser, wanted)
             self.optimizer.see(slots)
@@ -245,13 +291,13 @@ class Personalization:
             generator.set_state(value)
         self.steps_done = state["steps"]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, slot: int = 0) -> dict[str, Any]:
         """What is written beside a subject, and from there into a model card: how it was learned and is called."""
         prompt = (self.config.instance_prompt or "").replace(TRIGGER_MARK, self.config.trigger or TRIGGER_MARK)
         kept = "start", "learning_rate", "train_batch_size", "resolution", "seed"
         return {
             **({"trigger": prompt} if prompt else {}),
-            "steps": self.steps_done,
+            "steps": min(self.steps_done, self._stopped.get(slot, self.steps_done)),
             "recipe": {
                 "trainable_parameters": self.trainable_parameters,
                 "seconds": round(time.perf_counter() - self._start, 1),
@@ -278,7 +324,7 @@ class Personalization:
                 slot=slot,
                 down=config.down,
                 down_revision=config.down_revision,
-                facts=self.facts(),
+                facts=self.facts(slot),
                 base_model=config.pretrained_model_name_or_path,
                 base_revision=config.revision,
                 subject_name=subject_name,
@@ -298,6 +344,30 @@ class Personalization:
     def remove(self) -> None:
         """Take the adapter off; the denoiser is the one it was before."""
         take_off(self.base, self.config)
+
+
+def _distance_from_mean(subject: CodeSource) -> float:
+    means = subject.space.split(subject.space.mean.detach().cpu()[None])
+    return math.sqrt(sum(float((factor - means[name]).square().sum()) for name, factor in subject.tensors.items()))
+
+
+class _Drift:
+    """How far subjects have moved from where they are now, as a share of how far that is from the mean subject.
+
+    Args:
+        parameters: each (subjects, ...). distances: of each subject from the mean one, over all parameters.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], distances: Sequence[float]) -> None:
+        self._parameters, self._distances = list(parameters), list(distances)
+        self._starts = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def of_all(self) -> list[float]:
+        """The share of each subject."""
+        pairs = zip(self._parameters, self._starts, strict=True)
+        squares = torch.stack([(now - then).flatten(1).square().sum(1) for now, then in pairs]).sum(0)
+        return [move / distance for move, distance in zip(squares.sqrt().tolist(), self._distances, strict=True)]
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

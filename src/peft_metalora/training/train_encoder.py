@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..bases import Base
 from ..bases.precision import choose_device
 from ..checkpoint.artefacts import require_replaceable
-from ..checkpoint.base_model import check_fits
+from ..checkpoint.base_model import base_to_load, check_fits
 from ..data import Subject
 from ..encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_reader
 from ..errors import ConfigError
@@ -81,9 +81,7 @@ def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
     check_places(config)
     require_replaceable(config.output_dir, "meta", overwrite=config.overwrite)
     down = load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
-    base_name = config.pretrained_model_name_or_path or down.config.base_model_name_or_path
-    if base_name is None:
-        raise ConfigError(f"{config.down} names no base model: give pretrained_model_name_or_path")
+    base_name = base_to_load(config.pretrained_model_name_or_path, down.config, config.down)
     config = dataclasses.replace(config, pretrained_model_name_or_path=base_name)
     subjects, others = split_subjects(training_subjects(config), config)
     warn_of_few(subjects)
