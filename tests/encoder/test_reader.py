@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,10 +16,19 @@ from safetensors.torch import load_file, save_file
 from artefacts_tiny import edit_config
 from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, load_subject, save_down
 from peft_metalora.bases import base_for
+from peft_metalora.checkpoint.untrusted import TensorFile
 from peft_metalora.cli import main
 from peft_metalora.encoder import EncoderConfig, Reader, SubjectSpace, load_reader, make_encoder, save_reader
-from peft_metalora.errors import ArtefactNotFoundError, FingerprintMismatchError, NoImagesError, UnsafeNameError
+from peft_metalora.errors import (
+    AdapterStateError,
+    ArtefactNotFoundError,
+    FingerprintMismatchError,
+    MissingDownError,
+    NoImagesError,
+    UnsafeNameError,
+)
 from peft_metalora.hub import pull, push_down, push_subject
+from peft_metalora.pipelines.readers import KEPT
 from peft_metalora.pipelines.table import tables_of
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
 
@@ -31,27 +42,28 @@ def photo(folder, seed=0):
     return path
 
 
-@pytest.fixture
-def base_folder(tmp_path):
-    return save_tiny_flux(tmp_path / "base")
-
-
-@pytest.fixture
-def down_folder(tmp_path, base_folder):
-    """A Down whose space and encoder are random."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A Down whose space and encoder are random, and its base."""
+    home = tmp_path_factory.mktemp("reader")
+    base_folder = save_tiny_flux(home / "base")
     pipe = tiny_flux_pipeline()
     torch.manual_seed(0)
     config = MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_weights=False)
     pipe.transformer.add_adapter(config, "faces")
-    folder = tmp_path / "down"
-    save_down(folder, pipe.transformer, "faces", base_model=str(base_folder))
-    down = load_down(folder)
-    space = SubjectSpace.around(down, SIZE)
+    save_down(home / "down", pipe.transformer, "faces", base_model=str(base_folder))
+    space = SubjectSpace.around(load_down(home / "down"), SIZE)
     with torch.no_grad():
         space.basis.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     config = EncoderConfig(resolution=16, code_size=SIZE, width=8, hidden=16)
-    save_reader(folder, space.rounded(), make_encoder(config, base_for(pipe).encode_images))
-    return folder
+    save_reader(home / "down", space.rounded(), make_encoder(config, base_for(pipe).encode_images))
+    return home / "down"
+
+
+@pytest.fixture
+def down_folder(tmp_path, made):
+    """A copy of that Down."""
+    return shutil.copytree(made, tmp_path / "down")
 
 
 def draw(pipe, *, prompt="a photo of a person", seeds=(0,), **options):
@@ -111,6 +123,10 @@ def test_what_cannot_be_read_leaves_the_pipeline_as_it_was(tmp_path, down_folder
         pipe.read_subject(tmp_path / "nobody.png", down=down_folder)
     with pytest.raises(NoImagesError, match="at least one photo"):
         pipe.read_subject([], down=down_folder)
+    assert pipe.get_list_adapters() == {}
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    with pytest.raises(AdapterStateError, match="expected down="):
+        pipe.read_subject(photo(tmp_path))
     (down_folder / "encoder_config.json").unlink()
     with pytest.raises(ArtefactNotFoundError, match="expected a Down with an encoder"):
         pipe.read_subject(photo(tmp_path), down=down_folder)
@@ -170,6 +186,71 @@ def test_it_goes_to_the_hub_and_comes_back_with_its_down(tmp_path, down_folder, 
     pipe.unload_meta_lora()
     pipe.read_subject(photo(tmp_path), "ann", down=pulled)
     assert torch.equal(draw(pipe), ann)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files of tensors that were read."""
+    files, before = [], TensorFile.read
+
+    def read(self):
+        files.append(self.path.name)
+        return before(self)
+
+    monkeypatch.setattr(TensorFile, "read", read)
+    return files
+
+
+def test_the_second_photo_waits_for_no_file(tmp_path, down_folder, opened):
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    pipe.load_meta_lora(down_folder)
+    opened.clear()
+    pipe.read_subject(photo(tmp_path), "ann")
+    assert sorted(opened) == ["subject_encoder.safetensors", "subject_space.safetensors"]
+    opened.clear()
+    pipe.read_subject(photo(tmp_path, 1), "bob", as_adapter=False)
+    pipe.read_subject(photo(tmp_path, 2), "cleo", down=down_folder, as_adapter=False)
+    assert opened == []
+    copied = copy.deepcopy(pipe)
+    assert KEPT in vars(pipe) and KEPT not in vars(copied)
+    pipe.unload_meta_lora()
+    assert KEPT not in vars(pipe)
+    fresh = enable_meta_lora(tiny_flux_pipeline())
+    fresh.read_subject(photo(tmp_path, 2), "cleo", down=down_folder)
+    torch.testing.assert_close(draw(copied, subjects="cleo"), draw(fresh), rtol=0, atol=1e-4)
+
+
+def test_an_encoder_that_was_trained_anew_is_noticed(tmp_path, down_folder):
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    pipe.read_subject(photo(tmp_path), "ann", down=down_folder)
+    before = draw(pipe)
+    reader = load_reader(down_folder, load_down(down_folder), base_for(pipe).encode_images)
+    with torch.no_grad():
+        reader.space.mean[0] += 1
+    save_reader(down_folder, reader.space, reader.encoder)
+    pipe.read_subject(photo(tmp_path), "again", down=down_folder)
+    assert not torch.allclose(draw(pipe), before, atol=1e-5)
+
+
+def test_many_codes_read_their_space_once(tmp_path, down_folder, opened):
+    pipe, folder, wanted = read_as_code(tmp_path, down_folder)
+    opened.clear()
+    pipe.load_meta_lora(folder, "first")
+    pipe.add_subject(folder, "second")
+    pipe.add_subject(folder, "third")
+    assert opened.count("subject_space.safetensors") == 1
+    torch.testing.assert_close(draw(pipe, subjects="third"), wanted, rtol=0, atol=1e-4)
+
+
+def test_a_code_whose_down_has_moved_is_expanded_with_the_one_that_is_loaded(tmp_path, down_folder):
+    """Bug: the error said "load its Down first", and loading it did not help."""
+    pipe, folder, wanted = read_as_code(tmp_path, down_folder)
+    moved = down_folder.rename(tmp_path / "moved")
+    with pytest.raises(MissingDownError, match="load its Down first"):
+        pipe.load_meta_lora(folder)
+    pipe.load_meta_lora(moved)
+    pipe.load_meta_lora(folder)
+    assert torch.equal(draw(pipe), wanted)
 
 
 def read_as_code(tmp_path, down_folder, name="ann"):

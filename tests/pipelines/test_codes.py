@@ -82,7 +82,7 @@ def test_a_code_takes_the_place_of_a_row_and_a_row_that_of_a_code(model, table, 
     assert table.names() == ["ann"] and table.statistics().in_host_memory == 1
 
 
-def test_an_evicted_code_is_gone_and_its_room_is_used_again(model, table, space):
+def test_an_evicted_code_is_gone_and_its_room_is_used_again(model, table, down, space):
     for seed in range(3):
         table.register_code(str(seed), code(space, seed), space)
     slot = table.bring(["1"])["1"]
@@ -97,6 +97,8 @@ def test_an_evicted_code_is_gone_and_its_room_is_used_again(model, table, space)
     table.register_code("new", code(space, 7), space)
     assert torch.equal(line, code(space, 7).code)
     table.evict(["0", "2", "new"])
+    other = random_space(down, seed=5, size=7)
+    table.register_code("bob", code(other), other)
     assert table.space(space.fingerprint) is None, "a basis that nobody needs is no more held"
 
 

@@ -80,9 +80,15 @@ class Artefact:
         """Whether it is a Down."""
         return self.config.stage == "meta"
 
-    def down(self, expected_fingerprint: str | None = None) -> DownSource:
-        """Read it as a Down; raises as `load_down`."""
+    def down(self, expected_fingerprint: str | None = None, known: DownSource | None = None) -> DownSource:
+        """Read it as a Down; raises as `load_down`.
+
+        Args:
+            known: a Down on a model; if it is this one, its tensors are not read again.
+        """
         _require_stage(self.config, "meta", self.folder)
+        if known is not None and known.fingerprint == self.config.down_fingerprint:
+            return dataclasses.replace(known, config=_canonical(self.config, known.tensors))
         assert isinstance(self._file, FactorFile)  # only subjects are codes
         tensors = self._file.read()
         found = fingerprint(tensors)

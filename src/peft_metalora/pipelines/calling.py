@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from typing_extensions import Unpack
 
 from ..checkpoint.base_model import check_fits
 from ..checkpoint.factors import SubjectSource
+from ..checkpoint.space import CodeSource
 from ..errors import AdapterNotFoundError, AdapterStateError, RegionError
 from ..hub.loading import HubOptions, KnownDown, load_subject
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_slots
@@ -32,6 +34,7 @@ from .denoiser import (
     refresh_offload,
     refuse_fused,
 )
+from .readers import readers_of
 from .regions import read_regions, shown_in_regions
 from .saving import saved_in_parts
 from .table import MOST_PASSES, Read, SubjectTable, batch_slots, drop_tables, put_table, sample_slots, tables_of
@@ -271,9 +274,14 @@ class PerSampleMixin:
             with self._idle():
                 return down_on_model(model, fingerprint)
 
-        source = load_subject(path_or_repo, known_down=known, **hub)
+        readers = readers_of(self)
+        source = load_subject(path_or_repo, known_down=known, known_space=partial(readers.space, model), **hub)
+        readers.remember(source, path_or_repo, hub)
         last = hub.get("subfolder") or path_or_repo
-        return self._into_table(model, source, name, last, _Again(path_or_repo, hub))
+        own = self._into_table(model, source, name, last, _Again(path_or_repo, hub))
+        if isinstance(source, CodeSource):
+            readers.keep(model, source.space)
+        return own
 
     def _into_table(
         self,

@@ -11,6 +11,7 @@ import functools
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,18 +21,15 @@ from torch import nn
 from typing_extensions import Unpack
 
 from .. import checkpoint
-from ..bases import base_for
 from ..checkpoint.artefacts import know_code
 from ..checkpoint.factors import SubjectSource
-from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import CodeSource
 from ..data import load_image
-from ..encoder import load_reader
-from ..errors import AdapterStateError, WrongKindError
-from ..hub.loading import HubOptions, folder_of, load
+from ..errors import AdapterStateError
+from ..hub.loading import HubOptions, load
 from ..tuner import DownSource, MetaLoraConfig
 from ..tuner.merging import merged_or_as_before
-from ..tuner.on_model import configs_of, down_on_model, know_down, meta_layers
+from ..tuner.on_model import configs_of, know_down, meta_layers
 from ..tuner.placing import (
     active_adapters,
     choice_kept,
@@ -53,8 +51,9 @@ from .denoiser import (
     refuse_fused,
     while_idle,
 )
+from .readers import KEPT, readers_of
 from .saving import refuse_to_save, saved_in_parts
-from .table import drop_tables, tables_of
+from .table import down_known, drop_tables, tables_of
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 Photo = str | os.PathLike[str] | Image.Image
@@ -88,7 +87,8 @@ def _enabled(cls: Any) -> type:
 
 def _reduce(pipe: Any, protocol: Any) -> Any:
     # Copies and pickles find the class by the one that was enabled: under its name modules have that one.
-    return _blank, (type(pipe).__bases__[1],), vars(pipe)
+    kept = {name: value for name, value in vars(pipe).items() if name != KEPT}
+    return _blank, (type(pipe).__bases__[1],), kept
 
 
 def _blank(cls: Any) -> Any:
@@ -122,8 +122,13 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         model = denoiser(self)
         refuse_fused(all_layers(self))
         name = self._new_name(model, adapter_name, hub.get("subfolder") or path_or_repo)
-        source = load(path_or_repo, model=model, known_down=functools.partial(down_on_model, model), **hub)
+        readers = readers_of(self)
+        known_down, known_space = partial(down_known, model), partial(readers.space, model)
+        source = load(path_or_repo, model=model, known_down=known_down, known_space=known_space, **hub)
         self._install(source, name)
+        readers.remember(source, path_or_repo, hub)
+        if isinstance(source, CodeSource):
+            readers.keep(model, source.space)
         return name
 
     @while_idle
@@ -132,7 +137,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         photos: Photo | Sequence[Photo],
         adapter_name: str | None = None,
         *,
-        down: str | os.PathLike[str],
+        down: str | os.PathLike[str] | None = None,
         as_adapter: bool = True,
         **hub: Unpack[HubOptions],
     ) -> str:
@@ -143,7 +148,8 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         Args:
             photos: one photo of the person or several, as files or RGB images.
             adapter_name: by default the name of the first file.
-            down: folder or repository of a Down with an encoder; on the model it is once, as ever.
+            down: folder or repository of a Down with an encoder; by default where the pipeline's one Down came from. On
+                the model it is once, as ever; what reads is kept for the next photo until `unload_meta_lora`.
             as_adapter: False puts the person into the table of slots, as `add_subject` does, for `subjects=`: that is
                 faster, because PEFT walks over the whole model for each adapter.
             hub: huggingface_hub's arguments, for the Down.
@@ -155,7 +161,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             ArtefactNotFoundError: the Down has no encoder.
             BaseModelMismatchError: the Down was made for another base model, or the family of this one is not known.
             NoImagesError, UnreadableImageError, NoFaceError: photos that cannot be read.
-            AdapterStateError: the name is taken.
+            AdapterStateError: the name is taken, or no `down` is given and the pipeline has not one of its own.
             Everything that `hub.load` and `encoder.load_reader` raise. The pipeline is then as it was.
         """
         several = [photos] if isinstance(photos, (str, os.PathLike, Image.Image)) else list(photos)
@@ -165,13 +171,9 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         if as_adapter:
             adapter_name = self._new_name(model, adapter_name, named)
         images = [one if isinstance(one, Image.Image) else load_image(one) for one in several]
-        found = load(down, model=model, **hub)
-        if not isinstance(found, DownSource):
-            raise WrongKindError(f"{down}: expected a Down that reads photos, found a subject. Give its Down.")
-        reader = load_reader(folder_of(down, READER_FILES, **hub), found, base_for(self).encode_images)
-        reference = os.path.abspath(down) if os.path.isdir(down) else os.fspath(down)
-        origin = {"down": reference, "down_revision": hub.get("revision"), "inference_mode": True}
-        subject = reader.read(images, found, subject_name=adapter_name or named, **origin)
+        reader, source, (place, options) = readers_of(self).reader(self, down, hub)
+        origin = {"down": place, "down_revision": options.get("revision"), "inference_mode": True}
+        subject = reader.read(images, source, subject_name=adapter_name or named, **origin)
         if adapter_name is None or not as_adapter:
             return self._into_table(model, subject, adapter_name, named)
         self._install(subject, adapter_name)
@@ -244,6 +246,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             give_back(self)
             drop_tables(model)
             restore(model)
+        vars(self).pop(KEPT, None)
 
     @while_idle
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:

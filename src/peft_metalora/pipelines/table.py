@@ -26,7 +26,7 @@ from ..checkpoint.space import CodeSource, SubjectCode, SubjectSpace
 from ..errors import AdapterNotFoundError, AdapterStateError, FingerprintMismatchError, NonFiniteError
 from ..tuner import DownSource, MetaLoraConfig, subject_state
 from ..tuner.down import MAGNITUDE, MID, MID_INIT, UP, subject_config
-from ..tuner.on_model import configs_of, meta_lora_layers
+from ..tuner.on_model import configs_of, down_on_model, meta_lora_layers
 from ..tuner.placing import choice_kept, inject
 from ..tuner.ranks import exceptions, ranks_of
 from .codes import CodeBook
@@ -185,7 +185,10 @@ class SubjectTable:
             self._host_copy(name, row)
         with self._books:
             self._enter(name)
-            self._codes.setdefault(subject.space_fingerprint, book).put(name, code)
+            book = self._codes.setdefault(subject.space_fingerprint, book)
+            book.put(name, code)
+            # A basis is large; the last one stays for whoever comes next.
+            self._codes = {mark: other for mark, other in self._codes.items() if len(other) or other is book}
 
     def add(self, name: str, source: SubjectSource, read: Read | None = None) -> None:
         """Put a subject that was read into host memory, one that is a code as its code; raises as the two above."""
@@ -195,7 +198,7 @@ class SubjectTable:
             self.register(name, source.config, source.tensors, read)
 
     def space(self, fingerprint: str) -> SubjectSpace | None:
-        """The subject space of codes that are here."""
+        """A subject space of codes that are here, or were last."""
         book = self._codes.get(fingerprint)
         return None if book is None else book.space
 
@@ -218,11 +221,8 @@ class SubjectTable:
         """Forget a subject's numbers in host memory."""
         self._host.pop(name, None)
         self._read.pop(name, None)
-        for fingerprint, book in [*self._codes.items()]:
-            if name in book:
-                book.drop(name)
-                if not len(book):
-                    del self._codes[fingerprint]  # its basis is large
+        if (book := self._book_of(name)) is not None:
+            book.drop(name)
 
     def _book_of(self, name: object) -> CodeBook | None:
         return next((book for book in self._codes.values() if name in book), None)
@@ -480,6 +480,12 @@ def tables_of(model: nn.Module) -> dict[str, SubjectTable]:
             else:
                 drop_tables(model, fingerprint)
         return dict(tables)
+
+
+def down_known(model: nn.Module, fingerprint: str | None) -> DownSource | None:
+    """The Down of this fingerprint if the model has it: a table's, or as `down_on_model` finds it."""
+    table = tables_of(model).get(fingerprint or "")
+    return down_on_model(model, fingerprint) if table is None else table.down
 
 
 def put_table(model: nn.Module, table: SubjectTable) -> None:
