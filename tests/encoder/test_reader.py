@@ -20,8 +20,10 @@ from peft_metalora.checkpoint.untrusted import TensorFile
 from peft_metalora.cli import main
 from peft_metalora.encoder import EncoderConfig, Reader, SubjectSpace, load_reader, make_encoder, save_reader
 from peft_metalora.errors import (
+    AdapterNotFoundError,
     AdapterStateError,
     ArtefactNotFoundError,
+    ConfigError,
     FingerprintMismatchError,
     MissingDownError,
     NoImagesError,
@@ -199,6 +201,53 @@ def opened(monkeypatch):
 
     monkeypatch.setattr(TensorFile, "read", read)
     return files
+
+
+class TestBlending:
+    @pytest.fixture
+    def pipe(self, tmp_path, down_folder):
+        pipe = enable_meta_lora(tiny_flux_pipeline())
+        pipe.read_subject(photo(tmp_path, 0), "ann", down=down_folder)
+        pipe.read_subject(photo(tmp_path, 1), "bob", as_adapter=False)
+        return pipe
+
+    def code(self, pipe, name):
+        return pipe._code_of(pipe.transformer, name).code
+
+    def test_a_child_stands_between_both_and_is_a_whole_person(self, pipe, tmp_path, down_folder):
+        assert pipe.blend_subjects({"ann": 0.5, "bob": 0.5}, "child") == "child"
+        ann, bob, child = (self.code(pipe, name) for name in ("ann", "bob", "child"))
+        assert torch.allclose(child.norm(), ann.norm(), rtol=1e-3) and child.norm() > 1.01 * (ann + bob).norm() / 2
+        assert torch.allclose(child @ ann, child @ bob, rtol=1e-3)
+        assert pipe.get_active_adapters() == ["child"]
+        drawn = draw(pipe)
+        for name in ("ann", "bob"):
+            assert not torch.allclose(draw(pipe, subjects=name), drawn, atol=1e-4)
+        pipe.save_meta_lora(tmp_path / "child", "child")
+        assert torch.equal(load_subject(tmp_path / "child").code.code, child)
+
+    def test_all_of_one_is_that_one(self, pipe):
+        assert pipe.blend_subjects({"ann": 2, "bob": 0}, as_adapter=False) == "ann-bob"
+        torch.testing.assert_close(self.code(pipe, "ann-bob"), self.code(pipe, "ann"))
+        torch.testing.assert_close(draw(pipe, subjects="ann-bob"), draw(pipe, subjects="ann"), rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("weights", [{}, {"ann": 0}, {"ann": -1, "bob": 2}, {"ann": float("nan")}, {"ann": 1e400}])
+    def test_shares_that_cannot_be(self, pipe, weights):
+        with pytest.raises(ConfigError, match="a weight of at least 0"):
+            pipe.blend_subjects(weights, "child")
+
+    def test_who_cannot_be_blended_is_named(self, pipe, tmp_path, down_folder):
+        with pytest.raises(AdapterNotFoundError, match="'nobody'"):
+            pipe.blend_subjects({"ann": 1, "nobody": 1}, "child")
+        with pytest.raises(AdapterStateError, match="a new adapter name, found 'bob'"):
+            pipe.blend_subjects({"ann": 1, "bob": 1}, "bob")
+        pipe.save_meta_lora(tmp_path / "whole", "ann", down=down_folder, whole=True)
+        pipe.add_subject(tmp_path / "whole", "row")
+        pipe.load_meta_lora(tmp_path / "whole", "tuned")
+        for name in ("row", "tuned"):
+            with pytest.raises(AdapterStateError, match=f"found '{name}' with a Mid and Up of their own"):
+                pipe.blend_subjects({"ann": 1, name: 1}, "child")
+        assert pipe.get_list_adapters() == {"transformer": ["ann", "tuned"]}
 
 
 def test_the_second_photo_waits_for_no_file(tmp_path, down_folder, opened):

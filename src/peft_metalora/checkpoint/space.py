@@ -140,6 +140,19 @@ class SubjectSpace(nn.Module):
         """A code (k,) of this space, with what it means something to."""
         return SubjectCode(code.detach().float().cpu(), self.down_fingerprint, self.fingerprint, subject_name)
 
+    def blend(self, codes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """A code (k,) between others: their weighted mean, brought to the length that they have in the mean.
+
+        The mean alone is shorter the less they agree, and so nearer to the Down's mean subject than any of them.
+
+        Args:
+            weights: at least 0 each, not all 0.
+        """
+        share = torch.tensor([*weights], dtype=torch.float32) / sum(weights)
+        stacked = torch.stack([*codes]).float().cpu()
+        mean, length = share @ stacked, share @ stacked.norm(dim=1)
+        return mean * (length / mean.norm().clamp(min=1e-6 * length))
+
     @property
     def code_size(self) -> int:
         """k, the numbers of a code."""

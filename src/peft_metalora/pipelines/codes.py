@@ -43,6 +43,10 @@ class CodeBook:
             self._rows[name] = self._free.pop() if self._free else len(self._rows)
         self._line(self._rows[name]).copy_(code)
 
+    def code(self, name: str) -> Tensor:
+        """The code of a name, (k,) float32."""
+        return self._line(self._rows[name]).clone()
+
     def drop(self, name: str) -> None:
         """Forget a code, its numbers too."""
         row = self._rows.pop(name)

@@ -8,9 +8,10 @@ The adapters sit on the denoiser (`pipe.transformer` or `pipe.unet`) as PEFT ada
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,13 +22,14 @@ from torch import nn
 from typing_extensions import Unpack
 
 from .. import checkpoint
-from ..checkpoint.artefacts import know_code
+from ..checkpoint.artefacts import code_on_model, know_code
 from ..checkpoint.factors import SubjectSource
-from ..checkpoint.space import CodeSource
+from ..checkpoint.space import CodeSource, SubjectCode
 from ..data import load_image
-from ..errors import AdapterStateError
+from ..errors import AdapterStateError, ConfigError
 from ..hub.loading import HubOptions, load
 from ..tuner import DownSource, MetaLoraConfig
+from ..tuner.down import subject_config
 from ..tuner.merging import merged_or_as_before
 from ..tuner.on_model import configs_of, know_down, meta_layers
 from ..tuner.placing import (
@@ -172,12 +174,76 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             adapter_name = self._new_name(model, adapter_name, named)
         images = [one if isinstance(one, Image.Image) else load_image(one) for one in several]
         reader, source, (place, options) = readers_of(self).reader(self, down, hub)
-        origin = {"down": place, "down_revision": options.get("revision"), "inference_mode": True}
+        origin: dict[str, Any] = {"down": place, "down_revision": options.get("revision"), "inference_mode": True}
         subject = reader.read(images, source, subject_name=adapter_name or named, **origin)
         if adapter_name is None or not as_adapter:
             return self._into_table(model, subject, adapter_name, named)
         self._install(subject, adapter_name)
         return adapter_name
+
+    @while_idle
+    def blend_subjects(
+        self, subjects: Mapping[str, float], adapter_name: str | None = None, *, as_adapter: bool = True
+    ) -> str:
+        """Bring in somebody between others, who are codes: read from photos, or loaded from folders of codes.
+
+        Args:
+            subjects: how much of whom, such as {"ann": 0.5, "bob": 0.5}; what counts are the shares of the sum.
+            adapter_name, as_adapter: as `read_subject` takes them; the name is by default made of theirs.
+
+        Returns:
+            The name of the adapter or the subject.
+
+        Raises:
+            ConfigError: nobody, or weights that cannot be shares.
+            AdapterNotFoundError: a subject that is not here.
+            AdapterStateError: one that has a Mid and Up of their own, subjects of several spaces, or a name that is
+                taken. The pipeline is then as it was.
+        """
+        weights = [*subjects.values()]
+        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+            raise ConfigError(
+                f"expected a weight of at least 0 for each subject, and not 0 for all, found {dict(subjects)}: give "
+                "for example {'ann': 0.5, 'bob': 0.5}"
+            )
+        model, readers, named = denoiser(self), readers_of(self), "-".join(subjects)
+        if as_adapter:
+            adapter_name = self._new_name(model, adapter_name, named)
+        codes = [self._code_of(model, name) for name in subjects]
+        marks = {(code.down_fingerprint, code.space_fingerprint) for code in codes}
+        if len(marks) > 1:
+            raise AdapterStateError(
+                f"expected subjects of one subject space, found {len(marks)} among {', '.join(subjects)}. Read their "
+                "photos with one Down."
+            )
+        fingerprint, mark = marks.pop()
+        source, (place, hub) = readers.down(model, fingerprint)
+        space = readers.space(model, mark)
+        if space is None:
+            raise AdapterStateError(
+                f"expected the subject space of {', '.join(subjects)}, found it no longer at {place}. Load one of them "
+                "from a folder again."
+            )
+        blended = space.coded(space.blend([code.code for code in codes], weights))
+        origin: dict[str, Any] = {"down": place, "down_revision": hub.get("revision"), "inference_mode": True}
+        config = subject_config(source, subject_name=adapter_name or named, **origin)
+        child = CodeSource(config, blended, space, source)
+        if adapter_name is None or not as_adapter:
+            return self._into_table(model, child, adapter_name, named)
+        self._install(child, adapter_name)
+        return adapter_name
+
+    def _code_of(self, model: nn.Module, name: str) -> SubjectCode:
+        for table in tables_of(model).values():
+            if (code := table.code(name)) is not None:
+                return code
+        own = any(table.is_own(name) for table in tables_of(model).values())
+        if not own and require_adapter(model, name).stage == "subject" and (code := code_on_model(model, name)):
+            return code
+        raise AdapterStateError(
+            f"expected subjects that are codes, found {name!r} with a Mid and Up of their own. Blend people who were "
+            "read from photos and not trained since."
+        )
 
     def _new_name(self, model: nn.Module, wanted: str | None, path: str | os.PathLike[str]) -> str:
         configs, tables = configs_of(model), tables_of(model).values()

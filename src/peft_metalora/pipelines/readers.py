@@ -126,7 +126,24 @@ class Readers:
             reader.encoder.to(_device(getattr(pipe, "vae", None) or model))
             self._opened[folder] = _Opened(file, source.config, reader.encoder)
             self.keep(model, reader.space)
+        self._places.setdefault(source.fingerprint, (_fixed(place), hub))
         return reader, source, (os.path.abspath(folder) if os.path.isdir(place) else place, hub)
+
+    def down(self, model: nn.Module, fingerprint: str) -> tuple[DownSource, Place]:
+        """A Down of the model with the configuration of its own file, and where that lies.
+
+        Raises:
+            AdapterStateError: nobody knows where it came from.
+        """
+        if (known := self._places.get(fingerprint)) is None:
+            raise AdapterStateError(
+                f"expected a Down that came from a folder or a repository, found {fingerprint[:16]}…, which came from "
+                "neither. Load it with load_meta_lora."
+            )
+        place, hub = known
+        folder = self._folder(place, hub, [])
+        with open_artefact(folder) as found:
+            return found.down(fingerprint, known=down_known(model, fingerprint)), (place, hub)
 
     def _place_of_one(self, model: nn.Module) -> Place:
         here = [place for mark, place in self._places.items() if down_known(model, mark) is not None]

@@ -197,6 +197,13 @@ class SubjectTable:
         else:
             self.register(name, source.config, source.tensors, read)
 
+    def code(self, name: str) -> SubjectCode | None:
+        """The code of a subject that is one."""
+        for mark, book in self._codes.items():
+            if name in book:
+                return SubjectCode(book.code(name), self.down.fingerprint, mark, name)
+        return None
+
     def space(self, fingerprint: str) -> SubjectSpace | None:
         """A subject space of codes that are here, or were last."""
         book = self._codes.get(fingerprint)
