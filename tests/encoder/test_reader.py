@@ -28,6 +28,7 @@ from peft_metalora.errors import (
     MissingDownError,
     NoImagesError,
     UnsafeNameError,
+    WrongKindError,
 )
 from peft_metalora.hub import pull, push_down, push_subject
 from peft_metalora.pipelines.readers import KEPT
@@ -66,6 +67,19 @@ def made(tmp_path_factory):
 def down_folder(tmp_path, made):
     """A copy of that Down."""
     return shutil.copytree(made, tmp_path / "down")
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files of tensors that were read."""
+    files, before = [], TensorFile.read
+
+    def read(self):
+        files.append(self.path.name)
+        return before(self)
+
+    monkeypatch.setattr(TensorFile, "read", read)
+    return files
 
 
 def draw(pipe, *, prompt="a photo of a person", seeds=(0,), **options):
@@ -135,12 +149,13 @@ def test_what_cannot_be_read_leaves_the_pipeline_as_it_was(tmp_path, down_folder
     assert pipe.get_list_adapters() == {}
 
 
-def test_the_command_writes_a_subject_like_any_other(tmp_path, down_folder, capsys):
+def test_the_command_writes_a_subject_like_any_other(tmp_path, down_folder, capsys, opened):
     out = tmp_path / "ann"
     first, second = photo(tmp_path, 0), photo(tmp_path, 1)
     arguments = ["read", "--down", str(down_folder), "--photos", str(first), str(second), "--output_dir", str(out)]
     assert main([*arguments, "--device", "cpu"]) == 0
     assert "2 photo(s)" in capsys.readouterr().out
+    assert opened.count("adapter_model.safetensors") == 1, "the Down, for its own sake"
     subject = load_subject(out)
     assert subject.config.subject_name == "ann" and subject.down.fingerprint == load_down(down_folder).fingerprint
     pipe = enable_meta_lora(tiny_flux_pipeline())
@@ -190,17 +205,11 @@ def test_it_goes_to_the_hub_and_comes_back_with_its_down(tmp_path, down_folder, 
     assert torch.equal(draw(pipe), ann)
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """The files of tensors that were read."""
-    files, before = [], TensorFile.read
-
-    def read(self):
-        files.append(self.path.name)
-        return before(self)
-
-    monkeypatch.setattr(TensorFile, "read", read)
-    return files
+def test_a_down_is_no_subject_before_a_tensor_is_read(down_folder, opened):
+    """Bug: a whole Down was read to say that it is none."""
+    with pytest.raises(WrongKindError, match="found a Down"):
+        load_subject(down_folder)
+    assert opened == []
 
 
 class TestBlending:

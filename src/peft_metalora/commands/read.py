@@ -50,8 +50,9 @@ def run_read(config: ReadConfig) -> Done:
     from ..bases import load_base
     from ..bases.precision import choose_device, choose_dtype
     from ..checkpoint.artefacts import require_replaceable
+    from ..checkpoint.config_file import read_config
     from ..files import require_apart
-    from ..hub.loading import HubOptions, load_down
+    from ..hub.loading import HubOptions, folder_of
     from ..pipelines import enable_meta_lora
 
     name = config.subject_name or Path(config.output_dir).resolve().name
@@ -60,7 +61,7 @@ def run_read(config: ReadConfig) -> Done:
     hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
     base_name = config.pretrained_model_name_or_path
     if base_name is None:
-        base_name = load_down(config.down, **hub).config.base_model_name_or_path
+        base_name = read_config(folder_of(config.down, **hub)).base_model_name_or_path
     if base_name is None:
         raise ConfigError(f"{config.down} names no base model: give pretrained_model_name_or_path")
     device = choose_device(config.device)
