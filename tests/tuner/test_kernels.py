@@ -103,6 +103,7 @@ def test_inference_is_that_of_plain_products(monkeypatch, r, folded, index):
         found = model(x)
         assert len(calls) == 1
         monkeypatch.undo()
+        layer_of(model, "0").shown_subject = None
         plain = model(x)
         torch.testing.assert_close(found, plain)
         if index is not None:
@@ -131,3 +132,47 @@ def test_training_is_that_of_plain_products(monkeypatch, dtype, tolerance, stage
     for name, gradient in found.items():
         assert gradient.dtype == plain[name].dtype
         assert relative(gradient, plain[name]) < tolerance, name
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Kernels that Triton has "compiled": what was launched, with its arguments."""
+    launched = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments))
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*arguments, num_warps):
+                launched.append((grid, arguments))
+                return Compiled()
+
+            return launch
+
+    monkeypatch.setattr(kernels, "_add_product", Kernel())
+    monkeypatch.setattr(kernels, "_launchers", {})
+    return launched
+
+
+def test_few_launches_are_remembered(compiled, monkeypatch):
+    """Bug: what was launched for a shape was kept for ever, and a service sees images of any size."""
+    monkeypatch.setattr(kernels, "MOST_SHAPES", 4)
+    for tokens in (*range(1, 12), 11):
+        y, x = torch.zeros(1, tokens, 8), torch.zeros(1, tokens, 8)
+        kernels.add_product_(y, x, torch.zeros(1, 1, 8), torch.zeros(1, 8, 1), 1.0)
+    assert len(kernels._launchers) == 4 and len(compiled) == 12
+    assert kernels._add_numbers.cache_info().maxsize is not None
+
+
+def test_what_adds_again_launches_the_same(compiled):
+    y, x, a, up = torch.zeros(2, 3, 8), torch.zeros(2, 3, 16), torch.zeros(1, 1, 16), torch.zeros(1, 8, 1)
+    assert kernels.adder(y, x, a, up, 0.5) is None, "nothing is compiled"
+    kernels.add_product_(y, x, a, up, 0.5)
+    again = kernels.adder(y, x, a, up, 0.5)
+    other = torch.ones(2, 3, 8), torch.ones(2, 3, 16)
+    again(*other)
+    (grid, arguments), (same_grid, same) = compiled
+    assert grid == same_grid and arguments[2:] == same[2:]
+    assert (same[0] is other[0]) and (same[1] is other[1])

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import AdapterNotFoundError, AdapterStateError
 from ..tuner import MetaLoraConfig, MetaLoraLayer
 from ..tuner.on_model import configs_of, meta_layers
-from ..tuner.placing import activate, active_adapters, require_adapter
+from ..tuner.placing import activate, active_adapters, fold_active, require_adapter
 from .calling import PerSampleMixin
 from .denoiser import adapted_parts, all_layers, denoiser, named_denoiser, refuse_fused, tuner_layers, while_idle
 from .table import tables_of
@@ -24,6 +24,7 @@ def choose(pipe: Any, names: list[str]) -> None:
     """Make these adapters active on every component, and no others."""
     for part in adapted_parts(pipe):
         activate(part, names)
+    fold_active(denoiser(pipe))
 
 
 def displace_ordinary(pipe: Any) -> None:

@@ -326,6 +326,8 @@ class SubjectTable:
             slot = self._forget(name)
             if slot is not None:
                 self._write(slot, torch.zeros_like(self._flat[slot]))
+        for _, layer in self._layers:
+            layer.shown_subject = None
 
     def statistics(self) -> Statistics:
         """How full the table is and what it has done."""
@@ -450,6 +452,7 @@ class SubjectTable:
             else:
                 self._flat[slot].copy_(row, non_blocking=True)
         self._written = True
+        self._layers[0][1].subject_index.factors = object()
         for _, layer in self._layers:
             if self.adapter_name in layer.metalora_folded:
                 layer.fold(self.adapter_name, slot)

@@ -24,7 +24,7 @@ class Conv(MetaLoraLayer):
         x = cast(self._dropped(x, name), dtype)
         batch = self._batch(x)
         up = gather(cast(self.metalora_up[name], dtype), chosen).expand(batch, -1, -1)
-        if chosen is None and name in self.metalora_folded and not torch.is_grad_enabled():
+        if chosen is None and not torch.is_grad_enabled() and self.is_folded(name):
             factor = self.metalora_folded[name][: self.r[name]]
             z = layer._conv_forward(x, cast(factor, dtype), None).reshape(batch, self.r[name], -1)
             scaling /= self.fold_scale[name]

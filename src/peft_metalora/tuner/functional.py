@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import AdapterStateError, SubjectIndexError
 from .config import STARTS
 from .down import MAGNITUDE, MID, UP
+from .folding import folds_follow
 from .merging import MERGE_BACKUPS
 from .on_model import Seen, layers_of, meta_lora_layers, require_slot, seen
 from .subject_index import NO_SUBJECT, TokenSlots
@@ -171,17 +172,16 @@ def write_subject(model: nn.Module, adapter_name: str, state: dict[str, Tensor],
     foreign = sorted(set(state) - wanted)
     if foreign:
         raise AdapterStateError(f"The subject has {len(foreign)} key(s) the adapter lacks, for example {foreign[0]!r}.")
-    for target, source in pairs:
-        target.copy_(source)
-    for _, layer in layers:
-        if adapter_name in layer.metalora_folded:
-            layer.fold(adapter_name, slot)
+    with folds_follow([layer for _, layer in layers], adapter_name, slot):
+        for target, source in pairs:
+            target.copy_(source)
 
 
 def fold(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
     """Cache Mid @ Down of every slot, so that inference costs what a rank-r LoRA costs and never touches Down.
 
-    `write_subject` keeps a fold up to date; after any other change of the factors, fold again. Training ignores folds.
+    Layers fold by themselves what is frozen and shown to a whole batch; this folds for batches of several subjects and
+    for compiled graphs. `write_subject` keeps a fold up to date, other writes put it out of use, and so does training.
 
     Args:
         adapter_names: which adapters; all of them by default.

@@ -10,6 +10,9 @@ Sums are in float32 whatever the inputs are, so factors in float32 need no cast.
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor
 # Tokens and columns of one program's tile, and its warps; chosen on an H100.
 ADD_TOKENS, ADD_COLUMNS, ADD_WARPS = 4, 1024, 4
 GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS = 16, 512, 4
+MOST_SHAPES = 2048  # whose launches are remembered: a service sees images of many sizes
 
 
 def add_product_(
@@ -32,20 +36,45 @@ def add_product_(
         up: (rows or 1, n, r), of any strides.
         z: (rows, tokens, r) float32: written where x is given, else read.
     """
+    key, grid, numbers = _add_form(y, x, a, up, z)
+    _launch(_add_product, key, grid, (y, x, a, up, z, float(scaling), *numbers), ADD_WARPS)
+
+
+def adder(y: Tensor, x: Tensor, a: Tensor, up: Tensor, scaling: float) -> Callable[[Tensor, Tensor], None] | None:
+    """As `add_product_`, for y and x like these without any look-up: of their shapes, dtypes, device and alignment.
+
+    None where there is no such kernel yet, or Triton would have to be told the device.
+    """
+    key, _, numbers = _add_form(y, x, a, up, None)
+    launcher = _launchers.get(_known(key, y, x))
+    if launcher is None or torch.cuda.device_count() > 1:
+        return None
+    rest = a, up, None, float(scaling), *numbers
+    return lambda y, x: launcher(y, x, *rest)
+
+
+def _add_form(
+    y: Tensor, x: Tensor | None, a: Tensor | None, up: Tensor, z: Tensor | None
+) -> tuple[tuple[Any, ...], tuple[int, int, int], tuple[Any, ...]]:
+    """What identifies a launch of `_add_product`, its grid, and the numbers that it takes after tensors and scale."""
     rows, tokens, n = y.shape
     factors, _, r = up.shape
     if factors == 1:
         rows, tokens = 1, rows * tokens
     k, inner = (0, None) if x is None else (x.shape[2], x.dtype)
     key = (rows, tokens, n, k, *up.stride(), y.dtype, inner, up.dtype, a is None or a.dtype, z is None, r)
-    form = _forms.get(key)
-    if form is None:
-        padded = triton.next_power_of_2(r)
-        columns = ADD_COLUMNS // padded
-        width = max(16, min(triton.next_power_of_2(k), columns))
-        constants = (r, padded, x is not None, z is not None, ADD_TOKENS, width, columns)
-        form = _forms[key] = (tokens, n, k, r * k, *up.stride(), *constants), (triton.cdiv(tokens, ADD_TOKENS), rows, 1)
-    _launch(_add_product, key, form[1], (y, x, a, up, z, float(scaling), *form[0]), ADD_WARPS)
+    return key, *_add_numbers(rows, tokens, n, k, up.stride(), r, x is not None, z is not None)
+
+
+@functools.lru_cache(maxsize=MOST_SHAPES)
+def _add_numbers(
+    rows: int, tokens: int, n: int, k: int, strides: tuple[int, ...], r: int, from_x: bool, with_z: bool
+) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
+    padded = triton.next_power_of_2(r)
+    columns = ADD_COLUMNS // padded
+    width = max(16, min(triton.next_power_of_2(k), columns))
+    constants = (r, padded, from_x, with_z, ADD_TOKENS, width, columns)
+    return (triton.cdiv(tokens, ADD_TOKENS), rows, 1), (tokens, n, k, r * k, *strides, *constants)
 
 
 def factor_gradients(dy: Tensor, z: Tensor, h: Tensor, up: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,26 +108,30 @@ def factor_gradients(dy: Tensor, z: Tensor, h: Tensor, up: Tensor, scaling: floa
     return dz, sums[:, n * r :].reshape(rows, r, meta_r), sums[:, : n * r].reshape(rows, n, r)
 
 
-_forms: dict[Any, Any] = {}  # what add_product_ derives from shapes
-_launchers: dict[Any, Any] = {}  # kernels that Triton has compiled, with their grids
+_launchers: dict[Any, Any] = {}  # kernels that Triton has compiled, with their grids; the oldest leave
+_filling = threading.Lock()
+
+
+def _known(key: tuple[Any, ...], first: Tensor, second: Tensor | None) -> tuple[Any, ...]:
+    """Triton compiles for pointers that 16 divides, or not: of activations that counts, of factors it is not used."""
+    return (*key, first.get_device(), first.data_ptr() % 16, second is None or second.data_ptr() % 16)
 
 
 def _launch(
     kernel: Any, key: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[Any, ...], warps: int
 ) -> None:
-    """Launch a kernel; from the second time on without Triton's look-ups, which take longer than at batch 1 a product.
-
-    Triton compiles for pointers that 16 divides, or not: of activations that is in the key, of factors it is not used.
-    """
-    first, second = arguments[0], arguments[1]
-    known = (*key, first.get_device(), first.data_ptr() % 16, second is None or second.data_ptr() % 16)
+    """Launch a kernel; from the second time on without the look-ups of Triton, slower than a product at batch 1."""
+    known = _known(key, arguments[0], arguments[1])
     launcher = _launchers.get(known)
     if launcher is not None:
         launcher(*arguments)
         return
     compiled = kernel[grid](*arguments, num_warps=warps)
     if compiled is not None:  # Triton's interpreter compiles nothing
-        _launchers[known] = compiled[grid]
+        with _filling:
+            while len(_launchers) >= MOST_SHAPES:
+                del _launchers[next(iter(_launchers))]
+            _launchers[known] = compiled[grid]
 
 
 @triton.jit(do_not_specialize_on_alignment=["a", "up", "z"])

@@ -27,12 +27,12 @@ from ..errors import AdapterStateError
 from .base_layers import factor_shape, is_packed, unpack
 from .config import MetaLoraConfig
 from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, Downs
-from .merging import Mergeable, decomposed_norms, dtype_of_sums
+from .folding import Shown, dtype_of_sums, transformed
+from .merging import Mergeable, decomposed_norms
 from .ranks import Ranks
 from .starts import start_down
 from .subject_index import Chosen, Positions, SubjectIndex, TokenSlots, layers_changed
 
-transformed = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks: vmap, grad and their kin
 hooked_everywhere = torch.nn.modules.module._has_any_global_hook  # as nn.Module asks before it calls forward alone
 
 
@@ -46,6 +46,7 @@ class MetaLoraLayer(Mergeable):
         "metalora_dropout",
         "metalora_folded",
         "fold_scale",
+        "fold_mark",
         "r",
         "meta_r",
         "lora_alpha",
@@ -83,6 +84,8 @@ class MetaLoraLayer(Mergeable):
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.fold_scale: dict[str, float] = {}
+        self.fold_mark: dict[str, tuple[Any, ...]] = {}
+        self.shown_subject: Shown | None = None
         self.stage: dict[str, str] = {}
         self.warmup: dict[str, bool] = {}
         self.down_key: dict[str, str] = {}
@@ -95,6 +98,9 @@ class MetaLoraLayer(Mergeable):
         self._kept_quantised: Any = None
         self.register_load_state_dict_post_hook(_fold_again)
         layers_changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "shown_subject": None}  # what launches kernels is of this process and these factors
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -291,9 +297,12 @@ class MetaLoraLayer(Mergeable):
             stored = moved.is_floating_point() and moved.element_size() == 1 < tensor.element_size()
             return tensor.to(moved.device) if stored else moved
 
+        folded = [name for name in self.metalora_folded if self.is_folded(name)]
         for name, child in self.named_children() if recurse else ():
             child._apply(fn if name == "base_layer" else computable)
         super()._apply(fn, recurse=False)  # FSDP keeps what it flattens on the layer itself
+        for name in folded:
+            self.fold_mark[name] = self._mark(name)
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -373,6 +382,7 @@ class MetaLoraLayer(Mergeable):
             for key in set(container) - set(self.down_key.values()):
                 del container[key]
         self._may_train &= set(self.metalora_mid)
+        self.shown_subject = None
         self.sync_down()
         layers_changed()
 
@@ -396,6 +406,7 @@ class MetaLoraLayer(Mergeable):
         for name in self.active_adapters:
             if name not in self.metalora_mid:
                 continue
+            self._unfold_what_trains(name)
             if not self.subject_index.by_tokens:
                 result = self._add(result, base, x, name, self._chosen(x))
             elif places := self.token_table.positions(self._tokens(x, base), x.device):
@@ -423,6 +434,12 @@ class MetaLoraLayer(Mergeable):
             base = result[rows]
             result = result.index_copy(0, rows, self._add(base, base, x[rows], name, part))
         return result
+
+    def _unfold_what_trains(self, name: str) -> None:
+        """Before a pass with a gradient: fused optimisers move factors without torch's count of writes."""
+        has_fold = self.shown_subject is not None or len(self.metalora_folded) > 0
+        if has_fold and torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.trains(name):
+            self.unfold()
 
     def _batch(self, x: Tensor) -> int:
         """Number of samples in x."""
@@ -485,6 +502,7 @@ def subjects_aside(layers: Iterable[MetaLoraLayer]) -> Iterator[None]:
 
 def _fold_again(layer: MetaLoraLayer, _: Any) -> None:
     """After `load_state_dict`: a fold of what was there before would show the old subject."""
+    layer.shown_subject = None
     for name in layer.metalora_folded:
         layer.fold(name)
 

@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .down import MAGNITUDE, UP
+from .down import MAGNITUDE
+from .folding import Shown, dtype_of_sums, transformed
 from .fused import FusedLinear, add_outer_, add_product_, folding_first_is_cheaper, times, triton_kernels
-from .layer import MetaLoraLayer, cast, hooked_everywhere, transformed
-from .merging import dtype_of_sums
+from .layer import MetaLoraLayer, cast, hooked_everywhere
 from .subject_index import Chosen, Positions, gather
 
 AUTOCAST = torch.float32, torch.bfloat16, torch.float16  # what autocast converts before a product
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
+ADDERS = 16  # how many shapes of inputs a layer remembers how to add onto
 
 
 class Linear(MetaLoraLayer):
@@ -47,9 +48,9 @@ class Linear(MetaLoraLayer):
         name = self._fusible(x)
         if name is None:
             return super().forward(given)
-        one_subject = self.subject_index.slot is None
-        if one_subject and not torch.is_grad_enabled() and self.fold_scale.get(name) == self.scaling[name]:
-            return self._forward_folded(x, name)
+        slot = self.subject_index.one
+        if slot is not None and not torch.is_grad_enabled():
+            return self._forward_one(x, name, slot)
         return self._forward_fused(x, name)
 
     # Below, nn.Module's dicts are read directly: at batch 1 a model is bound by Python, and its __getattr__ is slow.
@@ -88,24 +89,48 @@ class Linear(MetaLoraLayer):
             return None
         return name
 
-    def _forward_folded(self, x: Tensor, name: str) -> Tensor:
-        """Inference with one subject for all: two small products and the base's, as few Python steps as can be."""
+    def _forward_one(self, x: Tensor, name: str, slot: int) -> Tensor:
+        """Inference with one subject for all, or nobody: two small products and the base's, in few Python steps."""
         modules: Any = self._modules
-        base = modules["base_layer"]._parameters
-        folded, up = modules["metalora_folded"]._buffers[name], modules[UP]._parameters[name]
-        if x.dim() != 3 or folded.shape[0] != up.shape[2]:
-            return self._forward_fused(x, name)
-        if kernels := triton_kernels(x, up.shape[2]):
-            y = F.linear(x, base["weight"], base["bias"])
-            kernels.add_product_(y, x, folded, up, 1.0)
-            return y
-        if folded.dtype != x.dtype or up.dtype != x.dtype:
+        base, index = modules["base_layer"]._parameters, self.subject_index
+        if index.slot is not None and x.shape[0] % index.slot.shape[0]:
+            self._chosen(x)  # says what is wrong
+        index.last = index.written
+        if slot < 0:
+            return F.linear(x, base["weight"], base["bias"])
+        shown = self.fold_of_slot(name, slot)
+        if shown is None or not x.is_contiguous():
             return self._forward_fused(x, name)
         y = F.linear(x, base["weight"], base["bias"])
-        # The batched form takes tensors of three axes as they are, where addmm_ would need views of them.
-        return y.baddbmm_(F.linear(x, folded), up.mT.expand(x.shape[0], -1, -1))
+        key = x.shape, x.dtype, x.data_ptr() % 16
+        add = shown.adders.get(key)
+        if add is None:
+            self._add_first(y, x, shown, key)
+        else:
+            add(y, x)
+        return y
+
+    def _add_first(self, y: Tensor, x: Tensor, shown: Shown, key: Any) -> None:
+        """Add a subject's product onto y, and keep what does it for every x like this one."""
+        flat = y.view(1, -1, self.d_out), x.view(1, -1, self.in_features)
+        given = shown.factor.unsqueeze(0), shown.up, shown.scale
+        if kernels := triton_kernels(x, shown.up.shape[2]):
+            kernels.add_product_(*flat, *given)
+            add = kernels.adder(*flat, *given)
+        else:
+            factor, up, scale = cast(shown.factor, x.dtype), cast(shown.up[0].t(), x.dtype), shown.scale
+
+            def add(y: Tensor, x: Tensor) -> None:
+                y.view(-1, y.shape[-1]).addmm_(F.linear(x, factor).view(-1, len(factor)), up, alpha=scale)
+
+            add(y, x)
+        if add is not None:
+            if len(shown.adders) == ADDERS:  # a service sees images of many sizes
+                shown.adders.clear()
+            shown.adders[key] = add
 
     def _forward_fused(self, x: Tensor, name: str) -> Tensor:
+        self._unfold_what_trains(name)
         base: Any = self.base_layer
         chosen = self._chosen(x)
         rows = 1 if chosen is None else chosen.slot.shape[0]
@@ -127,7 +152,7 @@ class Linear(MetaLoraLayer):
         Without a fold it is x and Mid @ Down, or Down @ x and Mid, whichever costs fewer operations.
         """
         dtype = deep.dtype
-        if name in self.metalora_folded and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and self.is_folded(name):
             return deep, self._folded(name, dtype, chosen), self.scaling[name] / self.fold_scale[name]
         down = cast(self._down(self.down_key[name]), dtype)
         mid = gather(cast(self.metalora_mid[name], dtype), chosen)
@@ -199,7 +224,7 @@ class Linear(MetaLoraLayer):
         return total + (scale - 1).to(base.dtype) * product + scale.to(base.dtype) * delta
 
     def _pointwise_project(self, deep: Tensor, name: str, chosen: Chosen | None) -> tuple[Tensor, float]:
-        if name not in self.metalora_folded:
+        if not self.is_folded(name):
             return self._project(deep, name, chosen)
         folded = self._folded(name, deep.dtype, chosen)
         dtype = dtype_of_sums(deep)

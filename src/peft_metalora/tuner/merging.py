@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of an adapted layer that scales, folds and merges: everything about weights, nothing about activations."""
+"""The part of an adapted layer that scales and merges: everything about weights, nothing about activations."""
 
 from __future__ import annotations
 
@@ -11,32 +11,20 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import AdapterStateError, NonFiniteError, UnsupportedModuleError
-from .down import Downs
-from .ranks import scale_of
-from .subject_index import SubjectIndex, layers_changed
+from .folding import Foldable, dtype_of_sums
+from .subject_index import layers_changed
 
 MERGE_BACKUPS = ("device", "host", "none")
 
 
-class Mergeable(BaseTunerLayer, nn.Module):
-    """Scaling, folding and merging of the factors that `MetaLoraLayer` holds."""
+class Mergeable(Foldable):
+    """Scaling and merging of the factors that `MetaLoraLayer` holds."""
 
-    subject_index: SubjectIndex
     d_out: int
-    r: dict[str, int]
-    lora_alpha: dict[str, float]
-    scaling: dict[str, float]
-    use_rslora: dict[str, bool]
-    fold_scale: dict[str, float]
-    down_key: dict[str, str]
-    metalora_down: Downs
-    metalora_mid: nn.ParameterDict
-    metalora_up: nn.ParameterDict
-    metalora_folded: BufferDict
     metalora_magnitude: nn.ParameterDict
     _rows_of_weight: Any
     row_norms: Any
@@ -58,9 +46,6 @@ class Mergeable(BaseTunerLayer, nn.Module):
 
     # ---- scale ---------------------------------------------------------------------------------------------------
 
-    def _full_scale(self, adapter_name: str) -> float:
-        return scale_of(self.lora_alpha[adapter_name], self.r[adapter_name], self.use_rslora[adapter_name])
-
     def set_scale(self, adapter: str, scale: float) -> None:
         """Weight the adapter: its output is multiplied by `scale` times its own scaling."""
         if adapter in self.scaling:
@@ -79,34 +64,7 @@ class Mergeable(BaseTunerLayer, nn.Module):
             if name in self.scaling:
                 self.scaling[name] = self._full_scale(name) if scale is None else self.scaling[name] / scale
 
-    # ---- fold and merge ------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def fold(self, adapter_name: str, slot: int | None = None) -> None:
-        """Cache scaling * Mid @ Down, (slots * r, d_in), for all slots or anew for one: inference then spares Down."""
-        down = self.metalora_down[self.down_key[adapter_name]]
-        scale = self.scaling[adapter_name] or self._full_scale(adapter_name)  # a scale of 0 may be raised again
-        if slot is None or adapter_name not in self.metalora_folded:
-            with torch.inference_mode(False):  # so that a slot can be written again from anywhere
-                folded = self.folded_factor(adapter_name).flatten(0, 1).mul_(scale)
-                self.metalora_folded[adapter_name], self.fold_scale[adapter_name] = folded.to(down.dtype), scale
-        else:
-            rows = slice(slot * self.r[adapter_name], (slot + 1) * self.r[adapter_name])
-            folded = self.folded_factor(adapter_name, slot).mul_(self.fold_scale[adapter_name])
-            self.metalora_folded[adapter_name][rows].copy_(folded)
-
-    def unfold(self) -> None:
-        """Forget every cached fold."""
-        self.metalora_folded.clear()
-        self.fold_scale.clear()
-
-    def folded_factor(self, adapter_name: str, slot: int | None = None) -> Tensor:
-        """Return A = Mid @ Down, at least in float32: (slots, r, *down.shape[1:]), or without `slots` for one slot."""
-        mid, down = self.metalora_mid[adapter_name].detach(), self.metalora_down[self.down_key[adapter_name]].detach()
-        mid = mid if slot is None else mid[slot]
-        dtype = dtype_of_sums(mid, down)
-        flat = mid.to(dtype) @ down.to(dtype).flatten(1)
-        return flat.view(*mid.shape[:-1], *down.shape[1:])
+    # ---- merge ---------------------------------------------------------------------------------------------------
 
     def merge_slot(self) -> int | None:
         """The one slot that all samples use, None for no subject.
@@ -300,11 +258,6 @@ def merged_or_as_before(
             elif layer.merge_backup != "none":
                 layer.unmerge()
         raise
-
-
-def dtype_of_sums(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 where a tensor has it; torch promotes no eight-bit floats, which are for storage."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 @torch.no_grad()

@@ -89,6 +89,20 @@ def activate(model: nn.Module, names: list[str]) -> None:
     set_adapter(model, names, inference_mode=True)
 
 
+def fold_active(model: nn.Module) -> None:
+    """Fold the active adapters of one slot, and no others.
+
+    A layer folds in its first pass by itself, but a graph keeps to what it finds when it is compiled.
+    """
+    for layer in meta_layers(model):
+        names = [name for name in layer.active_adapters if name in layer.metalora_mid]
+        for name in set(layer.metalora_folded) - set(names):
+            layer.unfold(name)
+        for name in names:
+            if len(layer.metalora_mid[name]) == 1 and not layer.is_folded(name):
+                layer.fold(name)
+
+
 @contextmanager
 def choice_kept(model: nn.Module) -> Iterator[None]:
     """Leave active what is active, and training what trains, while adapters come in a `with` block."""

@@ -50,6 +50,7 @@ class SubjectIndex:
 
     `slot` (n,) int64 is the slot to read, 0 where there is no subject, and `present` (n, 1, 1) bool says whether there
     is one. Both are None while every sample uses slot 0, which costs no gather. `complete`: no sample is without one.
+    `one`: the slot that all samples show, -1 for nobody; None if they show several.
     `shown`: adapters that the layers show in the place of their active ones. `by_tokens`: each layer's table of tokens
     counts, not this index; `tables` are those that the layers have.
     """
@@ -59,12 +60,14 @@ class SubjectIndex:
         self.by_tokens = False
         self.tables: Mapping[str, TokenSlots] | None = None
         self.tables_state: object = None  # of the layers, when they were given
+        self.factors: object = None  # another one after a write that torch does not count on the factors themselves
         self.slot: Tensor | None = None
         self.present: Tensor | None = None
         self.written = Written()
         self.complete = True
+        self.one: int | None = 0
         self._for_gradients: tuple[Tensor, Tensor] | None = None  # the same, never overwritten: autograd keeps them
-        self._last = Written()  # of the last forward pass
+        self.last = Written()  # of the last forward pass
         self._recalled: tuple[Written, Tensor, Tensor] | None = None
 
     @property
@@ -86,6 +89,7 @@ class SubjectIndex:
             return
         self.written = written
         self.complete = values is None or NO_SUBJECT not in values
+        self.one = 0 if values is None else values[0] if len(set(values)) == 1 else None
         if values is None:
             self.slot = self.present = self._for_gradients = None
             return
@@ -135,12 +139,12 @@ class SubjectIndex:
 
         The pass is repeated during backward, when a `with` block around the loss has long ended."""
         if torch._C._current_graph_task_id() == -1:
-            self._last = self.written
+            self.last = self.written
             if torch.is_grad_enabled() and (frame := _checkpoint()) is not None:
                 _first_time.setdefault(frame, {})[id(self)] = self.written
             return None
         frame = _checkpoint()  # None with use_reentrant=True, which says nothing about the pass
-        then = self._last if frame is None else _first_time.setdefault(frame, {}).setdefault(id(self), self._last)
+        then = self.last if frame is None else _first_time.setdefault(frame, {}).setdefault(id(self), self.last)
         return None if then == self.written else then
 
     def _again(self, then: Written, device: torch.device) -> tuple[Tensor, Tensor]:
