@@ -121,7 +121,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "peft.peft_model.PeftModel._enable_peft_forward_hooks":
         ("7feae5519ccb", "tuner/model.py", "calls the tuner's method of that name"),
     "peft.tuners._buffer_dict.BufferDict":
-        ("4383c0bc8eaa", "tuner/layer.py, tuner/folding.py, tuner/merging.py, tuner/linear.py", "holds folds and kept weights"),
+        ("4383c0bc8eaa", "tuner/layer.py, tuner/folding.py, tuner/merging.py, tuner/linear.py", "holds folds, kept weights"),
     "peft.tuners.loha.layer.make_weight":
         ("ae95a4b28d4a", "evaluation/rivals.py", "patched by a copy that vmap takes"),
     "peft.tuners.lora.conversion._convert_module_to_lora":
@@ -201,7 +201,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch._C._are_functorch_transforms_active":
         ("compiled", "tuner/folding.py", "called"),
     "torch._C.TensorBase._version":
-        ("compiled", "tuner/layer.py, tuner/folding.py, checkpoint/space.py", "counts writes in place: is it still what was checked?"),
+        ("compiled", "tuner/layer.py, tuner/folding.py, checkpoint/space.py", "counts writes in place"),
     "torch._C._autograd._top_saved_tensors_default_hooks":
         ("compiled", "tuner/subject_index.py", "called: is a block recomputed?"),
     "torch._C._current_graph_task_id":
@@ -219,7 +219,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch._utils._unflatten_dense_tensors":
         ("ffe8d81e9303", "training/engine/processes.py", "called"),
     "torch.nn.modules.container.ParameterDict":
-        ("e463706643bc", "tuner/layer.py, tuner/folding.py, tuner/down.py", "subjects are hidden in its _keys and _parameters"),
+        ("e463706643bc", "tuner/layer.py, tuner/folding.py, tuner/down.py", "its _keys and _parameters are read and hidden"),
     "torch.nn.modules.conv.Conv1d._conv_forward":
         ("cfb76f48e335", "tuner/conv.py", "called"),
     "torch.nn.modules.conv.Conv2d._conv_forward":
@@ -229,7 +229,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch.nn.modules.linear.Linear.forward":
         ("601ba6d5a64d", "tuner/linear.py", "fused with the factors instead of called"),
     "torch.nn.modules.module.Module.__init__":
-        ("c3dc5c2023fa", "tuner/linear.py, tuner/folding.py, tuner/layer.py, tuner/adding.py", "its dicts of modules and hooks are read"),
+        ("c3dc5c2023fa", "tuner/linear.py, tuner/folding.py, tuner/layer.py, tuner/adding.py", "its dicts are read"),
     "torch.nn.modules.module.Module._apply":
         ("a3a585bca898", "tuner/layer.py", "overridden"),
     "torch.nn.modules.module.Module._call_impl":
