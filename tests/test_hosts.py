@@ -219,7 +219,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch._utils._unflatten_dense_tensors":
         ("ffe8d81e9303", "training/engine/processes.py", "called"),
     "torch.nn.modules.container.ParameterDict":
-        ("e463706643bc", "tuner/layer.py, tuner/folding.py, tuner/down.py", "its _keys and _parameters are read and hidden"),
+        ("e463706643bc", "tuner/layer.py, tuner/folding.py, tuner/down.py", "its dicts are read and hidden"),
     "torch.nn.modules.conv.Conv1d._conv_forward":
         ("cfb76f48e335", "tuner/conv.py", "called"),
     "torch.nn.modules.conv.Conv2d._conv_forward":
@@ -229,7 +229,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch.nn.modules.linear.Linear.forward":
         ("601ba6d5a64d", "tuner/linear.py", "fused with the factors instead of called"),
     "torch.nn.modules.module.Module.__init__":
-        ("c3dc5c2023fa", "tuner/linear.py, tuner/folding.py, tuner/layer.py, tuner/adding.py", "its dicts are read"),
+        ("c3dc5c2023fa", "tuner/linear.py, tuner/folding.py, tuner/layer.py, tuner/adding.py", "its dicts"),
     "torch.nn.modules.module.Module._apply":
         ("a3a585bca898", "tuner/layer.py", "overridden"),
     "torch.nn.modules.module.Module._call_impl":
