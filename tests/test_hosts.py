@@ -121,7 +121,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "peft.peft_model.PeftModel._enable_peft_forward_hooks":
         ("7feae5519ccb", "tuner/model.py", "calls the tuner's method of that name"),
     "peft.tuners._buffer_dict.BufferDict":
-        ("4383c0bc8eaa", "tuner/layer.py, tuner/folding.py, tuner/merging.py, tuner/linear.py", "holds folds, kept weights"),
+        ("4383c0bc8eaa", "tuner/layer.py, tuner/folding.py, tuner/merging.py, tuner/linear.py", "folds, kept weights"),
     "peft.tuners.loha.layer.make_weight":
         ("ae95a4b28d4a", "evaluation/rivals.py", "patched by a copy that vmap takes"),
     "peft.tuners.lora.conversion._convert_module_to_lora":
