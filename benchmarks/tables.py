@@ -91,6 +91,14 @@ TRAINING: tuple[Goal, ...] = (
     ("people_per_gpu_hour_serial", "people an hour and GPU, one by one", None, True),
     ("people_per_gpu_hour_slots", "people an hour and GPU, in slots", None, True),
     ("stage1_scaling_2gpu", "samples a second of stage 1, two GPUs / one", 1.9, True),
+    *(
+        (f"{job}_{way}_scaling_{count}gpu", f"{what}, {count} GPUs, share of ideal, {said}", goal, True)
+        for job, what in (("stage1", "samples a second of stage 1"), ("encoder", "people a second of an encoder"))
+        for way, said, wanted in (("weak", "batch grows", 0.93), ("strong", "batch fixed", 0.75))
+        for count, goal in ((4, None), (8, wanted))
+    ),
+    ("encoder_train_people_per_second_flux", "people a second of an encoder's training, one GPU", None, True),
+    ("encoder_train_peak_gib_flux", "its peak memory, GiB", None, False),
     ("flux_24gb_peak_gib", "peak memory of the recipe for 24 GB, GiB", 24.0, False),
     ("compiled_over_eager_b4", "step of stage 2, compiled / eager, batch 4", None, False),
     ("compiled_over_eager_b1", "step of stage 2, compiled / eager, batch 1", None, False),

@@ -3,12 +3,14 @@
 
 Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on all attention layers (266 linears).
 
-    python benchmarks/training.py              one GPU with 80 GB, some minutes; with two GPUs stage 1 on both as well
+    python benchmarks/training.py              one GPU with 80 GB, some minutes; with more of them `scaling` as well
+    python benchmarks/training.py --part scaling --counts 1 2 4 8 --layouts whole --steps 5 --warmup 2
     python benchmarks/training.py --part steps --seconds 180
     python benchmarks/training.py --small      a toy transformer on a CPU, to check the script
 
 Writes `benchmarks/results/training.json` (`--output`) after each part: `steps` (stage 2 beside diffusers' recipe),
-`scaling` (stage 1 on one and two GPUs), `divided` (stage 1 on two GPUs, the base whole on each and divided by FSDP 2),
+`scaling` (stage 1 and the encoder's training on 1, 2, 4 and 8 GPUs, with a batch that grows and one that does not, the
+base whole on each and divided by FSDP 2), `divided` (stage 1 on two GPUs, whole and divided, its losses compared),
 `recipe24` (stage 2 on a base of int8 weights, cached text, gradient checkpointing, batch 1: its peak of memory),
 `compiled` (stage 2 beside itself with `dynamo_backend`) and `encoder` (a space and its encoder, codes of 128 numbers,
 gradient checkpointing; people a second are those that are read, each judged by four photos). Compared are, each step
@@ -22,6 +24,7 @@ Where the GPU is busy for less than a step takes (`kernel_ms`, profiled in one m
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -47,7 +50,7 @@ from torch.profiler import ProfilerActivity, profile
 from peft_metalora.bases import Base, base_for
 from peft_metalora.encoder import EncoderConfig, SubjectSpace, make_encoder
 from peft_metalora.training.encoder_training import EncoderTraining, EncoderTrainingConfig, PhotoPairs, Reads
-from peft_metalora.training.engine.processes import Processes
+from peft_metalora.training.engine.processes import ALONE, Processes
 from peft_metalora.training.engine.sharding import shard, wants_shards
 from peft_metalora.training.engine.slot_gradients import SlotGradients
 from peft_metalora.training.examples.batches import Examples
@@ -155,17 +158,21 @@ def diffusers_steps(base: Base, args: argparse.Namespace, batch: int) -> Iterato
         yield loss.item()
 
 
-def encoder_steps(base: Base, down: DownSource, args: argparse.Namespace) -> Iterator[Any]:
+def encoder_steps(
+    base: Base, down: DownSource, args: argparse.Namespace, people: int, processes: Processes = ALONE
+) -> Iterator[Any]:
     """Training of a space and the encoder that reads it: one photo of each person, judged by `--targets` others."""
-    people, targets, device = args.encoder_people, args.targets, base.device
+    targets, device = args.targets, base.device
     config = PersonalizeConfig(**settings(args, gradient_checkpointing=True))
-    adapter = subject_config(down, num_slots=people, start="mean", down="in memory", inference_mode=False)
+    rows = people // processes.count
+    adapter = subject_config(down, num_slots=rows, start="mean", down="in memory", inference_mode=False)
     with given(down):
         inject(base, adapter, "default", config)
+    torch.manual_seed(0)  # all processes have the same examples
     examples = make_examples(base, 2 * people, args.small, targets + 1).to(device)
     photo = torch.arange(len(examples), device=device)
     # Latents of what is read are as those of what is drawn.
-    reads = Reads(torch.randn_like(examples.latents), examples.subject, photo)
+    reads = Reads(torch.randn(examples.latents.shape), examples.subject, photo)
     of_encoder = EncoderConfig(resolution=64 if args.small else 512, code_size=6 if args.small else 128)
     encoder = make_encoder(of_encoder, lambda pixels: torch.zeros(len(pixels), *reads.features.shape[1:])).to(device)
     gradients = SlotGradients(base, mixed_precision=config.mixed_precision)
@@ -173,11 +180,33 @@ def encoder_steps(base: Base, down: DownSource, args: argparse.Namespace) -> Ite
         gradients,
         SubjectSpace.around(down, of_encoder.code_size).ordered(gradients.names).to(device),
         encoder,
-        PhotoPairs(reads, examples, photo),
-        reads,
+        PhotoPairs(reads.to(device, features=False), examples, photo),
+        reads.to(device, features=False),
         examples,
         EncoderTrainingConfig(targets=targets),
+        processes=processes,
     )
+    yield from run.steps()
+
+
+def stage_1_steps(
+    base: Base, args: argparse.Namespace, subjects: int, processes: Processes, **changes: Any
+) -> Iterator[Any]:
+    """Stage 1 of this package, one sample a subject."""
+    config = MetaTrainConfig(
+        **settings(
+            args,
+            rank=1,
+            meta_rank=8 if args.small else 128,
+            subjects_per_batch=subjects,
+            warmup_steps=0,
+            max_train_steps=10_000,
+            target_modules=",".join(ATTENTION),
+            **changes,
+        )
+    )
+    torch.manual_seed(0)  # all processes have the same examples
+    run = MetaTraining(base, make_examples(base, 2 * subjects, args.small), config, processes)
     yield from run.steps()
 
 
@@ -191,13 +220,14 @@ def seconds_a_step(steps: Iterator[Any], warmup: int, count: int, device: torch.
     return (now(device) - start) / count
 
 
-def kernel_milliseconds(steps: Iterator[Any]) -> float:
-    """How long the GPU computes in one more step, all of its kernels together."""
+def kernel_milliseconds(steps: Iterator[Any], exchanges: bool = False) -> float:
+    """How long the GPU computes in one more step, all of its kernels together; or what exchanges with others take."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         next(steps)
         torch.cuda.synchronize()
     kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
-    return sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1000
+    found = [event for event in kernels if not event.is_user_annotation and ("nccl" in event.key.lower()) == exchanges]
+    return sum(event.self_device_time_total for event in found) / 1000
 
 
 class Clock:
@@ -254,7 +284,7 @@ def encoder(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     base = make_base(args.small, device_of(args))
     down = make_down(base, 8 if args.small else 128)
     clock = Clock(base, args)
-    clock.turn("encoder", lambda: encoder_steps(base, down, args))
+    clock.turn("encoder", lambda: encoder_steps(base, down, args, args.encoder_people))
     seconds = clock.median("encoder")
     figures = {
         "encoder_train_people_per_second_flux": args.encoder_people / seconds,
@@ -279,21 +309,44 @@ def recipe24(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"flux_24gb_peak_gib": clock.peak.get("recipe24")}, details
 
 
+JOBS = ["stage1_weak", "stage1_strong", "encoder_weak", "encoder_strong"]
+LAYOUTS: dict[str, dict[str, str]] = {"whole": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
+
+
 def scaling(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Samples per second of stage 1 on one process and, where there are two GPUs, on two."""
-    counts = [1, 2] if args.small or torch.cuda.device_count() > 1 else [1]
-    speed = {count: on_processes(count, args)["samples_per_second"] for count in counts}
-    return {"stage1_scaling_2gpu": speed[2] / speed[1] if 2 in speed else None}, {"stage1_samples_per_second": speed}
+    """Stage 1 and the encoder's training on 1, 2, 4 and 8 processes: the share of ideal speed.
+
+    Weak: a process has as many samples on any number of processes. Strong: the batch is the same, of a size for which
+    one process has to recompute activations, as then all do. Each number of processes is a launch that does all of
+    this on one base, which is whole on each or divided over them.
+    """
+    there = 2 if args.small else torch.cuda.device_count()
+    seen: dict[str, dict[int, Any]] = {}
+    for layout in args.layouts:
+        for count in (count for count in args.counts if count <= there):
+            if time.monotonic() > args.until or (count == 1 and LAYOUTS[layout]):
+                continue
+            seen.setdefault(layout, {})[count] = on_processes(count, args, JOBS, **LAYOUTS[layout])
+            print(json.dumps({f"{layout}, {count}": seen[layout][count]}), file=sys.stderr, flush=True)
+    figures: dict[str, Any] = {}
+    whole = seen.get("whole", {})
+    for count in [count for count in whole if count > 1 and 1 in whole]:
+        for job in JOBS:
+            name = f"{job.replace('_weak', '_weak_scaling').replace('_strong', '_strong_scaling')}_{count}gpu"
+            figures[name] = whole[count][job]["per_second"] / whole[1][job]["per_second"] / count
+    if 2 in whole and 1 in whole:
+        figures["stage1_scaling_2gpu"] = 2 * figures["stage1_weak_scaling_2gpu"]
+    return figures, {"scaling": seen}
 
 
 def divided(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Stage 1 on two processes with the base divided over them, beside the same with the base whole on each."""
     if not args.small and torch.cuda.device_count() < 2:
         return {}, {}
-    whole, parts = on_processes(2, args), on_processes(2, args, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    whole, parts = (on_processes(2, args, ["stage1_weak"], **LAYOUTS[name])["stage1_weak"] for name in LAYOUTS)
     apart = max(abs(a - b) for a, b in zip(whole["losses"], parts["losses"], strict=True))
     figures = {
-        "divided_step_over_whole_2gpu": whole["samples_per_second"] / parts["samples_per_second"],
+        "divided_step_over_whole_2gpu": whole["per_second"] / parts["per_second"],
         "divided_peak_gib_2gpu": parts["peak_gib"],
         "whole_peak_gib_2gpu": whole["peak_gib"],
     }
@@ -329,6 +382,7 @@ FIGURES = (
     "people_per_gpu_hour_serial",
     "people_per_gpu_hour_slots",
     "stage1_scaling_2gpu",
+    *(f"{job}_scaling_{count}gpu" for job in JOBS for count in (2, 4, 8)),
     "flux_24gb_peak_gib",
     "compiled_over_eager_b4",
     "compiled_over_eager_b1",
@@ -340,45 +394,59 @@ FIGURES = (
 )
 
 
-def stage_1(args: argparse.Namespace) -> None:
-    """One process of stage 1 (started by the launcher); the main one prints what it saw as JSON."""
+def work(args: argparse.Namespace) -> None:
+    """One process of several (started by the launcher); the main one prints what it saw of each job as JSON."""
     device = torch.device("cpu")
     if not args.small:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     processes = Processes.of_environment(device)
     base = make_base(args.small, device)
-    subjects = args.subjects_per_process * processes.count
-    config = MetaTrainConfig(
-        **settings(
-            args,
-            rank=1,
-            meta_rank=8 if args.small else 128,
-            subjects_per_batch=subjects,
-            warmup_steps=0,
-            max_train_steps=args.warmup + args.steps,
-            target_modules=",".join(ATTENTION),
-        )
-    )
+    torch.manual_seed(0)  # all processes have the same Down
+    down = make_down(base, 8 if args.small else 128)
+    config = PersonalizeConfig(**settings(args))
     if wants_shards(processes, config):
         base.denoiser.to("cpu")
         shard(base, device, processes, config)
-    forget_peak(device)
-    torch.manual_seed(0)  # all processes have the same examples
-    run = MetaTraining(base, make_examples(base, 2 * subjects, args.small), config, processes)
-    seconds = seconds_a_step(run.steps(), args.warmup, args.steps, device)
-    processes.wait()
+    seen = {job: measured(base, down, args, job, processes) for job in args.worker}
     if processes.is_main:
-        seen = {"samples_per_second": subjects / seconds, "peak_gib": peak_gib(device), "losses": run.losses}
         print(json.dumps(seen))
 
 
-def on_processes(count: int, args: argparse.Namespace, **environment: str) -> dict[str, Any]:
+def measured(base: Base, down: DownSource, args: argparse.Namespace, job: str, processes: Processes) -> dict[str, Any]:
+    """Speed, peak of memory and losses of a job, and where a step's time goes on the main process."""
+    kind, _, way = job.partition("_")
+    shares = processes.count if way == "weak" else 1
+    if kind == "stage1":
+        size = shares * args.subjects_per_process if way == "weak" else args.strong_subjects
+        steps = stage_1_steps(base, args, size, processes, gradient_checkpointing=way == "strong")
+    else:
+        size = shares * args.encoder_people
+        steps = encoder_steps(base, down, args, size, processes)
+    device, losses = base.device, []
+    gc.collect()  # of the job before
+    forget_peak(device)
+    seconds = seconds_a_step((losses.append(step.loss) for step in steps), args.warmup, args.steps, device)
+    processes.wait()
+    seen = {"per_second": size / seconds, "batch": size, "step_ms": 1000 * seconds, "peak_gib": peak_gib(device)}
+    seen |= {"losses": losses}
+    if device.type == "cuda":
+        seen |= {"kernel_ms": kernel_milliseconds(steps), "exchange_ms": kernel_milliseconds(steps, exchanges=True)}
+    del steps
+    restore(base.denoiser, every=True)
+    base.denoiser.requires_grad_(False)
+    return seen
+
+
+def on_processes(count: int, args: argparse.Namespace, jobs: list[str], **environment: str) -> dict[str, Any]:
+    """What the main one of `count` processes saw of each job."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__]
-    command += ["--stage-1", "--steps", str(args.steps), "--warmup", str(args.warmup)] + ["--small"] * args.small
-    command += ["--subjects-per-process", str(args.subjects_per_process)]
+    command += ["--worker", *jobs] + ["--small"] * args.small
+    for name in ("steps", "warmup", "subjects_per_process", "strong_subjects", "encoder_people", "targets"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    seen: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return seen
 
 
 def main() -> None:
@@ -389,19 +457,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--people", type=int, default=8, help="people at once in slots, one sample each in a step")
     parser.add_argument("--iterations", type=int, default=375, help="steps that make a person")
-    parser.add_argument("--subjects-per-process", type=int, default=4)
+    parser.add_argument("--subjects-per-process", type=int, default=4, help="of a weak batch of stage 1")
+    parser.add_argument("--strong-subjects", type=int, default=32, help="of a strong batch of stage 1")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="processes of the part scaling")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of its base")
     parser.add_argument("--encoder-people", type=int, default=8, help="people in a step of the encoder's training")
     parser.add_argument("--targets", type=int, default=4, help="photos of each of them that are drawn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--stage-1", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", choices=JOBS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training.json")
     args = parser.parse_args()
-    if args.stage_1:
-        stage_1(args)
+    if args.worker:
+        work(args)
         return
-    given = {name: value for name, value in vars(args).items() if name not in ("output", "stage_1", "seconds")}
+    given = {name: value for name, value in vars(args).items() if name not in ("output", "worker", "seconds")}
     args.until = time.monotonic() + args.seconds
     report: dict[str, Any] = {
         **origin(device_of(args)),
