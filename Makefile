@@ -42,7 +42,7 @@ fix: .venv/.installed-test
 	.venv/bin/ruff format .
 
 docs: .venv/.installed-docs
-	.venv/bin/mkdocs build --strict --quiet
+	.venv/bin/zensical build --strict
 
 bench: .venv/.installed
 	mkdir -p build

@@ -1,43 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/settings.md says what the dataclasses say; `python tests/test_settings_page.py` writes it anew."""
+"""docs/settings.md and docs/command_line.md say what the dataclasses say; run this file to write both anew."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
 
-from peft_metalora.commands.generate import GenerateConfig
-from peft_metalora.commands.read import ReadConfig
-from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
-from peft_metalora.settings import settings_table
-from peft_metalora.training.stage_settings import (
-    INPUTS,
-    OUTPUTS,
-    MetaTrainConfig,
-    PersonalizeConfig,
-    TrainEncoderConfig,
-)
+from peft_metalora import MetaLoraConfig
+from peft_metalora.cli import COMMANDS
+from peft_metalora.settings import settings_list
+from peft_metalora.training.stage_settings import INPUTS, OUTPUTS, MetaTrainConfig, PersonalizeConfig
 
-PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
-COMMANDS = {
-    "meta-train": MetaTrainConfig,
-    "personalize": PersonalizeConfig,
-    "train-encoder": TrainEncoderConfig,
-    "read": ReadConfig,
-    "generate": GenerateConfig,
-    "evaluate": EvaluateConfig,
-}
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, COMMAND_PAGE = DOCS / "settings.md", DOCS / "command_line.md"
+START, END = "<!-- commands -->\n", "<!-- end -->"
+INTRODUCTION = """# Settings
+
+Every setting of every command, and of `MetaLoraConfig`. A setting has one name: `--rank 4` on the command line,
+`rank: 4` in the file of `--config`, `PersonalizeConfig(rank=4)` in Python. Booleans are switched by `--name` and
+`--no-name`, lists take several values. A setting without a default is required."""
+
+
+def section(title: str, cls: type, example: str = "") -> list[str]:
+    code = f"```bash\n{example}\n```"
+    return [f"## {title}", f"`{cls.__module__}.{cls.__name__}`", *([code] if example else []), settings_list(cls)]
 
 
 def page() -> str:
-    parts = ["# Settings", "Made from the dataclasses: flags (`--name`), YAML keys and Python arguments are the same."]
-    for command, cls in COMMANDS.items():
-        parts += [f"## metalora {command}", f"`{cls.__module__}.{cls.__name__}`", settings_table(cls)]
+    parts = [INTRODUCTION]
+    for name, command in COMMANDS.items():
+        parts += section(f"metalora {name}", command.config_class(), command.example)
+    parts += section("MetaLoraConfig", MetaLoraConfig)
+    parts.append("PEFT's own fields, such as `base_model_name_or_path`, `inference_mode` and `task_type`, are PEFT's.")
     return "\n\n".join(parts) + "\n"
 
 
-def test_page_is_up_to_date():
+def commands() -> str:
+    lines = [f"| [`{name}`](settings.md#metalora-{name}) | {command.help} |" for name, command in COMMANDS.items()]
+    return "\n".join(["", "| Command | What it does |", "|---|---|", *lines]) + "\n\n"
+
+
+def test_pages_are_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/test_settings_page.py"
+    _, _, rest = COMMAND_PAGE.read_text(encoding="utf-8").partition(START)
+    assert rest.partition(END)[0] == commands(), "run: python tests/test_settings_page.py"
 
 
 def test_every_setting_that_may_name_a_place_is_known_as_one():
@@ -49,3 +55,5 @@ def test_every_setting_that_may_name_a_place_is_known_as_one():
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    head, _, rest = COMMAND_PAGE.read_text(encoding="utf-8").partition(START)
+    COMMAND_PAGE.write_text(f"{head}{START}{commands()}{END}{rest.partition(END)[2]}", encoding="utf-8")

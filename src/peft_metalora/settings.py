@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings dataclasses: how a field is declared, and the table that the docs make of them. Plain Python only."""
+"""Settings dataclasses: how a field is declared, and the list that the docs make of them. Plain Python only."""
 
 from __future__ import annotations
 
@@ -28,14 +28,20 @@ def setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = (), po
     return field(default=default, metadata=metadata)
 
 
-def settings_table(cls: type) -> str:
-    """The settings of a dataclass as a Markdown table, for docs/settings.md."""
-    lines = ["| Setting | Default | |", "|---|---|---|"]
+def settings_list(cls: type) -> str:
+    """The settings of a dataclass that have help, as a Markdown definition list for docs/settings.md."""
+    entries = []
     for one in fields(cls):
+        if "help" not in one.metadata:
+            continue
         default = one.default_factory() if one.default_factory is not MISSING else one.default
-        shown = "required" if default is MISSING else "" if default is None or default == [] else f"`{default}`"
-        lines.append(f"| `{one.name}` | {shown} | {one.metadata['help']} |".replace(" |  | ", " | | "))
-    return "\n".join(lines)
+        kind = one.type if isinstance(one.type, str) else one.type.__name__
+        term = f"`{one.name}: {kind}`, required" if default is MISSING else f"`{one.name}: {kind} = {default!r}`"
+        choices = one.metadata.get("choices", ())
+        allowed = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
+        text = one.metadata["help"].replace("<", "&lt;")
+        entries.append(f"{term}\n:   {text}{allowed}")
+    return "\n\n".join(entries)
 
 
 def fault_of(values: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation is whole: pages are in the navigation, errors have their entries, quoted messages are ours."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peft_metalora import errors
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGE = (ROOT / errors.PAGE).read_text(encoding="utf-8")
+ENTRIES = re.findall(r"^### (.+)$", PAGE, re.MULTILINE)
+
+
+def test_each_page_is_in_the_navigation() -> None:
+    def names(entry):
+        if isinstance(entry, str):
+            return [entry]
+        return [name for one in (entry if isinstance(entry, list) else entry.values()) for name in names(one)]
+
+    nav = names(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(nav) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
+def test_each_error_has_its_entry_and_no_entry_is_of_another() -> None:
+    classes = [name for name, value in vars(errors).items() if inspect.isclass(value)]
+    assert sorted(ENTRIES) == sorted([*classes, "Out of memory"])
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_address_leads_to_its_entry(name: str) -> None:
+    anchor = name.lower().replace(" ", "-")
+    known = errors.OUT_OF_MEMORY if name == "Out of memory" else getattr(errors, name)("x").address
+    assert known == f"{errors.PAGE}#{anchor}"
+
+
+def test_an_error_of_somebody_elses_has_the_address_of_its_parent() -> None:
+    class OwnError(errors.HubError):
+        pass
+
+    assert OwnError("x").address.endswith("#huberror")
+    assert OwnError("x").__notes__ == [f"See {OwnError('x').address}"]
+
+
+def texts_of_the_source() -> str:
+    """All texts of the package, the values in them left out."""
+    found = []
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_messages_that_are_quoted_are_those_of_the_code() -> None:
+    """Bug: a message was reworded, and nobody finds its entry any more."""
+    source = texts_of_the_source()
+    quoted = [
+        text for line in re.findall(r"^You see: (.+)\.$", PAGE, re.MULTILINE) for text in re.findall("`(.+?)`", line)
+    ]
+    assert len(quoted) > 60
+    assert [text for text in quoted if text not in source] == []
