@@ -476,7 +476,7 @@ class Lab:
     def personalize(self, config: Any) -> None:
         """Stage 2 on the base that is here already."""
         try:
-            with mock.patch.object(preparing, "load_base", lambda *_, **__: self.base):
+            with mock.patch.object(preparing, "open_base", lambda *_, **__: self.base):
                 personalize(config, progress=False)
         finally:
             restore(self.base.denoiser, every=True)

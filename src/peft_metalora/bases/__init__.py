@@ -11,6 +11,7 @@ import torch
 
 from ..errors import BaseModelMismatchError
 from .base import Base, FlowBase, Text, send
+from .parts import Parts
 
 # Pipeline class -> (file beside this one, class in it); loaded when a pipeline of that class is.
 FAMILIES = {
@@ -21,7 +22,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
 }
 
-__all__ = ["FAMILIES", "Base", "FlowBase", "Text", "base_for", "load_base", "send"]
+__all__ = ["FAMILIES", "Base", "FlowBase", "Text", "base_for", "load_base", "open_base", "send"]
 
 
 def base_for(pipeline: Any, **options: Any) -> Base:
@@ -43,7 +44,7 @@ def base_for(pipeline: Any, **options: Any) -> Base:
     )
 
 
-def load_base(
+def open_base(
     name_or_path: str | Path,
     *,
     revision: str | None = None,
@@ -51,24 +52,26 @@ def load_base(
     local_files_only: bool = False,
     **options: Any,
 ) -> Base:
-    """Load a pipeline from a folder or a repository, on the CPU, with nothing in it to train.
+    """A pipeline of a folder or a repository whose models are hulls: `Base.place` loads those that are needed.
 
     Raises:
         BaseModelMismatchError: there is no pipeline, or no family knows it.
     """
-    from diffusers import DiffusionPipeline
+    parts = Parts(name_or_path, revision=revision, dtype=dtype, local_files_only=local_files_only)
+    return base_for(parts.pipeline(), parts=parts, **options)
 
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(name_or_path), revision=revision, dtype=dtype, local_files_only=local_files_only
-        )
-    except (OSError, ValueError) as error:
-        raise BaseModelMismatchError(
-            f"expected a diffusers pipeline at {str(name_or_path)!r}, found none that loads ({error}): give a folder "
-            "or a repository id"
-        ) from error
-    base = base_for(pipeline, **options)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
+
+def load_base(name_or_path: str | Path, **options: Any) -> Base:
+    """Load a pipeline from a folder or a repository, on the CPU, with nothing in it to train.
+
+    Args:
+        options: as `open_base` takes them.
+
+    Raises:
+        BaseModelMismatchError: there is no pipeline, or no family knows it.
+    """
+    base = open_base(name_or_path, **options)
+    assert base.parts is not None
+    base.parts.bring(base.pipeline, list(base.pipeline.components))
+    base.parts = None
     return base

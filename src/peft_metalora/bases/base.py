@@ -20,6 +20,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from ..errors import TrainingError
+from .parts import Parts, is_hull
 
 Text = dict[str, Tensor]
 _COMPUTES = torch.float32, torch.bfloat16, torch.float16  # what weights compute in; others are only stored
@@ -43,6 +44,7 @@ class Base(ABC):
         weighting_scheme: density of the noise levels, as diffusers' training scripts name it: 'logit_normal' (arXiv
             2403.03206, section 3.1), 'mode' (the same) or 'none' (uniform); None: the family's own.
         max_sequence_length: tokens of a prompt; by default what the tokenizer allows, 512 at the most.
+        parts: loads the models of a pipeline of hulls; None: they are all there.
 
     Class attributes:
         pipeline_class: name of the diffusers pipeline.
@@ -59,9 +61,14 @@ class Base(ABC):
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
     def __init__(
-        self, pipeline: Any, *, weighting_scheme: str | None = None, max_sequence_length: int | None = None
+        self,
+        pipeline: Any,
+        *,
+        weighting_scheme: str | None = None,
+        max_sequence_length: int | None = None,
+        parts: Parts | None = None,
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline, self.parts = pipeline, parts
         self.weighting_scheme = weighting_scheme or self.default_weighting
         self._given_length = max_sequence_length
 
@@ -88,18 +95,32 @@ class Base(ABC):
         return denoiser.dtype
 
     def place(self, device: torch.device | str, *, encoders: bool, denoiser: bool = True, vae: bool = False) -> None:
-        """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way, on the CPU.
+        """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way (False).
+
+        A base that loads its parts loads what is needed and lets go of the rest, before; of any other the rest moves to
+        the CPU.
 
         Args:
             denoiser: False leaves it where it is, for example divided over processes.
             vae: True keeps the VAE there without the text encoders.
         """
+        there = [name for name in self.encoder_names if getattr(self.pipeline, name, None) is not None]
+        needed = [name for name in there if encoders or (vae and name == "vae")]
+        if self.parts is not None:
+            self.parts.release(self.pipeline, [name for name in there if name not in needed])
+            self.parts.bring(self.pipeline, needed)
+        for name in there:
+            part = getattr(self.pipeline, name)
+            if not is_hull(part):
+                part.to(device if name in needed else "cpu")
         if denoiser:
+            self.load_denoiser()
             self.denoiser.to(device)
-        for name in self.encoder_names:
-            part = getattr(self.pipeline, name, None)
-            if part is not None:
-                part.to(device if encoders or (vae and name == "vae") else "cpu")
+
+    def load_denoiser(self) -> None:
+        """Load the denoiser to the CPU, if it is a hull."""
+        if self.parts is not None:
+            self.parts.bring(self.pipeline, [self.denoiser_name])
 
     @property
     def takes_sequence_length(self) -> bool:

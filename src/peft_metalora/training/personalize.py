@@ -80,7 +80,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         config = replace(config, pretrained_model_name_or_path=base_name)
     trackers = Trackers(config, processes)
     look = partial(_beside, subject=subject, config=config, down=down, folder=folder, processes=processes)
-    base, examples, beside, origin = prepare(config, [subject], device, processes, look, progress=progress)
+    base, examples, beside, origin = prepare(config, [subject], device, processes, look, down=down, progress=progress)
     others, read = beside or (None, [])
     run = Personalization(base, examples, config, down, processes, read)
     validation = Validation(run, *others, trackers) if others is not None else None

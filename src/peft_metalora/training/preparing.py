@@ -11,24 +11,28 @@ from typing import TypeVar
 
 import torch
 
-from ..bases import Base, load_base
+from ..bases import Base, open_base
 from ..bases.precision import choose_dtype
 from ..checkpoint.artefacts import what_else
+from ..checkpoint.base_model import check_fits
 from ..data import Subject
-from ..errors import ConfigError
+from ..errors import ConfigError, NoImagesError, UnreadableImageError
 from ..files import require_apart, require_writable
-from .engine.origin import Origin, base_of, photos_of
+from ..tuner import DownSource
+from .engine.origin import BaseDigest, Origin, photos_of
 from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
 from .engine.state import checkpoint_folders
 from .examples.batches import Examples
-from .examples.encoding import encode_subjects
+from .examples.encoding import caption_of, encode_subjects
+from .examples.shapes import crop_shapes
 from .stage_settings import (
     ENCODER_FOLDER,
     INPUTS,
     VALIDATION_FOLDER,
     MetaTrainConfig,
     PersonalizeConfig,
+    StageConfig,
     TrainEncoderConfig,
     TrainingConfig,
 )
@@ -77,6 +81,27 @@ def make_room(config: TrainingConfig, stage: str | None, subject_name: str | Non
             shutil.rmtree(place, ignore_errors=True)
 
 
+def check_photos(config: TrainingConfig, subjects: Sequence[Subject]) -> None:
+    """Check before anything is loaded that photos have captions and, of one subject, that a photo can be decoded.
+
+    Raises:
+        NoCaptionError, ConfigError: as `caption_of`. UnreadableImageError, NoImagesError: no photo can be.
+    """
+    for subject in subjects:
+        for photo in subject.photos:
+            caption_of(photo, config)
+    if len(subjects) != 1:  # minutes, of many
+        return
+    for photo in subjects[0].photos:
+        try:
+            photo.load()
+        except (NoImagesError, UnreadableImageError):
+            if photo is subjects[0].photos[-1]:
+                raise
+        else:
+            return
+
+
 def prepare(
     config: MetaTrainConfig | PersonalizeConfig | TrainEncoderConfig,
     subjects: Sequence[Subject],
@@ -84,24 +109,27 @@ def prepare(
     processes: Processes,
     encode_more: Callable[[Base, Examples], _More] | None,
     *,
+    down: DownSource | None = None,
     progress: bool = True,
 ) -> tuple[Base, Examples, _More | None, Origin]:
-    """Load the base in the precision for `device` and encode the subjects on it.
+    """Load the base in the precision for `device`, part by part, and encode the subjects on it.
 
-    Afterwards the denoiser is on the device, or divided over the processes if the launcher asks for it; the VAE and the
-    text encoders are there only if views are cut in every batch or validation draws pictures.
+    First VAE and text encoders are there, then the denoiser, on the device or divided over the processes if the
+    launcher asks for it; VAE and text encoders stay only if views are cut in every batch or validation draws pictures.
 
     Args:
         encode_more: called while VAE and text encoders are there, for what is needed beside the examples.
+        down: that the base has to fit, which is seen before any weight is loaded.
 
     Returns:
         The base, its examples, what `encode_more` gave, and, if there are to be checkpoints, what all is made from.
 
     Raises:
-        As `load_base`, `encode_subjects` and `shard`.
+        As `check_photos`, `open_base`, `check_fits`, `encode_subjects` and `shard`.
     """
     whole = not wants_shards(processes, config)
-    base = load_base(
+    check_photos(config, subjects)
+    base = open_base(
         config.pretrained_model_name_or_path,
         revision=config.revision,
         dtype=choose_dtype(config.mixed_precision, device),
@@ -109,14 +137,24 @@ def prepare(
         weighting_scheme=config.weighting_scheme,
         max_sequence_length=config.max_sequence_length,
     )
+    buckets = config.aspect_ratio_buckets if isinstance(config, StageConfig) else None
+    crop_shapes(buckets, config.resolution, base.pixel_multiple)
+    if down is not None:
+        check_fits(base.denoiser, down, name=str(getattr(config, "down", None) or "this Down"))
     origin: Origin = {}
-    if config.checkpointing_steps is not None or config.resume_from_checkpoint is not None:
-        origin["base model"] = {config.pretrained_model_name_or_path: base_of(base)}
+    digest = BaseDigest()
+    with_origin = config.checkpointing_steps is not None or config.resume_from_checkpoint is not None
+    base.place(device, encoders=True, denoiser=False)
+    if with_origin:
+        digest.see(base, *base.encoder_names)
         origin["photos"] = photos_of(subjects, getattr(config, "balance_by", None))
-    base.place(device, encoders=True, denoiser=whole)
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
     more = None if encode_more is None else encode_more(base, examples)
     draws = bool(config.validation_steps and config.validation_prompt)
     base.place(device, encoders=draws, denoiser=whole, vae=not config.views_per_image)
+    base.load_denoiser()
+    if with_origin:
+        digest.see(base, base.denoiser_name)
+        origin["base model"] = {config.pretrained_model_name_or_path: str(digest)}
     shard(base, device, processes, config)
     return base, examples, more, origin

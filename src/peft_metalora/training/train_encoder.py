@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..bases import Base
 from ..bases.precision import choose_device
 from ..checkpoint.artefacts import require_replaceable
-from ..checkpoint.base_model import base_to_load, check_fits
+from ..checkpoint.base_model import base_to_load
 from ..data import Subject
 from ..encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_reader
 from ..errors import ConfigError
@@ -91,10 +91,9 @@ def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
     progress = progress and processes.is_main
 
     def look(base: Base, examples: Examples) -> Material:
-        check_fits(base.denoiser, down, name=config.down)
         return material_of(base, examples, subjects, others, config, progress=progress)
 
-    base, _, material, origin = prepare(config, subjects, device, processes, look, progress=progress)
+    base, _, material, origin = prepare(config, subjects, device, processes, look, down=down, progress=progress)
     assert material is not None
     save = partial(save_with_reader, config.output_dir, down, overwrite=config.overwrite)
     teach(base, down, material, config, config, origin, processes, save, progress=progress)

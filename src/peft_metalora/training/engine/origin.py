@@ -30,21 +30,30 @@ def photos_of(subjects: Sequence[Subject], tag: str | None = None) -> dict[str, 
     return {subject.name: _hash([subject.tags.get(tag or ""), *map(_photo, subject.photos)]) for subject in subjects}
 
 
-def base_of(base: Base) -> str:
-    """A hash of what is loaded of a base: names, shapes and some numbers, in whatever precision they are held.
+class BaseDigest:
+    """A hash of a base: names, shapes and some numbers of its models, in whatever precision they are held.
 
-    To be taken before the base is divided over processes.
+    Each model is to be seen while it is there, and before it is divided over processes: the encoders, then the
+    denoiser.
     """
-    digest = hashlib.sha256()
-    for name in (*base.encoder_names, base.denoiser_name):
-        module = getattr(base.pipeline, name, None)
-        for key, tensor in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
-            digest.update(f"{name}.{key}|{tuple(tensor.shape)}|".encode())
-            # What a quantiser made has a layout of its own, which may differ from device to device.
-            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta:
-                some = tensor.detach().reshape(-1)[:_SAMPLE].to("cpu", torch.float32).bfloat16()
-                digest.update(some.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def see(self, base: Base, *names: str) -> None:
+        """Take in models of the pipeline."""
+        for name in names:
+            module = getattr(base.pipeline, name, None)
+            for key, tensor in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
+                self._digest.update(f"{name}.{key}|{tuple(tensor.shape)}|".encode())
+                # What a quantiser made has a layout of its own, which may differ from device to device.
+                plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point()
+                if plain and not tensor.is_meta:
+                    some = tensor.detach().reshape(-1)[:_SAMPLE].to("cpu", torch.float32).bfloat16()
+                    self._digest.update(some.view(torch.int16).numpy().tobytes())
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _photo(photo: Any) -> list[Any]:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models come when they are needed and leave when they are done; a hull says what can be asked without weights."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from peft_metalora.bases import base_for, load_base, open_base
+from peft_metalora.bases.parts import is_hull
+from peft_metalora.training.examples.encoding import encode_captions
+from pipelines_tiny import PIPELINES, save_tiny_flux, tiny_flux_pipeline
+
+
+def numbers(module):
+    return dict(module.state_dict())
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_a_hull_says_what_is_asked_before_weights_are_there(family, tmp_path):
+    made = PIPELINES[family]()
+    made.save_pretrained(tmp_path)
+    base, whole = open_base(tmp_path), load_base(tmp_path)
+    models = [name for name, part in made.components.items() if isinstance(part, torch.nn.Module)]
+    assert models and all(is_hull(getattr(base.pipeline, name)) for name in models)
+    assert base.pixel_multiple == whole.pixel_multiple and base.max_sequence_length == whole.max_sequence_length
+    assert base.target_modules == whole.target_modules
+    shapes = {name: tensor.shape for name, tensor in numbers(whole.denoiser).items()}
+    assert {name: tensor.shape for name, tensor in numbers(base.denoiser).items()} == shapes
+    base.place("cpu", encoders=True)
+    for name in models:
+        part, own = getattr(base.pipeline, name), numbers(getattr(made, name))
+        assert all(torch.equal(tensor, own[key]) for key, tensor in numbers(part).items())
+        assert not part.training and not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def test_what_is_done_leaves_memory(tmp_path):
+    base = open_base(save_tiny_flux(tmp_path))
+    base.place("cpu", encoders=True, denoiser=False)
+    assert is_hull(base.denoiser) and not is_hull(base.pipeline.text_encoder_2)
+    before = encode_captions(base, ["a red shirt"])
+    leaving = weakref.ref(base.pipeline.text_encoder_2)
+    base.place("cpu", encoders=False, vae=True)
+    gc.collect()
+    assert leaving() is None and is_hull(base.pipeline.text_encoder_2)
+    assert not is_hull(base.denoiser) and not is_hull(base.pipeline.vae)
+    base.place("cpu", encoders=True)
+    again = encode_captions(base, ["a red shirt"])
+    assert all(torch.equal(tensor, again[name]) for name, tensor in before.items())
+
+
+def test_a_given_pipeline_keeps_its_models():
+    pipe = tiny_flux_pipeline()
+    encoder, base = pipe.text_encoder_2, base_for(pipe)
+    base.place("cpu", encoders=False)
+    assert pipe.text_encoder_2 is encoder and not is_hull(encoder)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a base are loaded in turn, and none before all that can be refused has been."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_metalora.bases.parts import Parts, is_hull
+from peft_metalora.data import read_subjects
+from peft_metalora.errors import BaseModelMismatchError, ConfigError, NoCaptionError, UnreadableImageError
+from peft_metalora.training.engine.processes import ALONE
+from peft_metalora.training.personalize import personalize
+from peft_metalora.training.preparing import prepare
+from pipelines_tiny import save_tiny_flux
+from training_tiny import personal_config, write_people
+
+
+def test_never_all_of_a_base_is_loaded_at_once(place, tmp_path, monkeypatch):
+    """Bug: text encoders, VAE and denoiser were held together, 46 GiB of FLUX.1-dev, from the first moment on."""
+    together = []
+    bring = Parts.bring
+
+    def watch(self, pipeline, names):
+        bring(self, pipeline, names)
+        parts = pipeline.components.items()
+        together.append({name for name, part in parts if isinstance(part, torch.nn.Module) and not is_hull(part)})
+
+    monkeypatch.setattr(Parts, "bring", watch)
+    settings = {"pretrained_model_name_or_path": str(place / "base"), "output_dir": str(tmp_path)}
+    subjects = read_subjects(place / "people")
+    base, _, _, _ = prepare(personal_config(**settings), subjects, torch.device("cpu"), ALONE, None, progress=False)
+    assert {"vae", "text_encoder", "text_encoder_2"} in together and {"transformer"} in together
+    assert not any(len(parts) > 3 for parts in together)
+    assert not is_hull(base.denoiser)
+
+
+class TestRefusedBeforeTheBaseIsLoaded:
+    @pytest.fixture(autouse=True)
+    def nothing_is_loaded(self, monkeypatch):
+        monkeypatch.setattr(Parts, "bring", lambda *_: pytest.fail("weights are loaded"))
+
+    def run(self, place, tmp_path, **changes):
+        settings = {
+            "pretrained_model_name_or_path": str(place / "base"),
+            "instance_data_dir": str(place / "people" / "person-0"),
+            "down": str(place / "down"),
+            "output_dir": str(tmp_path / "out"),
+        }
+        personalize(personal_config(**{**settings, **changes}), progress=False)
+
+    def test_a_missing_caption(self, place, tmp_path):
+        people = write_people(tmp_path / "people", subjects=1)
+        (people / "person-0" / "metadata.jsonl").unlink()
+        with pytest.raises(NoCaptionError, match="expected a caption"):
+            self.run(place, tmp_path, instance_data_dir=str(people / "person-0"))
+
+    def test_a_photo_that_is_none(self, place, tmp_path):
+        photo = tmp_path / "ann.png"
+        photo.write_bytes(b"no image")
+        with pytest.raises(UnreadableImageError, match=r"ann\.png"):
+            self.run(place, tmp_path, instance_data_dir=str(photo), instance_prompt="a photo")
+
+    def test_a_down_of_another_base(self, place, tmp_path):
+        save_tiny_flux(tmp_path / "other", attention_head_dim=16)
+        with pytest.raises(BaseModelMismatchError, match="expected a base model"):
+            self.run(place, tmp_path, pretrained_model_name_or_path=str(tmp_path / "other"))
+
+    def test_a_resolution_that_does_not_fit(self, place, tmp_path):
+        with pytest.raises(ConfigError, match="multiple of 8"):
+            self.run(place, tmp_path, resolution=20)
