@@ -69,3 +69,9 @@ def test_messages_that_are_quoted_are_those_of_the_code() -> None:
     ]
     assert len(quoted) > 60
     assert [text for text in quoted if text not in source] == []
+
+
+def test_no_page_holds_a_merge_that_was_not_ended() -> None:
+    """Bug: marks of a merge landed in a page."""
+    pages = [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    assert [path.name for path in pages if re.search("^(<{7}|>{7}|={7}$)", path.read_text("utf-8"), re.MULTILINE)] == []
