@@ -28,6 +28,21 @@ def setting(help: str, default: Any = MISSING, choices: tuple[str, ...] = (), po
     return field(default=default, metadata=metadata)
 
 
+# What several commands have, to be given to `setting`.
+BASE_MODEL = "Base model: a diffusers folder or a repository id."
+BASE_OF_DOWN = f"{BASE_MODEL} Default: the one that the Down names."
+REVISION = "Revision of the base model's repository.", None
+DOWN_REVISION = "Revision of the Down's repository.", None
+LOCAL_FILES_ONLY = "Never ask the network.", False
+PRECISION = (
+    "Precision of the base model and of the arithmetic; 'auto' is bf16 on a GPU and 'no' (float32) on a CPU.",
+    "auto",
+    ("auto", "no", "bf16"),
+)
+DEVICE = "Device. Default: a GPU when there is one.", None
+OVERWRITE = "Replace an artefact of another kind, or another person's, that lies there.", False
+
+
 def settings_list(cls: type) -> str:
     """The settings of a dataclass that have help, as a Markdown definition list for docs/settings.md."""
     entries = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import setting
+from ..settings import BASE_MODEL, DEVICE, LOCAL_FILES_ONLY, PRECISION, setting
 from . import Done
 
 
@@ -23,7 +23,7 @@ class GenerateConfig:
         ConfigError: a value that cannot be.
     """
 
-    pretrained_model_name_or_path: str = setting("Base model: a diffusers folder or a repository id.")
+    pretrained_model_name_or_path: str = setting(BASE_MODEL)
     output_dir: str = setting("Folder for the images, <subject>-<prompt number>-<image number>.png.")
     prompt: list[str] = setting("One or more prompts.")
     subject: list[str] = setting(
@@ -36,13 +36,9 @@ class GenerateConfig:
     max_sequence_length: int | None = setting(
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
     )
-    mixed_precision: str = setting(
-        "Precision of the model; 'auto' is bf16 on a GPU and none on a CPU.",
-        "auto",
-        choices=("auto", "no", "bf16", "fp16"),
-    )
-    local_files_only: bool = setting("Never ask the network.", False)
-    device: str | None = setting("Device. Default: a GPU when there is one.", None)
+    mixed_precision: str = setting(*PRECISION[:2], choices=(*PRECISION[2], "fp16"))
+    local_files_only: bool = setting(*LOCAL_FILES_ONLY)
+    device: str | None = setting(*DEVICE)
     seed: int = setting("Seed of the first image of a prompt; the next has the next seed. Equal for all subjects.", 0)
 
     def __post_init__(self) -> None:

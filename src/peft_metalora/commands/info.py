@@ -17,7 +17,7 @@ from ..checkpoint.untrusted import read_json
 from ..encoder import load_space
 from ..errors import BaseModelMismatchError, ConfigError, MetaLoraError
 from ..hub.loading import HubOptions, find_down, folder_of, locate
-from ..settings import setting, shown
+from ..settings import LOCAL_FILES_ONLY, setting, shown
 from ..tuner import DownSource
 from . import Done
 
@@ -38,7 +38,7 @@ class InfoConfig:
     )
     subfolder: str | None = setting("Folder inside each of them.", None)
     revision: str | None = setting("Branch, tag or commit of the repositories.", None)
-    local_files_only: bool = setting("Never ask the network.", False)
+    local_files_only: bool = setting(*LOCAL_FILES_ONLY)
 
     def __post_init__(self) -> None:
         if not self.paths:

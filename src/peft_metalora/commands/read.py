@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..settings import setting
+from ..settings import BASE_OF_DOWN, DEVICE, DOWN_REVISION, LOCAL_FILES_ONLY, OVERWRITE, PRECISION, REVISION, setting
 from . import Done
 
 
@@ -22,19 +22,15 @@ class ReadConfig:
     down: str = setting("Folder or repository of a Down with an encoder.")
     photos: list[str] = setting("One photo of the person, or several: then the mean of what they say.")
     output_dir: str = setting("Folder for the subject.")
-    pretrained_model_name_or_path: str | None = setting(
-        "Base model: a diffusers folder or a repository id. Default: the one that the Down names.", None
-    )
+    pretrained_model_name_or_path: str | None = setting(BASE_OF_DOWN, None)
     subject_name: str | None = setting("Who it is. Default: the name of output_dir.", None)
-    revision: str | None = setting("Revision of the base model's repository.", None)
-    down_revision: str | None = setting("Revision of the Down's repository.", None)
-    mixed_precision: str = setting(
-        "Precision of the base; 'auto' is bf16 on a GPU and none on a CPU.", "auto", choices=("auto", "no", "bf16")
-    )
-    local_files_only: bool = setting("Never ask the network.", False)
-    device: str | None = setting("Device. Default: a GPU when there is one.", None)
+    revision: str | None = setting(*REVISION)
+    down_revision: str | None = setting(*DOWN_REVISION)
+    mixed_precision: str = setting(*PRECISION)
+    local_files_only: bool = setting(*LOCAL_FILES_ONLY)
+    device: str | None = setting(*DEVICE)
     whole: bool = setting("Write Mid and Up with their fold, not the code alone that they are expanded from.", False)
-    overwrite: bool = setting("Replace an artefact of another kind, or another person's, that lies there.", False)
+    overwrite: bool = setting(*OVERWRITE)
 
     def __post_init__(self) -> None:
         if not self.photos:

@@ -12,7 +12,7 @@ from ..hub.loading import load_down, load_subject
 from ..hub.publishing import pull, push_down, push_subject
 from ..lora.export import FORMATS, export_subject
 from ..lora.projection import project
-from ..settings import setting
+from ..settings import DOWN_REVISION, OVERWRITE, setting
 from . import Done
 
 
@@ -38,7 +38,7 @@ class PullConfig:
     output_dir: str | None = setting("Folder for a copy. Default: the Hub's cache alone.", None)
     subfolder: str | None = setting("Folder inside the repository.", None)
     revision: str | None = setting("Branch, tag or commit.", None)
-    overwrite: bool = setting("Replace an artefact of another kind, or another person's, that lies there.", False)
+    overwrite: bool = setting(*OVERWRITE)
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class ExportConfig:
     subject: str = setting("Folder or repository of the subject.")
     output: str = setting("File (.safetensors) or folder to write.")
     format: str = setting("The tool that shall read it.", "diffusers", choices=FORMATS)
-    overwrite: bool = setting("Replace an artefact of another kind, or another person's, that lies there.", False)
+    overwrite: bool = setting(*OVERWRITE)
 
 
 @dataclass(kw_only=True)
@@ -58,8 +58,8 @@ class ProjectConfig:
     lora: str = setting("File or folder of the LoRA, in diffusers' or PEFT's format.")
     down: str = setting("Folder or repository of the Down.")
     output_dir: str = setting("Folder for the subject.")
-    down_revision: str | None = setting("Revision of the Down's repository.", None)
-    overwrite: bool = setting("Replace an artefact of another kind, or another person's, that lies there.", False)
+    down_revision: str | None = setting(*DOWN_REVISION)
+    overwrite: bool = setting(*OVERWRITE)
 
 
 def run_push(config: PushConfig) -> Done:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..settings import setting
+from ..settings import DEVICE, LOCAL_FILES_ONLY, PRECISION, setting
 
 DEMO = "demo"
 OPTIONS = {
@@ -82,9 +82,9 @@ class EvaluateConfig:
         "A prompt is covered by an image that reaches these scores, where they are measured.",
         ["r_facesim=0.3", "clip_t=0.25", "adherence=0.75"],
     )
-    mixed_precision: str = setting("Precision.", "auto", choices=("auto", "no", "bf16"))
-    local_files_only: bool = setting("Never ask the network.", False)
-    device: str | None = setting("Device. Default: this process's GPU when there is one.", None)
+    mixed_precision: str = setting(*PRECISION)
+    local_files_only: bool = setting(*LOCAL_FILES_ONLY)
+    device: str | None = setting(*DEVICE)
     gallery: int = setting("People shown in the report's galleries.", 4)
 
     def __post_init__(self) -> None:

@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import fault_of, setting
+from ..settings import (
+    BASE_MODEL,
+    BASE_OF_DOWN,
+    DEVICE,
+    DOWN_REVISION,
+    LOCAL_FILES_ONLY,
+    OVERWRITE,
+    PRECISION,
+    REVISION,
+    fault_of,
+    setting,
+)
 from .examples.shapes import parse_shapes
 
-_BASE_OF_DOWN = "Base model: a diffusers folder or a repository id. Default: the one that the Down names."
 _SUBJECTS = "Folder of subject folders: DIR/<subject>/*.png with metadata.jsonl or a .txt beside each image."
 _FLIP = "Mirror half of the views; 'left' and 'right' in captions are swapped with them."
 _VIEWS = (
@@ -45,11 +55,11 @@ class TrainingConfig:
         ConfigError: a value that cannot be.
     """
 
-    pretrained_model_name_or_path: str = setting("Base model: a diffusers folder or a repository id.")
+    pretrained_model_name_or_path: str = setting(BASE_MODEL)
     output_dir: str = setting("Folder to write; it appears, or changes, all at once.")
-    overwrite: bool = setting("Replace another kind of artefact, or another person, that lies in output_dir.", False)
-    revision: str | None = setting("Revision of the base model's repository.", None)
-    local_files_only: bool = setting("Never ask the network for the base model or the Down.", False)
+    overwrite: bool = setting(*OVERWRITE)
+    revision: str | None = setting(*REVISION)
+    local_files_only: bool = setting(*LOCAL_FILES_ONLY)
     instance_prompt: str | None = setting("Caption of images that have none of their own.", None)
     trigger: str | None = setting("Word that takes the place of {trigger} in captions and in instance_prompt.", None)
     dataset_name: str | None = setting(
@@ -83,17 +93,13 @@ class TrainingConfig:
     )
     gradient_accumulation_steps: int = setting("Batches whose gradients are summed before a step.", 1)
     gradient_checkpointing: bool = setting("Recompute activations in the backward pass: less memory, more time.", False)
-    mixed_precision: str = setting(
-        "Precision of the frozen base and of the arithmetic; 'auto' is bf16 on a GPU and 'no' (float32) on a CPU.",
-        "auto",
-        choices=("auto", "no", "bf16"),
-    )
+    mixed_precision: str = setting(*PRECISION)
     dynamo_backend: str | None = setting(
         "Compile the denoiser's blocks with this backend of torch.compile, for example 'inductor'; 'no': not. "
         "Default: what accelerate launch was told.",
         None,
     )
-    device: str | None = setting("Device to train on. Default: a GPU when there is one.", None)
+    device: str | None = setting(*DEVICE)
     seed: int = setting("Seed of everything random.", 0)
     checkpointing_steps: int | None = setting(
         "Write output_dir/checkpoint-<step> every so many steps: what the run needs to go on, in stage 2 with the "
@@ -374,7 +380,7 @@ class MetaTrainConfig(EncoderConfigs, HeldOutConfig, StageConfig):
 class PersonalizeConfig(StageConfig):
     """Stage 2: one subject from one image or a few, by Meta-LoRA or, as the baseline, by a plain LoRA."""
 
-    pretrained_model_name_or_path: str = setting(_BASE_OF_DOWN, "")
+    pretrained_model_name_or_path: str = setting(BASE_OF_DOWN, "")
     instance_data_dir: str | None = setting("An image, or a folder of images of one subject.", None)
     method: str = setting(
         "'meta-lora': Mid and Up on a frozen Down. 'lora': a plain LoRA by PEFT on the same modules.",
@@ -382,7 +388,7 @@ class PersonalizeConfig(StageConfig):
         choices=("meta-lora", "lora"),
     )
     down: str | None = setting("The Down (method 'meta-lora'): a folder or a repository id.", None)
-    down_revision: str | None = setting("Revision of the Down's repository.", None)
+    down_revision: str | None = setting(*DOWN_REVISION)
     start: str | None = setting(
         "Where a subject starts: 'encoder' (as the Down's encoder reads the photos), 'stored' (the Down's own Mid, "
         "Up = 0), 'mean' (stage 1's mean subject) or 'fresh' (a new Mid, Up = 0; the control). Default: 'encoder' on a "
@@ -516,9 +522,9 @@ class TrainEncoderConfig(EncoderConfigs, HeldOutConfig):
         ConfigError: a value that cannot be.
     """
 
-    pretrained_model_name_or_path: str = setting(_BASE_OF_DOWN, "")
+    pretrained_model_name_or_path: str = setting(BASE_OF_DOWN, "")
     down: str = setting("The Down: a folder or a repository id.")
-    down_revision: str | None = setting("Revision of the Down's repository.", None)
+    down_revision: str | None = setting(*DOWN_REVISION)
     train_data_dir: str | None = setting(f"{_SUBJECTS} People with one photo are left out.", None)
     views_per_image: int = setting(_VIEWS, 1)
     # What is read is not mirrored, and faces are not symmetric.
