@@ -38,6 +38,8 @@ from .sight import Sight
 from .sources import Source, make_source, source_kinds
 
 FORMAT_VERSION = 1
+# A configuration may come from anybody. A photo of more pixels than these would take a VAE minutes.
+_MOST = {"resolution": 2048, "code_size": 2**16, "width": 2**12, "hidden": 2**16}
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,10 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.source.partition(":")[0] not in source_kinds():
             raise ConfigError(f"encoder must be one of {', '.join(source_kinds())}, found {self.source!r}")
-        for name in ("resolution", "code_size", "hidden"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.width < 8 or self.width % 8:
+        for name, most in _MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} must be from 1 to {most}, found {str(getattr(self, name))[:60]}")
+        if self.width % 8:
             raise ConfigError(f"width must be a multiple of 8 (the groups of its norms), found {self.width}")
         if not self.face_margin >= 0:
             raise ConfigError(f"face_margin must be 0 or more, found {self.face_margin}")
@@ -235,8 +237,8 @@ def load_encoder(
     facts = read_json(path)
     if facts.get("format_version") != FORMAT_VERSION:
         raise ConfigFormatError(
-            f"{path}: expected format_version {FORMAT_VERSION}, found {facts.get('format_version')!r}. Update "
-            "peft_metalora, or fetch the file again."
+            f"{path}: expected format_version {FORMAT_VERSION}, found {str(facts.get('format_version'))[:60]!r}. "
+            "Update peft_metalora, or fetch the file again."
         )
     config = _config(facts, path)
     if facts.get("space_fingerprint") != space.fingerprint:
@@ -254,7 +256,9 @@ def load_encoder(
         )
     weights = read_tensors(Path(folder) / ENCODER_FILE)
     require_finite(weights, str(Path(folder) / ENCODER_FILE))
-    encoder = make_encoder(config, encode_images)
+    source = make_source(config.source, resolution=config.resolution, encode_images=encode_images)
+    with torch.device("meta"):  # a configuration may ask for more than any memory holds: its weights are compared first
+        encoder = SubjectEncoder(config, source)
     own = encoder.state_dict()
     if own.keys() != weights.keys():
         differ = sorted(own.keys() ^ weights.keys())
@@ -268,7 +272,7 @@ def load_encoder(
             f"{Path(folder) / ENCODER_FILE}: expected {wrong[0]} of shape {tuple(own[wrong[0]].shape)}, found "
             f"{tuple(weights[wrong[0]].shape)}. Fetch both files again, from one place."
         )
-    encoder.load_state_dict(weights)
+    encoder.load_state_dict(weights, assign=True)
     if facts.get("encoder_fingerprint") != encoder.fingerprint:
         raise FingerprintMismatchError(
             f"{path}: expected the encoder {str(facts.get('encoder_fingerprint'))[:16]}…, found "
@@ -287,7 +291,7 @@ def _config(facts: dict[str, Any], path: Path) -> EncoderConfig:
         value: Any = facts.get(field.name)
         # True is an int to Python.
         if isinstance(value, bool) != (wanted is bool) or not isinstance(value, _JSON.get(wanted, wanted)):
-            raise ConfigFormatError(f"{path}: expected {field.name} as {wanted.__name__}, found {value!r}.")
+            raise ConfigFormatError(f"{path}: expected {field.name} as {wanted.__name__}, found {str(value)[:60]!r}.")
         values[field.name] = wanted(value)
     try:
         return EncoderConfig(**values)

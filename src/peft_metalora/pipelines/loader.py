@@ -141,6 +141,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         *,
         down: str | os.PathLike[str] | None = None,
         as_adapter: bool = True,
+        face_model: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> str:
         """Bring a person in from photos, without training: the Down's encoder reads them, in a fraction of a second.
@@ -154,6 +155,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
                 the model it is once, as ever; what reads is kept for the next photo until `unload_meta_lora`.
             as_adapter: False puts the person into the table of slots, as `add_subject` does, for `subjects=`: that is
                 faster, because PEFT walks over the whole model for each adapter.
+            face_model: `module:function` of an encoder that sees faces with code of its own, which no file starts.
             hub: huggingface_hub's arguments, for the Down.
 
         Returns:
@@ -162,6 +164,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         Raises:
             ArtefactNotFoundError: the Down has no encoder.
             BaseModelMismatchError: the Down was made for another base model, or the family of this one is not known.
+            ConfigError: `face_model` is not the one that the encoder needs.
             NoImagesError, UnreadableImageError, NoFaceError: photos that cannot be read.
             AdapterStateError: the name is taken, or no `down` is given and the pipeline has not one of its own.
             Everything that `hub.load` and `encoder.load_reader` raise. The pipeline is then as it was.
@@ -173,7 +176,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         if as_adapter:
             adapter_name = self._new_name(model, adapter_name, named)
         images = [one if isinstance(one, Image.Image) else load_image(one) for one in several]
-        reader, source, (place, options) = readers_of(self).reader(self, down, hub)
+        reader, source, (place, options) = readers_of(self).reader(self, down, hub, face_model)
         origin: dict[str, Any] = {"down": place, "down_revision": options.get("revision"), "inference_mode": True}
         subject = reader.read(images, source, subject_name=adapter_name or named, **origin)
         if adapter_name is None or not as_adapter:

@@ -51,7 +51,7 @@ class Readers:
         self._places: dict[str, Place] = {}  # of Downs, by their fingerprints
         self._folders: dict[Any, Path] = {}  # of repositories, so that not every photo asks the Hub
         self._spaces: dict[str, SubjectSpace] = {}
-        self._opened: dict[Path, _Opened] = {}
+        self._opened: dict[tuple[Path, str | None], _Opened] = {}
 
     def remember(self, source: DownSource | SubjectSource, path: str | os.PathLike[str], hub: HubOptions) -> None:
         """Know where the Down of what was loaded lies.
@@ -92,12 +92,13 @@ class Readers:
         return None if known is None else known.to(_device(model))
 
     def reader(
-        self, pipe: Any, down: str | os.PathLike[str] | None, hub: HubOptions
+        self, pipe: Any, down: str | os.PathLike[str] | None, hub: HubOptions, face_model: str | None = None
     ) -> tuple[Reader, DownSource, Place]:
         """The reader of a Down, the Down as the model has it or as its file does, and where that lies.
 
         Args:
             down: its folder or repository; None: that of the one Down that was loaded on this pipeline.
+            face_model: as `load_reader` takes it.
 
         Raises:
             AdapterStateError: None, and there is no such one. WrongKindError: it is a subject.
@@ -107,7 +108,7 @@ class Readers:
         place, hub = self._place_of_one(model) if down is None else (os.fspath(down), hub)
         folder = self._folder(place, hub, READER_FILES)
         file = read_config(folder)
-        opened, known = self._opened.get(folder), down_known(model, file.down_fingerprint)
+        opened, known = self._opened.get((folder, face_model)), down_known(model, file.down_fingerprint)
         if opened is not None and opened.file != file:
             opened = None
         if opened is not None and known is not None:
@@ -122,9 +123,9 @@ class Readers:
         if opened is not None and space is not None:
             reader = Reader(space, opened.encoder)
         else:
-            reader = load_reader(folder, source, base_for(pipe).encode_images, space=space)
+            reader = load_reader(folder, source, base_for(pipe).encode_images, face_model, space)
             reader.encoder.to(_device(getattr(pipe, "vae", None) or model))
-            self._opened[folder] = _Opened(file, source.config, reader.encoder)
+            self._opened[folder, face_model] = _Opened(file, source.config, reader.encoder)
             self.keep(model, reader.space)
         self._places.setdefault(source.fingerprint, (_fixed(place), hub))
         return reader, source, (os.path.abspath(folder) if os.path.isdir(place) else place, hub)
