@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from artefacts_tiny import edit_config, write_pair, write_subjects
+from artefacts_tiny import CODE_SIZE, add_reader, edit_config, write_code, write_pair, write_subjects
 from peft_metalora import load_down
 from peft_metalora.cli import main
 from peft_metalora.encoder import EncoderConfig, SubjectSpace, make_encoder, save_reader
@@ -72,12 +72,25 @@ def test_a_down_that_reads_photos(tmp_path, capsys):
     code, (down,) = look(capsys, folder)
     assert code == 0 and down["reads_photos"] is True
     assert down["encoder"] == {"source": "latents", "resolution": 64, "code_size": 8}
-    assert down["fits"] == {"its subject space": True, "its encoder": True}
+    assert down["fits"] == {"what reads photos": True} and down["format_version"] == 2
+    assert down["bytes"].keys() >= {"subject_space.safetensors", "subject_encoder.safetensors"}
     (folder / "encoder_config.json").write_text(
         (folder / "encoder_config.json").read_text().replace(down["space_fingerprint"], "0" * 64)
     )
     code, (down,) = look(capsys, folder)
-    assert code == 1 and down["reads_photos"] is False and "another space" in down["fits"]["its encoder"]
+    assert code == 1 and down["reads_photos"] is False and "expected the encoder" in down["fits"]["what reads photos"]
+
+
+def test_a_subject_that_is_a_code(pair, capsys):
+    write_code(pair[0].parent / "bob", add_reader(pair[0]))
+    code, (_, bob) = look(capsys, pair[0], pair[0].parent / "bob")
+    assert code == 0 and bob["code_size"] == CODE_SIZE and bob["fits"] == {"its Down": True, str(pair[0]): True}
+    assert bob["bytes"].keys() == {"subject_code.safetensors"} and bob["space_fingerprint"]
+    assert main(["info", str(pair[0].parent / "bob")]) == 0
+    assert f"a code of {CODE_SIZE} numbers" in capsys.readouterr().out
+    add_reader(pair[0], seed=3)
+    code, (bob,) = look(capsys, pair[0].parent / "bob")
+    assert code == 1 and "as the subject is a code of it" in bob["fits"]["its Down"]
 
 
 def test_what_is_no_artefact_is_an_error(tmp_path, capsys):

@@ -314,8 +314,8 @@ def down_reference(config: MetaLoraConfig, folder: Path) -> Path | str:
     if REPO_ID.fullmatch(name) and ".." not in name:
         return name
     raise MissingDownError(
-        f"{folder}: expected the Down {name!r} as a folder at {found} or as a repository id, found neither. "
-        "Put the folder there, or load its Down first."
+        f"{folder}: expected the Down {name[:80]!r} as a folder at {str(found)[:160]} or as a repository id, found "
+        "neither. Put the folder there, or load its Down first."
     )
 
 

@@ -6,17 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..checkpoint.artefacts import READER_FILES, Artefact, open_artefact
+from ..checkpoint.artefacts import MAIN_FILES, Artefact, open_artefact
 from ..checkpoint.base_model import check_fits
-from ..checkpoint.factors import WEIGHTS_FILE
 from ..checkpoint.folded import FOLD_FILE
+from ..checkpoint.reader_files import ENCODER_CONFIG_FILE, READER_FILES, check_reader
 from ..checkpoint.untrusted import read_json
-from ..encoder import load_space
 from ..errors import BaseModelMismatchError, ConfigError, MetaLoraError
-from ..hub.loading import HubOptions, find_down, folder_of, locate
+from ..hub.loading import HubOptions, find_down, folder_of, locate, subject_of
 from ..settings import LOCAL_FILES_ONLY, setting, shown
 from ..tuner import DownSource
 from . import Done
@@ -79,9 +77,9 @@ def _table(path: str, config: InfoConfig, base: Any) -> dict[str, Any]:
             fits["its Down"] = str(error)
             return table
         if found.is_down:
-            table.update(fingerprint=down.fingerprint, **_reader(found.folder, down, fits))
+            table.update(fingerprint=down.fingerprint, **_reader(found, down, fits))
         else:
-            fits["its Down"] = _said(found.subject, down)
+            fits["its Down"] = _said(subject_of, found, at, known_down=lambda _: down)
         if base is not None:
             name = str(config.pretrained_model_name_or_path)
             fits[name] = _said(check_fits, base, down, name=path)
@@ -93,6 +91,8 @@ def _common(path: str, found: Artefact) -> dict[str, Any]:
     modules = {name.rpartition(".")[0] for name in found.tensors}
     kind = {"kind": "Down"} if found.is_down else {"kind": "subject", "subject_name": own.subject_name}
     down = {} if found.is_down else {"down": own.down, "down_fingerprint": own.down_fingerprint}
+    if found.code is not None:
+        down["space_fingerprint"] = own.space_fingerprint
     return {
         "path": path,
         **kind,
@@ -105,10 +105,11 @@ def _common(path: str, found: Artefact) -> dict[str, Any]:
         "other_ranks": len(own.rank_pattern) + len(own.meta_rank_pattern),
         "modules": len(modules),
         "numbers": sum(math.prod(entry.shape) for entry in found.tensors.values()),
+        "code_size": None if found.code is None else len(found.code.code),
         **down,
         "bytes": {
             name: (folder / name).stat().st_size
-            for name in (WEIGHTS_FILE, FOLD_FILE, *READER_FILES)
+            for name in (*MAIN_FILES, FOLD_FILE, *READER_FILES)
             if (folder / name).is_file()
         },
         "format_version": own.format_version,
@@ -116,22 +117,18 @@ def _common(path: str, found: Artefact) -> dict[str, Any]:
     }
 
 
-def _reader(folder: Path, down: DownSource, fits: dict[str, bool | str]) -> dict[str, Any]:
+def _reader(found: Artefact, down: DownSource, fits: dict[str, bool | str]) -> dict[str, Any]:
     """What reads photos beside a Down, and whether its parts belong together."""
-    *_, config_file = READER_FILES
-    if not (folder / config_file).is_file():
+    if found.config.encoder_fingerprint is None:
         return {"reads_photos": False}
-    try:
-        space, encoder = load_space(folder, down), read_json(folder / config_file)
-    except MetaLoraError as error:
-        fits["its subject space"] = str(error)
+    told = fits["what reads photos"] = _said(check_reader, found.folder, found.config, down)
+    if told is not True:
         return {"reads_photos": False}
-    fits["its subject space"] = True
-    same = encoder.get("space_fingerprint") == space.fingerprint
-    fits["its encoder"] = same or "it reads codes of another space. Put the files of one training into a folder."
+    encoder = read_json(found.folder / ENCODER_CONFIG_FILE)
     return {
-        "reads_photos": same,
-        "space_fingerprint": space.fingerprint,
+        "reads_photos": True,
+        "space_fingerprint": found.config.space_fingerprint,
+        "encoder_fingerprint": found.config.encoder_fingerprint,
         "encoder": {name: encoder.get(name) for name in _ENCODER_FIELDS},
     }
 
@@ -170,10 +167,12 @@ def _text(table: Mapping[str, Any]) -> str:
     base += f" ({table['base_class']})" if table["base_class"] else ""
     ranks = f"r {table['r']}, meta_r {table['meta_r']}, lora_alpha {table['lora_alpha']:g}"
     others = f" ({table['other_ranks']} patterns have others)" if table["other_ranks"] else ""
+    size = f"{table['numbers']:,} numbers in {table['modules']} modules"
+    size = size if table["code_size"] is None else f"a code of {table['code_size']} numbers"
     lines = [
         ("base model", base),
         ("ranks", ranks + others),
-        ("size", f"{table['numbers']:,} numbers in {table['modules']} modules"),
+        ("size", size),
         *((f"  {name}", f"{size / 1e6:,.3f} MB") for name, size in table["bytes"].items()),
     ]
     if table["kind"] == "Down":

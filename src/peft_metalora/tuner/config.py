@@ -225,7 +225,7 @@ class MetaLoraConfig(PeftConfig):
             )
         if self.stage == "meta" and self.down is not None:
             raise ConfigError(
-                f"stage 'meta' trains its own Down, but down={self.down!r} was given. "
+                f"stage 'meta' trains its own Down, but down={str(self.down)[:80]!r} was given. "
                 "Use stage='subject' to start from an existing Down."
             )
 
