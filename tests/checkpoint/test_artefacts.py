@@ -15,14 +15,28 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from PIL import Image
 
-from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, edit_tensors, with_down, with_subject, write_pair
+from artefacts_tiny import (
+    RANKS,
+    TARGETS,
+    TinyModel,
+    edit_config,
+    edit_tensors,
+    shrink,
+    with_down,
+    with_subject,
+    write_pair,
+)
 from peft_metalora import MetaLoraConfig, checkpoint, errors, fingerprint, save_down, save_subject
 from peft_metalora.checkpoint.base_model import check_fits
 from peft_metalora.checkpoint.untrusted import MAX_CONFIG_BYTES, read_tensors
+from peft_metalora.encoder import load_reader
 from peft_metalora.files import write_bytes, write_tensors
 from peft_metalora.tuner import down_state, subject_state
 
+GOLDEN_2 = [0.422272, -0.491449, -0.475998, -0.214426]
+GOLDEN_CODE = [-0.081632, 0.508702, -1.893571, 0.924407, 0.542095]
 GOLDEN = [-2.81102, -1.85639, -0.90177, 0.05286, 1.00749, 1.96212, 2.91675, 3.87138]
 FIRST = "base_model.model.blocks.0.to_q."
 
@@ -455,6 +469,19 @@ def test_a_file_of_format_1_still_loads_and_shows_the_same():
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
     shown = PeftModel.from_pretrained(model, str(folder / "ann"))(torch.linspace(-1, 1, 8).unsqueeze(0))
     torch.testing.assert_close(shown[0], torch.tensor(GOLDEN), rtol=1e-5, atol=1e-5)
+
+
+def test_files_of_format_2_still_load():
+    """tests/checkpoint/format_2 was written with `write_pair`, `add_reader` and `write_code`; it must load for ever."""
+    folder = Path(__file__).parent / "format_2"
+    source = checkpoint.load_subject(folder / "bob")
+    assert source.down.config.space_fingerprint == source.config.space_fingerprint == source.space.fingerprint
+    assert source.config.subject_name == "bob" and source.code.code.shape == (5,)
+    mid = source.tensors["blocks.0.to_q.metalora_mid"]
+    torch.testing.assert_close(mid.flatten()[:4], torch.tensor(GOLDEN_2), rtol=1e-5, atol=1e-5)
+    reader = load_reader(folder / "faces", source.down, shrink)
+    code = reader.read([Image.new("RGB", (16, 16), (200, 100, 50))], source.down).code.code
+    torch.testing.assert_close(code, torch.tensor(GOLDEN_CODE), rtol=1e-4, atol=1e-4)
 
 
 # PEFT's own verbs

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,8 @@ def test_codes_that_cannot_be_are_refused_and_nothing_is_written(tmp_path, space
 def test_parts_that_do_not_fit_are_refused(down):
     with pytest.raises(ConfigError, match="code_size"):
         SubjectSpace.around(down, 0)
+    with pytest.raises(ConfigError, match="use_dora"):
+        SubjectSpace.around(replace(down, config=replace(down.config, use_dora=True)))
     with pytest.raises(ShapeMismatchError, match="3 numbers"):
         SubjectSpace([("x", (3,))], torch.zeros(2), torch.zeros(4, 3), "down")
     with pytest.raises(TensorDtypeError, match="float64"):

@@ -125,10 +125,12 @@ class SubjectSpace(nn.Module):
         """The space from which training starts: every code is the Down's mean subject, the basis is 0.
 
         Raises:
-            ConfigError: a code without numbers.
+            ConfigError: a code without numbers, or a Down whose subjects have magnitudes as well.
         """
         if code_size < 1:
             raise ConfigError(f"code_size must be at least 1, found {code_size}")
+        if down.config.use_dora:
+            raise ConfigError("a subject space holds Mid and Up alone, found use_dora: train a Down without it")
         factors = {
             name: tensor for name, tensor in sorted(down.tensors.items()) if name.endswith((f".{MID}", f".{UP}"))
         }
