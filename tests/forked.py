@@ -18,24 +18,25 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def on_two_processes(work: Callable[..., None], *arguments: Any, seconds: float = 400) -> None:
-    """Call `work(rank, *arguments)` in two processes that find each other as those of a launcher do."""
+def on_processes(count: int, work: Callable[..., None], *arguments: Any, seconds: float = 400) -> None:
+    """Call `work(rank, *arguments)` in several processes that find each other as those of a launcher do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = [forkserver().Process(target=_join, args=(rank, port, work, arguments)) for rank in range(2)]
+    ranks = range(count)
+    started = [forkserver().Process(target=_join, args=(rank, count, port, work, arguments)) for rank in ranks]
     for process in started:
         process.start()
     try:
         for process in started:
             process.join(seconds)
-        assert [process.exitcode for process in started] == [0, 0]
+        assert [process.exitcode for process in started] == [0] * count
     finally:
         for process in started:
             process.kill()
 
 
-def _join(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+def _join(rank: int, count: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     work(rank, *arguments)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from forked import on_two_processes
+from forked import on_processes
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.evaluation.bench import Bench
 from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
@@ -31,7 +31,7 @@ def test_people_are_divided_and_the_report_is_the_same(tmp_path: Path) -> None:
         images = [f"copies={tmp_path / 'copies'}"]
         return EvaluateConfig(data=str(people), output=str(tmp_path / name), images=images, device="cpu")
 
-    on_two_processes(worker, settings("two"))
+    on_processes(2, worker, settings("two"))
     assert [(tmp_path / f"two-{rank}.txt").read_text() for rank in range(2)] == [
         "held-out-0000 held-out-0002",
         "held-out-0001",

@@ -25,6 +25,7 @@ from peft_metalora.training import train_encoder as module
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.slot_gradients import SlotGradients
 from peft_metalora.training.engine.stacked import RowGradients
+from peft_metalora.training.engine.state import read_state
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.reading import read_photos
 from peft_metalora.training.stage_settings import TrainEncoderConfig
@@ -282,6 +283,31 @@ def test_a_loss_that_is_no_number_stops_the_run(folders, tmp_path, monkeypatch):
     )
     with pytest.warns(UserWarning, match="people"), pytest.raises(TrainingError, match="no checkpoint is from before"):
         train_encoder(config_of(folders, tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("way", [{}, BY_SLOTS], ids=["stacked", "slots"])
+def test_a_base_in_bfloat16_teaches_the_same(folders, tmp_path, way):
+    losses = []
+    for precision in ("no", "bf16"):
+        config = config_of(folders, tmp_path / precision, mixed_precision=precision, checkpointing_steps=3, **way)
+        teach(config)
+        config.resume_from_checkpoint = "checkpoint-3"
+        losses.append(read_state(config)["losses"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
+
+
+def test_want_of_memory_is_a_sentence_and_writes_nothing(folders, tmp_path, monkeypatch, capsys):
+    def full(self, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+
+    monkeypatch.setattr(RowGradients, "__call__", full)
+    settings = {name: value for name, value in vars(config_of(folders, tmp_path / "out")).items() if value}
+    flags = [
+        part for name, value in settings.items() if not isinstance(value, bool) for part in (f"--{name}", str(value))
+    ]
+    assert main(["train-encoder", *flags]) == 2
+    assert "expected enough memory, found: CUDA out of memory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

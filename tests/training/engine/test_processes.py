@@ -15,7 +15,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from PIL import Image
 from safetensors.torch import load_file
 
-from forked import on_two_processes
+from forked import on_processes
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.sharding import shard, wants_shards
@@ -134,7 +134,7 @@ def test_two_processes_give_what_one_gives(place, tmp_path, launcher):
     configs = stage_1(place, tmp_path / "one", **looking[0]), stage_2(place, tmp_path / "one-meta-lora", **looking[1])
     if launcher == "plain":
         configs += (stage_2(place, tmp_path / "one-lora", "lora"),)
-    on_two_processes(worker, LAUNCHERS[launcher], configs)
+    on_processes(2, worker, LAUNCHERS[launcher], configs)
     for name in ("one", "one-meta-lora") + ("one-lora",) * (launcher == "plain"):
         # Sums in another order.
         assert_equal_files(files(tmp_path / name), files(place / name), 1e-5)
@@ -166,7 +166,7 @@ def test_two_processes_teach_what_one_teaches(place, tmp_path, launcher):
     looking = {"validation_steps": 2, "validation_data_dir": str(place / "people"), "validation_subjects": 2}
     settings = {"checkpointing_steps": 2, "gradient_accumulation_steps": 2, **looking}
     train_encoder(reading(place, tmp_path / "one", **settings), progress=False)
-    on_two_processes(worker, LAUNCHERS[launcher], [reading(place, tmp_path / "two", **settings)])
+    on_processes(2, worker, LAUNCHERS[launcher], [reading(place, tmp_path / "two", **settings)])
 
     def state(name, step):
         folder = tmp_path / name / f"checkpoint-{step}"
@@ -185,6 +185,24 @@ def test_two_processes_teach_what_one_teaches(place, tmp_path, launcher):
         assert_same_state(state("again", 4), state("two", 4))
 
 
+@pytest.mark.filterwarnings("ignore:4 people")
+def test_four_processes_make_one_down_and_one_space(place, tmp_path):
+    settings = {"shards": 4, "bucket_size": 4, "subjects_per_batch": 4, "max_train_steps": 3, "warmup_steps": 1}
+    meta_train(stage_1(place, tmp_path / "one", **settings), progress=False)
+    train_encoder(reading(place, tmp_path / "one reading", checkpointing_steps=4), progress=False)
+    configs = [
+        stage_1(place, tmp_path / "four", **settings, checkpointing_steps=2),
+        reading(place, tmp_path / "four reading", checkpointing_steps=4),
+        stage_1(place, tmp_path / "again", **settings, resume_from_checkpoint=str(tmp_path / "four" / "checkpoint-2")),
+    ]
+    on_processes(4, worker, {}, configs)
+    assert_equal_files(files(tmp_path / "four"), files(tmp_path / "one"), 1e-5)
+    assert_equal_files(files(tmp_path / "again"), files(tmp_path / "four"), 0)
+    one, four = (tmp_path / f"{name} reading" / "checkpoint-4" for name in ("one", "four"))
+    states = [read_state(reading(place, "unused", resume_from_checkpoint=str(folder))) for folder in (four, one)]
+    assert_same_state(*states)
+
+
 def test_same_down_from_photos_of_several_shapes_and_balanced_groups(place, tmp_path):
     people = write_people(tmp_path / "people", subjects=5, each=3, sizes=[(24, 24), (40, 24)])
     tags = {f"person-{number}": {"sex": "male" if number < 2 else "female"} for number in range(5)}
@@ -197,7 +215,7 @@ def test_same_down_from_photos_of_several_shapes_and_balanced_groups(place, tmp_
     settings |= {"shards": 2, "subjects_per_batch": 4, "optimizer": "SGD", "learning_rate": 0.1, "resolution": 32}
     settings |= {"aspect_ratio_buckets": "auto", "balance_by": "sex"}
     meta_train(meta_config(**settings, output_dir=str(tmp_path / "one")), progress=False)
-    on_two_processes(worker, {}, [meta_config(**settings, output_dir=str(tmp_path / "two"))])
+    on_processes(2, worker, {}, [meta_config(**settings, output_dir=str(tmp_path / "two"))])
     one, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for name in one:
         assert torch.allclose(one[name], both[name], atol=1e-5 * one[name].abs().max().item() + 1e-9), name
@@ -211,7 +229,7 @@ def test_a_run_of_two_processes_resumes(place, tmp_path):
         stage_2(place, tmp_path / "ann", **adam, **looking, checkpointing_steps=3),
         reading(place, tmp_path / "reading", checkpointing_steps=3),
     )
-    on_two_processes(worker, {}, whole)
+    on_processes(2, worker, {}, whole)
     folder = tmp_path / "two" / "checkpoint-4"  # in the warm-up of the second bucket
     names = ["training_state-1.safetensors", "training_state.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
@@ -224,7 +242,7 @@ def test_a_run_of_two_processes_resumes(place, tmp_path):
         stage_2(place, tmp_path / "ann again", **adam, **looking, resume_from_checkpoint=half),
         reading(place, tmp_path / "reading again", resume_from_checkpoint=str(tmp_path / "reading" / "checkpoint-3")),
     )
-    on_two_processes(worker, {}, resumed)
+    on_processes(2, worker, {}, resumed)
     for name in ("two", "ann", "reading"):
         assert_equal_files(files(tmp_path / f"{name} again"), files(tmp_path / name), 0)
 
