@@ -12,12 +12,12 @@ from PIL import Image
 
 from peft_metalora import load_down
 from peft_metalora.cli import main
-from peft_metalora.encoder import load_reader
+from peft_metalora.encoder import EncoderConfig, load_reader
 from peft_metalora.errors import ConfigError, TooFewImagesError, TrainingError
 from peft_metalora.training.engine.slot_gradients import SlotGradients
 from peft_metalora.training.engine.stacked import RowGradients
 from peft_metalora.training.meta_train import meta_train
-from peft_metalora.training.stage_settings import TrainEncoderConfig
+from peft_metalora.training.stage_settings import TrainEncoderConfig, second_phase
 from peft_metalora.training.train_encoder import train_encoder
 from peft_metalora.tuner.on_model import meta_lora_layers
 from training_tiny import meta_config, write_people
@@ -142,6 +142,17 @@ def test_a_run_of_the_command_line_and_of_a_file(place, tmp_path, capsys):
     assert "wrote the Down of 3 subjects with its encoder to" in capsys.readouterr().out
     meta_train(config, progress=False)
     assert (tmp_path / "out" / READER[0]).exists()
+
+
+def test_defaults_are_the_encoders_own():
+    """Settings are read without torch, and so stand beside the dataclass that an encoder is made from."""
+    made, asked = EncoderConfig(), TrainEncoderConfig(down="down", output_dir="out")
+    assert (asked.encoder, asked.resolution, asked.code_size) == (made.source, made.resolution, made.code_size)
+    assert (asked.encoder_width, asked.encoder_hidden, asked.encoder_dropout) == (made.width, made.hidden, made.dropout)
+    assert (asked.face_margin, asked.face_align) == (made.face_margin, made.face_align)
+    second = second_phase(meta_config(encoder="latents", random_flip=False), "down", "out")
+    for name in ("max_train_steps", "learning_rate", "lr_warmup_steps", "subjects_per_batch", "images_per_subject"):
+        assert getattr(second, name) == getattr(asked, name)
 
 
 def test_what_cannot_be_is_said_before_stage_1(place, tmp_path):

@@ -296,7 +296,7 @@ _ENCODER_TARGETS = (
 
 
 @dataclass(kw_only=True)
-class EncoderConfigs(TrainingConfig):
+class ReaderConfig(TrainingConfig):
     """What an encoder is made of and how it is taught, alike in both commands that teach one.
 
     Raises:
@@ -327,7 +327,7 @@ class EncoderConfigs(TrainingConfig):
 
 
 @dataclass(kw_only=True)
-class MetaTrainConfig(EncoderConfigs, HeldOutConfig, StageConfig):
+class MetaTrainConfig(ReaderConfig, HeldOutConfig, StageConfig):
     """Stage 1: a Down from many subjects; with `encoder`, then a subject space and the encoder that reads it.
 
     The rates, sizes and lengths of the paper (arXiv 2503.22352) are not known; these defaults are ours.
@@ -515,7 +515,7 @@ def public_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 @dataclass(kw_only=True)
-class TrainEncoderConfig(EncoderConfigs, HeldOutConfig):
+class TrainEncoderConfig(ReaderConfig, HeldOutConfig):
     """Teach a Down to read photos: a subject space and an encoder, from photos of many people.
 
     Raises:
