@@ -40,6 +40,21 @@ PRECISION = (
     ("auto", "no", "bf16"),
 )
 DEVICE = "Device. Default: a GPU when there is one.", None
+READ_FACE_CROP = (
+    "Read the square around the largest face of a photo, found by this detector: 'insightface' (needs the extra "
+    "[face]), or module:function. Default: as the encoder was trained.",
+    None,
+)
+READ_FACE_MARGIN = (
+    "With face_crop, room around the face, as a share of its box. Default: as the encoder was trained.",
+    None,
+)
+READ_FACE_ALIGN = "With face_crop, turn photos so that the eyes are level. Default: as the encoder was trained.", None
+FACE_MODEL = (
+    "With an encoder that reads through a face model of somebody's own: that model again, module:function. A Down's "
+    "files start no code by themselves.",
+    None,
+)
 OVERWRITE = "Replace an artefact of another kind, or another person's, that lies there.", False
 
 

@@ -234,7 +234,7 @@ def test_code_of_an_encoder_runs_only_when_it_is_named(place, tmp_path):
     """Bug: see `load_encoder`; the same road through personalize."""
     down = teach_to_read(shutil.copytree(place / "down", tmp_path / "down"), source=f"face:{__name__}:faces")
     settings = {"learning_rate": 1e-9, "max_train_steps": 1}
-    with pytest.raises(ConfigError, match="--face_model"):
+    with pytest.raises(ConfigError, match="face_model="):
         personalize(config_of(place, down, tmp_path / "ann", **settings), progress=False)
     personalize(config_of(place, down, tmp_path / "ann", face_model=f"{__name__}:faces", **settings), progress=False)
     assert hub.load_subject(tmp_path / "ann").config.facts["recipe"]["start"] == "encoder"

@@ -451,6 +451,36 @@ def save_subject(
     return write_artefact(target, config, code or tensors, pairs, overwrite=overwrite)
 
 
+def save_read_subject(
+    folder: str | os.PathLike[str],
+    subject: CodeSource,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    whole: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a subject that was read from photos, and that no model holds; its configuration says who and on what.
+
+    Args:
+        facts, whole, overwrite: as `save_subject`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        As `save_subject`.
+    """
+    target, named = Path(folder), subject.config.located_down()
+    require_apart(target, down=named)
+    config = dataclasses.replace(subject.config, down=reference_to_write(named, target), inference_mode=True)
+    config.facts = None if facts is None else dict(facts)
+    if not whole:
+        return write_artefact(target, config, subject.code, overwrite=overwrite)
+    # DoRA rescales the weight itself, which no ordinary LoRA can say.
+    pairs = {} if config.use_dora else fold_subject(config, subject.down.tensors, subject.tensors)
+    return write_artefact(target, config, subject.tensors, pairs, overwrite=overwrite)
+
+
 def know_code(model: nn.Module, adapter_name: str, code: SubjectCode) -> None:
     """Remember that the factors of a subject on the model were just expanded from a code."""
     config = _adapter_config(model, adapter_name, "subject")

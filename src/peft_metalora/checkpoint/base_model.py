@@ -89,16 +89,17 @@ def _shape(base: nn.Module) -> tuple[int, ...]:
     return (outputs, *row)
 
 
-def base_to_load(given: str | None, config: MetaLoraConfig, name: str) -> str:
-    """The base model that was asked for, or the one that a Down or a subject called `name` was made for.
+def base_to_load(given: str | None, revision: str | None, config: MetaLoraConfig, name: str) -> tuple[str, str | None]:
+    """The base model that was asked for, or the one that a Down or a subject called `name` was made for; its revision.
 
     Raises:
         ConfigError: neither says.
     """
-    found = given or config.base_model_name_or_path
-    if not found:
+    if given:
+        return given, revision
+    if not config.base_model_name_or_path:
         raise ConfigError(f"{name} names no base model: give pretrained_model_name_or_path")
-    return found
+    return config.base_model_name_or_path, revision or config.revision
 
 
 def bare_model(model: Any) -> Any:

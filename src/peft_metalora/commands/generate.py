@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import BASE_MODEL, DEVICE, LOCAL_FILES_ONLY, PRECISION, setting
+from ..settings import (
+    BASE_MODEL,
+    DEVICE,
+    FACE_MODEL,
+    LOCAL_FILES_ONLY,
+    PRECISION,
+    READ_FACE_ALIGN,
+    READ_FACE_CROP,
+    READ_FACE_MARGIN,
+    setting,
+)
 from . import Done
 
 
@@ -23,12 +33,24 @@ class GenerateConfig:
         ConfigError: a value that cannot be.
     """
 
-    pretrained_model_name_or_path: str = setting(BASE_MODEL)
+    pretrained_model_name_or_path: str | None = setting(
+        f"{BASE_MODEL} Default: the one that the first subject or the Down names.", None
+    )
     output_dir: str = setting("Folder for the images, <subject>-<prompt number>-<image number>.png.")
     prompt: list[str] = setting("One or more prompts.")
     subject: list[str] = setting(
         "Subjects (or Downs, which show their mean subject): folders or repository ids. None: the base.", []
     )
+    photo: list[str] = setting(
+        "One photo of a person or several, or a folder of them, to be read and drawn; nothing of the person but the "
+        "images is kept. Needs down.",
+        [],
+    )
+    down: str | None = setting("Folder or repository of the Down that reads photo.", None)
+    face_crop: str | None = setting(*READ_FACE_CROP)
+    face_margin: float | None = setting(*READ_FACE_MARGIN)
+    face_align: bool | None = setting(*READ_FACE_ALIGN)
+    face_model: str | None = setting(*FACE_MODEL)
     num_images_per_prompt: int = setting("Images of each subject and prompt.", 1)
     num_inference_steps: int = setting("Steps of the sampler.", 28)
     guidance_scale: float | None = setting("Guidance. Default: the pipeline's own.", None)
@@ -47,6 +69,16 @@ class GenerateConfig:
         for name in ("num_images_per_prompt", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if bool(self.photo) != (self.down is not None):
+            raise ConfigError(
+                f"expected `photo` and `down`, found `{'photo' if self.photo else 'down'}` alone: a Down reads photos, "
+                "so give both or none of them"
+            )
+        if not (self.pretrained_model_name_or_path or self.subject or self.down):
+            raise ConfigError(
+                "expected something to draw, found none: give `subject`, `photo` and `down`, or "
+                "pretrained_model_name_or_path"
+            )
 
 
 def run_generate(config: GenerateConfig) -> Done:
@@ -70,13 +102,22 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
 
     from ..bases import load_base
     from ..bases.precision import choose_device, choose_dtype
+    from ..checkpoint.base_model import base_to_load
+    from ..checkpoint.config_file import read_config
     from ..data.images import png
     from ..files import write_bytes
+    from ..hub.loading import HubOptions, folder_of
     from ..pipelines.loader import enable_meta_lora
 
+    hub: HubOptions = {"local_files_only": config.local_files_only}
+    base_name, revision = config.pretrained_model_name_or_path, None
+    if not base_name:
+        first = next(iter([*config.subject, str(config.down)]))
+        base_name, revision = base_to_load(None, None, read_config(folder_of(first, **hub)), first)
     device = choose_device(config.device)
     base = load_base(
-        config.pretrained_model_name_or_path,
+        base_name,
+        revision=revision,
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
         max_sequence_length=config.max_sequence_length,
@@ -88,8 +129,11 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         options["guidance_scale"] = config.guidance_scale
     if config.resolution is not None:
         options.update(height=config.resolution, width=config.resolution)
-    adapters = [pipe.load_meta_lora(name, local_files_only=config.local_files_only) for name in config.subject]
-    names = _file_names(config.subject)
+    adapters = [pipe.load_meta_lora(name, **hub) for name in config.subject]
+    if config.down is not None:
+        sight = {name: getattr(config, name) for name in ("face_crop", "face_margin", "face_align", "face_model")}
+        adapters.append(pipe.read_subject(config.photo, down=config.down, **sight, **hub))
+    names = _file_names([*config.subject, *(Path(photo).stem for photo in config.photo[:1])])
     written = []
     jobs = [(who, number) for who in range(len(names)) for number in range(len(config.prompt))]
     for who, number in tqdm(jobs, desc="generating", unit="prompt", disable=not progress):

@@ -1,29 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `metalora read` does: a subject's folder from photos, in zero steps, with a Down that has an encoder."""
+"""What `metalora read` does: subjects' folders from photos, in zero steps, with a Down that has an encoder."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..settings import BASE_OF_DOWN, DEVICE, DOWN_REVISION, LOCAL_FILES_ONLY, OVERWRITE, PRECISION, REVISION, setting
+from ..settings import (
+    BASE_OF_DOWN,
+    DEVICE,
+    DOWN_REVISION,
+    FACE_MODEL,
+    LOCAL_FILES_ONLY,
+    OVERWRITE,
+    PRECISION,
+    READ_FACE_ALIGN,
+    READ_FACE_CROP,
+    READ_FACE_MARGIN,
+    REVISION,
+    setting,
+)
 from . import Done
+from .next_steps import in_words, next_steps, size_of
 
 
 @dataclass(kw_only=True)
 class ReadConfig:
-    """Bring a person in from photos, without training.
+    """Bring a person in from photos, or everybody in a folder, without training.
 
     Raises:
         ConfigError: a value that cannot be.
     """
 
     down: str = setting("Folder or repository of a Down with an encoder.")
-    photos: list[str] = setting("One photo of the person, or several: then the mean of what they say.")
-    output_dir: str = setting("Folder for the subject.")
+    output_dir: str = setting("Folder for the subject; with data, for a folder of each.")
+    photos: list[str] = setting(
+        "One photo of the person or several, or a folder of them: then the mean of what they say.", []
+    )
+    data: str | None = setting("Read everybody in a folder of people: DIR/<person>/*.jpg.", None)
     pretrained_model_name_or_path: str | None = setting(BASE_OF_DOWN, None)
-    subject_name: str | None = setting("Who it is. Default: the name of output_dir.", None)
+    subject_name: str | None = setting("Who it is. Default: the name of output_dir; with data, of the folders.", None)
+    face_crop: str | None = setting(*READ_FACE_CROP)
+    face_margin: float | None = setting(*READ_FACE_MARGIN)
+    face_align: bool | None = setting(*READ_FACE_ALIGN)
+    face_model: str | None = setting(*FACE_MODEL)
     revision: str | None = setting(*REVISION)
     down_revision: str | None = setting(*DOWN_REVISION)
     mixed_precision: str = setting(*PRECISION)
@@ -33,54 +55,90 @@ class ReadConfig:
     overwrite: bool = setting(*OVERWRITE)
 
     def __post_init__(self) -> None:
-        if not self.photos:
-            raise ConfigError("photos must name at least one photo of the person, found none")
+        if bool(self.photos) == (self.data is not None):
+            raise ConfigError(
+                f"expected `photos` of one person, or `data`, a folder of people, found "
+                f"{'both' if self.photos else 'none'}: give one of them"
+            )
+        if self.data is not None and self.subject_name is not None:
+            raise ConfigError(
+                "subject_name is one person's, found `data` beside it: people are called as their folders"
+            )
 
 
 def run_read(config: ReadConfig) -> Done:
-    """Read, write the subject, and say where to.
+    """Read, write a subject for each person, and say where to and what can be done next.
+
+    Photos of a folder that cannot be used are left out, with a warning that names them, as long as the person has
+    another. Nothing is written before everybody is read.
 
     Raises:
-        As `read_subject` of an enabled pipeline; OutputExistsError, WriteFailedError: the folder cannot be written.
+        NoImagesError, UnreadableImageError, MetadataError, NoFaceError: photos that cannot be used.
+        ArtefactNotFoundError: the Down has no encoder.
+        BaseModelMismatchError, ConfigError: the base or the settings cannot be used.
+        OutputExistsError, WriteFailedError: a folder cannot be written.
+        Everything that `hub.load_down` and `encoder.load_reader` raise.
     """
-    from ..bases import load_base
+    from ..bases import open_base
     from ..bases.precision import choose_device, choose_dtype
-    from ..checkpoint.artefacts import require_replaceable
-    from ..checkpoint.config_file import read_config
-    from ..files import require_apart
-    from ..hub.loading import HubOptions, folder_of
-    from ..pipelines import enable_meta_lora
+    from ..checkpoint.artefacts import require_replaceable, save_read_subject
+    from ..checkpoint.base_model import base_to_load, check_fits
+    from ..checkpoint.reader_files import READER_FILES
+    from ..data import Subject, read_photos, read_subjects
+    from ..encoder.reader import load_reader, no_encoder
+    from ..files import require_apart, require_writable
+    from ..hub.loading import HubOptions, folder_of, load_down
 
-    name = config.subject_name or Path(config.output_dir).resolve().name
-    require_apart(config.output_dir, down=config.down)
-    require_replaceable(config.output_dir, "subject", name, overwrite=config.overwrite)
-    hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
-    base_name = config.pretrained_model_name_or_path
-    if base_name is None:
-        base_name = read_config(folder_of(config.down, **hub)).base_model_name_or_path
-    if base_name is None:
-        raise ConfigError(f"{config.down} names no base model: give pretrained_model_name_or_path")
+    inputs = {f"photos[{number}]": path for number, path in enumerate(config.photos)}
+    require_apart(config.output_dir, down=config.down, data=config.data, **inputs)
+    require_writable(Path(config.output_dir))
+    if config.data is None:
+        name = config.subject_name or Path(config.output_dir).resolve().name
+        people = [Subject(name, [photo for path in config.photos for photo in read_photos(path)])]
+        places = [Path(config.output_dir)]
+    else:
+        people = read_subjects(config.data)
+        places = [Path(config.output_dir, person.name) for person in people]
+    for person, place in zip(people, places, strict=True):
+        require_replaceable(place, "subject", person.name, overwrite=config.overwrite)
+    options: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
+    down = load_down(config.down, **options)
+    if down.config.encoder_fingerprint is None:
+        raise no_encoder(config.down)
     device = choose_device(config.device)
-    base = load_base(
+    asked = config.pretrained_model_name_or_path
+    base_name, revision = base_to_load(asked, config.revision, down.config, config.down)
+    base = open_base(
         base_name,
-        revision=config.revision,
+        revision=revision,
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
     )
+    check_fits(base.denoiser, down, name=config.down)
     base.place(device, encoders=False, denoiser=False, vae=True)
-    pipe = enable_meta_lora(base.pipeline)
-    adapter = pipe.read_subject([*config.photos], "person", down=config.down, **hub)
-    local = str(Path(config.down).resolve()) if Path(config.down).is_dir() else config.down
-    pipe.save_meta_lora(
-        config.output_dir,
-        adapter,
-        down=local,
-        down_revision=config.down_revision,
-        subject_name=name,
-        whole=config.whole,
-        overwrite=config.overwrite,
-    )
-    return Done(
-        f"read {len(config.photos)} photo(s) and wrote the subject {name!r} to {config.output_dir}",
-        {"subject": name, "folder": config.output_dir, "photos": len(config.photos)},
-    )
+    reader = load_reader(folder_of(config.down, READER_FILES, **options), down, base.encode_images, config.face_model)
+    reader.encoder.to(device)
+    sight = reader.encoder.sight(config.face_crop, config.face_margin, config.face_align)
+    chosen = config.data is None and not any(map(os.path.isdir, config.photos))
+    photos = [person.photos for person in people]
+    codes = reader.codes(photos, sight, skip_unusable=not chosen, progress=len(people) > 1)
+    named = {
+        "down": os.path.abspath(config.down) if os.path.isdir(config.down) else config.down,
+        "down_revision": config.down_revision,
+        "base_model_name_or_path": base_name,
+        "revision": revision,
+    }
+    for person, place, code in zip(people, places, codes, strict=True):
+        subject = reader.subject(code, down, subject_name=person.name, **named)
+        facts = {"photos_read": len(person.photos)}
+        save_read_subject(place, subject, facts=facts, whole=config.whole, overwrite=config.overwrite)
+    count = sum(len(person.photos) for person in people)
+    size = size_of(places[0])
+    if config.data is None:
+        told = f"read {count} photo(s) and wrote the subject {people[0].name!r} to {places[0]} ({in_words(size)})"
+        values = {"subject": people[0].name, "folder": places[0]}
+    else:
+        told = f"read {count} photo(s) of {len(people)} people and wrote a folder of {in_words(size)} for each to "
+        told += f"{config.output_dir}; with the first of them:"
+        values = {"subjects": {person.name: place for person, place in zip(people, places, strict=True)}}
+    return Done(f"{told}\n{next_steps(places[0], down=config.down)}", {**values, "photos": count, "bytes": size})

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..checkpoint.config_file import read_config
 from ..training.meta_train import meta_train
 from ..training.personalize import personalize
 from ..training.stage_settings import MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig
 from ..training.train_encoder import train_encoder
 from . import Done
+from .next_steps import in_words, next_steps, size_of
 
 
 def run_meta_train(config: MetaTrainConfig) -> Done:
@@ -19,9 +23,15 @@ def run_meta_train(config: MetaTrainConfig) -> Done:
 
 
 def run_personalize(config: PersonalizeConfig) -> Done:
-    """Learn a subject, and say where it lies."""
+    """Learn a subject, and say where it lies and what can be done next."""
     folder = personalize(config)
-    return Done(f"wrote {folder}", {"folder": folder})
+    if config.method == "lora":
+        return Done(f"wrote {folder}, which pipe.load_lora_weights loads", {"folder": folder})
+    facts, size = read_config(folder).facts or {}, size_of(folder)
+    steps = facts.get("steps", 0)
+    told = f"wrote the subject {Path(folder).resolve().name!r} to {folder} after {steps} step(s) ({in_words(size)})"
+    values = {"folder": folder, "steps": steps, "bytes": size}
+    return Done(f"{told}\n{next_steps(folder, facts.get('trigger'), config.down)}", values)
 
 
 def run_train_encoder(config: TrainEncoderConfig) -> Done:

@@ -29,7 +29,6 @@ from ..errors import (
     ConfigFormatError,
     FingerprintMismatchError,
     MissingKeysError,
-    NoImagesError,
     NonFiniteError,
     ShapeMismatchError,
 )
@@ -90,6 +89,7 @@ class SubjectEncoder(nn.Module):
     def __init__(self, config: EncoderConfig, source: Source) -> None:
         super().__init__()
         self.config, self.source = config, source
+        self._sights: dict[tuple[str | None, float, bool], Sight] = {}
         self.trunk = source.trunk(config.width)
         with torch.no_grad():
             size = self.trunk(torch.zeros(1, *source.feature_shape)).shape[1]
@@ -143,12 +143,6 @@ class SubjectEncoder(nn.Module):
             raise NonFiniteError("expected a code of finite numbers, found NaN or infinity: train the encoder again")
         return codes
 
-    def read(self, photos: Sequence[Image.Image]) -> Tensor:
-        """The code (k,) of a person, from one photo or the mean of several; raises as `codes`, and NoImagesError."""
-        if not photos:
-            raise NoImagesError("expected at least one photo of the person, found none: give one")
-        return self.codes(photos).mean(0)
-
     def sight(
         self, face_crop: str | None = None, face_margin: float | None = None, face_align: bool | None = None
     ) -> Sight:
@@ -168,9 +162,13 @@ class SubjectEncoder(nn.Module):
                 f"must not start by itself, found none: give face_crop={own.face_crop!r} if you trust it"
             )
         if face_crop is None:
-            return Sight(own.face_crop or None, own.face_margin, own.face_align)
-        margin = own.face_margin if face_margin is None else face_margin
-        return Sight(face_crop, margin, own.face_align if face_align is None else face_align)
+            wanted = own.face_crop or None, own.face_margin, own.face_align
+        else:
+            margin = own.face_margin if face_margin is None else face_margin
+            wanted = face_crop, margin, own.face_align if face_align is None else face_align
+        if wanted not in self._sights:  # a detector takes a second to load
+            self._sights[wanted] = Sight(*wanted)
+        return self._sights[wanted]
 
     @property
     def fingerprint(self) -> str:
@@ -252,7 +250,7 @@ def load_encoder(
     if kind == "face" and detail and detail != face_model:
         raise ConfigError(
             f"{path}: expected face_model to name the code that this encoder sees with, {detail!r}, which a file must "
-            f"not start by itself, found {face_model!r}. Give face_model={detail!r} (--face_model) if you trust it."
+            f"not start by itself, found {face_model!r}. Give face_model={detail!r} if you trust it."
         )
     weights = read_tensors(Path(folder) / ENCODER_FILE)
     require_finite(weights, str(Path(folder) / ENCODER_FILE))

@@ -47,18 +47,20 @@ class Reader:
     space: SubjectSpace
     encoder: SubjectEncoder
 
-    def read(self, photos: Sequence[Image.Image], source: DownSource, **config: Any) -> CodeSource:
+    def read(
+        self, photos: Sequence[Photo | Image.Image], source: DownSource, sight: Sight | None = None, **config: Any
+    ) -> CodeSource:
         """A person from one photo or several, in zero steps.
 
         Args:
             source: the Down that the space belongs to.
+            sight: as `codes`.
             config: further fields of the subject's configuration, such as `down` and `subject_name`.
 
         Raises:
-            FingerprintMismatchError: the space belongs to another Down.
-            NoImagesError, NoFaceError, NonFiniteError: as `SubjectEncoder.read`.
+            FingerprintMismatchError: the space belongs to another Down. As `codes`.
         """
-        return self.subject(self.encoder.read(photos), source, **config)
+        return self.subject(self.codes([photos], sight)[0], source, **config)
 
     def subject(self, code: Tensor, source: DownSource, **config: Any) -> CodeSource:
         """The person of a code (k,); arguments and errors are those of `read`."""
@@ -103,7 +105,11 @@ class Reader:
         for person, own in enumerate(count[:, 0].tolist()):
             if not own:
                 errors = [error for owner, error in unusable if owner == person]
-                raise errors[0] if errors else NoImagesError("expected a photo of each person, found none: give one")
+                raise (
+                    errors[0]
+                    if errors
+                    else NoImagesError("expected at least one photo of the person, found none: give one")
+                )
         if unusable:
             text = "; ".join(str(error) for _, error in unusable)
             warnings.warn(f"skipped {len(unusable)} of {len(photos)} photos: {text}", stacklevel=2)

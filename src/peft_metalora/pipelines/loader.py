@@ -25,7 +25,7 @@ from .. import checkpoint
 from ..checkpoint.artefacts import code_on_model, know_code
 from ..checkpoint.factors import SubjectSource
 from ..checkpoint.space import CodeSource, SubjectCode
-from ..data import load_image
+from ..data import read_photos
 from ..errors import AdapterStateError, ConfigError
 from ..hub.loading import HubOptions, load
 from ..tuner import DownSource, MetaLoraConfig
@@ -141,6 +141,9 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         *,
         down: str | os.PathLike[str] | None = None,
         as_adapter: bool = True,
+        face_crop: str | None = None,
+        face_margin: float | None = None,
+        face_align: bool | None = None,
         face_model: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> str:
@@ -149,13 +152,16 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         The person becomes the active adapter, as a subject that `load_meta_lora` brings.
 
         Args:
-            photos: one photo of the person or several, as files or RGB images.
-            adapter_name: by default the name of the first file.
+            photos: one photo of the person or several, as files (with masks beside them), folders or RGB images.
+            adapter_name: by default the name of the first file or folder.
             down: folder or repository of a Down with an encoder; by default where the pipeline's one Down came from. On
                 the model it is once, as ever; what reads is kept for the next photo until `unload_meta_lora`.
             as_adapter: False puts the person into the table of slots, as `add_subject` does, for `subjects=`: that is
                 faster, because PEFT walks over the whole model for each adapter.
-            face_model: `module:function` of an encoder that sees faces with code of its own, which no file starts.
+            face_crop, face_margin, face_align: read the part around the face, as `metalora read` takes them; by default
+                as the encoder was trained.
+            face_model: `module:function` of an encoder that reads through a face model of somebody's own: code that a
+                Down's files do not start.
             hub: huggingface_hub's arguments, for the Down.
 
         Returns:
@@ -175,10 +181,11 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         named = "person" if isinstance(first, Image.Image) else Path(first).stem
         if as_adapter:
             adapter_name = self._new_name(model, adapter_name, named)
-        images = [one if isinstance(one, Image.Image) else load_image(one) for one in several]
+        seen = [found for one in several for found in ([one] if isinstance(one, Image.Image) else read_photos(one))]
         reader, source, (place, options) = readers_of(self).reader(self, down, hub, face_model)
+        sight = reader.encoder.sight(face_crop, face_margin, face_align)
         origin: dict[str, Any] = {"down": place, "down_revision": options.get("revision"), "inference_mode": True}
-        subject = reader.read(images, source, subject_name=adapter_name or named, **origin)
+        subject = reader.read(seen, source, sight, subject_name=adapter_name or named, **origin)
         if adapter_name is None or not as_adapter:
             return self._into_table(model, subject, adapter_name, named)
         self._install(subject, adapter_name)

@@ -98,7 +98,7 @@ class Readers:
 
         Args:
             down: its folder or repository; None: that of the one Down that was loaded on this pipeline.
-            face_model: as `load_reader` takes it.
+            face_model: as `encoder.load_reader`.
 
         Raises:
             AdapterStateError: None, and there is no such one. WrongKindError: it is a subject.

@@ -8,17 +8,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import hub
-from ..bases import Base
-from ..bases.precision import choose_device
+from ..bases import Base, open_base
+from ..bases.precision import choose_device, choose_dtype
 from ..checkpoint import require_replaceable
-from ..checkpoint.base_model import base_to_load
+from ..checkpoint.artefacts import save_read_subject
+from ..checkpoint.base_model import base_to_load, check_fits
 from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import CodeSource
 from ..data import Photo, Subject
-from ..encoder.reader import load_reader, no_encoder
+from ..encoder.reader import Reader, load_reader, no_encoder
 from ..errors import ConfigError
 from ..hub.loading import HubOptions, folder_of
 from ..tuner import DownSource
@@ -29,7 +32,7 @@ from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject, name_of
 from .injecting import saying_what_is_left
 from .preparing import check_places, make_room, prepare
-from .stage_2 import Personalization
+from .stage_2 import Personalization, called
 from .stage_settings import PersonalizeConfig
 from .watching.of_a_subject import Validation, held_out
 from .watching.tracking import Trackers
@@ -76,10 +79,16 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     down, folder = _down_of(config)
     config = config.settled(folder is not None)
     if down is not None:
-        base_name = base_to_load(config.pretrained_model_name_or_path, down.config, str(config.down))
-        config = replace(config, pretrained_model_name_or_path=base_name)
+        asked = config.pretrained_model_name_or_path
+        base_name, revision = base_to_load(asked, config.revision, down.config, str(config.down))
+        config = replace(config, pretrained_model_name_or_path=base_name, revision=revision)
+    if config.max_train_steps == 0 and down is not None and folder is not None:
+        if processes.is_main:
+            _write_as_read(config, subject, name, down, folder, device)
+        processes.wait()
+        return Path(config.output_dir)
     trackers = Trackers(config, processes)
-    look = partial(_beside, subject=subject, config=config, down=down, folder=folder, processes=processes)
+    look = partial(_beside, subject, config, down, folder, processes, device)
     base, examples, beside, origin = prepare(config, [subject], device, processes, look, down=down, progress=progress)
     others, read = beside or (None, [])
     run = Personalization(base, examples, config, down, processes, read)
@@ -148,27 +157,63 @@ def _down_of(config: PersonalizeConfig) -> tuple[DownSource | None, Path | None]
 
 
 def _beside(
-    base: Base,
-    examples: Examples,
     subject: Subject,
     config: PersonalizeConfig,
     down: DownSource | None,
     folder: Path | None,
     processes: Processes,
+    device: torch.device,
+    base: Base,
+    examples: Examples,
 ) -> tuple[tuple[list[Photo], Examples] | None, list[CodeSource]]:
     """What is needed beside the examples: what validation looks at, and the subject as it is read."""
     others = held_out(base, examples, subject=subject, config=config) if config.validation_steps else None
     if down is None or folder is None:
         return others, []
-    reader = load_reader(folder, down, base.encode_images, config.face_model)
-    sight = reader.encoder.sight(config.face_crop, config.face_margin, config.face_align)
     assert examples.photo is not None
     usable = [subject.photos[number] for number in sorted(set(examples.photo.tolist()))]
-    code = reader.codes([usable], sight, skip_unusable=True)[0].to(base.device)
+    reader, code = _read(base, usable, config, down, folder)
+    code = code.to(device)
     if not processes.is_main:  # one start for all, to the last bit
         code.zero_()
     processes.sum_([code])
     return others, [reader.subject(code.cpu(), down)]
+
+
+def _read(
+    base: Base, photos: Sequence[Photo], config: PersonalizeConfig, down: DownSource, folder: Path
+) -> tuple[Reader, Tensor]:
+    """The reader of a Down, and the code (k,) that it reads off photos of one person."""
+    reader = load_reader(folder, down, base.encode_images, config.face_model)
+    sight = reader.encoder.sight(config.face_crop, config.face_margin, config.face_align)
+    return reader, reader.codes([photos], sight, skip_unusable=True)[0]
+
+
+def _write_as_read(
+    config: PersonalizeConfig, subject: Subject, name: str | None, down: DownSource, folder: Path, device: torch.device
+) -> None:
+    """No steps: the subject is written as it is read, which needs of the base its VAE alone."""
+    base = open_base(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        dtype=choose_dtype(config.mixed_precision, device),
+        local_files_only=config.local_files_only,
+    )
+    check_fits(base.denoiser, down, name=str(config.down))
+    base.place(device, encoders=False, denoiser=False, vae=True)
+    reader, code = _read(base, subject.photos, config, down, folder)
+    person = reader.subject(
+        code,
+        down,
+        down=config.down,
+        down_revision=config.down_revision,
+        base_model_name_or_path=config.pretrained_model_name_or_path,
+        revision=config.revision,
+        subject_name=name,
+    )
+    make_room(config, "subject", name)
+    facts = {**called(config), "steps": 0, "recipe": {"start": config.start, "trainable_parameters": 0}}
+    save_read_subject(config.output_dir, person, facts=facts, overwrite=config.overwrite)
 
 
 def personalize_many(

@@ -293,10 +293,9 @@ class Personalization:
 
     def facts(self, slot: int = 0) -> dict[str, Any]:
         """What is written beside a subject, and from there into a model card: how it was learned and is called."""
-        prompt = (self.config.instance_prompt or "").replace(TRIGGER_MARK, self.config.trigger or TRIGGER_MARK)
         kept = "start", "learning_rate", "train_batch_size", "resolution", "seed"
         return {
-            **({"trigger": prompt} if prompt else {}),
+            **called(self.config),
             "steps": min(self.steps_done, self._stopped.get(slot, self.steps_done)),
             "recipe": {
                 "trainable_parameters": self.trainable_parameters,
@@ -344,6 +343,12 @@ class Personalization:
     def remove(self) -> None:
         """Take the adapter off; the denoiser is the one it was before."""
         take_off(self.base, self.config)
+
+
+def called(config: PersonalizeConfig) -> dict[str, str]:
+    """The words that call a subject, for its facts; none where only captions know them."""
+    prompt = (config.instance_prompt or "").replace(TRIGGER_MARK, config.trigger or TRIGGER_MARK)
+    return {"trigger": prompt} if prompt else {}
 
 
 def _distance_from_mean(subject: CodeSource) -> float:

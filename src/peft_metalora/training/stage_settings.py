@@ -18,6 +18,7 @@ from ..settings import (
     BASE_OF_DOWN,
     DEVICE,
     DOWN_REVISION,
+    FACE_MODEL,
     LOCAL_FILES_ONLY,
     OVERWRITE,
     PRECISION,
@@ -414,11 +415,7 @@ class PersonalizeConfig(StageConfig):
         "one that was read; 0: never. Default: 0.03.",
         None,
     )
-    face_model: str | None = setting(
-        "With an encoder that reads through a face model of somebody's own: that model again, module:function. A "
-        "Down's files start no code by themselves.",
-        None,
-    )
+    face_model: str | None = setting(*FACE_MODEL)
     rank: int | None = setting("Rank. Default: the Down's; for a plain LoRA 1.", None)
     lora_alpha: float | None = setting("Scale of a plain LoRA, lora_alpha / rank. Default: rank.", None)
     train_batch_size: int = setting("Views in a batch.", 4)

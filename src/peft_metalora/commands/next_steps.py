@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be done next with a subject that was just written, as commands to copy."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+
+def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: str | None = None) -> str:
+    """Commands to draw, export and push the subject in a folder.
+
+    Args:
+        prompt: words that the subject is known by.
+        down: its Down; a folder has to be in a repository, too, before others can load the subject.
+    """
+    place, name = shlex.quote(os.fspath(folder)), Path(folder).resolve().name
+    drawn = shlex.quote(f"{prompt or 'a photo of a person'}, laughing, on a beach")
+    file = shlex.quote(f"ComfyUI/models/loras/{name}.safetensors")
+    local = f" --down me/{Path(down).resolve().name}" if down is not None and os.path.isdir(down) else ""
+    return "\n".join(
+        (
+            f"draw:        metalora generate --subject {place} --prompt {drawn} --output_dir images",
+            f"for ComfyUI: metalora export --subject {place} --format comfyui --output {file}",
+            f"publish:     metalora push --folder {place} --repo_id {shlex.quote(f'me/{name}')}{local}",
+        )
+    )
+
+
+def in_words(size: int) -> str:
+    """A number of bytes, for people."""
+    return f"{size} bytes" if size < 1000 else f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"
+
+
+def size_of(folder: str | os.PathLike[str]) -> int:
+    """Bytes of the files that lie in a folder."""
+    return sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file())
