@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -154,28 +155,55 @@ HEAVY_AT_RUN_TIME = (
     "cv2",
 )
 PROBE = f"""
-import sys
-def show(): print(*(name for name in {HEAVY_AT_RUN_TIME} if name in sys.modules), sep=",")
-import peft_metalora, peft_metalora.data, peft_metalora.metrics
-show()
+import contextlib, importlib.util, io, sys
+def show(*names): print("loaded", *(name for name in names if name in sys.modules))
+import peft_metalora.cli
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    peft_metalora.cli.main(["--help"])
+importlib.util.find_spec("peft")
+show("torch", "numpy", "peft", "diffusers")
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+assert "META_LORA" in PEFT_TYPE_TO_CONFIG_MAPPING and peft_metalora.tuner.down._loader is not None
+import peft_metalora.data, peft_metalora.metrics
+show(*{HEAVY_AT_RUN_TIME})
 peft_metalora.pipelines
-show()
+show(*{HEAVY_AT_RUN_TIME})
 """
 
 
 @pytest.fixture(scope="module")
 def loaded() -> list[set[str]]:
-    """The heavy modules in a fresh interpreter after importing the package, and after using its pipelines."""
+    """The heavy modules in a fresh interpreter after the command's help, after PEFT has come, and after pipelines."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
-    return [set(filter(None, line.split(","))) for line in done.stdout.splitlines()[-2:]]
+    return [set(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("loaded")]
 
 
 class TestWeight:
-    def test_importing_the_package_is_light(self, loaded: list[set[str]]) -> None:
+    def test_the_package_and_the_commands_help_import_nothing(self, loaded: list[set[str]]) -> None:
+        """Bug: `metalora --help` took the seconds that PEFT and torch take; the probe asks that PEFT knows us later."""
         assert loaded[0] == set()
 
+    def test_importing_the_tuner_and_light_rooms_is_light(self, loaded: list[set[str]]) -> None:
+        assert loaded[1] == set()
+
     def test_the_probe_can_fail(self, loaded: list[set[str]]) -> None:
-        assert "diffusers" in loaded[1]
+        assert "diffusers" in loaded[2]
+
+    def test_what_waits_for_a_module_is_done_once_after_it(self, tmp_path: Path, monkeypatch) -> None:
+        (tmp_path / "some_module_that_comes.py").write_text("value = 3\n", encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        seen, before = [], list(sys.meta_path)
+        peft_metalora._after("some_module_that_comes", lambda: seen.append(sys.modules["some_module_that_comes"].value))
+        assert importlib.util.find_spec("some_module_that_comes") is not None and seen == []
+        importlib.import_module("some_module_that_comes")
+        assert seen == [3] and sys.meta_path == before
+        peft_metalora._after("some_module_that_comes", lambda: seen.append("at once"))
+        assert seen == [3, "at once"]
+        del sys.modules["some_module_that_comes"]
+        peft_metalora._after("a_module_that_never_comes", lambda: seen.append("never"))
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("a_module_that_never_comes")
+        sys.meta_path[:] = before
 
 
 def public(module: ModuleType) -> set[str]:

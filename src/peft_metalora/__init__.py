@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meta-LoRA (https://arxiv.org/abs/2503.22352) for PEFT and diffusers: a shared Down, tiny subjects.
 
-Importing the package makes the tuner known to PEFT (`PeftModel.from_pretrained` then reads its folders) and nothing
-else: diffusers, transformers' pipelines and face models are imported by the names that need them, when they are used.
+Importing the package makes the tuner known to PEFT (`PeftModel.from_pretrained` then reads its folders), at once or as
+soon as PEFT is imported, and nothing else: torch, diffusers and face models are imported by the names that need them,
+when they are used.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import tuner
 from .errors import MetaLoraError
-from .tuner import MetaLoraConfig, MetaLoraModel
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from . import tuner
+    from .tuner import MetaLoraConfig, MetaLoraModel
     from .tuner.down import DownSource
 
 __version__ = "0.1.0"
@@ -30,7 +32,9 @@ _LAZY = {
     "DownResult": "training.stage_1",
     "DownSource": "tuner",
     "GenerateConfig": "commands.generate",
+    "MetaLoraConfig": "tuner",
     "MetaLoraLayer": "tuner",
+    "MetaLoraModel": "tuner",
     "MetaTrainConfig": "training.stage_settings",
     "Personalization": "training.stage_2",
     "PersonalizeConfig": "training.stage_settings",
@@ -66,6 +70,7 @@ _LAZY = {
     "subject_state": "tuner",
     "to_lora": "tuner",
     "training": "",
+    "tuner": "",
     "unfold": "tuner",
     "using_slots": "tuner",
     "write_subject": "tuner",
@@ -136,7 +141,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MOVED:
         warnings.warn(f"peft_metalora.{name} is now peft_metalora.{_MOVED[name]}", DeprecationWarning, stacklevel=2)
-        return getattr(tuner, _MOVED[name].rpartition(".")[2])
+        return getattr(importlib.import_module(".tuner", __name__), _MOVED[name].rpartition(".")[2])
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not _LAZY[name]:
@@ -236,6 +241,49 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None if old is None else f"{__name__}.{_OLD_MODULES[old]}{inside.removeprefix(old)}"
 
 
+class _After(importlib.abc.MetaPathFinder):
+    """Does something once a module has been imported, by whomever."""
+
+    def __init__(self, name: str, action: Callable[[], object]) -> None:
+        self._name, self._action = name, action
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self._name:
+            return None
+        finds = (getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self)
+        spec = next((found for find in finds if find and (found := find(fullname, path, target))), None)
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            run = loader.exec_module
+
+            def run_and_act(module: ModuleType) -> None:
+                run(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                self._action()
+
+            loader.exec_module = run_and_act
+        return spec
+
+
+def _after(name: str, action: Callable[[], object]) -> None:
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _After(name, action))
+
+
+def _fill_hooks() -> None:
+    tuner = importlib.import_module(".tuner", __name__)
+    tuner.set_down_loader(_load_down)
+    tuner.set_file_check(_check_files)
+
+
+def _register() -> None:
+    if f"{__name__}.tuner" not in sys.modules:  # else it is being imported, and does the same
+        importlib.import_module(".tuner", __name__)
+
+
 sys.meta_path.insert(0, _OldModules())
-tuner.set_down_loader(_load_down)
-tuner.set_file_check(_check_files)
+_after(f"{__name__}.tuner", _fill_hooks)
+_after("peft", _register)
