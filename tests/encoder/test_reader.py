@@ -18,7 +18,7 @@ from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, load_subj
 from peft_metalora.bases import base_for
 from peft_metalora.checkpoint.untrusted import TensorFile
 from peft_metalora.cli import main
-from peft_metalora.encoder import EncoderConfig, Reader, SubjectSpace, load_reader, make_encoder, save_reader
+from peft_metalora.encoder import EncoderConfig, Reader, SubjectSpace, load_code, load_reader, make_encoder, save_reader
 from peft_metalora.errors import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -27,6 +27,7 @@ from peft_metalora.errors import (
     FingerprintMismatchError,
     MissingDownError,
     NoImagesError,
+    NonFiniteError,
     UnsafeNameError,
     WrongKindError,
 )
@@ -336,6 +337,32 @@ def test_a_folder_with_a_code_draws_the_same_on_every_road(tmp_path, down_folder
     torch.testing.assert_close(both[1], wanted[0], rtol=0, atol=1e-4)
     (table,) = tables_of(pipe.transformer).values()
     assert [*table._host] == ["row"] and table.space(load_subject(folder).space.fingerprint) is not None
+
+
+@pytest.mark.parametrize("wrong", ["a Down of version 1", "no space", "another space", "NaN"])
+def test_a_code_that_cannot_be_expanded_changes_nothing(tmp_path, down_folder, wrong):
+    _, folder, _ = read_as_code(tmp_path, down_folder)
+    match wrong:
+        case "a Down of version 1":
+            edit_config(down_folder, format_version=1)
+        case "no space":
+            (down_folder / "subject_space.safetensors").unlink()
+        case "another space":
+            reader = load_reader(down_folder, load_down(down_folder), base_for(tiny_flux_pipeline()).encode_images)
+            with torch.no_grad():
+                reader.space.mean[0] += 1
+            save_reader(down_folder, reader.space, reader.encoder)
+        case "NaN":
+            code = load_code(folder)
+            marks = {"down_fingerprint": code.down_fingerprint, "space_fingerprint": code.space_fingerprint}
+            save_file({"code": code.code * float("nan")}, folder / "subject_code.safetensors", metadata=marks)
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    modules = [(name, id(module)) for name, module in pipe.transformer.named_modules()]
+    for road in (pipe.load_meta_lora, pipe.add_subject):
+        with pytest.raises((ArtefactNotFoundError, FingerprintMismatchError, NonFiniteError)):
+            road(folder)
+    assert [(name, id(module)) for name, module in pipe.transformer.named_modules()] == modules
+    assert pipe.get_list_adapters() == {} and not tables_of(pipe.transformer)
 
 
 def test_whoever_was_trained_since_keeps_mid_and_up(tmp_path, down_folder):

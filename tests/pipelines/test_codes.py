@@ -70,6 +70,20 @@ def test_a_code_in_a_slot_is_the_subject_that_it_expands_to(model, table, space)
     assert table.statistics().device_evictions == 6
 
 
+def test_in_bfloat16_a_slot_is_the_sum_in_float32_rounded_once(space):
+    model = with_down().bfloat16()
+    down = down_on_model(model, down_fingerprint(model, "faces"))
+    space = SubjectSpace(space.layout, space.mean, space.basis, down.fingerprint)
+    table = SubjectTable(model, down, 2)
+    table.register_code("code", code(space), space)
+    table.register("whole", table.config, space.expand(code(space).code))
+    whole = shown(model, table, "whole")
+    for name, factor in shown(model, table, "code").items():
+        assert factor.dtype == torch.bfloat16
+        # Another order of the same sum may round to the neighbour.
+        torch.testing.assert_close(factor, whole[name], rtol=2**-7, atol=1e-5)
+
+
 def test_a_code_takes_the_place_of_a_row_and_a_row_that_of_a_code(model, table, space):
     first, second = space.expand(code(space, 1).code), space.expand(code(space, 2).code)
     key = next(name for name in first if name.endswith("_up"))
