@@ -13,7 +13,8 @@ import torch
 from artefacts_tiny import TinyModel, with_down
 from peft_metalora import errors, set_slots
 from peft_metalora.checkpoint.space import SubjectCode, SubjectSpace
-from peft_metalora.pipelines.table import SubjectTable
+from peft_metalora.pipelines.calling import PerSampleMixin
+from peft_metalora.pipelines.table import SubjectTable, put_table
 from peft_metalora.tuner import down_fingerprint, subject_state
 from peft_metalora.tuner.on_model import down_on_model
 from peft_metalora.tuner.placing import activate
@@ -174,6 +175,18 @@ def test_a_thousand_codes_take_less_than_a_kilobyte_each(table, space):
     tracemalloc.stop()
     tensors = sum(block.nbytes for book in table._codes.values() for block in book._blocks) / (2 * count)
     assert python + tensors <= 1000
+
+
+def test_an_error_names_a_few_of_very_many(space):
+    """Bug: a name that was not found was answered with all names there are."""
+    model = with_down()
+    down = down_on_model(model, down_fingerprint(model, "faces"))
+    put_table(model, table := SubjectTable(model, down, 2))
+    for number in range(100):
+        table.register_code(f"person-{number}", code(space), space)
+    with pytest.raises(errors.AdapterNotFoundError, match="and 92 more") as raised:
+        PerSampleMixin()._table_with(model, ["nobody"])
+    assert len(str(raised.value)) < 500
 
 
 def test_the_model_draws_alike(model, table, space):

@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from ..checkpoint.base_model import check_fits
-from ..checkpoint.factors import SubjectSource
+from ..checkpoint.factors import SubjectSource, listed
 from ..checkpoint.space import CodeSource
 from ..errors import AdapterNotFoundError, AdapterStateError, RegionError
 from ..hub.loading import HubOptions, KnownDown, load_subject
@@ -208,7 +208,7 @@ class PerSampleMixin:
             known = [n for n in known if n not in {table.adapter_name for table in tables}]
             known += [n for table in tables for n in table.names()]
             raise AdapterNotFoundError(
-                f"expected a loaded subject, found {name!r} among {sorted(set(known)) or 'none'}. Load it with "
+                f"expected a loaded subject, found {name!r} among {listed(set(known), 8) or 'none'}. Load it with "
                 "load_meta_lora or add_subject."
             )
         return down_fingerprint(model, name)

@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 
 from .. import checkpoint
 from ..checkpoint.artefacts import code_on_model, know_code
-from ..checkpoint.factors import SubjectSource
+from ..checkpoint.factors import SubjectSource, listed
 from ..checkpoint.space import CodeSource, SubjectCode
 from ..data import read_photos
 from ..errors import AdapterStateError, ConfigError
@@ -387,7 +387,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             users = {person for user in users for person in people.get(user, {user})}
             if users:
                 raise AdapterStateError(
-                    f"expected no subject on the Down {name!r}, found {', '.join(sorted(users))}. Delete them first "
+                    f"expected no subject on the Down {name!r}, found {listed(users, 8)}. Delete them first "
                     "(evict them, if add_subject brought them)."
                 )
         refuse_fused(all_layers(self))
