@@ -123,11 +123,16 @@ class Base(ABC):
             self.parts.bring(self.pipeline, [self.denoiser_name])
 
     @property
-    def takes_sequence_length(self) -> bool:
-        """Whether the pipeline's call has `max_sequence_length`."""
+    def call_arguments(self) -> frozenset[str]:
+        """Names of what a call of the pipeline takes."""
         # The stock class: one that derives from it (as Meta-LoRA's own does, under its name) may hide the parameters.
         stock = [cls for cls in type(self.pipeline).__mro__ if cls.__name__ == self.pipeline_class][-1]
-        return "max_sequence_length" in inspect.signature(stock.__call__).parameters
+        return frozenset(inspect.signature(stock.__call__).parameters)
+
+    @property
+    def takes_sequence_length(self) -> bool:
+        """Whether the pipeline's call has `max_sequence_length`."""
+        return "max_sequence_length" in self.call_arguments
 
     @functools.cached_property
     def max_sequence_length(self) -> int:

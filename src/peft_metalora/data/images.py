@@ -101,6 +101,21 @@ def decode_image(content: bytes, name: str | os.PathLike[str]) -> Image.Image:
         ) from error
 
 
+def size_of(content: bytes, name: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height in pixels that an image's header tells; nothing of it is decoded.
+
+    Raises:
+        UnreadableImageError: it is no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=_formats()) as image:
+                return image.size
+    except Exception as error:  # as of decoders
+        raise UnreadableImageError(f"expected an image, found {os.fspath(name)} which is none: replace it") from error
+
+
 class _TooLargeError(Exception):
     pass
 

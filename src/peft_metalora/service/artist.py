@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One copy of the base: it draws whoever it is sent, many in a batch, reads photos, and forgets people when told to.
+
+Each request brings the person along: a code, or where the files are and which revision of them. So a copy knows nobody
+when it starts, nobody has to tell it of changes, and it never shows an older self of somebody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import os
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..bases import Base, load_base
+from ..bases.precision import choose_device, choose_dtype
+from ..checkpoint.artefacts import READER_FILES
+from ..checkpoint.space import SubjectCode
+from ..data.images import decode_image
+from ..encoder import Reader, load_reader
+from ..errors import ArtefactNotFoundError, ConfigError, MetaLoraError, PipelineError, RegionError
+from ..hub.loading import HubOptions, folder_of, load_down, load_subject
+from ..pipelines import enable_meta_lora
+from ..tuner import DownSource, fold
+from .orders import Offer
+from .people import Person, Place
+from .serve_settings import ServeConfig
+from .tasks import Drawn, RefusedError, Task
+
+_QUALITY = 95  # of JPEG and WebP
+log = logging.getLogger("peft_metalora.service")
+
+
+@dataclass
+class _Waiting:
+    task: Task
+    done: asyncio.Future[Drawn]
+
+
+class Artist:
+    """A pipeline behind a queue; made inside a running event loop.
+
+    Args:
+        base: the pipeline, where it is to be. place: where those with files are kept.
+
+    Raises:
+        As `load_meta_lora` and `load_reader`.
+    """
+
+    def __init__(self, base: Base, place: Place, config: ServeConfig) -> None:
+        self._base, self._place, self._config = base, place, config
+        self._pipe: Any = enable_meta_lora(base.pipeline)
+        self._pipe.set_progress_bar_config(disable=True)
+        hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
+        self._pipe.load_meta_lora(config.down, "down", **hub)
+        self._table = self._pipe.enable_subject_slots(config.slots)
+        if config.fold:
+            fold(base.denoiser, [self._table.adapter_name])
+        self._reader = _reader_of(config, self._table.down, base, hub)
+        self._accepts = base.call_arguments
+        self._known: OrderedDict[str, int] = OrderedDict()  # uid -> revision, least recently used first
+        self._wanted: Counter[str] = Counter()  # uids of what waits or is drawn
+        self._gone: set[str] = set()
+        self._queue: list[_Waiting] = []
+        self._arrived = asyncio.Event()
+        self._turn = asyncio.Lock()  # of whoever uses the pipeline: a batch, or photos that are read
+        self._loading = asyncio.Lock()
+        self._counts: Counter[str] = Counter(images=0, batches=0, subjects=0)
+        self._worker = asyncio.create_task(self._work())
+
+    @property
+    def offer(self) -> Offer:
+        """What the pipeline has."""
+        config, pipe = self._base.denoiser.config, self._pipe
+        size = getattr(pipe, "default_sample_size", None) or config.get("sample_size") or 64
+        side = (size if isinstance(size, int) else size[0]) * pipe.vae_scale_factor
+        multiple = self._base.pixel_multiple
+        return Offer(
+            side // multiple * multiple, multiple, "negative_prompt" in self._accepts, self._reader is not None
+        )
+
+    async def draw(self, task: Task) -> Drawn:
+        """Draw an image, in one batch with whoever else waits then.
+
+        Raises:
+            RefusedError: a person who is gone or cannot be shown, or what the pipeline does not do.
+        """
+        uids = [one.uid for one in task.people if one is not None]
+        self._wanted.update(uids)
+        try:
+            async with self._loading:
+                await self._get_ready(task)
+            if not self._gone.isdisjoint(uids):
+                raise _is_gone()
+            waiting = _Waiting(task, asyncio.get_running_loop().create_future())
+            self._queue.append(waiting)
+            self._arrived.set()
+            return await waiting.done
+        finally:
+            self._wanted -= Counter(uids)
+
+    async def read(self, photos: Sequence[bytes]) -> tuple[bytes, str, str]:
+        """The code of a person, and the fingerprints of the Down and the space that it belongs to.
+
+        Raises:
+            RefusedError: photos that cannot be read, or a Down that reads none.
+        """
+        if self._reader is None:
+            raise RefusedError(501, "expected a Down that reads photos, found one without an encoder")
+        async with self._turn:
+            return await asyncio.to_thread(self._read, self._reader, photos)
+
+    async def forget(self, uid: str) -> None:
+        """Forget a person for good: what waits for them is refused, their numbers are overwritten."""
+        self._gone.add(uid)
+        for waiting in self._queue:
+            if any(one is not None and one.uid == uid for one in waiting.task.people) and not waiting.done.done():
+                waiting.done.set_exception(_is_gone())
+        async with self._loading, self._turn:
+            if self._known.pop(uid, None) is not None:
+                await asyncio.to_thread(self._table.evict, [uid])
+
+    def statistics(self) -> dict[str, Any]:
+        """What this copy has done since it started, and whom it knows."""
+        return {**self._counts, "waiting": len(self._queue), "people": [*self._known]}
+
+    # People
+
+    async def _get_ready(self, task: Task) -> None:
+        """Have all people of a task in host memory, as they are by now; another batch may be drawn meanwhile."""
+        for person in task.people:
+            if person is None or person.uid in self._gone:
+                continue
+            if person.revision > self._known.get(person.uid, -1):
+                await asyncio.to_thread(self._bring, person)
+                self._known[person.uid] = person.revision
+            self._known.move_to_end(person.uid)
+
+    def _surplus(self) -> list[str]:
+        """Who has to leave host memory: those that nobody has asked for the longest."""
+        over = len(self._known) - self._config.host_capacity
+        leaving = [uid for uid in self._known if uid not in self._wanted][: max(0, over)] if over > 0 else []
+        for uid in leaving:
+            del self._known[uid]
+        return leaving
+
+    def _bring(self, person: Person) -> None:
+        try:
+            if person.code is None:
+                with self._place.files(person) as folder:
+                    self._table.add(person.uid, load_subject(folder, known_down=self._known_down))
+            elif self._reader is None:
+                raise RefusedError(409, "expected a Down with the space of this person, found one without")
+            else:
+                numbers = torch.from_numpy(np.frombuffer(person.code, np.float32).copy())
+                code = SubjectCode(numbers, person.down, person.space)
+                self._table.register_code(person.uid, code, self._reader.space)
+        except (MetaLoraError, OSError) as error:
+            log.warning("person cannot be shown", extra={"fields": {"person": person.uid, "error": str(error)}})
+            raise RefusedError(
+                409,
+                f"expected {person.name} to be somebody whom this service can show, found {type(error).__name__}: "
+                "bring them in again",
+            ) from error
+
+    def _known_down(self, fingerprint: str) -> DownSource | None:
+        down: DownSource = self._table.down
+        return down if fingerprint == down.fingerprint else None
+
+    def _read(self, reader: Reader, photos: Sequence[bytes]) -> tuple[bytes, str, str]:
+        try:
+            images = [decode_image(photo, f"photo {number}") for number, photo in enumerate(photos, 1)]
+            code = reader.read(images, self._table.down).code
+        except MetaLoraError as error:
+            raise RefusedError(422, str(error)) from error
+        return code.code.numpy().astype(np.float32).tobytes(), code.down_fingerprint, code.space_fingerprint
+
+    # Images
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            async with self._turn:
+                batch = self._next_batch()
+                if not batch:
+                    continue
+                results = await asyncio.to_thread(self._draw, [waiting.task for waiting in batch], self._surplus())
+            for waiting, result in zip(batch, results, strict=True):
+                if not waiting.done.done():
+                    waiting.done.set_exception(result) if isinstance(result, Exception) else waiting.done.set_result(
+                        result
+                    )
+
+    def _next_batch(self) -> list[_Waiting]:
+        """Whoever has waited longest, and whoever can be drawn with them; who has hung up waits no longer."""
+        self._queue = [waiting for waiting in self._queue if not waiting.done.done()]
+        kind = self._queue[0].task.kind if self._queue else None
+        batch = [waiting for waiting in self._queue if waiting.task.kind == kind][: self._config.batch_size]
+        chosen = set(map(id, batch))
+        self._queue = [waiting for waiting in self._queue if id(waiting) not in chosen]
+        if not self._queue:
+            self._arrived.clear()
+        return batch
+
+    def _draw(self, tasks: Sequence[Task], leaving: Sequence[str] = ()) -> list[Drawn | Exception]:
+        """An image for each, or what went wrong with it: after a batch that fails, each is drawn alone."""
+        try:
+            if leaving:
+                self._table.evict(leaving)
+            return [*self._draw_batch(tasks)]
+        except Exception as error:
+            if len(tasks) > 1:
+                return [result for task in tasks for result in self._draw([task])]
+            if isinstance(error, (PipelineError, RegionError)):
+                return [RefusedError(422, str(error))]
+            return [error]
+
+    def _draw_batch(self, tasks: Sequence[Task]) -> list[Drawn]:
+        first, start, before = tasks[0], time.monotonic(), self._table.statistics()
+        options: dict[str, Any] = {
+            "prompt": [task.prompt for task in tasks],
+            "width": first.width,
+            "height": first.height,
+            "num_inference_steps": first.steps,
+            "generator": [torch.Generator().manual_seed(task.seed) for task in tasks],
+        }
+        if first.negative_prompt is not None:
+            options["negative_prompt"] = [task.negative_prompt for task in tasks]
+        if first.guidance is not None:
+            # A base that was distilled to take its guidance as a number needs a true one beside a negative prompt.
+            true = first.negative_prompt is not None and "true_cfg_scale" in self._accepts
+            options["true_cfg_scale" if true else "guidance_scale"] = first.guidance
+        if "max_sequence_length" in self._accepts:
+            options["max_sequence_length"] = self._base.max_sequence_length
+        if first.boxes:
+            names = [None if one is None else one.uid for one in first.people]
+            options["regions"] = [*zip(names, first.boxes, strict=True)]
+        else:
+            options["subjects"] = [None if task.people[0] is None else task.people[0].uid for task in tasks]
+        images = self._pipe(**options).images
+        after, seconds = self._table.statistics(), time.monotonic() - start
+        shown = {one.uid for task in tasks for one in task.people if one is not None}
+        self._counts.update(images=len(tasks), batches=1, subjects=len(shown))
+        misses = after.device_misses - before.device_misses
+        return [
+            Drawn(
+                _encoded(image, task.format),
+                len(tasks),
+                seconds,
+                # Of the batch, told once.
+                hits=after.device_hits - before.device_hits if task is first else 0,
+                misses=misses if task is first else 0,
+            )
+            for image, task in zip(images, tasks, strict=True)
+        ]
+
+
+def _reader_of(config: ServeConfig, down: DownSource, base: Base, hub: HubOptions) -> Reader | None:
+    try:
+        folder = folder_of(str(config.down), READER_FILES, **hub)
+        return load_reader(folder, down, base.encode_images)
+    except ArtefactNotFoundError:
+        return None
+
+
+def _is_gone() -> RefusedError:
+    return RefusedError(404, "expected somebody who is here, found somebody who was deleted")
+
+
+def _encoded(image: Any, kind: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **({} if kind == "png" else {"quality": _QUALITY}))
+    return stream.getvalue()
+
+
+async def make_artist(config: ServeConfig) -> Artist:
+    """Load base and Down where they are to be.
+
+    Raises:
+        BaseModelMismatchError, CheckpointError, ConfigError: they cannot be used.
+    """
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.replicas))
+    hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
+    name = config.pretrained_model_name_or_path or load_down(str(config.down), **hub).config.base_model_name_or_path
+    if name is None:
+        raise ConfigError(f"{config.down} names no base model: give pretrained_model_name_or_path")
+    base = load_base(
+        name,
+        revision=config.revision,
+        dtype=choose_dtype(config.mixed_precision, device),
+        local_files_only=config.local_files_only,
+        max_sequence_length=config.max_sequence_length,
+    )
+    if config.offload:
+        base.pipeline.enable_model_cpu_offload(device=device)
+    else:
+        base.pipeline.to(device)
+    artist = Artist(base, Place(config.people), config)
+    if config.compile:
+        base.denoiser.compile()
+    return artist

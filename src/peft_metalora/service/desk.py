@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a service does with requests, without HTTP and without Ray: who gets a place, who is drawn, who comes and goes.
+
+The desk is one object in one process. It knows everybody; the copies that draw know whom it sends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from ..data.images import size_of
+from ..errors import UnreadableImageError
+from .gauges import Gauges
+from .orders import ImageOrder, Offer, SubjectOrder
+from .people import People, Person
+from .serve_settings import ServeConfig
+from .tasks import Drawn, RefusedError, Task
+
+_Result = TypeVar("_Result")
+Progress = int | dict[str, bytes]
+"""Of a person who is tuned: a step that is done; at the end, the files."""
+_KEPT_JOBS = 1000  # that have ended
+log = logging.getLogger("peft_metalora.service")
+
+
+class Pool(Protocol):
+    """The copies of the base, wherever they run."""
+
+    async def draw(self, task: Task) -> Drawn:
+        """As `Artist.draw`, by any copy; by another one if that dies."""
+
+    async def read(self, photos: Sequence[bytes]) -> tuple[bytes, str, str]:
+        """As `Artist.read`, by any copy."""
+
+    async def forget(self, uid: str) -> int:
+        """As `Artist.forget`, by every copy; returns their number, or raises if one has not confirmed."""
+
+    def tune(
+        self, photos: Sequence[bytes], person: Person, prompt: str | None
+    ) -> AsyncIterator[int | dict[str, bytes]]:
+        """As `Tuner.tune`."""
+
+    async def replicas(self) -> int:
+        """How many there are."""
+
+
+@dataclass
+class Job:
+    """A person who is being tuned."""
+
+    id: str
+    tenant: str
+    name: str
+    status: str = "queued"  # running, done, failed, cancelled
+    step: int = 0
+    error: str = ""
+    work: asyncio.Task[None] | None = None
+
+    def shown(self, steps: int) -> dict[str, Any]:
+        """As a client sees it."""
+        found = {"job": self.id, "subject": self.name, "status": self.status, "step": self.step, "steps": steps}
+        return {**found, "error": self.error} if self.error else found
+
+
+class Desk:
+    """Takes requests of tenants.
+
+    Args:
+        offer: of the copies in `pool`.
+
+    All methods raise `RefusedError` with what to tell the client.
+    """
+
+    def __init__(self, config: ServeConfig, people: People, pool: Pool, offer: Offer) -> None:
+        self.config, self.people, self.pool, self.offer = config, people, pool, offer
+        self.gauges = Gauges()
+        self._inside = 0
+        self._pace = 1.0  # seconds between two answers, smoothed
+        self._answered = time.monotonic()
+        self._at_work: dict[str, set[asyncio.Task[Any]]] = defaultdict(set)  # what shows somebody, by uid
+        # A lock lasts as long as somebody holds it or waits for it.
+        self._changes: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = weakref.WeakValueDictionary()
+        self._leaving: set[str] = set()
+        self._unconfirmed: dict[tuple[str, str], str] = {}  # deleted, but perhaps still known to a copy
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+
+    # Images
+
+    async def draw(self, tenant: str, order: ImageOrder) -> Drawn:
+        """An image: 404 for somebody who is not there, 409 or 422 for what cannot be shown, 429 or 503 for later."""
+        with self._place():
+            people, boxes = await self._people_of(tenant, order)
+            task = Task(
+                people,
+                boxes,
+                order.prompt,
+                order.negative_prompt or None,
+                order.width,
+                order.height,
+                order.steps,
+                order.guidance,
+                order.seed,
+                order.format,
+            )
+            uids = [one.uid for one in people if one is not None]
+            drawn: Drawn = await self._in_time(self._showing(uids, self.pool.draw(task)))
+        self.gauges.drawn(drawn)
+        return drawn
+
+    async def _people_of(
+        self, tenant: str, order: ImageOrder
+    ) -> tuple[tuple[Person | None, ...], tuple[tuple[int, ...], ...]]:
+        if order.places is None:
+            return (None if order.subject is None else await self.person(tenant, order.subject),), ()
+        if order.subject is not None:
+            raise RefusedError(422, "expected subject or places, found both: name everybody in places")
+        for place in order.places:
+            left, top, right, bottom = place.box
+            if not (0 <= left < right <= order.width and 0 <= top < bottom <= order.height):
+                raise RefusedError(422, "places: expected boxes of left, top, right and bottom inside of the image")
+        people = [None if place.subject is None else await self.person(tenant, place.subject) for place in order.places]
+        return tuple(people), tuple(tuple(place.box) for place in order.places)
+
+    async def person(self, tenant: str, name: str) -> Person:
+        """Somebody of the tenant; 404."""
+        if self.people.needs_to_look(tenant, name):
+            person = await asyncio.to_thread(self.people.find, tenant, name)
+        else:
+            person = self.people.find(tenant, name)
+        if person is None or person.uid in self._leaving:
+            raise RefusedError(404, f"expected somebody of yours, found no {name}: see GET /subjects")
+        return person
+
+    async def _showing(self, uids: Sequence[str], drawing: Coroutine[Any, Any, Drawn]) -> Drawn:
+        """Draw, unless somebody in it is deleted meanwhile."""
+        work = asyncio.ensure_future(drawing)
+        for uid in uids:
+            self._at_work[uid].add(work)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if work.cancelled() and not self._leaving.isdisjoint(uids):
+                raise RefusedError(404, "expected somebody who is here, found somebody who was deleted") from None
+            work.cancel()
+            raise
+        finally:
+            for uid in uids:
+                self._at_work[uid].discard(work)
+                if not self._at_work[uid]:
+                    del self._at_work[uid]
+
+    # People
+
+    async def enrol(self, tenant: str, order: SubjectOrder) -> tuple[Person, Job | None]:
+        """Bring somebody in from photos, and have them tuned if that is asked for."""
+        self._may_write()
+        if order.tune and not self.config.tuners:
+            raise RefusedError(501, "expected no tuning, which this service does not do: leave tune out")
+        with self._place():
+            photos = self._photos_of(order)
+            async with self._changing(tenant, order.name):
+                before = await asyncio.to_thread(self.people.find, tenant, order.name)
+                if before is not None and not order.replace:
+                    raise RefusedError(
+                        409, f"expected a new name, found {order.name}, which is taken: give replace=true"
+                    )
+                self._cancel_jobs(tenant, order.name)
+                code, down, space = await self._in_time(self.pool.read(photos))
+                put = partial(self.people.put_code, tenant, order.name, code, consent=order.consent, before=before)
+                person = await _to_its_end(put, down=down, space=space)
+        return person, self._start_job(person, photos, order.instance_prompt) if order.tune else None
+
+    def _photos_of(self, order: SubjectOrder) -> list[bytes]:
+        try:
+            photos = order.decoded()
+            for number, photo in enumerate(photos, 1):
+                width, height = size_of(photo, f"photo {number}")
+                if width * height > self.config.max_megapixels * 1e6:
+                    raise RefusedError(
+                        413,
+                        f"expected photos of at most {self.config.max_megapixels:g} million pixels, found {width} x "
+                        f"{height} in photo {number}: make it smaller",
+                    )
+        except (ValueError, UnreadableImageError) as error:
+            raise RefusedError(422, str(error)) from error
+        return photos
+
+    async def delete(self, tenant: str, name: str) -> int:
+        """Delete somebody from the disk and from every copy; returns the number of copies.
+
+        Once begun it goes on, whoever hangs up; asking again does no harm.
+        """
+        self._may_write()
+        return await asyncio.shield(asyncio.ensure_future(self._delete(tenant, name)))
+
+    async def _delete(self, tenant: str, name: str) -> int:
+        async with self._changing(tenant, name):
+            person = await asyncio.to_thread(self.people.find, tenant, name) or self.people.entry(tenant, name)
+            uid = self._unconfirmed.get((tenant, name)) if person is None else person.uid
+            if uid is None:
+                raise RefusedError(404, f"expected somebody of yours, found no {name}: see GET /subjects")
+            self._leaving.add(uid)
+            try:
+                self._cancel_jobs(tenant, name)
+                for work in [*self._at_work.get(uid, ())]:
+                    work.cancel()
+                if person is not None:
+                    self._unconfirmed[tenant, name] = uid
+                    await asyncio.to_thread(self.people.remove, person)
+                try:
+                    replicas = await asyncio.wait_for(self.pool.forget(uid), self.config.timeout)
+                except (asyncio.TimeoutError, RefusedError) as error:
+                    raise RefusedError(
+                        503,
+                        f"{name} is deleted, but not every copy has confirmed that yet: delete again",
+                        retry_after=5,
+                    ) from error
+                del self._unconfirmed[tenant, name]
+            finally:
+                self._leaving.discard(uid)
+        return replicas
+
+    @asynccontextmanager
+    async def _changing(self, tenant: str, name: str) -> AsyncIterator[None]:
+        """One change of somebody at a time."""
+        lock = self._changes.setdefault((tenant, name), asyncio.Lock())
+        async with lock:
+            yield
+
+    def _may_write(self) -> None:
+        if self.people.place.read_only:
+            raise RefusedError(403, "expected no change of people, who are kept where nothing can be deleted for good")
+
+    async def replicas(self) -> int:
+        """How many copies there are; the gauges know it and the number of people then."""
+        count = await self.pool.replicas()
+        self.gauges.replicas.set(count)
+        self.gauges.people.set(len(self.people))
+        return count
+
+    # Jobs
+
+    def job(self, tenant: str, name: str) -> Job:
+        """A job of the tenant; 404."""
+        job = self._jobs.get(name)
+        if job is None or job.tenant != tenant:
+            raise RefusedError(404, "expected a job of yours, found none of that name")
+        return job
+
+    async def cancel(self, tenant: str, name: str) -> Job:
+        """End a job; the person stays who they were before it."""
+        job = self.job(tenant, name)
+        if job.work is not None and not job.work.done():
+            job.work.cancel()
+            await asyncio.wait([job.work])
+        return job
+
+    def _start_job(self, person: Person, photos: Sequence[bytes], prompt: str | None) -> Job:
+        job = Job(secrets.token_hex(8), person.tenant, person.name)
+        job.work = asyncio.create_task(self._tune(job, person, photos, prompt))
+        self._jobs[job.id] = job
+        ended = [each.id for each in self._jobs.values() if each.work is not None and each.work.done()]
+        for name in ended[: max(0, len(ended) - _KEPT_JOBS)]:
+            del self._jobs[name]
+        return job
+
+    async def _tune(self, job: Job, person: Person, photos: Sequence[bytes], prompt: str | None) -> None:
+        try:
+            async for found in self.pool.tune(photos, person, prompt):
+                if isinstance(found, int):
+                    job.status, job.step = "running", found
+                    continue
+                async with self._changing(person.tenant, person.name):
+                    if self.people.entry(person.tenant, person.name) == person:
+                        await _to_its_end(self.people.put_files, person, found)
+                        job.status = "done"
+            if job.status != "done":
+                job.status, job.error = "failed", "expected the person as they were, found that they have changed"
+        except asyncio.CancelledError:
+            job.status = "cancelled"
+        except RefusedError as error:
+            job.status, job.error = "failed", str(error)
+        except Exception:
+            job.status, job.error = "failed", "the service failed; its log says why"
+            log.exception("job failed", extra={"fields": {"job": job.id}})
+
+    def _cancel_jobs(self, tenant: str, name: str) -> None:
+        for job in self._jobs.values():
+            if (job.tenant, job.name) == (tenant, name) and job.work is not None:
+                job.work.cancel()
+
+    # Places
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place among those who wait or are drawn, for as long as the block lasts; who hangs up leaves it."""
+        if self._inside >= self.config.places:
+            raise RefusedError(
+                429,
+                "expected a place in the queue, found it full: ask again later",
+                retry_after=self._inside * self._pace,
+            )
+        self._inside += 1
+        self.gauges.waiting.set(self._inside)
+        try:
+            yield
+            now = time.monotonic()
+            self._pace += 0.05 * (min(now - self._answered, 10.0) - self._pace)
+            self._answered = now
+        finally:
+            self._inside -= 1
+            self.gauges.waiting.set(self._inside)
+
+    async def _in_time(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        try:
+            return await asyncio.wait_for(work, self.config.timeout)
+        except asyncio.TimeoutError:
+            raise RefusedError(
+                503,
+                f"expected an answer within {self.config.timeout:g} s, found none: ask again later",
+                retry_after=self._inside * self._pace,
+            ) from None
+
+
+async def _to_its_end(write: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+    """Write in another thread; whoever is cancelled meanwhile waits for it, so that nobody else writes there."""
+    work = asyncio.ensure_future(asyncio.to_thread(write, *args, **kwargs))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The people of a service where they are kept: codes in an index, files of those who were tuned, consent of each.
+
+    index/00.json ... ff.json       everybody, by a hash of tenant and name; of those who are codes, all there is
+    people/<tenant>/<name>/         the subject folder of somebody who was tuned, or whom the operator put there
+
+A place is a folder or anything that fsspec knows; one service writes to it. A change rewrites one small file of the
+index, so that nothing of a deleted person stays in it. A start reads the index and walks no folders.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import heapq
+import json
+import posixpath
+import re
+import secrets
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from ..checkpoint.config_file import CONFIG_FILE
+from ..errors import ConfigError, CorruptFileError, WriteFailedError
+from ..files import staged_folder, write_bytes
+from .tenants import NAME
+
+FORMAT = 1
+LOOK_EVERY = 0.5
+"""Seconds for which nobody looks again whether a person's files are as they were."""
+UNRECORDED = "none on record: the operator put the files here"
+_SHARDS = 256
+_HISTORY = {"hf", "git", "github", "dvc"}  # what is deleted there can be had all the same
+_MOST_FORGOTTEN = 10_000  # names that are remembered as nobody's
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Somebody of a tenant.
+
+    Attributes:
+        uid: random, of this person and never again of another one of the name.
+        revision: nanoseconds; grows with each change of what they look like.
+        consent, enrolled: how they agreed, and when that was recorded (seconds since 1970).
+        down, space: fingerprints that the code belongs to; empty for somebody with files.
+        code: float32 numbers; None for somebody with files.
+    """
+
+    tenant: str
+    name: str
+    uid: str
+    revision: int
+    consent: str
+    enrolled: float
+    down: str = ""
+    space: str = ""
+    code: bytes | None = None
+
+
+class Place:
+    """Where people are kept.
+
+    Args:
+        url: a folder, or a URL of fsspec.
+
+    Raises:
+        ConfigError: a folder that is not there, or what fsspec does not know.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.fs, self.root = fsspec.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"expected a place for people that fsspec knows, found {url!r} ({error})") from error
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else {*self.fs.protocol}
+        self.read_only = bool(protocols & _HISTORY)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        if self.is_local and not self.fs.isdir(self.root):
+            raise ConfigError(f"expected a folder for people, found none at {url}: make it, or name another one")
+
+    def folder(self, person: Person) -> str:
+        """Where the files of somebody are."""
+        return f"{self.root}/people/{person.tenant}/{person.name}"
+
+    @contextmanager
+    def files(self, person: Person) -> Iterator[Path]:
+        """A local folder with the files of somebody, for as long as the block lasts."""
+        if self.is_local:
+            yield Path(self.folder(person))
+            return
+        with tempfile.TemporaryDirectory() as here:
+            for path in self.fs.ls(self.folder(person), detail=False):
+                self.fs.get_file(path, str(Path(here) / posixpath.basename(path)))
+            yield Path(here)
+
+    def stamp(self, person: Person) -> str:
+        """What changes when a file of somebody does."""
+        self.fs.invalidate_cache(self.folder(person))
+        try:
+            found = self.fs.ls(self.folder(person), detail=True)
+        except FileNotFoundError:
+            return ""
+        return hashlib.sha256(repr(sorted(map(repr, found))).encode()).hexdigest()
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        if self.is_local:
+            write_bytes(path, content)
+        else:
+            self.fs.pipe_file(path, content)
+
+    def write_files(self, person: Person, files: Mapping[str, bytes]) -> None:
+        """Write the files of somebody; what else was in their folder goes."""
+        folder = self.folder(person)
+        if not self.is_local:
+            for name in sorted(files, key=lambda name: name == CONFIG_FILE):
+                self.fs.pipe_file(f"{folder}/{name}", files[name])
+            return
+        with staged_folder(folder) as stage:
+            for name, content in files.items():
+                (stage / name).write_bytes(content)
+
+    def remove_files(self, person: Person) -> None:
+        """Remove the files of somebody, if there are any."""
+        if self.fs.exists(self.folder(person)):
+            self.fs.rm(self.folder(person), recursive=True)
+
+
+class People:
+    """Everybody at a place; what is asked of it by name is answered from memory. Methods may be called in any thread.
+
+    Raises:
+        ConfigError: the place cannot be reached. CorruptFileError: a damaged index.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._tenants: dict[str, dict[str, Person]] = {}
+        self._locks = [threading.Lock() for _ in range(_SHARDS)]
+        self._looked: dict[str, tuple[float, str]] = {}  # uid -> when, and what the files were
+        self._nobody: dict[tuple[str, str], float] = {}
+        self._read_index()
+
+    def __len__(self) -> int:
+        return sum(len(people) for people in self._tenants.values())
+
+    def entry(self, tenant: str, name: str) -> Person | None:
+        """Somebody as the index has them."""
+        return self._tenants.get(tenant, {}).get(name)
+
+    def find(self, tenant: str, name: str) -> Person | None:
+        """Somebody as they are now: files that were rewritten, or put there, are seen within `LOOK_EVERY`."""
+        person = self._tenants.get(tenant, {}).get(name)
+        if person is None:
+            return self._adopted(tenant, name)
+        return person if person.code is not None else self._as_files_are(person)
+
+    def needs_to_look(self, tenant: str, name: str) -> bool:
+        """Whether `find` will ask the place, which may take a while."""
+        person = self._tenants.get(tenant, {}).get(name)
+        if person is None:
+            return not self._was_nobody(tenant, name)
+        return person.code is None and not self._was_seen(person)
+
+    def page(self, tenant: str, after: str = "", limit: int = 100) -> list[Person]:
+        """The tenant's people in order of their names, from the one after `after` on."""
+        people = self._tenants.get(tenant, {})
+        return [people[name] for name in heapq.nsmallest(limit, (name for name in [*people] if name > after))]
+
+    def put_code(
+        self, tenant: str, name: str, code: bytes, *, down: str, space: str, consent: str, before: Person | None = None
+    ) -> Person:
+        """Keep somebody as a code, in the place of who they were `before`; WriteFailedError: nothing has changed."""
+        person = self._next(tenant, name, consent, before, down=sys.intern(down), space=sys.intern(space), code=code)
+        self._write(person)
+        if before is not None and before.code is None:
+            with self._writing():
+                self.place.remove_files(before)
+        return person
+
+    def put_files(self, before: Person, files: Mapping[str, bytes]) -> Person:
+        """Keep somebody as the files of a subject; WriteFailedError: they are who they were."""
+        person = self._next(before.tenant, before.name, before.consent, before)
+        with self._writing():
+            self.place.write_files(person, files)
+        self._looked[person.uid] = time.monotonic(), self.place.stamp(person)
+        self._write(person)
+        return person
+
+    def remove(self, person: Person) -> None:
+        """Take somebody away, files first: a removal that ends in the middle can be done again."""
+        with self._writing():
+            self.place.remove_files(person)
+        self._write(person, gone=True)
+        self._looked.pop(person.uid, None)
+
+    # Files
+
+    def _adopted(self, tenant: str, name: str) -> Person | None:
+        """Somebody whose files the operator has put there."""
+        if self._was_nobody(tenant, name) or not re.fullmatch(NAME, name):
+            return None
+        person = self._next(tenant, name, UNRECORDED, None)
+        if not self.place.fs.isfile(f"{self.place.folder(person)}/{CONFIG_FILE}"):
+            if len(self._nobody) >= _MOST_FORGOTTEN:
+                self._nobody.clear()
+            self._nobody[tenant, name] = time.monotonic()
+            return None
+        self._looked[person.uid] = time.monotonic(), self.place.stamp(person)
+        self._write(person, anew=True)
+        return self._tenants[tenant][name]
+
+    def _was_nobody(self, tenant: str, name: str) -> bool:
+        return time.monotonic() - self._nobody.get((tenant, name), float("-inf")) < LOOK_EVERY
+
+    def _was_seen(self, person: Person) -> bool:
+        return time.monotonic() - self._looked.get(person.uid, (float("-inf"), ""))[0] < LOOK_EVERY
+
+    def _as_files_are(self, person: Person) -> Person | None:
+        if self._was_seen(person):
+            return person
+        stamp, now = self.place.stamp(person), time.monotonic()
+        before = self._looked.get(person.uid)
+        self._looked[person.uid] = now, stamp
+        if not stamp:
+            return None
+        if before is None or before[1] != stamp:
+            person = replace(person, revision=time.time_ns())
+            self._tenants[person.tenant][person.name] = person
+        return person
+
+    # Index
+
+    def _next(self, tenant: str, name: str, consent: str, before: Person | None, **own: Any) -> Person:
+        uid = secrets.token_hex(16) if before is None else before.uid
+        enrolled = time.time() if before is None or before.consent != consent else before.enrolled
+        return Person(sys.intern(tenant), name, uid, time.time_ns(), sys.intern(consent), enrolled, **own)
+
+    def _read_index(self) -> None:
+        folder = f"{self.place.root}/index"
+        try:
+            paths = [path for path in self.place.fs.ls(folder, detail=False) if path.endswith(".json")]
+            contents = self.place.fs.cat(paths) if paths else {}
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ConfigError(f"expected to be able to read the index of people, found: {error}") from error
+        for path, content in contents.items():
+            for person in _people_of(content, path).values():
+                self._tenants.setdefault(person.tenant, {})[person.name] = person
+
+    def _write(self, person: Person, *, gone: bool = False, anew: bool = False) -> None:
+        """Enter somebody, or take them out.
+
+        Args:
+            anew: leave who is there already as they are.
+        """
+        key = person.tenant, person.name
+        shard = hashlib.sha256("/".join(key).encode()).digest()[0]
+        path = f"{self.place.root}/index/{shard:02x}.json"
+        with self._locks[shard], self._writing():
+            if anew and person.name in self._tenants.get(person.tenant, {}):
+                return
+            if not self.place.read_only:
+                try:
+                    people = _people_of(self.place.fs.cat_file(path), path)
+                except FileNotFoundError:
+                    people = {}
+                people.pop(key, None)
+                if not gone:
+                    people[key] = person
+                content = json.dumps({"format": FORMAT, "people": [_record(one) for one in people.values()]}).encode()
+                self.place.write(path, content)
+            if gone:
+                self._tenants.get(person.tenant, {}).pop(person.name, None)
+            else:
+                self._tenants.setdefault(person.tenant, {})[person.name] = person
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except WriteFailedError:
+            raise
+        except OSError as error:
+            raise WriteFailedError(f"expected to be able to write where the people are kept, found: {error}") from error
+
+
+def _record(person: Person) -> dict[str, Any]:
+    values = {name: getattr(person, name) for name in Person.__slots__}
+    if person.code is not None:
+        values["code"] = base64.b64encode(person.code).decode()
+    return values
+
+
+def _people_of(content: bytes, path: str) -> dict[tuple[str, str], Person]:
+    """The people of a file of the index."""
+    try:
+        table = json.loads(content)
+        if table["format"] != FORMAT:
+            raise ValueError(f"a format {table['format']!r}")
+        people = {}
+        for values in table["people"]:
+            if values["code"] is not None:
+                values["code"] = base64.b64decode(values["code"], validate=True)
+            for name in ("tenant", "consent", "down", "space"):
+                values[name] = sys.intern(values[name])
+            person = Person(**values)
+            if not (re.fullmatch(NAME, person.tenant) and re.fullmatch(NAME, person.name)):
+                raise ValueError("a name that could be a path")
+            people[person.tenant, person.name] = person
+    except (ValueError, TypeError, LookupError) as error:
+        raise CorruptFileError(f"{path}: expected a part of the index of people, found {error!r}") from error
+    return people

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes between the desk and the copies that draw: light, so that the desk needs no base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .people import Person
+
+
+class RefusedError(Exception):
+    """What a client is told instead of an answer: one sentence, without a path.
+
+    Attributes:
+        status: the HTTP status. retry_after: seconds, where asking again makes sense.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
+        super().__init__(status, message, retry_after)
+        self.status, self.retry_after = status, retry_after
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image to draw.
+
+    Attributes:
+        people: of one place each, None for nobody. boxes: theirs, empty for one person in the whole image.
+    """
+
+    people: tuple[Person | None, ...]
+    boxes: tuple[tuple[int, ...], ...]
+    prompt: str
+    negative_prompt: str | None
+    width: int
+    height: int
+    steps: int
+    guidance: float | None
+    seed: int
+    format: str
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What all images of one batch have alike."""
+        places = tuple(
+            (None if one is None else one.uid, box) for one, box in zip(self.people, self.boxes, strict=False)
+        )
+        return self.width, self.height, self.steps, self.guidance, self.negative_prompt is None, places
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image as a file, and what it took.
+
+    Attributes:
+        batch: images that were drawn together. seconds: of the batch.
+        hits, misses: people of the batch who were in a slot, and who had to be brought; 0 in all images but its first.
+    """
+
+    content: bytes
+    batch: int
+    seconds: float
+    hits: int
+    misses: int
