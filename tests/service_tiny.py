@@ -17,6 +17,7 @@ from peft_metalora.bases import load_base
 from peft_metalora.service.api import make_api
 from peft_metalora.service.artist import Artist
 from peft_metalora.service.desk import Desk
+from peft_metalora.service.gauges import Gauges
 from peft_metalora.service.people import People, Place
 from peft_metalora.service.serve_settings import ServeConfig
 from peft_metalora.service.tenants import Tenants
@@ -136,7 +137,7 @@ class Service:
         else:
             offer = pool.offer
         self.pool, self.people = pool, People(self.place)
-        self.desk = Desk(self.config, self.people, pool, offer)
+        self.desk = Desk(self.config, self.people, pool, offer, Gauges())
         self.ask = Client(make_api(self.desk, Tenants(TOKENS) if tenants else None))
 
     async def enrol(self, name: str, seed: int = 0, tenant: str = "acme", **more) -> Answer:

@@ -108,6 +108,9 @@ COMMANDS = {
         "metalora generate --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\\n"
         '    --subject ann --prompt "a photo of a person, laughing, on a beach" --output_dir images',
     ),
+    "serve": Command(
+        "serve images of many people over HTTP", "service.serve_settings:ServeConfig", "service.starting:run_serve"
+    ),
     "evaluate": Command(
         "compare methods on a folder of people",
         "evaluation.evaluation_settings:EvaluateConfig",

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import io
-import logging
 import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,13 +29,13 @@ from ..errors import ArtefactNotFoundError, ConfigError, MetaLoraError, Pipeline
 from ..hub.loading import HubOptions, folder_of, load_down, load_subject
 from ..pipelines import enable_meta_lora
 from ..tuner import DownSource, fold
+from .journal import log
 from .orders import Offer
 from .people import Person, Place
 from .serve_settings import ServeConfig
 from .tasks import Drawn, RefusedError, Task
 
 _QUALITY = 95  # of JPEG and WebP
-log = logging.getLogger("peft_metalora.service")
 
 
 @dataclass
@@ -79,13 +78,12 @@ class Artist:
     @property
     def offer(self) -> Offer:
         """What the pipeline has."""
-        config, pipe = self._base.denoiser.config, self._pipe
-        size = getattr(pipe, "default_sample_size", None) or config.get("sample_size") or 64
-        side = (size if isinstance(size, int) else size[0]) * pipe.vae_scale_factor
-        multiple = self._base.pixel_multiple
-        return Offer(
-            side // multiple * multiple, multiple, "negative_prompt" in self._accepts, self._reader is not None
-        )
+        multiple, side = self._base.pixel_multiple, self._config.resolution
+        if side is None:
+            size = getattr(self._pipe, "default_sample_size", None) or self._base.denoiser.config.get("sample_size")
+            side = (size if isinstance(size, int) else min(size)) * self._pipe.vae_scale_factor
+        negative, reads = "negative_prompt" in self._accepts, self._reader is not None
+        return Offer(side // multiple * multiple, multiple, negative, reads)
 
     async def draw(self, task: Task) -> Drawn:
         """Draw an image, in one batch with whoever else waits then.
@@ -118,8 +116,12 @@ class Artist:
         async with self._turn:
             return await asyncio.to_thread(self._read, self._reader, photos)
 
-    async def forget(self, uid: str) -> None:
-        """Forget a person for good: what waits for them is refused, their numbers are overwritten."""
+    async def forget(self, uid: str | None) -> None:
+        """Forget a person for good: what waits for them is refused, their numbers are overwritten. None: everybody."""
+        if uid is None:
+            for known in [*self._known]:
+                await self.forget(known)
+            return
         self._gone.add(uid)
         for waiting in self._queue:
             if any(one is not None and one.uid == uid for one in waiting.task.people) and not waiting.done.done():
@@ -287,11 +289,24 @@ async def make_artist(config: ServeConfig) -> Artist:
     Raises:
         BaseModelMismatchError, CheckpointError, ConfigError: they cannot be used.
     """
+    base, config = load_copy(config)
+    artist = Artist(base, Place(config.people), config)
+    if config.compile:
+        base.denoiser.compile()
+    return artist
+
+
+def load_copy(config: ServeConfig) -> tuple[Base, ServeConfig]:
+    """A copy of the base on its device, and the settings with what the demo's base is; raises as `make_artist`."""
+    if config.demo:
+        config = _of_the_demo(config)
     device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.replicas))
-    hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
-    name = config.pretrained_model_name_or_path or load_down(str(config.down), **hub).config.base_model_name_or_path
+    name = config.pretrained_model_name_or_path
+    if name is None:
+        hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
+        name = load_down(str(config.down), **hub).config.base_model_name_or_path
     if name is None:
         raise ConfigError(f"{config.down} names no base model: give pretrained_model_name_or_path")
     base = load_base(
@@ -305,7 +320,17 @@ async def make_artist(config: ServeConfig) -> Artist:
         base.pipeline.enable_model_cpu_offload(device=device)
     else:
         base.pipeline.to(device)
-    artist = Artist(base, Place(config.people), config)
-    if config.compile:
-        base.denoiser.compile()
-    return artist
+    return base, replace(config, pretrained_model_name_or_path=name)
+
+
+def _of_the_demo(config: ServeConfig) -> ServeConfig:
+    from ..demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION
+
+    return replace(
+        config,
+        pretrained_model_name_or_path=str(BASE),
+        down=config.down or str(ASSETS / "down"),
+        resolution=config.resolution or RESOLUTION,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        device="cpu",
+    )

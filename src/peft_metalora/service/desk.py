@@ -7,12 +7,11 @@ The desk is one object in one process. It knows everybody; the copies that draw 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,16 +20,14 @@ from typing import Any, Protocol, TypeVar
 from ..data.images import size_of
 from ..errors import UnreadableImageError
 from .gauges import Gauges
+from .journal import log
 from .orders import ImageOrder, Offer, SubjectOrder
 from .people import People, Person
 from .serve_settings import ServeConfig
-from .tasks import Drawn, RefusedError, Task
+from .tasks import Drawn, Progress, RefusedError, Task, to_its_end
 
 _Result = TypeVar("_Result")
-Progress = int | dict[str, bytes]
-"""Of a person who is tuned: a step that is done; at the end, the files."""
 _KEPT_JOBS = 1000  # that have ended
-log = logging.getLogger("peft_metalora.service")
 
 
 class Pool(Protocol):
@@ -42,12 +39,10 @@ class Pool(Protocol):
     async def read(self, photos: Sequence[bytes]) -> tuple[bytes, str, str]:
         """As `Artist.read`, by any copy."""
 
-    async def forget(self, uid: str) -> int:
+    async def forget(self, uid: str | None) -> int:
         """As `Artist.forget`, by every copy; returns their number, or raises if one has not confirmed."""
 
-    def tune(
-        self, photos: Sequence[bytes], person: Person, prompt: str | None
-    ) -> AsyncIterator[int | dict[str, bytes]]:
+    def tune(self, photos: Sequence[bytes], person: Person, prompt: str | None) -> AsyncIterator[Progress]:
         """As `Tuner.tune`."""
 
     async def replicas(self) -> int:
@@ -81,9 +76,8 @@ class Desk:
     All methods raise `RefusedError` with what to tell the client.
     """
 
-    def __init__(self, config: ServeConfig, people: People, pool: Pool, offer: Offer) -> None:
-        self.config, self.people, self.pool, self.offer = config, people, pool, offer
-        self.gauges = Gauges()
+    def __init__(self, config: ServeConfig, people: People, pool: Pool, offer: Offer, gauges: Gauges) -> None:
+        self.config, self.people, self.pool, self.offer, self.gauges = config, people, pool, offer, gauges
         self._inside = 0
         self._pace = 1.0  # seconds between two answers, smoothed
         self._answered = time.monotonic()
@@ -177,7 +171,7 @@ class Desk:
                 self._cancel_jobs(tenant, order.name)
                 code, down, space = await self._in_time(self.pool.read(photos))
                 put = partial(self.people.put_code, tenant, order.name, code, consent=order.consent, before=before)
-                person = await _to_its_end(put, down=down, space=space)
+                person = await to_its_end(put, down=down, space=space)
         return person, self._start_job(person, photos, order.instance_prompt) if order.tune else None
 
     def _photos_of(self, order: SubjectOrder) -> list[bytes]:
@@ -282,7 +276,7 @@ class Desk:
                     continue
                 async with self._changing(person.tenant, person.name):
                     if self.people.entry(person.tenant, person.name) == person:
-                        await _to_its_end(self.people.put_files, person, found)
+                        await to_its_end(self.people.put_files, person, found)
                         job.status = "done"
             if job.status != "done":
                 job.status, job.error = "failed", "expected the person as they were, found that they have changed"
@@ -330,13 +324,3 @@ class Desk:
                 f"expected an answer within {self.config.timeout:g} s, found none: ask again later",
                 retry_after=self._inside * self._pace,
             ) from None
-
-
-async def _to_its_end(write: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
-    """Write in another thread; whoever is cancelled meanwhile waits for it, so that nobody else writes there."""
-    work = asyncio.ensure_future(asyncio.to_thread(write, *args, **kwargs))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import secrets
 import time
@@ -17,6 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from .gauges import Gauges
+from .journal import log
 from .serve_settings import LOOPBACK, ServeConfig
 from .tasks import RefusedError
 from .tenants import LOCAL, Rates, Tenants
@@ -30,7 +30,6 @@ OPEN = {"/healthz", "/docs", "/openapi.json"}
 """What needs no token."""
 _HUNG_UP = 499
 _HEADERS = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
-log = logging.getLogger("peft_metalora.service")
 
 
 class Door:
@@ -58,7 +57,7 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), *_HEADERS, (b"x-request-id", number.encode())]
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
             await send(message)
 
         try:

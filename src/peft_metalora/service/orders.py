@@ -85,8 +85,8 @@ class SubjectOrder(_Strict):
 
 def image_order(config: ServeConfig, offer: Offer) -> type[ImageOrder]:
     """`ImageOrder` with the bounds of a service."""
-    largest = config.max_resolution or config.resolution or offer.resolution
-    side = Field(config.resolution or offer.resolution, ge=offer.multiple, le=largest, multiple_of=offer.multiple)
+    largest = config.max_resolution or offer.resolution
+    side = Field(offer.resolution, ge=offer.multiple, le=largest, multiple_of=offer.multiple)
     fields: dict[str, Any] = {
         "places": (
             list[Place] | None,

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .people import Person
+
+_Result = TypeVar("_Result")
+Progress = int | dict[str, bytes]
+"""Of a person who is tuned: a step that is done; at the end, the files."""
 
 
 class RefusedError(Exception):
@@ -66,3 +72,13 @@ class Drawn:
     seconds: float
     hits: int
     misses: int
+
+
+async def to_its_end(work: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+    """Do something in another thread; whoever is cancelled meanwhile waits until it is done."""
+    done = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await asyncio.wait([done])
+        raise

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service on Ray Serve: copies as replicas, the desk as the one ingress, Ray's own ports kept from others.
+
+Serve starts replicas, more of them under load, anew when they die, and sends a request to one that has room. Somebody
+with files goes to a replica that has read them, if it has room (`serve.multiplexed`); a code is as quickly in a slot
+anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import psutil
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+
+from .api import make_api
+from .desk import Desk
+from .door import App
+from .gauges import Gauges
+from .journal import log, log_to
+from .orders import Offer
+from .people import People, Person, Place
+from .serve_settings import ServeConfig
+from .tasks import Drawn, Progress, RefusedError, Task
+from .tenants import Tenants
+
+APP = "metalora"
+_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before a request whose replica died is sent again
+_OBJECT_STORE = 256 * 2**20  # bytes: requests and images on their way
+
+
+@serve.deployment
+class ArtistReplica:
+    """An `Artist` as a replica; what it refuses comes back as a value, so that Serve takes it for no failure."""
+
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+        from .artist import make_artist  # seconds of imports, which the other processes do without
+
+        log_to(config.log_dir, "artist")
+        self._artist = await make_artist(config)
+
+        @serve.multiplexed(max_num_models_per_replica=config.slots)
+        async def resident(_: str) -> None:
+            """Tell Serve that somebody's files are here."""
+
+        self._resident = resident
+
+    async def offer(self) -> Offer:
+        """As `Artist.offer`."""
+        return self._artist.offer
+
+    async def draw(self, task: Task) -> Drawn | RefusedError:
+        """As `Artist.draw`."""
+        if (uid := _with_files(task)) is not None:
+            await self._resident(uid)
+        try:
+            return await self._artist.draw(task)
+        except RefusedError as error:
+            return error
+
+    async def read(self, photos: Sequence[bytes]) -> tuple[bytes, str, str] | RefusedError:
+        """As `Artist.read`."""
+        try:
+            return await self._artist.read(photos)
+        except RefusedError as error:
+            return error
+
+    async def forget(self, uid: str | None) -> None:
+        """As `Artist.forget`."""
+        await self._artist.forget(uid)
+
+    async def statistics(self) -> dict[str, Any]:
+        """As `Artist.statistics`, and which process it is."""
+        return {"pid": os.getpid(), **self._artist.statistics()}
+
+
+@serve.deployment
+class TunerReplica:
+    """A `Tuner` as a replica."""
+
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+        from .tuning import make_tuner
+
+        log_to(config.log_dir, "tuner")
+        self._tuner = await make_tuner(config)
+
+    async def tune(
+        self, photos: Sequence[bytes], person: Person, prompt: str | None
+    ) -> AsyncIterator[Progress | RefusedError]:
+        """As `Tuner.tune`; a refusal is the last that comes."""
+        try:
+            async for found in self._tuner.tune(photos, person, prompt):
+                yield found
+        except RefusedError as error:
+            yield error
+
+
+def _with_files(task: Task) -> str | None:
+    return next((one.uid for one in task.people if one is not None and one.code is None), None)
+
+
+class RayPool:
+    """The replicas as the desk's pool."""
+
+    def __init__(self, artists: DeploymentHandle[Any], tuners: DeploymentHandle[Any] | None, gauges: Gauges) -> None:
+        self._artists, self._tuners, self._gauges = artists, tuners, gauges
+
+    async def draw(self, task: Task) -> Drawn:
+        """As `Artist.draw`; another replica draws it if one dies: a request is its seed."""
+        handle = self._artists.options(method_name="draw", multiplexed_model_id=_with_files(task) or "")
+        drawn: Drawn = await self._answer(lambda: handle.remote(task))
+        return drawn
+
+    async def read(self, photos: Sequence[bytes]) -> tuple[bytes, str, str]:
+        """As `Artist.read`."""
+        found: tuple[bytes, str, str] = await self._answer(lambda: self._artists.read.remote(photos))
+        return found
+
+    async def _answer(self, ask: Callable[[], Any]) -> Any:
+        for wait in (*_WAITS, None):
+            try:
+                found = await ask()
+            except RayActorError:
+                if wait is None:
+                    break
+                self._gauges.repeated.inc()
+                await asyncio.sleep(wait)
+                continue
+            if isinstance(found, RefusedError):
+                raise found
+            return found
+        raise RefusedError(503, "expected a copy of the base that draws, found that several died", retry_after=10)
+
+    async def tune(self, photos: Sequence[bytes], person: Person, prompt: str | None) -> AsyncIterator[Progress]:
+        """As `Tuner.tune`."""
+        if self._tuners is None:
+            raise RefusedError(501, "expected no tuning, which this service does not do")
+        progress: Any = self._tuners.options(stream=True).tune.remote(photos, person, prompt)
+        try:
+            async for found in progress:
+                if isinstance(found, RefusedError):
+                    raise found
+                yield found
+        finally:
+            progress.cancel()
+
+    async def forget(self, uid: str | None) -> int:
+        """As `Artist.forget`, by all; returns when those that Serve is putting down are gone too."""
+        found = await self._artists.broadcast("forget", uid).results_async(return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, RayActorError):  # who died knows nobody
+                log.error("not forgotten", extra={"fields": {"error": repr(error)}})
+                raise RefusedError(503, "expected every copy to forget, found one that did not", retry_after=5)
+        while (await self._states()).get("STOPPING"):
+            await asyncio.sleep(0.2)
+        return len(found)
+
+    async def replicas(self) -> int:
+        """How many run."""
+        return (await self._states()).get("RUNNING", 0)
+
+    async def _states(self) -> dict[str, int]:
+        status = await asyncio.to_thread(serve.status)
+        deployments = status.applications[APP].deployments
+        return {
+            str(getattr(state, "value", state)): count
+            for state, count in deployments["ArtistReplica"].replica_states.items()
+        }
+
+    async def statistics(self) -> list[dict[str, Any]]:
+        """Of every replica."""
+        found = await self._artists.broadcast("statistics").results_async(return_exceptions=True)
+        return [each for each in found if isinstance(each, dict)]
+
+
+@serve.deployment
+@serve.ingress()
+class DeskReplica:
+    """The `Desk` behind HTTP; there is one."""
+
+    async def __init__(  # type: ignore[misc]
+        self,
+        config: ServeConfig,
+        tenants: Tenants | None,
+        artists: DeploymentHandle[Any],
+        tuners: DeploymentHandle[Any] | None,
+    ) -> None:
+        log_to(config.log_dir, "desk")
+        offer: Offer = await artists.offer.remote()
+        people = await asyncio.to_thread(lambda: People(Place(config.people)))
+        gauges = Gauges()
+        self._pool = RayPool(artists, tuners, gauges)
+        await self._pool.forget(None)  # where the desk before this one died, copies may know somebody who is deleted
+        desk = Desk(config, people, self._pool, offer, gauges)
+        self._api = make_api(desk, tenants)
+        log.info("ready", extra={"fields": {"people": len(people)}})
+
+    def __serve_build_asgi_app__(self) -> App:
+        return self._api
+
+    async def statistics(self) -> list[dict[str, Any]]:
+        """Of every replica, for whoever runs the service."""
+        return await self._pool.statistics()
+
+
+def serve_until_told(config: ServeConfig, tenants: Tenants | None) -> None:
+    """Start, say so, and end on Ctrl-C or SIGTERM."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    try:
+        _start_ray(config)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which skips what follows
+        _deploy(config, tenants)
+        scheme = "http" if config.ssl_certfile is None else "https"
+        print(f"serving at {scheme}://{config.host}:{config.port}", flush=True)
+        signal.pause()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _end(before, own=config.ray_address is None)
+
+
+def _start_ray(config: ServeConfig) -> None:
+    options: dict[str, Any] = {"address": config.ray_address}
+    if config.ray_address is None:
+        options = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _deploy(config: ServeConfig, tenants: Tenants | None) -> None:
+    files = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
+    serve.start(http_options={"host": config.host, "port": config.port, **files})
+    gpu = {"num_cpus": 0, "num_gpus": int(_on_gpu(config))}
+    many: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.max_replicas is not None:
+        scale = {"min_replicas": config.replicas, "max_replicas": config.max_replicas}
+        many = {"autoscaling_config": {**scale, "target_ongoing_requests": 2 * config.batch_size}}
+    artists = ArtistReplica.options(  # type: ignore[attr-defined]
+        **many,
+        max_ongoing_requests=4 * config.batch_size,  # room in the queue of the replica that has the person
+        ray_actor_options=gpu,
+    )
+    tuners = None
+    if config.tuners:
+        some: Any = TunerReplica
+        tuners = some.options(num_replicas=config.tuners, max_ongoing_requests=100, ray_actor_options=gpu).bind(config)
+    desk = DeskReplica.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=100 * config.places,  # more are refused by the desk itself
+        ray_actor_options={"num_cpus": 0},
+    )
+    serve.run(desk.bind(config, tenants, artists.bind(config), tuners), name=APP)
+
+
+def _on_gpu(config: ServeConfig) -> bool:
+    return (
+        not config.demo
+        and not (config.device or "cuda").startswith("cpu")
+        and ray.cluster_resources().get("GPU", 0) > 0
+    )
+
+
+def _end(before: set[int], own: bool) -> None:
+    """End the service, and Ray where it is ours."""
+    if not own:
+        if ray.is_initialized():
+            serve.delete(APP)
+            ray.shutdown()
+        return
+    started = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    ray.shutdown()  # not serve.shutdown() before it, which waits for replicas that are just starting
+    for process in psutil.wait_procs(started, timeout=1)[1]:
+        process.kill()  # on a busy machine Ray's own agents would stay for a minute

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of the base that tunes people: stage 2 on the photos of one person after another, step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from ..bases import Base
+from ..data import Photo, Subject
+from ..errors import MetaLoraError
+from ..hub.loading import load_down
+from ..training.examples.encoding import encode_subjects
+from ..training.stage_2 import Personalization
+from ..training.stage_settings import PersonalizeConfig
+from .artist import load_copy
+from .people import Person
+from .serve_settings import ServeConfig
+from .tasks import Progress, RefusedError, to_its_end
+
+_PROMPT = "a photo of a person"
+
+
+class Tuner:
+    """A pipeline that is trained on, never drawn with.
+
+    Raises:
+        As `load_down`.
+    """
+
+    def __init__(self, base: Base, config: ServeConfig) -> None:
+        self._base, self._config = base, config
+        self._down = load_down(
+            str(config.down), revision=config.down_revision, local_files_only=config.local_files_only
+        )
+        self._turn = asyncio.Lock()
+
+    async def tune(self, photos: Sequence[bytes], person: Person, prompt: str | None) -> AsyncIterator[Progress]:
+        """Tune one person at a time; yields each step that is done, and at the end the files of a subject.
+
+        Raises:
+            RefusedError: photos that cannot be learned from.
+        """
+        async with self._turn:
+            try:
+                run = await to_its_end(self._begin, photos, person, prompt)
+            except MetaLoraError as error:
+                raise RefusedError(422, f"expected photos to learn from: {type(error).__name__}") from error
+            try:
+                steps = run.steps()
+                while (step := await to_its_end(next, steps, None)) is not None:
+                    yield step.number
+                files = await to_its_end(_files_of, run, person)
+            finally:
+                run.remove()
+            yield files
+
+    def _begin(self, photos: Sequence[bytes], person: Person, prompt: str | None) -> Personalization:
+        config = PersonalizeConfig(
+            pretrained_model_name_or_path=str(self._config.pretrained_model_name_or_path),
+            output_dir="unused",
+            down=self._config.down,
+            instance_prompt=prompt or _PROMPT,
+            resolution=self._config.resolution or 512,
+            max_train_steps=self._config.tune_steps,
+            mixed_precision=self._config.mixed_precision,
+        )
+        seen = [Photo(Path(f"photo {number}"), content=partial(bytes, photo)) for number, photo in enumerate(photos, 1)]
+        examples = encode_subjects(
+            self._base, [Subject(person.name, seen)], config, config.views_per_image, progress=False
+        )
+        return Personalization(self._base, examples, config, self._down)
+
+
+def _files_of(run: Personalization, person: Person) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        saved = run.save(Path(folder) / "subject", subject_name=person.name)
+        return {file.name: file.read_bytes() for file in saved.iterdir()}
+
+
+async def make_tuner(config: ServeConfig) -> Tuner:
+    """Load base and Down where they are to be; raises as `make_artist`."""
+    base, config = load_copy(config)
+    return Tuner(base, config)
