@@ -7,19 +7,24 @@ import asyncio
 import base64
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from peft import inject_adapter_in_model
 from PIL import Image
 
+from peft_metalora import enable_meta_lora, save_subject
 from peft_metalora.bases import load_base
 from peft_metalora.service.api import make_api
 from peft_metalora.service.artist import Artist
 from peft_metalora.service.desk import Desk
 from peft_metalora.service.gauges import Gauges
+from peft_metalora.service.orders import Offer
 from peft_metalora.service.people import People, Place
 from peft_metalora.service.serve_settings import ServeConfig
+from peft_metalora.service.tasks import Drawn
 from peft_metalora.service.tenants import Tenants
 
 TOKENS = {"acme": ["token-of-acme-0123456789"], "other": ["token-of-other-0123456789"]}
@@ -147,3 +152,51 @@ class Service:
     async def draw(self, subject: str | None, seed: int = 0, tenant: str = "acme", **more) -> Answer:
         body = {"subject": subject, "prompt": "a photo of a person", "seed": seed, **more}
         return await self.ask("POST", "/images", body, tenant=tenant)
+
+
+def write_people(home: Path, folder: Path, count: int) -> list[str]:
+    """Subject folders as stage 2 writes them, all different; returns their names."""
+    pipe = enable_meta_lora(load_base(str(home / "base")).pipeline)
+    pipe.load_meta_lora(home / "down", "faces")
+    model = pipe.transformer
+    subject = replace(
+        model.peft_config["faces"], stage="subject", down="faces", num_slots=count, start="mean", facts={}
+    )
+    inject_adapter_in_model(subject, model, "people")
+    noise = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("metalora_up.people"):
+            parameter.data += 2 * torch.randn(parameter.shape, generator=noise)
+    names = [f"p{number:02}" for number in range(count)]
+    for slot, name in enumerate(names):
+        save_subject(folder / name, model, "people", slot=slot, down=home / "down", fold=False, subject_name=name)
+    return names
+
+
+class Gate:
+    """A pool that draws nothing until its gate is opened; one pixel then."""
+
+    offer = Offer(resolution=16, multiple=8, negative=True, reads=True)
+
+    def __init__(self) -> None:
+        self.asked, self.dropped, self.forgotten = [], 0, []
+        self.open = asyncio.Event()
+
+    async def draw(self, task):
+        self.asked.append(task)
+        try:
+            await self.open.wait()
+        except asyncio.CancelledError:
+            self.dropped += 1
+            raise
+        return Drawn(b"image", 1, 0.1, 1, 0)
+
+    async def read(self, photos):
+        return np.arange(6, dtype=np.float32).tobytes(), "down", "space"
+
+    async def forget(self, uid):
+        self.forgotten.append(uid)
+        return 1
+
+    async def replicas(self):
+        return 1

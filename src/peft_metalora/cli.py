@@ -109,7 +109,10 @@ COMMANDS = {
         '    --subject ann --prompt "a photo of a person, laughing, on a beach" --output_dir images',
     ),
     "serve": Command(
-        "serve images of many people over HTTP", "service.serve_settings:ServeConfig", "service.starting:run_serve"
+        "serve images of many people over HTTP",
+        "service.serve_settings:ServeConfig",
+        "commands.serve:run_serve",
+        "metalora serve --demo --people people",
     ),
     "evaluate": Command(
         "compare methods on a folder of people",

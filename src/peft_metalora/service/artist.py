@@ -12,8 +12,9 @@ import io
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,15 +34,26 @@ from .journal import log
 from .orders import Offer
 from .people import Person, Place
 from .serve_settings import ServeConfig
-from .tasks import Drawn, RefusedError, Task
+from .tasks import Drawn, RefusedError, Task, to_its_end
 
+_NOBODY = "nobody"  # no uid
 _QUALITY = 95  # of JPEG and WebP
 
 
 @dataclass
 class _Waiting:
+    """An image that waits to be drawn."""
+
     task: Task
     done: asyncio.Future[Drawn]
+
+
+@dataclass
+class _Errand:
+    """What is done between two batches."""
+
+    work: Callable[[], Any]
+    done: asyncio.Future[Any]
 
 
 class Artist:
@@ -64,13 +76,17 @@ class Artist:
         if config.fold:
             fold(base.denoiser, [self._table.adapter_name])
         self._reader = _reader_of(config, self._table.down, base, hub)
+        if self._reader is not None:
+            # The space is where the slots are from now on, whoever comes and goes.
+            space = self._reader.space
+            self._table.register_code(_NOBODY, space.coded(torch.zeros(space.code_size)), space)
         self._accepts = base.call_arguments
         self._known: OrderedDict[str, int] = OrderedDict()  # uid -> revision, least recently used first
         self._wanted: Counter[str] = Counter()  # uids of what waits or is drawn
         self._gone: set[str] = set()
         self._queue: list[_Waiting] = []
+        self._errands: list[_Errand] = []
         self._arrived = asyncio.Event()
-        self._turn = asyncio.Lock()  # of whoever uses the pipeline: a batch, or photos that are read
         self._loading = asyncio.Lock()
         self._counts: Counter[str] = Counter(images=0, batches=0, subjects=0)
         self._worker = asyncio.create_task(self._work())
@@ -113,8 +129,8 @@ class Artist:
         """
         if self._reader is None:
             raise RefusedError(501, "expected a Down that reads photos, found one without an encoder")
-        async with self._turn:
-            return await asyncio.to_thread(self._read, self._reader, photos)
+        found: tuple[bytes, str, str] = await self._between_batches(partial(self._read, self._reader, photos))
+        return found
 
     async def forget(self, uid: str | None) -> None:
         """Forget a person for good: what waits for them is refused, their numbers are overwritten. None: everybody."""
@@ -126,9 +142,9 @@ class Artist:
         for waiting in self._queue:
             if any(one is not None and one.uid == uid for one in waiting.task.people) and not waiting.done.done():
                 waiting.done.set_exception(_is_gone())
-        async with self._loading, self._turn:
-            if self._known.pop(uid, None) is not None:
-                await asyncio.to_thread(self._table.evict, [uid])
+        async with self._loading:  # who was just being brought is there by now
+            pass
+        await self._between_batches(partial(self._evict, [uid]))
 
     def statistics(self) -> dict[str, Any]:
         """What this copy has done since it started, and whom it knows."""
@@ -142,17 +158,18 @@ class Artist:
             if person is None or person.uid in self._gone:
                 continue
             if person.revision > self._known.get(person.uid, -1):
-                await asyncio.to_thread(self._bring, person)
-                self._known[person.uid] = person.revision
+                await to_its_end(self._bring, person)
             self._known.move_to_end(person.uid)
 
     def _surplus(self) -> list[str]:
         """Who has to leave host memory: those that nobody has asked for the longest."""
         over = len(self._known) - self._config.host_capacity
-        leaving = [uid for uid in self._known if uid not in self._wanted][: max(0, over)] if over > 0 else []
-        for uid in leaving:
-            del self._known[uid]
-        return leaving
+        return [uid for uid in [*self._known] if uid not in self._wanted][:over] if over > 0 else []
+
+    def _evict(self, uids: Sequence[str]) -> None:
+        here = [uid for uid in uids if self._known.pop(uid, None) is not None]
+        if here:
+            self._table.evict(here)
 
     def _bring(self, person: Person) -> None:
         try:
@@ -165,6 +182,7 @@ class Artist:
                 numbers = torch.from_numpy(np.frombuffer(person.code, np.float32).copy())
                 code = SubjectCode(numbers, person.down, person.space)
                 self._table.register_code(person.uid, code, self._reader.space)
+            self._known[person.uid] = person.revision
         except (MetaLoraError, OSError) as error:
             log.warning("person cannot be shown", extra={"fields": {"person": person.uid, "error": str(error)}})
             raise RefusedError(
@@ -187,19 +205,25 @@ class Artist:
 
     # Images
 
+    async def _between_batches(self, work: Callable[[], Any]) -> Any:
+        errand = _Errand(work, asyncio.get_running_loop().create_future())
+        self._errands.append(errand)
+        self._arrived.set()
+        return await errand.done
+
     async def _work(self) -> None:
+        """The one who uses the pipeline: errands that have come up, then a batch, and so on."""
         while True:
             await self._arrived.wait()
-            async with self._turn:
-                batch = self._next_batch()
-                if not batch:
-                    continue
-                results = await asyncio.to_thread(self._draw, [waiting.task for waiting in batch], self._surplus())
-            for waiting, result in zip(batch, results, strict=True):
-                if not waiting.done.done():
-                    waiting.done.set_exception(result) if isinstance(result, Exception) else waiting.done.set_result(
-                        result
-                    )
+            self._arrived.clear()
+            errands, self._errands = self._errands, []
+            for errand in errands:
+                _finish(errand.done, await asyncio.to_thread(_outcome, errand.work))
+            if batch := self._next_batch():
+                tasks, leaving = [waiting.task for waiting in batch], self._surplus()
+                for waiting, result in zip(batch, await asyncio.to_thread(self._draw, tasks, leaving), strict=True):
+                    _finish(waiting.done, result)
+                self._arrived.set()  # there may be more
 
     def _next_batch(self) -> list[_Waiting]:
         """Whoever has waited longest, and whoever can be drawn with them; who has hung up waits no longer."""
@@ -208,15 +232,12 @@ class Artist:
         batch = [waiting for waiting in self._queue if waiting.task.kind == kind][: self._config.batch_size]
         chosen = set(map(id, batch))
         self._queue = [waiting for waiting in self._queue if id(waiting) not in chosen]
-        if not self._queue:
-            self._arrived.clear()
         return batch
 
     def _draw(self, tasks: Sequence[Task], leaving: Sequence[str] = ()) -> list[Drawn | Exception]:
         """An image for each, or what went wrong with it: after a batch that fails, each is drawn alone."""
         try:
-            if leaving:
-                self._table.evict(leaving)
+            self._evict(leaving)
             return [*self._draw_batch(tasks)]
         except Exception as error:
             if len(tasks) > 1:
@@ -271,6 +292,23 @@ def _reader_of(config: ServeConfig, down: DownSource, base: Base, hub: HubOption
         return load_reader(folder, down, base.encode_images)
     except ArtefactNotFoundError:
         return None
+
+
+def _outcome(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception as error:
+        return error
+
+
+def _finish(done: asyncio.Future[Any], result: Any) -> None:
+    """Give a result, or an error, to who still waits for it."""
+    if done.done():
+        return
+    if isinstance(result, Exception):
+        done.set_exception(result)
+    else:
+        done.set_result(result)
 
 
 def _is_gone() -> RefusedError:

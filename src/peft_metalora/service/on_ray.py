@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service on Ray Serve: copies as replicas, the desk as the one ingress, Ray's own ports kept from others.
+"""The copies of a base as replicas of Ray Serve, and the desk in front of them.
 
-Serve starts replicas, more of them under load, anew when they die, and sends a request to one that has room. Somebody
-with files goes to a replica that has read them, if it has room (`serve.multiplexed`); a code is as quickly in a slot
-anywhere.
+Serve starts replicas, on several machines if there are, more under load, anew where one dies, and sends a request to
+one that has room. Somebody with files goes to a replica that has read them, if it has room (`serve.multiplexed`); a
+code is as quickly in a slot anywhere. HTTP ends in this process, at the desk: what is refused costs no more than that.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import ray
+import uvicorn
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from .api import make_api
 from .desk import Desk
-from .door import App
 from .gauges import Gauges
 from .journal import log, log_to
 from .orders import Offer
@@ -35,6 +37,12 @@ from .tenants import Tenants
 APP = "metalora"
 _WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before a request whose replica died is sent again
 _OBJECT_STORE = 256 * 2**20  # bytes: requests and images on their way
+_HTTP: dict[str, Any] = {
+    "access_log": False,
+    "log_config": None,
+    "server_header": False,
+    "timeout_graceful_shutdown": 5,
+}
 
 
 @serve.deployment
@@ -110,8 +118,9 @@ def _with_files(task: Task) -> str | None:
 class RayPool:
     """The replicas as the desk's pool."""
 
-    def __init__(self, artists: DeploymentHandle[Any], tuners: DeploymentHandle[Any] | None, gauges: Gauges) -> None:
-        self._artists, self._tuners, self._gauges = artists, tuners, gauges
+    def __init__(self, artists: DeploymentHandle[Any], tuners: DeploymentHandle[Any] | None) -> None:
+        self._artists, self._tuners, self.gauges = artists, tuners, Gauges()
+        self.offer: Offer = artists.offer.remote().result()
 
     async def draw(self, task: Task) -> Drawn:
         """As `Artist.draw`; another replica draws it if one dies: a request is its seed."""
@@ -126,12 +135,16 @@ class RayPool:
 
     async def _answer(self, ask: Callable[[], Any]) -> Any:
         for wait in (*_WAITS, None):
+            asked = ask()
             try:
-                found = await ask()
+                found = await asked
+            except asyncio.CancelledError:
+                asked.cancel()
+                raise
             except RayActorError:
                 if wait is None:
                     break
-                self._gauges.repeated.inc()
+                self.gauges.repeated.inc()
                 await asyncio.sleep(wait)
                 continue
             if isinstance(found, RefusedError):
@@ -169,60 +182,39 @@ class RayPool:
 
     async def _states(self) -> dict[str, int]:
         status = await asyncio.to_thread(serve.status)
-        deployments = status.applications[APP].deployments
-        return {
-            str(getattr(state, "value", state)): count
-            for state, count in deployments["ArtistReplica"].replica_states.items()
-        }
-
-    async def statistics(self) -> list[dict[str, Any]]:
-        """Of every replica."""
-        found = await self._artists.broadcast("statistics").results_async(return_exceptions=True)
-        return [each for each in found if isinstance(each, dict)]
+        states = status.applications[APP].deployments["ArtistReplica"].replica_states
+        return {str(getattr(state, "value", state)): count for state, count in states.items()}
 
 
-@serve.deployment
-@serve.ingress()
-class DeskReplica:
-    """The `Desk` behind HTTP; there is one."""
+@contextmanager
+def running(config: ServeConfig, tenants: Tenants | None, listening: socket.socket) -> Iterator[threading.Thread]:
+    """The service, ready, for as long as the block lasts; Ray ends with it where it was started for it.
 
-    async def __init__(  # type: ignore[misc]
-        self,
-        config: ServeConfig,
-        tenants: Tenants | None,
-        artists: DeploymentHandle[Any],
-        tuners: DeploymentHandle[Any] | None,
-    ) -> None:
-        log_to(config.log_dir, "desk")
-        offer: Offer = await artists.offer.remote()
-        people = await asyncio.to_thread(lambda: People(Place(config.people)))
-        gauges = Gauges()
-        self._pool = RayPool(artists, tuners, gauges)
-        await self._pool.forget(None)  # where the desk before this one died, copies may know somebody who is deleted
-        desk = Desk(config, people, self._pool, offer, gauges)
-        self._api = make_api(desk, tenants)
-        log.info("ready", extra={"fields": {"people": len(people)}})
+    Args:
+        listening: where HTTP is answered.
 
-    def __serve_build_asgi_app__(self) -> App:
-        return self._api
-
-    async def statistics(self) -> list[dict[str, Any]]:
-        """Of every replica, for whoever runs the service."""
-        return await self._pool.statistics()
-
-
-def serve_until_told(config: ServeConfig, tenants: Tenants | None) -> None:
-    """Start, say so, and end on Ctrl-C or SIGTERM."""
+    Yields:
+        The thread that answers.
+    """
     before = {process.pid for process in psutil.Process().children(recursive=True)}
+    people = People(Place(config.people))
+    log_to(config.log_dir, "desk")
     try:
         _start_ray(config)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which skips what follows
-        _deploy(config, tenants)
-        scheme = "http" if config.ssl_certfile is None else "https"
-        print(f"serving at {scheme}://{config.host}:{config.port}", flush=True)
-        signal.pause()
-    except KeyboardInterrupt:
-        pass
+        pool = _deploy(config)
+        asyncio.run(
+            pool.forget(None)
+        )  # copies on a cluster may have been here before, and know somebody who is deleted
+        desk = Desk(config, people, pool, pool.offer, pool.gauges)
+        server = uvicorn.Server(uvicorn.Config(make_api(desk, tenants), **_HTTP))
+        thread = threading.Thread(target=server.run, args=([listening],), name="desk")
+        thread.start()
+        log.info("ready", extra={"fields": {"people": len(people)}})
+        try:
+            yield thread
+        finally:
+            server.should_exit = True
+            thread.join()
     finally:
         _end(before, own=config.ray_address is None)
 
@@ -234,28 +226,23 @@ def _start_ray(config: ServeConfig) -> None:
     ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def _deploy(config: ServeConfig, tenants: Tenants | None) -> None:
-    files = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
-    serve.start(http_options={"host": config.host, "port": config.port, **files})
-    gpu = {"num_cpus": 0, "num_gpus": int(_on_gpu(config))}
+def _deploy(config: ServeConfig) -> RayPool:
+    serve.start(proxy_location="Disabled")
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0, "num_gpus": int(_on_gpu(config))}}
     many: dict[str, Any] = {"num_replicas": config.replicas}
     if config.max_replicas is not None:
         scale = {"min_replicas": config.replicas, "max_replicas": config.max_replicas}
         many = {"autoscaling_config": {**scale, "target_ongoing_requests": 2 * config.batch_size}}
-    artists = ArtistReplica.options(  # type: ignore[attr-defined]
-        **many,
-        max_ongoing_requests=4 * config.batch_size,  # room in the queue of the replica that has the person
-        ray_actor_options=gpu,
-    )
+    room = 4 * config.batch_size  # in the queue of the replica that has the person
+    kind: Any = ArtistReplica
+    artists = kind.options(**options, **many, max_ongoing_requests=room).bind(config)
+    found = serve.run(artists, name=APP, route_prefix=None)
     tuners = None
     if config.tuners:
-        some: Any = TunerReplica
-        tuners = some.options(num_replicas=config.tuners, max_ongoing_requests=100, ray_actor_options=gpu).bind(config)
-    desk = DeskReplica.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=100 * config.places,  # more are refused by the desk itself
-        ray_actor_options={"num_cpus": 0},
-    )
-    serve.run(desk.bind(config, tenants, artists.bind(config), tuners), name=APP)
+        kind = TunerReplica
+        some = kind.options(**options, num_replicas=config.tuners, max_ongoing_requests=1000).bind(config)
+        tuners = serve.run(some, name=f"{APP}-tuners", route_prefix=None)
+    return RayPool(found, tuners)
 
 
 def _on_gpu(config: ServeConfig) -> bool:
@@ -270,7 +257,8 @@ def _end(before: set[int], own: bool) -> None:
     """End the service, and Ray where it is ours."""
     if not own:
         if ray.is_initialized():
-            serve.delete(APP)
+            for name in (f"{APP}-tuners", APP):
+                serve.delete(name)
             ray.shutdown()
         return
     started = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]

@@ -37,8 +37,6 @@ class ServeConfig:
     )
     host: str = setting("Address that HTTP is answered on.", "127.0.0.1")
     port: int = setting("Port that HTTP is answered on.", 8000)
-    ssl_certfile: str | None = setting("Certificate, for HTTPS.", None)
-    ssl_keyfile: str | None = setting("Key of the certificate.", None)
     replicas: int = setting("Copies of the base, each on a GPU of its own if there is one.", 1)
     max_replicas: int | None = setting("Under load, up to so many copies. Default: as replicas.", None)
     tuners: int = setting("Copies that tune people on request (stage 2), each on a GPU of its own.", 0)
@@ -117,8 +115,6 @@ class ServeConfig:
             raise ConfigError(
                 f"expected tokens for a service on {self.host}, found none: give tokens, or a loopback host"
             )
-        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
-            raise ConfigError("ssl_certfile and ssl_keyfile belong together, found one of them: give both")
 
     @property
     def places(self) -> int:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `metalora serve` does: refuses what cannot be before Ray starts, keeps Ray's ports from others, and serves."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..hub.loading import folder_of
+from ..service.people import Place
+from ..service.serve_settings import ServeConfig
+from ..service.tenants import Tenants
+from . import Done
+
+
+def run_serve(config: ServeConfig) -> Done:
+    """Serve until Ctrl-C or SIGTERM; raises as `serving`."""
+    try:
+        with serving(config) as answering:
+            # Ray has put its own there, which skips what ends the service.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            print(f"serving at http://{config.host}:{config.port}", flush=True)
+            answering.join()
+    except KeyboardInterrupt:
+        pass
+    return Done("the service has ended", {"people": config.people, "host": config.host, "port": config.port})
+
+
+@contextmanager
+def serving(config: ServeConfig) -> Iterator[threading.Thread]:
+    """A service that answers, in the thread that is given, for as long as the block lasts.
+
+    Raises:
+        ConfigError: settings, a folder, a file or a port that cannot be; or the extra is not installed.
+        ArtefactNotFoundError, HubError: there is no such Down.
+    """
+    tenants = None if config.tokens is None else Tenants.read(config.tokens)
+    config = _checked(config)
+    with _listening(config) as listening:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        if config.ray_address is None:
+            # Read when ray is imported. A token that this process and its children alone have, ports on the loopback.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
+        try:
+            from ..service.on_ray import running
+        except ImportError as error:
+            raise ConfigError(
+                f"expected Ray Serve, found no {error.name}: pip install 'peft-metalora[serve]'"
+            ) from error
+        with running(config, tenants, listening) as answering:
+            yield answering
+
+
+def _listening(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"expected a free port {config.port} on {config.host}, found: {error.strerror}. Give another port"
+        ) from error
+
+
+def _checked(config: ServeConfig) -> ServeConfig:
+    """The settings with absolute paths, once what can be known before Ray starts is known."""
+    place = Place(config.people)
+    if config.ray_address is not None and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ConfigError(
+            "expected a Ray cluster with its token authentication on (RAY_AUTH_MODE=token), found it off: whoever "
+            "reaches its ports could run anything"
+        )
+    found = {"people": place.root} if place.is_local else {}
+    if config.down is not None and not config.demo:
+        folder_of(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
+        found |= {"down": str(Path(config.down).resolve())} if Path(config.down).is_dir() else {}
+    base, logs = config.pretrained_model_name_or_path, config.log_dir
+    if base is not None and Path(base).is_dir():
+        found["pretrained_model_name_or_path"] = str(Path(base).resolve())
+    if logs is not None:
+        found["log_dir"] = str(Path(logs).resolve())
+    return replace(config, **found)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the people of a service are kept: a folder or any place of fsspec."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from uuid import uuid4
+
+from fsspec.registry import _registry
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from peft_metalora.errors import ConfigError, CorruptFileError, WriteFailedError
+from peft_metalora.service.people import LOOK_EVERY, UNRECORDED, People, Place
+
+CODE = np.arange(6, dtype=np.float32).tobytes()
+OWN = {"down": "d", "space": "s", "consent": "said yes"}
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"numbers"}
+
+
+@pytest.fixture(params=["folder", "memory"])
+def place(request, tmp_path):
+    """A local folder, and a place that is none."""
+    return Place(str(tmp_path) if request.param == "folder" else f"memory://{uuid4().hex}")
+
+
+def paths(place) -> list[str]:
+    return sorted(path[len(place.root) :].lstrip("/") for path in place.fs.find(place.root))
+
+
+def contents(place) -> bytes:
+    return b"".join(place.fs.cat_file(path) for path in place.fs.find(place.root))
+
+
+def test_codes_and_files_are_there_at_the_next_start(place):
+    people = People(place)
+    ann = people.put_code("acme", "ann", CODE, **OWN)
+    bob = people.put_files(people.put_code("acme", "bob", CODE, **OWN), FILES)
+    again = People(place)
+    assert len(again) == 2 and again.entry("acme", "ann") == ann and again.entry("acme", "bob") == bob
+    assert again.entry("acme", "ann").code == CODE and bob.code is None
+    assert paths(place)[-2:] == [f"people/acme/bob/{name}" for name in sorted(FILES)]
+    with place.files(bob) as folder:
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == FILES
+
+
+def test_a_start_reads_the_index_and_walks_no_folder(place, monkeypatch):
+    people = People(place)
+    for number in range(20):
+        people.put_files(people.put_code("acme", f"p{number}", CODE, **OWN), FILES)
+    listed = []
+    ls = place.fs.ls
+    monkeypatch.setattr(place.fs, "ls", lambda path, *a, **k: (listed.append(path), ls(path, *a, **k))[1])
+    assert len(People(place)) == 20
+    assert [path.rstrip("/").endswith("index") for path in listed] == [True] * len(listed)
+
+
+def test_nothing_of_somebody_deleted_is_left(place):
+    people = People(place)
+    people.put_code("acme", "bob", CODE, **OWN)
+    before = contents(place)
+    ann = people.put_files(people.put_code("acme", "ann", CODE, **{**OWN, "consent": "by ann"}), FILES)
+    people.remove(ann)
+    assert people.find("acme", "ann") is None and People(place).entry("acme", "ann") is None
+    assert not [path for path in paths(place) if "ann" in path]
+    left = contents(place)
+    assert b"by ann" not in left and ann.uid.encode() not in left and before in left
+
+
+def test_a_removal_that_ends_in_the_middle_is_done_again(place, monkeypatch):
+    """Bug: the entry goes first, the files stay, and the next look takes them for somebody new."""
+    people = People(place)
+    ann = people.put_files(people.put_code("acme", "ann", CODE, **OWN), FILES)
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "write", full)
+        with pytest.raises(WriteFailedError, match="no space left"):
+            people.remove(ann)
+    assert not [path for path in paths(place) if path.startswith("people/")]
+    again = People(place)
+    assert again.entry("acme", "ann") == ann
+    again.remove(ann)
+    assert People(place).entry("acme", "ann") is None
+
+
+def test_files_that_the_operator_puts_there_are_somebody(place):
+    people = People(place)
+    assert people.find("acme", "ann") is None
+    place.fs.makedirs(f"{place.root}/people/acme/ann")
+    for name, content in FILES.items():
+        place.fs.pipe_file(f"{place.root}/people/acme/ann/{name}", content)
+    assert people.find("acme", "ann") is None, "nobody looks again at once"
+    time.sleep(LOOK_EVERY)
+    ann = people.find("acme", "ann")
+    assert ann.consent == UNRECORDED and ann.code is None
+    assert people.find("other", "ann") is None and people.find("acme", "../acme/ann") is None
+    assert People(place).entry("acme", "ann") == ann
+
+
+def test_rewritten_files_are_a_new_revision(place, monkeypatch):
+    people = People(place)
+    ann = people.put_files(people.put_code("acme", "ann", CODE, **OWN), FILES)
+    assert people.find("acme", "ann") == ann and not people.needs_to_look("acme", "ann")
+    place.fs.pipe_file(f"{place.folder(ann)}/adapter_model.safetensors", b"other numbers")
+    monkeypatch.setattr("peft_metalora.service.people.LOOK_EVERY", 0.0)
+    assert people.needs_to_look("acme", "ann")
+    new = people.find("acme", "ann")
+    assert new.revision > ann.revision and new.uid == ann.uid
+    assert people.find("acme", "ann") == new
+    place.fs.rm(place.folder(ann), recursive=True)
+    assert people.find("acme", "ann") is None and people.entry("acme", "ann") is not None
+
+
+def test_a_place_with_a_history_is_read_only(monkeypatch):
+    """The Hub: a deleted file stays in its history."""
+
+    class Hub(MemoryFileSystem):
+        protocol = "hf"
+
+    monkeypatch.setitem(_registry, "hf", Hub)
+    place = Place("hf://datasets/me/people")
+    assert place.read_only and not Place("memory://x").read_only
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected a folder for people, found none"):
+        Place(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="that fsspec knows, found 'nosuch://x'"):
+        Place("nosuch://x")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"format": 2, "people": []}',
+        '{"format": 1, "people": [{"tenant": "acme"}]}',
+        json.dumps(
+            {
+                "format": 1,
+                "people": [
+                    dict.fromkeys(("tenant", "name", "uid", "consent", "down", "space"), "../x")
+                    | {"revision": 1, "enrolled": 0.0, "code": None}
+                ],
+            }
+        ),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path, content):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "00.json").write_text(content)
+    with pytest.raises(CorruptFileError, match="expected a part of the index of people"):
+        People(Place(str(tmp_path)))
+
+
+def test_somebody_takes_little_memory():
+    """A code of 128 numbers and all that is known of the person: about a kilobyte."""
+    from peft_metalora.service.people import Person
+
+    one = Person("acme", "person-12345", uuid4().hex, time.time_ns(), "said yes", time.time(), "d", "s", bytes(512))
+    own = one.name, one.uid, one.revision, one.enrolled, one.code
+    assert sys.getsizeof(one) + sum(map(sys.getsizeof, own)) + 100 < 1000  # and the entry of the dictionary
