@@ -8,10 +8,10 @@ import sys
 import time
 from uuid import uuid4
 
-from fsspec.registry import _registry
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from peft_metalora.errors import ConfigError, CorruptFileError, WriteFailedError
 from peft_metalora.service.people import LOOK_EVERY, UNRECORDED, People, Place

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..settings import setting
+from ..settings import BASE_OF_DOWN, DEVICE, DOWN_REVISION, LOCAL_FILES_ONLY, PRECISION, REVISION, setting
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -26,9 +26,7 @@ class ServeConfig:
     down: str | None = setting(
         "The Down of all: a folder or a repository id. Default with demo: the embedded one.", None
     )
-    pretrained_model_name_or_path: str | None = setting(
-        "Base model: a diffusers folder or a repository id. Default: the one that the Down names.", None
-    )
+    pretrained_model_name_or_path: str | None = setting(BASE_OF_DOWN, None)
     demo: bool = setting("Serve the embedded base, small enough for a CPU.", False)
     tokens: str | None = setting(
         "YAML file with a bearer token for each tenant ('tenant: token', or a list of tokens), closed to other users. "
@@ -51,15 +49,11 @@ class ServeConfig:
     fold: bool = setting("Keep Mid @ Down of the people on the device, for the speed of a LoRA of their rank.", False)
     compile: bool = setting("Compile the denoiser (torch.compile).", False)
     offload: bool = setting("Keep on the GPU only the part of the pipeline that is at work.", False)
-    mixed_precision: str = setting(
-        "Precision of the base; 'auto' is bf16 on a GPU and none on a CPU.",
-        "auto",
-        choices=("auto", "no", "bf16", "fp16"),
-    )
-    device: str | None = setting("Device. Default: a GPU when there is one.", None)
-    revision: str | None = setting("Revision of the base model's repository.", None)
-    down_revision: str | None = setting("Revision of the Down's repository.", None)
-    local_files_only: bool = setting("Never ask the network for the base or the Down.", False)
+    mixed_precision: str = setting(*PRECISION)
+    device: str | None = setting(*DEVICE)
+    revision: str | None = setting(*REVISION)
+    down_revision: str | None = setting(*DOWN_REVISION)
+    local_files_only: bool = setting(*LOCAL_FILES_ONLY)
     max_sequence_length: int | None = setting(
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
     )
