@@ -20,7 +20,7 @@ if not torch.cuda.is_available():  # read when Triton is first imported
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First what waits for other processes, so that nobody waits for it at the end."""
-    waiting = {"test_service.py", "test_processes.py", "test_state.py"}
+    waiting = {"test_on_ray.py", "test_processes.py", "test_state.py"}
     items.sort(key=lambda item: item.path.name not in waiting)
 
 
