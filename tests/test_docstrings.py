@@ -24,7 +24,7 @@ def module_name(path: Path) -> str:
 def undocumented(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
     """Public functions, classes and methods without a docstring of their own."""
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             if ast.get_docstring(node) is None:
                 yield node.name
             if isinstance(node, ast.ClassDef):

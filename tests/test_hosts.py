@@ -367,7 +367,7 @@ def _strings(tree: ast.AST) -> Iterator[ast.Constant]:
 def defined(tree: ast.AST) -> Iterator[str]:
     """Names that a file of ours defines, by itself or on `self`; what it merely declares for mypy does not count."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name
         elif isinstance(node, ast.Assign) or (isinstance(node, ast.AnnAssign) and node.value is not None):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -456,7 +456,7 @@ def private_names(files: dict[Path, ast.AST], theirs: dict[Path, set[str]]) -> s
     for path, tree in files.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):  # what nothing here calls, a host does
-                methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+                methods = [part.name for part in node.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
                 names |= {(path, name) for name in methods if _is_private(name) and name not in read}
     return {(path, name) for path, name in names if "meta_lora" not in name}
 
