@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A subject for each sample of a batch, and the slots that serve many subjects on one model."""
 
+import cProfile
+import pstats
 import threading
 
 import numpy as np
@@ -313,3 +315,49 @@ def test_fused_shows_the_same_and_unfused_is_exact_after_many(people):
     after = pipe.transformer.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert np.array_equal(picture(pipe, "flux"), base)
+
+
+@pytest.mark.parametrize("how", ["add_subject", "load_meta_lora"])
+def test_a_call_visits_no_layer(people, monkeypatch, how):
+    """Bug: each call went through the whole model, again and again, and took every loaded subject out of its layers."""
+    folder, pipe = people("flux"), pipeline("flux")
+    for name in NAMES[:3]:
+        getattr(pipe, how)(folder / name)
+    model, visited, walk = denoiser(pipe), [], torch.nn.Module.named_modules
+
+    def counted(self, *args, **kwargs):
+        for found in walk(self, *args, **kwargs):
+            visited.append(found[0])
+            yield found
+
+    def call(*names):
+        with pipe._idle(), pipe._showing(model, names):
+            pass
+
+    call("ann", "bob", "cleo")
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    for names in (("ann", "bob"), ("cleo",), (None,)):
+        call(*names)
+    assert visited == []
+    alone = picture(pipe, "flux", (0,), subjects="ann")
+    if how == "load_meta_lora":
+        with torch.no_grad():
+            for layer in dict(meta_lora_layers(model)).values():
+                layer.metalora_up["ann"].mul_(2)
+        assert np.abs(picture(pipe, "flux", (0,), subjects="ann") - alone).max() > TOLERANCE, "as it is now"
+
+
+def test_the_fortieth_subject_loads_as_the_third(people):
+    """Bug: each subject that came made the next one slower: 0.9, 1.5, 2.2, 3.1 s a hundred."""
+    folder, pipe = people("flux"), pipeline("flux")
+
+    def calls():
+        profiler = cProfile.Profile()
+        profiler.runcall(pipe.load_meta_lora, folder / "ann")
+        return sum(count for _, count, *_ in pstats.Stats(profiler).stats.values())
+
+    pipe.load_meta_lora(folder / "ann")
+    few = min(calls() for _ in range(3))
+    for _ in range(36):
+        pipe.load_meta_lora(folder / "ann")
+    assert calls() < 1.05 * few

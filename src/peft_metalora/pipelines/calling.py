@@ -167,7 +167,7 @@ class PerSampleMixin:
         tables = tables_of(model)
         homes = {}
         for name in names:
-            own = next((mark for mark, table in tables.items() if table.is_own(name)), None)
+            own = next((mark for mark, table in tables.items() if name in table), None)
             homes[name] = own or self._adapter_home(model, name)
         if len(set(homes.values())) > 1:
             raise AdapterStateError(

@@ -24,9 +24,10 @@ from torch import nn
 from ..checkpoint.factors import SubjectSource, check_subject_on_down
 from ..checkpoint.space import CodeSource, SubjectCode, SubjectSpace
 from ..errors import AdapterNotFoundError, AdapterStateError, FingerprintMismatchError, NonFiniteError
-from ..tuner import DownSource, MetaLoraConfig, subject_state
+from ..tuner import DownSource, MetaLoraConfig, MetaLoraLayer, subject_state
 from ..tuner.down import MAGNITUDE, MID, MID_INIT, UP, subject_config
-from ..tuner.on_model import configs_of, down_on_model, meta_lora_layers
+from ..tuner.folding import folds_follow
+from ..tuner.on_model import Seen, configs_of, down_on_model, meta_lora_layers, seen
 from ..tuner.placing import choice_kept, inject
 from ..tuner.ranks import exceptions, ranks_of
 from .codes import CodeBook
@@ -54,6 +55,39 @@ class Statistics:
     host_misses: int
     device_evictions: int
     host_evictions: int
+
+
+class Rows:
+    """All slots of an adapter as one tensor `flat` (slots, size of a subject) that its layers look into."""
+
+    def __init__(self, layers: Sequence[tuple[str, MetaLoraLayer]], adapter_name: str) -> None:
+        self._layers, self._adapter = layers, adapter_name
+        self.pack()
+
+    def pieces(self) -> list[tuple[str, MetaLoraLayer, str]]:
+        """Path, layer and part of each factor, in the order of a row."""
+        return [
+            (path, layer, part)
+            for path, layer in self._layers
+            for part in _PARTS
+            if self._adapter in getattr(layer, part)
+        ]
+
+    def pack(self) -> None:
+        """Move the slots of all layers into one tensor."""
+        parameters = [getattr(layer, part)[self._adapter] for _, layer, part in self.pieces()]
+        self.flat = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
+        start = 0
+        for parameter in parameters:
+            stop = start + parameter[0].numel()
+            parameter.data = self.flat[:, start:stop].view(parameter.shape)
+            start = stop
+
+    def moved(self) -> bool:
+        """Whether the layers look elsewhere by now: the model has gone to another device or dtype."""
+        place = self.flat.untyped_storage().data_ptr()
+        ends = self._layers[0][1], self._layers[-1][1]
+        return any(layer.metalora_mid[self._adapter].untyped_storage().data_ptr() != place for layer in ends)
 
 
 class SubjectTable:
@@ -88,26 +122,32 @@ class SubjectTable:
             inject(model, self.config, self.adapter_name, down)
         self._model, self._lock, self._books = weakref.ref(model), lock_of(model), books_of(model)
         self._layers = [(path, layer) for path, layer in meta_lora_layers(model) if self._has(layer)]
+        self._slots = Rows(self._layers, self.adapter_name)
         self._device_order: OrderedDict[str, int] = OrderedDict()
         self._host: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._alike: tuple[Any, bool] | None = None  # the last scales that were compared
         self._codes: dict[str, CodeBook] = {}  # by the fingerprint of their space
         self._read: dict[str, Read | None] = {}
-        self._loaded: set[str] = set()  # adapters of the model, whose factors are their rows
+        self._loaded: dict[str, tuple[Seen, Rows] | None] = {}  # adapters of the model, whose factors are their rows
+        self._seen: Seen | None = None  # the model, when it was last made sure who is on it
         self._pinned: set[str] = set()
         self._replaced: set[str] = set()  # their slots hold what they were
         self._written = False
         self._counts = dict.fromkeys(
             ("device_hits", "device_misses", "host_misses", "device_evictions", "host_evictions"), 0
         )
-        self._pack()
+
+    @property
+    def _flat(self) -> torch.Tensor:
+        return self._slots.flat
 
     def _has(self, layer: Any) -> bool:
         return self.adapter_name in layer.metalora_mid
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the model holds the table as well; locks are of the model that it comes to.
-        return {**vars(self), "_model": self._model(), "_lock": None, "_books": None}
+        own = {"_model": self._model(), "_lock": None, "_books": None, "_seen": None}
+        return {**vars(self), **own, "_loaded": dict.fromkeys(self._loaded)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = state["_model"]
@@ -124,9 +164,17 @@ class SubjectTable:
         return name in self._read or self._book_of(name) is not None
 
     def is_on(self, model: nn.Module) -> bool:
-        """Whether the model still has the table's adapter."""
-        _, layer = self._layers[0]
-        return self.adapter_name in configs_of(model) and any(module is layer for module in model.modules())
+        """Whether the model still has the table's adapter; rows of adapters that it has not any more are dropped."""
+        known = seen(model)
+        if known is not self._seen:
+            _, layer = self._layers[0]
+            if not any(reference() is layer for _, reference in known.layers):
+                return False
+            for name in [*self._loaded]:
+                if not self._is_loaded(name):
+                    self._forget(name)
+            self._seen = known
+        return self.adapter_name in configs_of(model)
 
     def is_own(self, name: str) -> bool:
         """Whether a subject is in the table by itself, not as the row of a loaded adapter."""
@@ -211,7 +259,7 @@ class SubjectTable:
 
     def _of_slots(self, space: SubjectSpace) -> SubjectSpace:
         """A space with its numbers in the order of a row, where the slots are."""
-        return space.ordered([f"{path}.{part}" for path, _, part in self._pieces()]).to(self._flat.device)
+        return space.ordered([f"{path}.{part}" for path, _, part in self._slots.pieces()]).to(self._flat.device)
 
     def _enter(self, name: str) -> None:
         """Let a name be free for a subject that comes, its older self gone."""
@@ -234,12 +282,6 @@ class SubjectTable:
     def _book_of(self, name: object) -> CodeBook | None:
         return next((book for book in self._codes.values() if name in book), None)
 
-    def forget_unloaded(self) -> None:
-        """Drop the rows of adapters that are not on the model any more, or stand on another Down now."""
-        for name in [*self._loaded]:
-            if not self._is_loaded(name):
-                self._forget(name)
-
     def _is_loaded(self, name: str) -> bool:
         """Whether an adapter of the model is a subject on this Down."""
         for _, layer in self._layers:
@@ -251,7 +293,8 @@ class SubjectTable:
     def _forget(self, name: str) -> int | None:
         """Forget a subject; returns the slot that it had."""
         self._drop(name)
-        for names in (self._pinned, self._replaced, self._loaded):
+        self._loaded.pop(name, None)
+        for names in (self._pinned, self._replaced):
             names.discard(name)
         return self._device_order.pop(name, None)
 
@@ -267,7 +310,7 @@ class SubjectTable:
         for name in wanted:
             if name not in self and self._is_loaded(name):
                 self._read[name] = None
-                self._loaded.add(name)
+                self._loaded[name] = None
             elif name not in self:
                 raise AdapterNotFoundError(
                     f"expected a subject of this table, found {name!r}. Add it with add_subject."
@@ -338,31 +381,11 @@ class SubjectTable:
 
     # Rows
 
-    def _pack(self) -> None:
-        """Move all slots of all layers into one tensor (capacity, size of a subject) that the layers look into."""
-        parameters = [getattr(layer, part)[self.adapter_name] for _, layer, part in self._pieces()]
-        self._flat = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
-        start = 0
-        for parameter in parameters:
-            stop = start + parameter[0].numel()
-            parameter.data = self._flat[:, start:stop].view(parameter.shape)
-            start = stop
-
-    def _pieces(self) -> list[tuple[str, Any, str]]:
-        """Path, layer and part of each factor, in the order of a row."""
-        return [
-            (path, layer, part)
-            for path, layer in self._layers
-            for part in _PARTS
-            if self.adapter_name in getattr(layer, part)
-        ]
-
     def _repack_if_moved(self) -> None:
-        parameter = self._layers[0][1].metalora_mid[self.adapter_name]
-        if parameter.untyped_storage().data_ptr() != self._flat.untyped_storage().data_ptr():
-            if (model := self._model()) is not None:
-                own_factors(model)
-            self._pack()
+        model = self._model()
+        if model is not None and self._slots.moved():
+            own_factors(model)
+            self._slots.pack()
 
     def take_written(self) -> bool:
         """Whether rows were written since this was last asked."""
@@ -381,7 +404,7 @@ class SubjectTable:
 
     def _flatten(self, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         pieces = []
-        for path, layer, part in self._pieces():
+        for path, layer, part in self._slots.pieces():
             tensor, shape = tensors[f"{path}.{part}"], getattr(layer, part)[self.adapter_name].shape[1:]
             if tensor.shape[1:] != shape:
                 raise AdapterStateError(
@@ -401,8 +424,26 @@ class SubjectTable:
         return row.pin_memory() if self._flat.is_cuda else row
 
     def _adapter_row(self, name: str) -> torch.Tensor:
+        """A loaded adapter's factors as they are now; in one tensor, so that a call need not visit the layers."""
         model = cast(nn.Module, self._model())
-        return self._row(name, configs_of(model)[name], subject_state(model, name))
+        known, config, checked = seen(model), configs_of(model)[name], self._loaded[name]
+        if checked is None or checked[0] is not known:
+            row = self._row(name, config, subject_state(model, name))
+            self._loaded[name] = (known, Rows(self._layers, name)) if self._is_row(name) else None
+            return row
+        if checked[1].moved():
+            own_factors(model)
+            checked[1].pack()
+        return checked[1].flat[0]
+
+    def _is_row(self, name: str) -> bool:
+        """Whether a loaded adapter's factors can lie as those of a slot: as they are, and nothing else looks at them."""
+        factors = [
+            getattr(layer, part)[name] for _, layer in self._layers for part in _PARTS if name in getattr(layer, part)
+        ]
+        alike = all(one.dtype == self._flat.dtype and one.device == self._flat.device for one in factors)
+        model = cast(nn.Module, self._model())
+        return alike and not any(one.requires_grad for one in factors) and self._scales_alike(configs_of(model)[name])
 
     def _scales_alike(self, config: MetaLoraConfig) -> bool:
         """Whether a subject's own scale is the table's on every layer, so that nothing has to be taken into Up."""
@@ -446,16 +487,18 @@ class SubjectTable:
 
     def _write(self, slot: int, row: torch.Tensor | Callable[[torch.Tensor], None]) -> None:
         """Fill a slot: with a row, or by what writes into one."""
-        with torch.no_grad():
+        layers = [layer for _, layer in self._layers] if self._is_folded() else []
+        with torch.no_grad(), folds_follow(layers, self.adapter_name, slot):
             if callable(row):
                 row(self._flat[slot])
             else:
                 self._flat[slot].copy_(row, non_blocking=True)
         self._written = True
         self._layers[0][1].subject_index.factors = object()
-        for _, layer in self._layers:
-            if self.adapter_name in layer.metalora_folded:
-                layer.fold(self.adapter_name, slot)
+
+    def _is_folded(self) -> bool:
+        """Whether somebody has folded the model, which is all layers: by themselves they keep no fold of a table."""
+        return self.adapter_name in self._layers[0][1].metalora_folded
 
     def _free_slot(self, wanted: set[str]) -> int:
         if len(self._device_order) < self.capacity:
@@ -485,9 +528,7 @@ def tables_of(model: nn.Module) -> dict[str, SubjectTable]:
     with books_of(model):
         tables: dict[str, SubjectTable] = vars(model).get(_TABLES, {})
         for fingerprint, table in [*tables.items()]:
-            if table.is_on(model):
-                table.forget_unloaded()
-            else:
+            if not table.is_on(model):
                 drop_tables(model, fingerprint)
         return dict(tables)
 
