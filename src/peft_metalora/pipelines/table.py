@@ -437,7 +437,7 @@ class SubjectTable:
         return checked[1].flat[0]
 
     def _is_row(self, name: str) -> bool:
-        """Whether a loaded adapter's factors can lie as those of a slot: as they are, and nothing else looks at them."""
+        """Whether a loaded adapter can lie as a slot does: its factors are a row as they are, and nobody trains them."""
         factors = [
             getattr(layer, part)[name] for _, layer in self._layers for part in _PARTS if name in getattr(layer, part)
         ]
