@@ -437,7 +437,7 @@ class SubjectTable:
         return checked[1].flat[0]
 
     def _is_row(self, name: str) -> bool:
-        """Whether a loaded adapter can lie as a slot does: its factors are a row as they are, and nobody trains them."""
+        """Whether a loaded adapter can lie as a slot does: its factors are a row as they are, and frozen."""
         factors = [
             getattr(layer, part)[name] for _, layer in self._layers for part in _PARTS if name in getattr(layer, part)
         ]
