@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelMismatchError
+from ..settings import MemorySettings
 from .base import Base, FlowBase, Text, send
-from .parts import Parts
+from .parts import Parts, is_hull
 
 # Pipeline class -> (file beside this one, class in it); loaded when a pipeline of that class is.
 FAMILIES = {
@@ -50,28 +51,42 @@ def open_base(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     local_files_only: bool = False,
+    memory: MemorySettings | None = None,
     **options: Any,
 ) -> Base:
     """A pipeline of a folder or a repository whose models are hulls: `Base.place` loads those that are needed.
 
+    Args:
+        memory: how weights are held, and where they wait.
+        options: as `Base` takes them.
+
     Raises:
         BaseModelMismatchError: there is no pipeline, or no family knows it.
     """
-    parts = Parts(name_or_path, revision=revision, dtype=dtype, local_files_only=local_files_only)
-    return base_for(parts.pipeline(), parts=parts, **options)
+    parts = Parts(name_or_path, revision=revision, dtype=dtype, local_files_only=local_files_only, memory=memory)
+    base = base_for(parts.pipeline(), parts=parts, **options)
+    parts.quantized = (base.denoiser_name, *base.large_encoders)
+    return base
 
 
-def load_base(name_or_path: str | Path, **options: Any) -> Base:
+def load_base(name_or_path: str | Path, *, device: torch.device | str = "cpu", **options: Any) -> Base:
     """Load a pipeline from a folder or a repository, on the CPU, with nothing in it to train.
 
     Args:
-        options: as `open_base` takes them.
+        device: where it will compute. options: as `open_base` takes them.
 
     Raises:
         BaseModelMismatchError: there is no pipeline, or no family knows it.
     """
     base = open_base(name_or_path, **options)
-    assert base.parts is not None
-    base.parts.bring(base.pipeline, list(base.pipeline.components))
+    parts, pipe = base.parts, base.pipeline
+    assert parts is not None
+    if parts.memory.offload == "none":
+        parts.bring(pipe, list(pipe.components), device)
+    else:  # one after another, so that a device never holds them all
+        for name in pipe.components:
+            if is_hull(getattr(pipe, name)):
+                parts.bring(pipe, [name], device)
+                getattr(pipe, name).to("cpu")
     base.parts = None
     return base

@@ -16,11 +16,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from ..errors import TrainingError
 from .parts import Parts, is_hull
+from .streaming import BlockStream
 
 Text = dict[str, Tensor]
 _COMPUTES = torch.float32, torch.bfloat16, torch.float16  # what weights compute in; others are only stored
@@ -52,6 +54,7 @@ class Base(ABC):
         denoiser_name: attribute of the pipeline that holds the denoiser.
         default_weighting: density of the noise levels when none is asked for.
         encoder_names: attributes that hold what is not needed once latents and text embeddings are cached.
+        large_encoders: those of them that have billions of numbers, and are quantised and streamed as the denoiser is.
     """
 
     pipeline_class: ClassVar[str]
@@ -59,6 +62,7 @@ class Base(ABC):
     denoiser_name: ClassVar[str] = "transformer"
     default_weighting: ClassVar[str] = "logit_normal"
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    large_encoders: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -70,6 +74,9 @@ class Base(ABC):
     ) -> None:
         self.pipeline, self.parts = pipeline, parts
         self.weighting_scheme = weighting_scheme or self.default_weighting
+        self.stream: BlockStream | None = None
+        self._visits: torch.device | None = None
+        self._here: tuple[str, ...] = ()
         self._given_length = max_sequence_length
 
     @property
@@ -79,8 +86,20 @@ class Base(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return next(self.denoiser.parameters()).device
+        """Where the denoiser is, or computes."""
+        return next(self.denoiser.parameters()).device if self.stream is None else self.stream.device
+
+    @property
+    def _text_encoders(self) -> tuple[str, ...]:
+        return tuple(name for name in self.encoder_names if name != "vae")
+
+    @property
+    def encoders_device(self) -> torch.device:
+        """Where the text encoders compute."""
+        names = [
+            name for name in self.encoder_names if name != "vae" and getattr(self.pipeline, name, None) is not None
+        ]
+        return self._visits or next(getattr(self.pipeline, names[0]).parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,7 +117,8 @@ class Base(ABC):
         """Put the denoiser on `device`, and the VAE and text encoders there (True) or out of the way (False).
 
         A base that loads its parts loads what is needed and lets go of the rest, before; of any other the rest moves to
-        the CPU.
+        the CPU. If its memory settings say so, VAE and text encoders take turns on the device, and the denoiser's
+        blocks are streamed.
 
         Args:
             denoiser: False leaves it where it is, for example divided over processes.
@@ -106,21 +126,46 @@ class Base(ABC):
         """
         there = [name for name in self.encoder_names if getattr(self.pipeline, name, None) is not None]
         needed = [name for name in there if encoders or (vae and name == "vae")]
+        offload = "none" if self.parts is None else self.parts.memory.offload
+        self._visits = torch.device(device) if encoders and offload != "none" else None
+        self._here = ()
         if self.parts is not None:
             self.parts.release(self.pipeline, [name for name in there if name not in needed])
-            self.parts.bring(self.pipeline, needed)
+            self.parts.bring(self.pipeline, needed, device)
         for name in there:
             part = getattr(self.pipeline, name)
-            if not is_hull(part):
-                part.to(device if name in needed else "cpu")
+            if is_hull(part):
+                continue
+            if self._visits is not None and offload == "group" and self._is_streamed(name):
+                apply_group_offloading(part, onload_device=self._visits, offload_type="leaf_level")
+            else:
+                part.to(device if name in needed and self._visits is None else "cpu")
         if denoiser:
-            self.load_denoiser()
-            self.denoiser.to(device)
+            self.load_denoiser(device)
+            if offload != "group":
+                self.denoiser.to(device)
+            elif self.stream is None:
+                self.stream = BlockStream(self.denoiser, torch.device(device))
 
-    def load_denoiser(self) -> None:
-        """Load the denoiser to the CPU, if it is a hull."""
+    def load_denoiser(self, device: torch.device | str = "cpu") -> None:
+        """Load the denoiser, if it is a hull; `device` as `Parts.bring` takes it."""
         if self.parts is not None:
-            self.parts.bring(self.pipeline, [self.denoiser_name])
+            self.parts.bring(self.pipeline, [self.denoiser_name], device)
+
+    def _is_streamed(self, name: str) -> bool:
+        """Whether an encoder comes layer by layer; what is quantised is small enough to come whole."""
+        return self.parts is not None and self.parts.memory.quantize == "none" and name in self.large_encoders
+
+    def _have_here(self, *names: str) -> None:
+        """Let these encoders take their turn on the device, where they take turns."""
+        if self._visits is None or self._here == names:
+            return
+        for turn, device in ((self._here, torch.device("cpu")), (names, self._visits)):
+            for name in turn:
+                part = getattr(self.pipeline, name, None)
+                if part is not None and not self._is_streamed(name):
+                    part.to(device)
+        self._here = names
 
     @property
     def call_arguments(self) -> frozenset[str]:
@@ -150,6 +195,7 @@ class Base(ABC):
         Raises:
             TrainingError: a text encoder gives NaN or infinity.
         """
+        self._have_here(*self._text_encoders)
         return {name: _finite(tensor.cpu(), "a text encoder") for name, tensor in self.text_of(prompts).items()}
 
     @abstractmethod
@@ -171,6 +217,7 @@ class Base(ABC):
         Raises:
             TrainingError: the VAE gives NaN or infinity.
         """
+        self._have_here("vae")
         vae = self.pipeline.vae
         device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
         parts = [_finite(self.latents_of(part.to(device, dtype)).cpu(), "the VAE") for part in pixels.split(batch_size)]

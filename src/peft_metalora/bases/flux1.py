@@ -27,6 +27,7 @@ class Flux1(FlowBase):
     """`FluxPipeline`."""
 
     pipeline_class = "FluxPipeline"
+    large_encoders = ("text_encoder_2",)
     target_modules = (
         rf"transformer_blocks\.\d+\.({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))"
         rf"|single_transformer_blocks\.\d+\.({_ATTENTION}|proj_mlp|proj_out)"
@@ -38,7 +39,7 @@ class Flux1(FlowBase):
 
     def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d) from T5, `pooled` (n, d) from CLIP."""
-        device = next(self.pipeline.text_encoder.parameters()).device
+        device = self.encoders_device
         sequence, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, max_sequence_length=self.max_sequence_length
         )

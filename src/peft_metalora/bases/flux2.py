@@ -25,6 +25,7 @@ class Flux2Klein(FlowBase):
     """`Flux2KleinPipeline`."""
 
     pipeline_class = "Flux2KleinPipeline"
+    large_encoders = ("text_encoder",)
     target_modules = (
         r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
         r"|ff(_context)?\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
@@ -32,7 +33,7 @@ class Flux2Klein(FlowBase):
 
     def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d)."""
-        device = next(self.pipeline.text_encoder.parameters()).device
+        device = self.encoders_device
         sequence, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, max_sequence_length=self.max_sequence_length
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import BaseModelMismatchError
+from ..settings import MemorySettings
+from .memory import quantization
 
 
 def is_hull(part: Any) -> bool:
@@ -31,14 +33,25 @@ class Parts:
     """Loads and lets go of the models of one pipeline.
 
     Args:
-        name_or_path: a folder or a repository id. revision, local_files_only: as `load_base`.
-        dtype: of all weights.
+        name_or_path: a folder or a repository id. revision, local_files_only: as `open_base`.
+        dtype: of all weights, as they are held or, of quantised ones, computed with.
+        memory: how weights are held.
+
+    Attributes:
+        quantized: names of the models that `memory.quantize` is for.
     """
 
     def __init__(
-        self, name_or_path: str | Path, *, revision: str | None, dtype: torch.dtype, local_files_only: bool
+        self,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        local_files_only: bool = False,
+        memory: MemorySettings | None = None,
     ) -> None:
-        self.name = str(name_or_path)
+        self.name, self.memory = str(name_or_path), memory or MemorySettings()
+        self.quantized: tuple[str, ...] = ()
         self._source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
         self._dtype = dtype
         self._hulls: dict[str, nn.Module] = {}
@@ -56,8 +69,11 @@ class Parts:
             self._hulls = dict(self._make_hulls(index))
             return DiffusionPipeline.from_pretrained(self.name, dtype=self._dtype, **self._hulls, **self._source)
 
-    def bring(self, pipeline: Any, names: Iterable[str]) -> None:
-        """Load those of these models that are hulls, frozen and in evaluation mode.
+    def bring(self, pipeline: Any, names: Iterable[str], device: torch.device | str = "cpu") -> None:
+        """Load those of these models that are hulls, frozen and in evaluation mode, to the CPU.
+
+        Args:
+            device: where they will compute: bitsandbytes quantises there, and leaves them there.
 
         Raises:
             BaseModelMismatchError: the weights are not there, or not the configuration's.
@@ -68,8 +84,11 @@ class Parts:
         if not wanted:
             return
         others = {name: part for name, part in pipeline.components.items() if name not in wanted}
-        with self._understood():
-            loaded = DiffusionPipeline.from_pretrained(self.name, dtype=self._dtype, **others, **self._source)
+        hulls = {name: getattr(pipeline, name) for name in wanted if name in self.quantized}
+        options = {"quantization_config": quantization(self.memory, hulls, self._dtype), **others, **self._source}
+        on_it = torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
+        with self._understood(), on_it:
+            loaded = DiffusionPipeline.from_pretrained(self.name, dtype=self._dtype, **options)
         for name in wanted:
             setattr(pipeline, name, getattr(loaded, name).requires_grad_(False).eval())
 

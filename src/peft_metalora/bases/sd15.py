@@ -22,7 +22,7 @@ class StableDiffusion15(DiffusionBase):
 
     def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d)."""
-        device = next(self.pipeline.text_encoder.parameters()).device
+        device = self.encoders_device
         sequence, _ = self.pipeline.encode_prompt(list(prompts), device, 1, False)
         return {"sequence": sequence}
 

@@ -19,6 +19,7 @@ class StableDiffusion3(FlowBase):
     """`StableDiffusion3Pipeline`."""
 
     pipeline_class = "StableDiffusion3Pipeline"
+    large_encoders = ("text_encoder_3",)
     target_modules = (
         r"transformer_blocks\.\d+\.(attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
         r"|ff(_context)?\.net\.(0\.proj|2))"
@@ -31,7 +32,7 @@ class StableDiffusion3(FlowBase):
 
     def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d) and `pooled` (n, d)."""
-        device = next(self.pipeline.text_encoder.parameters()).device
+        device = self.encoders_device
         sequence, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts),
             None,

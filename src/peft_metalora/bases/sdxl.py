@@ -24,7 +24,7 @@ class StableDiffusionXL(DiffusionBase):
 
     def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, length, d) and `pooled` (n, d)."""
-        device = next(self.pipeline.text_encoder_2.parameters()).device
+        device = self.encoders_device
         sequence, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, do_classifier_free_guidance=False
         )

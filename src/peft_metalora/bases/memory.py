@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a base is held in few gigabytes: quantised weights, and where they wait; one table says what goes together.
+
+The quantisers and, to draw with, the hooks are diffusers' and transformers' own. Training streams the blocks of the
+denoiser by `streaming`, because those hooks let go of weights before the backward pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from ..errors import ConfigError
+from ..settings import OFFLOAD, QUANTIZE, MemorySettings
+from .streaming import blocks_of
+
+USES = "train", "draw", "read", "evaluate"
+"""What a base is loaded for."""
+CPU, COMPILED, DIVIDED = "on a CPU", "with compiled blocks", "with a base divided over processes"
+DRAWING, UNCHECKPOINTED = "with pictures of validation", "without gradient checkpointing"
+OTHER_METHODS = "with other methods than base, meta-lora, random-down and lora"
+CIRCUMSTANCES = CPU, COMPILED, DIVIDED, DRAWING, UNCHECKPOINTED, OTHER_METHODS
+"""What else may hold, and then matters."""
+
+_QUANTIZED, _WAITING = QUANTIZE[1:], OFFLOAD[1:]
+_PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Cells of the table that are refused, and why; of an axis that is left out, all."""
+
+    why: str
+    quantize: tuple[str, ...] = QUANTIZE
+    offload: tuple[str, ...] = OFFLOAD
+    use: tuple[str, ...] = USES
+    where: str | None = None
+
+
+# All families have linear layers in blocks that repeat and are checkpointed, so that the table holds for each alike.
+_TABLE = (
+    _Refused("bitsandbytes' quantiser in diffusers needs a GPU", quantize=("nf4",), where=CPU),
+    _Refused("accelerate brings layers to a GPU only", offload=("sequential",), where=CPU),
+    _Refused("layers have left again when the backward pass needs them", offload=("sequential",), use=("train",)),
+    _Refused("accelerate takes quantised weights apart", quantize=_QUANTIZED, offload=("sequential",), use=("draw",)),
+    _Refused("diffusers parks 4-bit weights without their scales", ("nf4",), ("group",), ("draw",)),
+    _Refused("training and drawing take turns, for which all has to be there", offload=_WAITING, use=("evaluate",)),
+    _Refused("a compiled block keeps the weights that it saw first", offload=("group",), where=COMPILED),
+    _Refused("this was never tried", quantize=("nf4",), where=COMPILED),
+    _Refused("only whole weights can be divided", quantize=_QUANTIZED, where=DIVIDED),
+    _Refused("a divided base is on the devices already", offload=_WAITING, where=DIVIDED),
+    _Refused("text encoders have left when pictures are drawn", offload=_WAITING, use=("train",), where=DRAWING),
+    _Refused("blocks come back for the backward pass by it", offload=("group",), use=("train",), where=UNCHECKPOINTED),
+    _Refused("they change or decompose whole weights", quantize=_QUANTIZED, use=("evaluate",), where=OTHER_METHODS),
+)
+
+
+def require_supported(asked: MemorySettings, use: str, *circumstances: str) -> None:
+    """Check a cell of the table.
+
+    Args:
+        use: one of `USES`. circumstances: of `CIRCUMSTANCES` those that hold.
+
+    Raises:
+        ConfigError: it is refused, in a sentence that says what is possible. Or the package of a quantiser is missing.
+    """
+    quantize, offload = asked.quantize, asked.offload
+    for name, known in (("quantize", QUANTIZE), ("offload", OFFLOAD)):
+        if getattr(asked, name) not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(known)}, found {getattr(asked, name)!r}")
+    row = _refusal(quantize, offload, use, circumstances)
+    if row is not None:
+        offloads = [one for one in OFFLOAD if _refusal(quantize, one, use, circumstances) is None]
+        quantizers = [one for one in QUANTIZE if _refusal(one, offload, use, circumstances) is None]
+        possible = [
+            *([f"offload {' or '.join(offloads)} with quantize {quantize}"] if offloads else []),
+            *([f"quantize {' or '.join(quantizers)} with offload {offload}"] if quantizers else []),
+        ]
+        raise ConfigError(
+            f"expected quantize and offload that go together, found {quantize!r} and {offload!r} to {use}"
+            f"{f' {row.where}' if row.where else ''}: {row.why}; possible there: "
+            f"{', '.join(possible) or 'none with none'}"
+        )
+    package = _PACKAGES.get(quantize)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"quantize {quantize!r} needs {package}, found none: pip install {package}")
+
+
+def _refusal(quantize: str, offload: str, use: str, circumstances: Iterable[str]) -> _Refused | None:
+    for row in _TABLE:
+        here = row.where is None or row.where in circumstances
+        if here and quantize in row.quantize and offload in row.offload and use in row.use:
+            return row
+    return None
+
+
+def quantization(asked: MemorySettings, hulls: dict[str, nn.Module], dtype: torch.dtype) -> Any:
+    """diffusers' configuration that quantises these models of a pipeline while they load; None: nothing is to be.
+
+    Args:
+        hulls: models by the names of their components. dtype: in which they compute.
+    """
+    if asked.quantize == "none" or not hulls:
+        return None
+    from diffusers import PipelineQuantizationConfig
+
+    return PipelineQuantizationConfig(quant_mapping={name: _recipe(asked, hull, dtype) for name, hull in hulls.items()})
+
+
+def _recipe(asked: MemorySettings, hull: nn.Module, dtype: torch.dtype) -> Any:
+    library: Any = importlib.import_module("diffusers" if isinstance(hull, ModelMixin) else "transformers")
+    if asked.quantize == "nf4":
+        return library.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=list(_outside_of_blocks(hull)) or None,
+        )
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    recipe = Int8WeightOnlyConfig() if asked.quantize == "int8" else Float8WeightOnlyConfig()
+    return library.TorchAoConfig(recipe, modules_to_not_convert=list(_outside_of_blocks(hull)) or None)
+
+
+def _outside_of_blocks(hull: nn.Module) -> Iterator[str]:
+    """Names of a denoiser's parts around its blocks, which are small and coarse rounding would show in every pixel.
+
+    Only names that no module in a block ends in: quantisers compare parts of paths.
+    """
+    if not isinstance(hull, ModelMixin):
+        return
+    blocks = blocks_of(hull)
+    inside = {f"{path}." for block in blocks for path, _ in block.named_modules() if path}
+    for name, child in hull.named_children():
+        if set(blocks).isdisjoint(child.modules()) and not any(path.endswith(f"{name}.") for path in inside):
+            yield name
+
+
+def ready_to_draw(pipe: Any, asked: MemorySettings, device: torch.device) -> None:
+    """Put a pipeline that is loaded where it draws from, or have diffusers bring what is in use."""
+    if asked.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif asked.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif asked.offload == "group":
+        streams = device.type == "cuda"
+        pipe.enable_group_offload(
+            onload_device=device, offload_type="leaf_level", use_stream=streams, low_cpu_mem_usage=streams
+        )
+    else:
+        pipe.to(device)
