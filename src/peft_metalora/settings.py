@@ -7,7 +7,7 @@ import copy
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, field, fields
 from typing import Any
 
 _REPR = reprlib.Repr()
@@ -56,26 +56,18 @@ FACE_MODEL = (
     None,
 )
 OVERWRITE = "Replace an artefact of another kind, or another person's, that lies there.", False
-QUANTIZE = "none", "int8", "fp8", "nf4"
-OFFLOAD = "none", "model", "sequential", "group"
-
-
-@dataclass(kw_only=True)
-class MemorySettings:
-    """How a base model is held, in every command that loads one; `bases.memory` says what goes together."""
-
-    quantize: str = setting(
-        "Hold the weights of the denoiser and of large text encoders in fewer bits: int8 or fp8 (torchao), or nf4, 4 "
-        "bits (bitsandbytes, on a GPU).",
-        "none",
-        choices=QUANTIZE,
-    )
-    offload: str = setting(
-        "Where weights wait that are not in use. none: on the device; model: whole models in host memory; sequential: "
-        "layers (to draw only); group: blocks, which come ahead of the computation.",
-        "none",
-        choices=OFFLOAD,
-    )
+QUANTIZE = (
+    "Hold the weights of the denoiser and of large text encoders in fewer bits: int8 or fp8 (torchao), or nf4, 4 bits "
+    "(bitsandbytes, on a GPU).",
+    "none",
+    ("none", "int8", "fp8", "nf4"),
+)
+OFFLOAD = (
+    "Where weights wait that are not in use. none: on the device; model: whole models in host memory; sequential: "
+    "layers (to draw only); group: blocks, which come ahead of the computation.",
+    "none",
+    ("none", "model", "sequential", "group"),
+)
 
 
 def settings_list(cls: type) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelMismatchError
-from ..settings import MemorySettings
 from .base import Base, FlowBase, Text, send
-from .parts import Parts, is_hull
+from .memory import Memory
+from .parts import Parts
 
 # Pipeline class -> (file beside this one, class in it); loaded when a pipeline of that class is.
 FAMILIES = {
@@ -51,7 +51,7 @@ def open_base(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     local_files_only: bool = False,
-    memory: MemorySettings | None = None,
+    memory: Memory | None = None,
     **options: Any,
 ) -> Base:
     """A pipeline of a folder or a repository whose models are hulls: `Base.place` loads those that are needed.
@@ -79,14 +79,5 @@ def load_base(name_or_path: str | Path, *, device: torch.device | str = "cpu", *
         BaseModelMismatchError: there is no pipeline, or no family knows it.
     """
     base = open_base(name_or_path, **options)
-    parts, pipe = base.parts, base.pipeline
-    assert parts is not None
-    if parts.memory.offload == "none":
-        parts.bring(pipe, list(pipe.components), device)
-    else:  # one after another, so that a device never holds them all
-        for name in pipe.components:
-            if is_hull(getattr(pipe, name)):
-                parts.bring(pipe, [name], device)
-                getattr(pipe, name).to("cpu")
-    base.parts = None
+    base.load(device)
     return base

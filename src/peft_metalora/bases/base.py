@@ -147,6 +147,23 @@ class Base(ABC):
             elif self.stream is None:
                 self.stream = BlockStream(self.denoiser, torch.device(device))
 
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Load all that is a hull to the CPU, for good.
+
+        Args:
+            device: where it will compute, as `Parts.bring` takes it.
+        """
+        if self.parts is None:
+            return
+        if self.parts.memory.offload == "none":
+            self.parts.bring(self.pipeline, list(self.pipeline.components), device)
+        else:  # one after another, so that a device never holds them all
+            for name in self.pipeline.components:
+                if is_hull(getattr(self.pipeline, name)):
+                    self.parts.bring(self.pipeline, [name], device)
+                    getattr(self.pipeline, name).to("cpu")
+        self.parts = None
+
     def load_denoiser(self, device: torch.device | str = "cpu") -> None:
         """Load the denoiser, if it is a hull; `device` as `Parts.bring` takes it."""
         if self.parts is not None:
@@ -219,7 +236,9 @@ class Base(ABC):
         """
         self._have_here("vae")
         vae = self.pipeline.vae
-        device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
+        # Hooks of accelerate bring a VAE to its device, but not what it is to encode.
+        device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or next(vae.parameters()).device
+        dtype = next(vae.parameters()).dtype
         parts = [_finite(self.latents_of(part.to(device, dtype)).cpu(), "the VAE") for part in pixels.split(batch_size)]
         return torch.cat(parts).float()
 

@@ -11,14 +11,14 @@ import importlib
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import ModelMixin
 from torch import nn
 
 from ..errors import ConfigError
-from ..settings import OFFLOAD, QUANTIZE, MemorySettings
+from ..settings import OFFLOAD, QUANTIZE
 from .streaming import blocks_of
 
 USES = "train", "draw", "read", "evaluate"
@@ -29,8 +29,24 @@ OTHER_METHODS = "with other methods than base, meta-lora, random-down and lora"
 CIRCUMSTANCES = CPU, COMPILED, DIVIDED, DRAWING, UNCHECKPOINTED, OTHER_METHODS
 """What else may hold, and then matters."""
 
-_QUANTIZED, _WAITING = QUANTIZE[1:], OFFLOAD[1:]
+QUANTIZERS, OFFLOADS = QUANTIZE[2], OFFLOAD[2]
+_QUANTIZED, _WAITING = QUANTIZERS[1:], OFFLOADS[1:]
 _PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+
+
+class Memory(Protocol):
+    """Settings that say how a base is held."""
+
+    quantize: str
+    offload: str
+
+
+@dataclass
+class Whole:
+    """All weights as they are, all on the device."""
+
+    quantize: str = "none"
+    offload: str = "none"
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,8 @@ class _Refused:
     """Cells of the table that are refused, and why; of an axis that is left out, all."""
 
     why: str
-    quantize: tuple[str, ...] = QUANTIZE
-    offload: tuple[str, ...] = OFFLOAD
+    quantize: tuple[str, ...] = QUANTIZERS
+    offload: tuple[str, ...] = OFFLOADS
     use: tuple[str, ...] = USES
     where: str | None = None
 
@@ -62,7 +78,7 @@ _TABLE = (
 )
 
 
-def require_supported(asked: MemorySettings, use: str, *circumstances: str) -> None:
+def require_supported(asked: Memory, use: str, *circumstances: str) -> None:
     """Check a cell of the table.
 
     Args:
@@ -72,13 +88,13 @@ def require_supported(asked: MemorySettings, use: str, *circumstances: str) -> N
         ConfigError: it is refused, in a sentence that says what is possible. Or the package of a quantiser is missing.
     """
     quantize, offload = asked.quantize, asked.offload
-    for name, known in (("quantize", QUANTIZE), ("offload", OFFLOAD)):
+    for name, known in (("quantize", QUANTIZERS), ("offload", OFFLOADS)):
         if getattr(asked, name) not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}, found {getattr(asked, name)!r}")
     row = _refusal(quantize, offload, use, circumstances)
     if row is not None:
-        offloads = [one for one in OFFLOAD if _refusal(quantize, one, use, circumstances) is None]
-        quantizers = [one for one in QUANTIZE if _refusal(one, offload, use, circumstances) is None]
+        offloads = [one for one in OFFLOADS if _refusal(quantize, one, use, circumstances) is None]
+        quantizers = [one for one in QUANTIZERS if _refusal(one, offload, use, circumstances) is None]
         possible = [
             *([f"offload {' or '.join(offloads)} with quantize {quantize}"] if offloads else []),
             *([f"quantize {' or '.join(quantizers)} with offload {offload}"] if quantizers else []),
@@ -101,7 +117,7 @@ def _refusal(quantize: str, offload: str, use: str, circumstances: Iterable[str]
     return None
 
 
-def quantization(asked: MemorySettings, hulls: dict[str, nn.Module], dtype: torch.dtype) -> Any:
+def quantization(asked: Memory, hulls: dict[str, nn.Module], dtype: torch.dtype) -> Any:
     """diffusers' configuration that quantises these models of a pipeline while they load; None: nothing is to be.
 
     Args:
@@ -114,7 +130,7 @@ def quantization(asked: MemorySettings, hulls: dict[str, nn.Module], dtype: torc
     return PipelineQuantizationConfig(quant_mapping={name: _recipe(asked, hull, dtype) for name, hull in hulls.items()})
 
 
-def _recipe(asked: MemorySettings, hull: nn.Module, dtype: torch.dtype) -> Any:
+def _recipe(asked: Memory, hull: nn.Module, dtype: torch.dtype) -> Any:
     library: Any = importlib.import_module("diffusers" if isinstance(hull, ModelMixin) else "transformers")
     if asked.quantize == "nf4":
         return library.BitsAndBytesConfig(
@@ -144,7 +160,7 @@ def _outside_of_blocks(hull: nn.Module) -> Iterator[str]:
             yield name
 
 
-def ready_to_draw(pipe: Any, asked: MemorySettings, device: torch.device) -> None:
+def ready_to_draw(pipe: Any, asked: Memory, device: torch.device) -> None:
     """Put a pipeline that is loaded where it draws from, or have diffusers bring what is in use."""
     if asked.offload == "model":
         pipe.enable_model_cpu_offload(device=device)

@@ -19,8 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import BaseModelMismatchError
-from ..settings import MemorySettings
-from .memory import quantization
+from .memory import Memory, Whole, quantization
 
 
 def is_hull(part: Any) -> bool:
@@ -48,9 +47,9 @@ class Parts:
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         local_files_only: bool = False,
-        memory: MemorySettings | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        self.name, self.memory = str(name_or_path), memory or MemorySettings()
+        self.name, self.memory = str(name_or_path), memory or Whole()
         self.quantized: tuple[str, ...] = ()
         self._source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
         self._dtype = dtype

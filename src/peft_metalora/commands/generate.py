@@ -16,7 +16,9 @@ from ..settings import (
     DEVICE,
     FACE_MODEL,
     LOCAL_FILES_ONLY,
+    OFFLOAD,
     PRECISION,
+    QUANTIZE,
     READ_FACE_ALIGN,
     READ_FACE_CROP,
     READ_FACE_MARGIN,
@@ -59,6 +61,8 @@ class GenerateConfig:
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
     )
     mixed_precision: str = setting(*PRECISION[:2], choices=(*PRECISION[2], "fp16"))
+    quantize: str = setting(*QUANTIZE)
+    offload: str = setting(*OFFLOAD)
     local_files_only: bool = setting(*LOCAL_FILES_ONLY)
     device: str | None = setting(*DEVICE)
     seed: int = setting("Seed of the first image of a prompt; the next has the next seed. Equal for all subjects.", 0)
@@ -100,14 +104,16 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     import torch
     from tqdm.auto import tqdm
 
-    from ..bases import load_base
+    from ..bases import open_base
+    from ..bases.memory import CPU, ready_to_draw, require_supported
     from ..bases.precision import choose_device, choose_dtype
     from ..checkpoint.base_model import base_to_load
     from ..checkpoint.config_file import read_config
-    from ..data.images import png
-    from ..files import write_bytes
-    from ..hub.loading import HubOptions, folder_of
+    from ..data.images import load_image, png
+    from ..files import require_writable, write_bytes
+    from ..hub.loading import HubOptions, folder_of, load
     from ..pipelines.loader import enable_meta_lora
+    from ..tuner import DownSource
 
     hub: HubOptions = {"local_files_only": config.local_files_only}
     base_name, revision = config.pretrained_model_name_or_path, None
@@ -115,14 +121,28 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         first = next(iter([*config.subject, str(config.down)]))
         base_name, revision = base_to_load(None, None, read_config(folder_of(first, **hub)), first)
     device = choose_device(config.device)
-    base = load_base(
+    require_supported(config, "draw", *([CPU] if device.type == "cpu" else []))
+    require_writable(config.output_dir)
+    for photo in config.photo:
+        load_image(photo)
+    base = open_base(
         base_name,
         revision=revision,
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
+        memory=config,
         max_sequence_length=config.max_sequence_length,
     )
-    pipe = enable_meta_lora(base.pipeline).to(device)
+    downs: dict[str, DownSource] = {}
+    # What does not fit is refused before weights of the base are read.
+    for name in [*config.subject, *([] if config.down is None else [config.down])]:
+        found = load(name, model=base.denoiser, known_down=downs.get, **hub)
+        down = found if isinstance(found, DownSource) else found.down
+        downs[down.fingerprint] = down
+    del downs
+    base.load(device)
+    pipe = enable_meta_lora(base.pipeline)
+    ready_to_draw(pipe, config, device)
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"max_sequence_length": base.max_sequence_length} if base.takes_sequence_length else {}
     if config.guidance_scale is not None:

@@ -68,6 +68,8 @@ class Bench:
             config, device = self.config, choose_device(self.config.device)
             self._base = load_base(
                 _base_path(config),
+                device=device,
+                memory=config,
                 dtype=choose_dtype(config.mixed_precision, device),
                 local_files_only=config.local_files_only,
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..settings import DEVICE, LOCAL_FILES_ONLY, PRECISION, setting
+from ..settings import DEVICE, LOCAL_FILES_ONLY, OFFLOAD, PRECISION, QUANTIZE, setting
 
 DEMO = "demo"
 OPTIONS = {
@@ -83,6 +83,8 @@ class EvaluateConfig:
         ["r_facesim=0.3", "clip_t=0.25", "adherence=0.75"],
     )
     mixed_precision: str = setting(*PRECISION)
+    quantize: str = setting(*QUANTIZE)
+    offload: str = setting(*OFFLOAD)
     local_files_only: bool = setting(*LOCAL_FILES_ONLY)
     device: str | None = setting(*DEVICE)
     gallery: int = setting("People shown in the report's galleries.", 4)

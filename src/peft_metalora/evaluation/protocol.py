@@ -29,6 +29,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
     from accelerate import PartialState
     from tqdm.auto import tqdm
 
+    from ..bases.memory import CPU, OTHER_METHODS, require_supported
     from ..bases.precision import choose_device
     from ..data import read_subjects
     from .bench import Bench
@@ -38,6 +39,10 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
     from .report import write_report
 
     _check_places(config)
+    methods = [Method.parse(text) for text in config.method]
+    others = any(method.kind not in ("base", "meta-lora", "random-down", "lora") for method in methods)
+    circumstances = {CPU: choose_device(config.device).type == "cpu", OTHER_METHODS: others}
+    require_supported(config, "evaluate", *(name for name, holds in circumstances.items() if holds))
     subjects = read_subjects(config.data, min_photos=2)
     conditions = conditions_of(config.degrade, config.data, subjects)
     prompts = prompts_of(config)
@@ -45,7 +50,6 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
         export_prompts(config, prompts)
     if not (config.method or config.images):
         return Path(str(config.export_prompts))
-    methods = [Method.parse(text) for text in config.method]
     # The base learns no reference, so that it is the same for a bad one.
     learners = [method for method in methods if method.kind != "base"]
     # Without cpu=True accelerate starts no process group on a machine without GPUs, and every process does all.

@@ -61,7 +61,10 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
     for parameter in own:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if config.gradient_checkpointing:
+    if base.stream is not None:
+        base.stream.settle()
+        denoiser.enable_gradient_checkpointing(base.stream.checkpointed)
+    elif config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser.train()
     return [parameter for parameter in own if parameter.requires_grad]

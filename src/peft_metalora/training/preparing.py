@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from ..bases import Base, open_base
+from ..bases.memory import COMPILED, CPU, DIVIDED, DRAWING, UNCHECKPOINTED, require_supported
 from ..bases.precision import choose_dtype
 from ..checkpoint.artefacts import what_else
 from ..checkpoint.base_model import check_fits
@@ -19,6 +20,7 @@ from ..data import Subject
 from ..errors import ConfigError, NoImagesError, UnreadableImageError
 from ..files import require_apart, require_writable
 from ..tuner import DownSource
+from .engine.compiling import backend_of
 from .engine.origin import BaseDigest, Origin, photos_of
 from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
@@ -125,15 +127,25 @@ def prepare(
         The base, its examples, what `encode_more` gave, and, if there are to be checkpoints, what all is made from.
 
     Raises:
-        As `check_photos`, `open_base`, `check_fits`, `encode_subjects` and `shard`.
+        As `require_supported`, `check_photos`, `open_base`, `check_fits`, `encode_subjects` and `shard`.
     """
     whole = not wants_shards(processes, config)
+    draws = bool(config.validation_steps and config.validation_prompt)
+    circumstances = {
+        CPU: device.type == "cpu",
+        COMPILED: backend_of(config) is not None,
+        DIVIDED: not whole,
+        DRAWING: draws,
+        UNCHECKPOINTED: not config.gradient_checkpointing,
+    }
+    require_supported(config, "train", *(name for name, holds in circumstances.items() if holds))
     check_photos(config, subjects)
     base = open_base(
         config.pretrained_model_name_or_path,
         revision=config.revision,
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
+        memory=config,
         weighting_scheme=config.weighting_scheme,
         max_sequence_length=config.max_sequence_length,
     )
@@ -150,7 +162,6 @@ def prepare(
         origin["photos"] = photos_of(subjects, getattr(config, "balance_by", None))
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
     more = None if encode_more is None else encode_more(base, examples)
-    draws = bool(config.validation_steps and config.validation_prompt)
     base.place(device, encoders=draws, denoiser=whole, vae=not config.views_per_image)
     base.load_denoiser()
     if with_origin:

@@ -20,8 +20,10 @@ from ..settings import (
     DOWN_REVISION,
     FACE_MODEL,
     LOCAL_FILES_ONLY,
+    OFFLOAD,
     OVERWRITE,
     PRECISION,
+    QUANTIZE,
     REVISION,
     fault_of,
     setting,
@@ -95,6 +97,8 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting("Batches whose gradients are summed before a step.", 1)
     gradient_checkpointing: bool = setting("Recompute activations in the backward pass: less memory, more time.", False)
     mixed_precision: str = setting(*PRECISION)
+    quantize: str = setting(*QUANTIZE)
+    offload: str = setting(*OFFLOAD)
     dynamo_backend: str | None = setting(
         "Compile the denoiser's blocks with this backend of torch.compile, for example 'inductor'; 'no': not. "
         "Default: what accelerate launch was told.",

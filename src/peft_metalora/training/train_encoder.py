@@ -277,6 +277,7 @@ def stacks(base: Base, config: TrainEncoderConfig, processes: Processes) -> tupl
         (wants_shards(processes, config), "the base is divided over processes"),
         (config.gradient_checkpointing, "gradient_checkpointing"),
         (backend_of(config) is not None, "dynamo_backend"),
+        (config.quantize != "none", "quantize"),
     ):
         if asked:
             return False, why

@@ -62,9 +62,13 @@ class SlotGradients:
         with autocast(self._precision, device, adapter_casts=True):
             losses = self.base.loss(inputs["latents"], text, inputs["noise"], inputs["times"], inputs.get("mask"))
         rows = losses.unflatten(0, (count, each)).mean(1)
-        # No row depends on another's numbers, so that the gradient of the sum is each one's own.
-        gradients = torch.autograd.grad(rows.sum(), self._factors)
-        return rows.detach(), torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
+        for factor in self._factors:
+            factor.grad = None
+        # No row depends on another's numbers, so that the gradient of the sum is each one's own. Not by autograd.grad:
+        # streamed blocks are checkpointed in the reentrant way, which knows nothing of it.
+        rows.sum().backward()
+        gradients = [factor.grad for factor in self._factors]
+        return rows.detach(), torch.cat([one.flatten(1) for one in gradients if one is not None], dim=1).float()
 
     @torch.no_grad()
     def show(self, subject: Tensor) -> None:
