@@ -21,8 +21,8 @@ def test_never_all_of_a_base_is_loaded_at_once(place, tmp_path, monkeypatch):
     together = []
     bring = Parts.bring
 
-    def watch(self, pipeline, names):
-        bring(self, pipeline, names)
+    def watch(self, pipeline, names, *device):
+        bring(self, pipeline, names, *device)
         parts = pipeline.components.items()
         together.append({name for name, part in parts if isinstance(part, torch.nn.Module) and not is_hull(part)})
 
