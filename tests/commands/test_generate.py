@@ -1,9 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `metalora generate` calls the files of its images."""
+"""What `metalora generate` draws, refuses before a base is loaded, and calls its files."""
 
 from __future__ import annotations
 
-from peft_metalora.commands.generate import _file_names
+import numpy as np
+import pytest
+from PIL import Image
+
+from artefacts_tiny import write_subjects
+from peft_metalora.bases.parts import Parts
+from peft_metalora.commands.generate import GenerateConfig, _file_names, generate
+from peft_metalora.errors import BaseModelMismatchError, ConfigError, UnreadableImageError
+from pipelines_tiny import tiny_flux_pipeline
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """A folder with a tiny base, a Down and Ann."""
+    folder = tmp_path_factory.mktemp("generate")
+    pipe = tiny_flux_pipeline()
+    pipe.save_pretrained(folder / "base")
+    return write_subjects(folder, pipe.transformer, "ann", lora_alpha=16, target_modules=["to_q", "to_v"])
+
+
+def drawn(people, output, **changes):
+    """The pictures of a short prompt at 32 px, as numbers."""
+    settings = {"pretrained_model_name_or_path": str(people / "base"), "subject": [str(people / "ann")]}
+    settings |= {"prompt": ["a red shirt"], "num_inference_steps": 2, "resolution": 32, "device": "cpu"}
+    files = generate(GenerateConfig(**{**settings, "output_dir": str(output), **changes}), progress=False)
+    return np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+
+
+def test_it_draws_the_same_from_weights_that_wait(people, tmp_path):
+    there = drawn(people, tmp_path / "there", quantize="int8")
+    waiting = drawn(people, tmp_path / "waiting", quantize="int8", offload="model")
+    assert np.abs(there - waiting).max() <= 1
+    assert np.abs(there - drawn(people, tmp_path / "base", subject=[], quantize="int8")).max() > 1
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_read(people, tmp_path, monkeypatch):
+    """Bug: a subject of another base, or a photo that is none, was noticed when the whole base had been loaded."""
+    monkeypatch.setattr(Parts, "bring", lambda *_: pytest.fail("weights are loaded"))
+    other = tiny_flux_pipeline(attention_head_dim=16)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(BaseModelMismatchError, match="expected a base model"):
+        drawn(people, tmp_path, pretrained_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="to draw on a CPU: accelerate brings layers to a GPU only"):
+        drawn(people, tmp_path, offload="sequential")
+    (tmp_path / "ann.png").write_bytes(b"no image")
+    with pytest.raises(UnreadableImageError, match=r"ann\.png"):
+        drawn(people, tmp_path, subject=[], photo=[str(tmp_path / "ann.png")], down=str(people / "faces"))
 
 
 def test_files_of_generated_images_have_names_of_their_own() -> None:
