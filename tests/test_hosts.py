@@ -39,7 +39,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "accelerate.hooks.AlignDevicesHook":
         ("389db1d0fa3b", "pipelines/denoiser.py", "taken off containers of factors"),
     "accelerate.hooks.add_hook_to_module":
-        ("1eaa07ffc77f", "pipelines/denoiser.py", "where sequential offloading keeps its hook: _hf_hook"),
+        ("1eaa07ffc77f", "pipelines/denoiser.py, bases/base.py", "where accelerate keeps its hook: _hf_hook"),
     "accelerate.utils.fsdp_utils.fsdp2_prepare_auto_wrap_policy":
         ("78c147829813", "training/engine/sharding.py", "undocumented: which modules are divided alone"),
     "accelerate.utils.launch.prepare_multi_gpu_env":
@@ -84,8 +84,10 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("334fc45b14f8", "tuner/adding.py, tuner/placing.py", "when _hf_peft_config_loaded is set"),
     "diffusers.models.modeling_utils.ModelMixin._keep_in_fp32_modules":
         ("c4417c9a7b7c", "bases/base.py", "read: which modules stay float32"),
+    "diffusers.models.modeling_utils.ModelMixin._no_split_modules":
+        ("fd7e00a83b2f", "bases/streaming.py", "read where there are no _repeated_blocks"),
     "diffusers.models.modeling_utils.ModelMixin._repeated_blocks":
-        ("d4d61900a9e2", "training/engine/compiling.py", "read: which blocks are compiled"),
+        ("d4d61900a9e2", "training/engine/compiling.py, bases/streaming.py", "read: what is compiled and streamed"),
     "diffusers.models.modeling_utils.ModelMixin.dtype":
         ("4caecec98547", "bases/base.py", "copied for speed"),
     "diffusers.pipelines.flux.pipeline_flux.FluxPipeline._pack_latents":

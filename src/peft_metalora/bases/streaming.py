@@ -63,12 +63,17 @@ class BlockStream:
     def settle(self) -> None:
         """Bring what has been put on the model since, such as an adapter, to the device."""
         for module in self.model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in self._streamed and parameter.device != self.device:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in self._streamed or parameter.device == self.device:
+                    continue
+                if type(parameter) is nn.Parameter:
                     parameter.data = parameter.data.to(self.device)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(self.device)
+                else:  # what a quantiser made has its numbers elsewhere
+                    moved = parameter.to(self.device)
+                    own = moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
+                    setattr(module, name, own)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(self.device))
 
     def checkpointed(self, module: nn.Module, *args: Any) -> Any:
         """Run a module now and once more in the backward pass, for `enable_gradient_checkpointing`."""
@@ -197,7 +202,7 @@ class _Host:
 
 def _weights_of(block: nn.Module) -> Iterator[_Weight]:
     for module in block.modules():
-        parameter = module._parameters.get("weight") if isinstance(module, _LAYERS) else None
+        parameter: Any = module.weight if isinstance(module, _LAYERS) else None
         if parameter is not None and not parameter.requires_grad:
             inner = list(getattr(type(parameter), "tensor_data_names", ()))
             largest = max(inner, key=lambda name: getattr(parameter, name).nbytes) if inner else "data"
