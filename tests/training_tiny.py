@@ -52,14 +52,14 @@ def write_people(
     return folder
 
 
-def teach_to_read(down: Path, size: int = 6, **config: Any) -> Path:
+def teach_to_read(down: Path, size: int = 6, base: Base | None = None, **config: Any) -> Path:
     """Lay a random subject space and a random encoder beside a Down."""
     source = load_down(down)
     space = SubjectSpace.around(source, size)
     with torch.no_grad():
         space.basis.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     of_encoder = EncoderConfig(**{"resolution": 16, "code_size": size, "width": 8, "hidden": 16, **config})
-    return save_reader(down, space.rounded(), make_encoder(of_encoder, tiny_base().encode_images))
+    return save_reader(down, space.rounded(), make_encoder(of_encoder, (base or tiny_base()).encode_images))
 
 
 class Brightness:

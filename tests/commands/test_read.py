@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from peft_metalora.metrics import Embeddings, Face
 from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
 from training_tiny import teach_to_read, write_people
 
+ROOT = Path(__file__).parents[2]
 SIZE = ["--resolution", "16", "--num_inference_steps", "1", "--max_sequence_length", "8"]
 
 
@@ -227,6 +230,37 @@ def test_bad_input_is_one_sentence_and_writes_nothing(home, tmp_path, capsys):
     assert read(home, "--data", home / "people", "--output_dir", out) == 2
     assert "found the subject 'somebody', not 'person-2'" in capsys.readouterr().err
     assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def commands_of(page):
+    """The command lines of a page's blocks, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    return [words[1:] for line in lines if (words := shlex.split(line, comments=True))[:1] == ["metalora"]]
+
+
+@pytest.mark.filterwarnings("ignore:3 people", "ignore:views show")
+@pytest.mark.parametrize("page", ["README.md", "docs/how_a_photo_becomes_a_person.md"])
+def test_the_commands_of_the_pages_run_as_they_are_printed(home, tmp_path, monkeypatch, page):
+    """On a tiny base, for which sizes are added."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faces").symlink_to(home / "down")
+    (tmp_path / "people").symlink_to(home / "people")
+    if page != "README.md":
+        (tmp_path / "faces-reading").symlink_to(home / "reading")
+    for name in ("ann", "ann-1", "ann-2"):
+        Image.open(home / "people" / "person-0" / "0.png").save(tmp_path / f"{name}.jpg")
+    tiny = ["--resolution", "16", "--device", "cpu"]
+    sizes = {
+        "train-encoder": [*tiny, "--max_train_steps", "1", "--encoder_width", "8", "--code_size", "4"],
+        "personalize": [*tiny, "--max_train_steps", "1", "--views_per_image", "2"],
+        "generate": SIZE,
+    }
+    commands = [words for words in commands_of(page) if words[0] in ("read", *sizes)]
+    assert len(commands) >= 3
+    for words in commands:
+        assert main([*words, *sizes.get(words[0], ["--device", "cpu"])]) == 0, words
+    assert load_subject("ann") and list((tmp_path / "images").glob("ann-*.png"))
 
 
 def test_no_weights_but_the_vaes_are_read(home, tmp_path):

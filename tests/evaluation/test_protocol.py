@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_metalora.bases import load_base
+from peft_metalora.bases import base_for, load_base
 from peft_metalora.cli import main
 from peft_metalora.data import read_subjects
-from peft_metalora.demo.embedded import BASE
+from peft_metalora.demo.embedded import ASSETS, BASE
+from peft_metalora.demo.embedded import load_base as load_demo
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.errors import ConfigError
 from peft_metalora.evaluation.bench import Bench
@@ -24,6 +25,7 @@ from peft_metalora.evaluation.methods import run_method
 from peft_metalora.evaluation.plots import plot
 from peft_metalora.evaluation.prompts import read_prompts
 from peft_metalora.evaluation.protocol import evaluate
+from training_tiny import Brightness, teach_to_read
 
 METHODS = ("meta-lora:start=mean,lr=3e-3", "lora:r=1,lr=1e-2", "textual-inversion:lr=1e-1")
 
@@ -172,6 +174,31 @@ def test_the_prompt_set_names_the_person_in_every_prompt() -> None:
     assert len(prompts) == 20 and all("a sks person" in prompt.text and "{" not in prompt.text for prompt in prompts)
 
 
+def test_a_person_who_is_read_is_drawn_before_the_first_step_and_stays_when_the_run_stops(
+    people: Path, prompts: Path, tmp_path: Path
+) -> None:
+    down = teach_to_read(shutil.copytree(ASSETS / "down", tmp_path / "down"), base=base_for(load_demo()), resolution=64)
+    settings = {"data": str(people), "output": str(tmp_path / "out"), "prompts": str(prompts), "device": "cpu"}
+    settings |= {"num_inference_steps": 1, "views_per_image": 1, "train_batch_size": 1}
+    method = f"meta-lora:start=encoder,lr=1.0,down={down}"
+    evaluate(EvaluateConfig(**settings, method=[method, "base", "lora:r=1"], steps=[0, 2, 3]), progress=False)
+    rows = {(row["method"], row["subject"], row["steps"]): row for row in results(tmp_path / "out")}
+    assert {(name, steps) for name, _, steps in rows} == {
+        *((method, steps) for steps in (0, 2, 3)), *(("lora:r=1", steps) for steps in (2, 3)), ("base", 0)
+    }  # fmt: skip
+    for person in ("held-out-0000", "held-out-0001"):
+        read, stopped, later = ((tmp_path / "out" / rows[method, person, s]["file"]).read_bytes() for s in (0, 2, 3))
+        assert read != stopped == later
+    face = teach_to_read(shutil.copytree(ASSETS / "down", tmp_path / "face"), source=f"face:{__name__}:judge")
+    judged = {"embedder": f"{__name__}:judge", "face_model": f"{__name__}:judge", "steps": [0]}
+    with pytest.raises(ConfigError, match="a judge that the encoder does not read through"):
+        evaluate(EvaluateConfig(**settings, **judged, method=[f"meta-lora:start=encoder,down={face}"]), progress=False)
+
+
+def judge() -> Brightness:
+    return Brightness()
+
+
 def test_prompts_that_the_embedded_judge_cannot_read_stop_before_any_training(people: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.yaml").write_text('actions: ["{subject} riding a bicycle"]\n')
     settings = {"data": str(people), "output": str(tmp_path / "out"), "method": ["full"], "device": "cpu"}
@@ -195,7 +222,9 @@ def test_prompts_that_the_embedded_judge_cannot_read_stop_before_any_training(pe
         ({"method": ["base"], "coverage": ["r_facesim"]}, "coverage must be SCORE=NUMBER, .* found 'r_facesim'"),
         ({"method": ["base"], "subject_name": " "}, "subject_name must be a text"),
         ({"images": ["x"]}, "images must be NAME=DIR"),
-        ({"method": ["base"], "steps": [0]}, "steps must be"),
+        ({"method": ["base"], "steps": [-1]}, "steps must be"),
+        ({"method": ["base", "lora:r=1", "meta-lora:start=encoder"], "steps": [0]}, "at least 1 for lora:r=1, found"),
+        ({"method": ["meta-lora:start=photo"]}, "start to be one of encoder, stored, mean, fresh, found 'photo'"),
         ({}, "expected something to do"),
     ],
 )

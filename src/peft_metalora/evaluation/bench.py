@@ -16,10 +16,13 @@ from PIL import Image
 from .. import hub
 from ..bases import Base, load_base
 from ..bases.precision import autocast, choose_device, choose_dtype
+from ..checkpoint.reader_files import READER_FILES
 from ..data import Photo, Subject, load_image, read_tags
 from ..data.images import png
-from ..errors import MetricInputError, TrainingError
+from ..encoder.reader import Reader, load_reader, no_encoder
+from ..errors import ConfigError, MetricInputError, TrainingError
 from ..files import write_bytes
+from ..hub.loading import folder_of
 from ..tuner import DownSource
 from .cells import Cell, hash_of, home_of, is_complete
 from .conditions import Condition, bad_reference
@@ -59,6 +62,7 @@ class Bench:
         self._asked = [(number, seed) for number in range(len(self.prompts)) for seed in range(config.seeds)]
         self._base: Base | None = None
         self._downs: dict[str, DownSource] = {}
+        self._readers: dict[str, Reader] = {}
         self._judge: Judge | None = None
 
     @property
@@ -95,6 +99,7 @@ class Bench:
         if condition is not None:
             reference = bad_reference(config.data, subject, condition, home / "references")
         steps = sorted(set(config.steps)) if condition is None else [max(config.steps)]
+        steps = [count for count in steps if count or method.reads]
         made_from = {
             "method": method.text,
             **{name: getattr(config, name) for name in _MADE_FROM},
@@ -161,10 +166,15 @@ class Bench:
         if method.kind == "base":
             yield Stop(0, 0.0, 0, self.config.subject_name)
             return
-        down = self.down(method)
-        run = run_method(self.base, method, reference, self.config, down, steps=max(steps))
-        seconds = 0.0
+        down, begin = self.down(method), time.perf_counter()
+        read = [] if down is None or not method.reads else [self._reader(method, down).read([reference], down)]
+        seconds = time.perf_counter() - begin if read else 0.0
+        run = run_method(self.base, method, reference, self.config, down, steps=max(steps), read=read)
         try:
+            if 0 in steps:
+                self.base.denoiser.eval()
+                yield Stop(0, seconds, run.trainable_parameters, run.subject_name)
+                self.base.denoiser.train(run.trains_in_train_mode)
             start = time.perf_counter()
             for step in run.steps():
                 if step.number in steps:
@@ -173,8 +183,36 @@ class Bench:
                     yield Stop(step.number, seconds, run.trainable_parameters, run.subject_name)
                     self.base.denoiser.train(run.trains_in_train_mode)
                     start = time.perf_counter()
+            seconds += time.perf_counter() - start
+            self.base.denoiser.eval()
+            for count in steps:  # from a read start it stops by itself, and stays what it is
+                if count > run.steps_done:
+                    yield Stop(count, seconds, run.trainable_parameters, run.subject_name)
         finally:
             run.remove()
+
+    def _reader(self, method: Method, down: DownSource) -> Reader:
+        """What reads for a method's Down, loaded once.
+
+        Raises:
+            ArtefactNotFoundError: the Down has no encoder. ConfigError: it sees with the eyes of the judge.
+            As `load_reader`.
+        """
+        name = down_name(self.config, method)
+        if down.config.encoder_fingerprint is None:
+            raise no_encoder(name)
+        if name not in self._readers:
+            folder = folder_of(name, READER_FILES, local_files_only=self.config.local_files_only)
+            self._readers[name] = load_reader(folder, down, self.base.encode_images, self.config.face_model)
+            self._readers[name].encoder.to(self.base.device)
+            kind, _, own = self._readers[name].encoder.config.source.partition(":")
+            judge = self.config.embedder or ("" if self.config.base == DEMO else "insightface")
+            if kind == "face" and (own or "insightface") == judge:
+                raise ConfigError(
+                    f"method {method.text!r}: expected a judge that the encoder does not read through, found "
+                    f"{judge!r} for both: give another embedder"
+                )
+        return self._readers[name]
 
     def down(self, method: Method) -> DownSource | None:
         """The Down that a method needs, loaded once.

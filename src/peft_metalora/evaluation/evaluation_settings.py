@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..settings import DEVICE, LOCAL_FILES_ONLY, OFFLOAD, PRECISION, QUANTIZE, setting
+from ..settings import DEVICE, FACE_MODEL, LOCAL_FILES_ONLY, OFFLOAD, PRECISION, QUANTIZE, setting
 
 DEMO = "demo"
 OPTIONS = {
@@ -26,6 +26,7 @@ OPTIONS = {
     "full": ("lr",),
 }
 _WHOLE = ("r", "block", "tokens")
+_STARTS = ("encoder", "stored", "mean", "fresh")
 
 
 @dataclass(kw_only=True)
@@ -55,8 +56,12 @@ class EvaluateConfig:
     )
     subject_name: str = setting("What {subject} in prompts becomes.", "a person")
     down: str | None = setting("The Down: a folder or a repository id. Default: with base 'demo' its own.", None)
+    face_model: str | None = setting(*FACE_MODEL)
     instance_prompt: str | None = setting("Caption of references that have none.", "a photo of a person")
-    steps: list[int] = setting("Numbers of steps to draw after.", [375])
+    steps: list[int] = setting(
+        "Numbers of steps to draw after. 0 is for meta-lora:start=encoder: the person as read from the reference.",
+        [375],
+    )
     seeds: int = setting("Images of each person and prompt, seeds 0, 1, ...", 1)
     learning_rate: float = setting("Learning rate of methods that name no lr.", 1e-3)
     train_batch_size: int = setting("Views in a batch.", 4)
@@ -93,8 +98,8 @@ class EvaluateConfig:
         for name in ("seeds", "train_batch_size", "views_per_image", "num_inference_steps", "gallery"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if not self.steps or min(self.steps) < 1:
-            raise ConfigError(f"steps must be one or more numbers of at least 1, found {self.steps}")
+        if not self.steps or min(self.steps) < 0:
+            raise ConfigError(f"steps must be one or more numbers of at least 0, found {self.steps}")
         if not (self.method or self.images or self.export_prompts):
             raise ConfigError("expected something to do, found none: give `method`, `images` or `export_prompts`")
         if self.lpips is not None and self.seeds < 2:
@@ -105,7 +110,11 @@ class EvaluateConfig:
             name, folder = named(text)
             if not (name and folder and Path(folder).is_dir()):
                 raise ConfigError(f"images must be NAME=DIR with a folder that is there, found {text!r}")
-        names = [Method.parse(text).folder for text in self.method]
+        methods = [Method.parse(text) for text in self.method]
+        learning = [one.text for one in methods if one.kind != "base" and not one.reads]
+        if max(self.steps) == 0 and learning:
+            raise ConfigError(f"steps must hold a number of at least 1 for {', '.join(learning)}, found {self.steps}")
+        names = [one.folder for one in methods]
         names += [safe(named(text)[0]) for text in self.images]
         plain = [name.casefold() for name in names]  # folders are one on file systems that ignore case
         if "degraded" in plain:
@@ -160,6 +169,8 @@ class Method:
                 raise ConfigError(f"method {text!r}: expected options {known}, found {name!r}")
             if name in _WHOLE and not (value.isdecimal() and int(value) > 0):
                 raise ConfigError(f"method {text!r}: expected {name} to be a whole number above 0, found {value!r}")
+            if name == "start" and value not in _STARTS:
+                raise ConfigError(f"method {text!r}: expected start to be one of {', '.join(_STARTS)}, found {value!r}")
             if name == "lr" and not (_is_number(value) and float(value) > 0):
                 raise ConfigError(f"method {text!r}: expected lr to be a number above 0, found {value!r}")
         return cls(text, kind, options)
@@ -168,6 +179,11 @@ class Method:
     def folder(self) -> str:
         """Its name as a folder."""
         return safe(self.text)
+
+    @property
+    def reads(self) -> bool:
+        """Whether it starts as the Down's encoder reads the reference."""
+        return self.options.get("start") == "encoder"
 
     def number(self, name: str, default: int) -> int:
         """A whole-number option."""

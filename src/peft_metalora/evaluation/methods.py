@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bases import Base
+from ..checkpoint.space import CodeSource
 from ..data import Photo, Subject
 from ..errors import ConfigError
 from ..training.examples.batches import Examples
@@ -37,11 +39,12 @@ class MethodRun(Personalization):
         method: Method,
         down: DownSource | None,
         subject_name: str,
+        read: Sequence[CodeSource] = (),
     ) -> None:
         self.method, self.subject_name = method, subject_name
         self._before: dict[str, Tensor] = {}
         self._word: NewWord | None = None
-        super().__init__(base, examples, config, down)
+        super().__init__(base, examples, config, down, read=read)
 
     @property
     def trains_in_train_mode(self) -> bool:
@@ -79,9 +82,19 @@ class MethodRun(Personalization):
 
 
 def run_method(
-    base: Base, method: Method, reference: Photo, config: EvaluateConfig, down: DownSource | None, *, steps: int
+    base: Base,
+    method: Method,
+    reference: Photo,
+    config: EvaluateConfig,
+    down: DownSource | None,
+    *,
+    steps: int,
+    read: Sequence[CodeSource] = (),
 ) -> MethodRun:
     """A method put on the base, ready for its `steps()` on one reference.
+
+    Args:
+        read: the person as they were read from the reference, for a method that starts there.
 
     Raises:
         ConfigError, BaseModelMismatchError and what else the tuner raises; the pipeline is then as it was.
@@ -90,6 +103,8 @@ def run_method(
     if method.kind == "meta-lora":
         start = method.options.get("start", "stored")
         settings = {"method": "meta-lora", "start": start, "down": down_name(config, method)}
+    if "lr" in method.options or not method.reads:  # a read start has a rate of its own
+        settings["learning_rate"] = float(method.options.get("lr", config.learning_rate))
     training = PersonalizeConfig(
         pretrained_model_name_or_path=config.base,
         output_dir=config.output,
@@ -97,7 +112,6 @@ def run_method(
         max_train_steps=steps,
         train_batch_size=config.train_batch_size,
         views_per_image=config.views_per_image,
-        learning_rate=float(method.options.get("lr", config.learning_rate)),
         mixed_precision=config.mixed_precision,
         instance_prompt=config.instance_prompt,
         **settings,
@@ -110,7 +124,7 @@ def run_method(
         examples = encode_subjects(base, [Subject("person", [reference])], training, views, progress=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        return MethodRun(base, examples, training, method, down, config.subject_name)
+        return MethodRun(base, examples, training, method, down, config.subject_name, read)
 
 
 def down_name(config: EvaluateConfig, method: Method) -> str:
