@@ -16,7 +16,7 @@ from peft import inject_adapter_in_model
 from PIL import Image
 
 from peft_metalora import enable_meta_lora, save_subject
-from peft_metalora.bases import load_base
+from peft_metalora.bases import base_for, load_base
 from peft_metalora.service.api import make_api
 from peft_metalora.service.artist import Artist
 from peft_metalora.service.desk import Desk
@@ -26,6 +26,7 @@ from peft_metalora.service.people import People, Place
 from peft_metalora.service.serve_settings import ServeConfig
 from peft_metalora.service.tasks import Drawn
 from peft_metalora.service.tenants import Tenants
+from pipelines_tiny import tiny_flux_pipeline
 
 TOKENS = {"acme": ["token-of-acme-0123456789"], "other": ["token-of-other-0123456789"]}
 TOKENS["operator"] = ["token-of-the-operator-0123"]
@@ -135,8 +136,7 @@ class Service:
         self.config = settings(home, people, **changes)
         self.place = Place(self.config.people)
         if pool is None:
-            name = str(home / "base")
-            bases = [load_base(name, max_sequence_length=8) for _ in range(copies)]
+            bases = [base_for(tiny_flux_pipeline(), max_sequence_length=8) for _ in range(copies)]
             pool = Pool([Artist(base, self.place, self.config) for base in bases])
             offer = pool.artists[0].offer
         else:

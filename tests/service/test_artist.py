@@ -183,7 +183,8 @@ def test_somebody_is_tuned_step_by_step(home, tmp_path, run):
         config = dataclasses.replace(config, pretrained_model_name_or_path=str(home / "base"))
         base = load_base(str(home / "base"), max_sequence_length=8)
         before = {name: weight.clone() for name, weight in base.denoiser.state_dict().items()}
-        tuner, person = Tuner(base, config), Person("acme", "ann", "0" * 32, 1, "said yes", 0.0)
+        service, (person, *_) = await with_people(home, tmp_path)
+        tuner = Tuner(base, config)
         photos = [base64.b64decode(photo())]
         steps = [step async for step in tuner.tune(photos, person, None)]
         with pytest.raises(RefusedError, match="photos to learn from"):
@@ -191,9 +192,16 @@ def test_somebody_is_tuned_step_by_step(home, tmp_path, run):
         early = tuner.tune(photos, person, "a photo of ann")
         assert await anext(early) == 1
         await early.aclose()
-        return steps, before, base.denoiser.state_dict()
+        begun = asyncio.ensure_future(anext(tuner.tune(photos, person, None)))
+        await asyncio.sleep(0.01)
+        begun.cancel()
+        await asyncio.wait([begun])
+        read = await service.pool.artists[0].draw(task(person))
+        person = service.people.put_files(person, steps[-1])
+        return steps, before, base.denoiser.state_dict(), read, await service.pool.artists[0].draw(task(person))
 
-    (*steps, files), before, after = run(work())
+    (*steps, files), before, after, read, tuned = run(work())
+    assert 0 < np.abs(pixels(read) - pixels(tuned)).max() < 40, "tuned from who was read"
     assert steps == [1, 2]
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     for name, content in files.items():

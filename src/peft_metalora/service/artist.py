@@ -289,7 +289,7 @@ class Artist:
 def _reader_of(config: ServeConfig, down: DownSource, base: Base, hub: HubOptions) -> Reader | None:
     try:
         folder = folder_of(str(config.down), READER_FILES, **hub)
-        return load_reader(folder, down, base.encode_images)
+        return load_reader(folder, down, base.encode_images, config.face_model)
     except ArtefactNotFoundError:
         return None
 

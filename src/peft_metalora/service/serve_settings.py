@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..settings import BASE_OF_DOWN, DEVICE, DOWN_REVISION, LOCAL_FILES_ONLY, PRECISION, REVISION, setting
+from ..settings import BASE_OF_DOWN, DEVICE, DOWN_REVISION, FACE_MODEL, LOCAL_FILES_ONLY, PRECISION, REVISION, setting
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -54,6 +54,7 @@ class ServeConfig:
     revision: str | None = setting(*REVISION)
     down_revision: str | None = setting(*DOWN_REVISION)
     local_files_only: bool = setting(*LOCAL_FILES_ONLY)
+    face_model: str | None = setting(*FACE_MODEL)
     max_sequence_length: int | None = setting(
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
     )
@@ -72,7 +73,7 @@ class ServeConfig:
     )
     rate: float | None = setting("Requests a second of each tenant; more are refused (429). Default: no limit.", None)
     timeout: float = setting("Seconds in which a request is answered; after that it is refused (503).", 120.0)
-    tune_steps: int = setting("Steps of a person that is tuned.", 200)
+    tune_steps: int = setting("Most steps of a person who is tuned.", 100)
     log_dir: str | None = setting("Folder for logs, a file of JSON lines for each process. Default: Ray's own.", None)
 
     def __post_init__(self) -> None:

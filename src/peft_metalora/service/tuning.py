@@ -9,13 +9,19 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from ..bases import Base
+from ..checkpoint.reader_files import READER_FILES
+from ..checkpoint.space import CodeSource, SubjectCode, load_space
 from ..data import Photo, Subject
 from ..errors import MetaLoraError
-from ..hub.loading import load_down
+from ..hub.loading import HubOptions, folder_of, load_down
 from ..training.examples.encoding import encode_subjects
 from ..training.stage_2 import Personalization
 from ..training.stage_settings import PersonalizeConfig
+from ..tuner.down import subject_config
 from .artist import load_copy
 from .people import Person
 from .serve_settings import ServeConfig
@@ -28,15 +34,16 @@ class Tuner:
     """A pipeline that is trained on, never drawn with.
 
     Raises:
-        As `load_down`.
+        As `load_down` and `load_space`.
     """
 
     def __init__(self, base: Base, config: ServeConfig) -> None:
         self._base, self._config = base, config
-        self._down = load_down(
-            str(config.down), revision=config.down_revision, local_files_only=config.local_files_only
-        )
+        hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
+        self._down = load_down(str(config.down), **hub)
+        self._space = load_space(folder_of(str(config.down), READER_FILES, **hub), self._down)
         self._turn = asyncio.Lock()
+        self._run: Personalization | None = None
 
     async def tune(self, photos: Sequence[bytes], person: Person, prompt: str | None) -> AsyncIterator[Progress]:
         """Tune one person at a time; yields each step that is done, and at the end the files of a subject.
@@ -47,18 +54,20 @@ class Tuner:
         async with self._turn:
             try:
                 run = await to_its_end(self._begin, photos, person, prompt)
-            except MetaLoraError as error:
-                raise RefusedError(422, f"expected photos to learn from: {type(error).__name__}") from error
-            try:
                 steps = run.steps()
                 while (step := await to_its_end(next, steps, None)) is not None:
                     yield step.number
                 files = await to_its_end(_files_of, run, person)
+            except MetaLoraError as error:
+                raise RefusedError(422, f"expected photos to learn from, found {type(error).__name__}") from error
             finally:
-                run.remove()
+                if self._run is not None:
+                    self._run.remove()
+                    self._run = None
             yield files
 
     def _begin(self, photos: Sequence[bytes], person: Person, prompt: str | None) -> Personalization:
+        """From who was read; `_run` is what there is to take off, whoever waits for it."""
         config = PersonalizeConfig(
             pretrained_model_name_or_path=str(self._config.pretrained_model_name_or_path),
             output_dir="unused",
@@ -72,7 +81,11 @@ class Tuner:
         examples = encode_subjects(
             self._base, [Subject(person.name, seen)], config, config.views_per_image, progress=False
         )
-        return Personalization(self._base, examples, config, self._down)
+        numbers = torch.from_numpy(np.frombuffer(person.code or b"", np.float32).copy())
+        code = SubjectCode(numbers, person.down, person.space)
+        read = CodeSource(subject_config(self._down), code, self._space, self._down)
+        self._run = Personalization(self._base, examples, config, self._down, read=[read])
+        return self._run
 
 
 def _files_of(run: Personalization, person: Person) -> dict[str, bytes]:
