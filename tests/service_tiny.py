@@ -21,10 +21,9 @@ from peft_metalora.service.api import make_api
 from peft_metalora.service.artist import Artist
 from peft_metalora.service.desk import Desk
 from peft_metalora.service.gauges import Gauges
-from peft_metalora.service.orders import Offer
 from peft_metalora.service.people import People, Place
 from peft_metalora.service.serve_settings import ServeConfig
-from peft_metalora.service.tasks import Drawn
+from peft_metalora.service.tasks import Drawn, Offer
 from peft_metalora.service.tenants import Tenants
 from pipelines_tiny import tiny_flux_pipeline
 

@@ -31,10 +31,9 @@ from ..hub.loading import HubOptions, folder_of, load_down, load_subject
 from ..pipelines import enable_meta_lora
 from ..tuner import DownSource, fold
 from .journal import log
-from .orders import Offer
 from .people import Person, Place
 from .serve_settings import ServeConfig
-from .tasks import Drawn, RefusedError, Task, to_its_end
+from .tasks import Drawn, Offer, RefusedError, Task, to_its_end
 
 _NOBODY = "nobody"  # no uid
 _QUALITY = 95  # of JPEG and WebP

@@ -21,10 +21,10 @@ from ..data.images import size_of
 from ..errors import UnreadableImageError
 from .gauges import Gauges
 from .journal import log
-from .orders import ImageOrder, Offer, SubjectOrder
+from .orders import ImageOrder, SubjectOrder
 from .people import People, Person
 from .serve_settings import ServeConfig
-from .tasks import Drawn, Progress, RefusedError, Task, to_its_end
+from .tasks import Drawn, Offer, Progress, RefusedError, Task, to_its_end
 
 _Result = TypeVar("_Result")
 _KEPT_JOBS = 1000  # that have ended

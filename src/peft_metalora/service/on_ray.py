@@ -28,10 +28,9 @@ from .api import make_api
 from .desk import Desk
 from .gauges import Gauges
 from .journal import log, log_to
-from .orders import Offer
 from .people import People, Person, Place
 from .serve_settings import ServeConfig
-from .tasks import Drawn, Progress, RefusedError, Task
+from .tasks import Drawn, Offer, Progress, RefusedError, Task
 from .tenants import Tenants
 
 APP = "metalora"

@@ -6,33 +6,18 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 from .serve_settings import ServeConfig
+from .tasks import Offer
 from .tenants import NAME
 
 Format = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[str, ...] = get_args(Format)
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 _LONGEST_CONSENT = 1000
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What of the settings depends on the pipeline.
-
-    Attributes:
-        resolution: width and height of an image that names none. multiple: what both are multiples of.
-        negative: whether there are negative prompts. reads: whether the Down reads photos.
-    """
-
-    resolution: int
-    multiple: int
-    negative: bool
-    reads: bool
 
 
 class _Strict(BaseModel):

@@ -31,6 +31,21 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True)
+class Offer:
+    """What of the settings depends on the pipeline.
+
+    Attributes:
+        resolution: width and height of an image that names none. multiple: what both are multiples of.
+        negative: whether there are negative prompts. reads: whether the Down reads photos.
+    """
+
+    resolution: int
+    multiple: int
+    negative: bool
+    reads: bool
+
+
+@dataclass(frozen=True)
 class Task:
     """An image to draw.
 
