@@ -95,6 +95,16 @@ SERVICE: tuple[Goal, ...] = (
     ("p99_s_at_twice", "99 of 100, s", None, False),
     ("mean_batch", "images in a batch, mean", None, False),
 )
+SERVICE_FLUX: tuple[Goal, ...] = (
+    ("people", "people, each in one image", None, False),
+    ("images_per_s_b1", "one by one, images a second", None, False),
+    ("images_per_s_b2", "batches of 2", None, False),
+    ("images_per_s_b4", "batches of 4", None, False),
+    ("images_per_s_b8", "batches of 8", None, False),
+    ("mixed_b2_over_one_by_one", "batches of 2 / one by one", None, True),
+    ("mixed_b4_over_one_by_one", "batches of 4 / one by one", None, True),
+    ("mixed_b8_over_one_by_one", "batches of 8 / one by one", None, True),
+)
 TRAINING: tuple[Goal, ...] = (
     ("step_over_diffusers_lora_r1", "step of stage 2 / diffusers' loop with LoRA r=1", 0.87, False),
     ("mem_over_diffusers_lora_r1", "its peak memory / diffusers' loop with LoRA r=1", 0.84, False),
@@ -356,6 +366,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "image_gen": ("image_gen", image_gen),
     "service": ("service", lambda results: goals(results["service"], SERVICE)),
     "stopping": ("stopping", stopping),
+    "service_flux": ("service_flux", lambda results: goals(results["service_flux"], SERVICE_FLUX)),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),
 }
 """Name of a block -> the file it needs, and what writes it."""

@@ -24,7 +24,7 @@ import yaml
 from peft_metalora import enable_meta_lora
 from peft_metalora.bases import load_base
 from peft_metalora.commands.serve import serving
-from peft_metalora.errors import ConfigError
+from peft_metalora.errors import BaseModelMismatchError, ConfigError
 from service_tiny import TOKENS, Answer, photo, settings, write_people
 
 CLIENTS, EACH = 24, 5
@@ -62,6 +62,26 @@ def copies():
 
     found = serve.get_deployment_handle("ArtistReplica", "metalora").broadcast("statistics")
     return [each for each in found.results(return_exceptions=True) if isinstance(each, dict)]
+
+
+def test_a_copy_that_does_not_start_is_told_to_whoever_starts_the_service(home, tmp_path, run):
+    """Bug: Serve tries twenty times, and the reason stands at the end of a traceback."""
+    from peft_metalora.service.on_ray import ArtistReplica, RayPool
+
+    replica = object.__new__(ArtistReplica.func_or_class)
+
+    async def work():
+        await replica.__init__(settings(home, tmp_path, pretrained_model_name_or_path=str(tmp_path / "nowhere")))
+        replica.check_health()
+        return await replica.draw(None), await replica.forget("0"), await replica.offer()
+
+    refused, nothing, reason = run(work())
+    assert refused.status == 503 and nothing is None
+    asked = SimpleNamespace(remote=lambda: SimpleNamespace(result=lambda: reason))
+    with pytest.raises(ConfigError, match="found that they do not start: expected a diffusers pipeline at"):
+        RayPool(SimpleNamespace(offer=asked), None)
+    with pytest.raises(BaseModelMismatchError):
+        replica.check_health()
 
 
 def index_of(place) -> list[dict]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import socket
 import threading
@@ -14,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..hub.loading import folder_of
 from ..service.people import Place
 from ..service.serve_settings import ServeConfig
 from ..service.tenants import Tenants
@@ -45,11 +43,6 @@ def serving(config: ServeConfig) -> Iterator[threading.Thread]:
     tenants = None if config.tokens is None else Tenants.read(config.tokens)
     config = _checked(config)
     with _listening(config) as listening:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        if config.ray_address is None:
-            # Read when ray is imported. A token that this process and its children alone have, ports on the loopback.
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-            os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
         try:
             from ..service.on_ray import running
         except ImportError as error:
@@ -80,8 +73,12 @@ def _checked(config: ServeConfig) -> ServeConfig:
         )
     found = {"people": place.root} if place.is_local else {}
     if config.down is not None and not config.demo:
-        folder_of(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
-        found |= {"down": str(Path(config.down).resolve())} if Path(config.down).is_dir() else {}
+        if Path(config.down).is_dir():
+            found["down"] = str(Path(config.down).resolve())
+        else:
+            from ..hub.loading import folder_of
+
+            folder_of(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
     base, logs = config.pretrained_model_name_or_path, config.log_dir
     if base is not None and Path(base).is_dir():
         found["pretrained_model_name_or_path"] = str(Path(base).resolve())

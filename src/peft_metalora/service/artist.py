@@ -21,13 +21,16 @@ import numpy as np
 import torch
 
 from ..bases import Base, load_base
+from ..bases.memory import COMPILED, CPU, ready_to_draw, require_supported
 from ..bases.precision import choose_device, choose_dtype
-from ..checkpoint.artefacts import READER_FILES
+from ..checkpoint.base_model import base_to_load
+from ..checkpoint.config_file import read_config
+from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import SubjectCode
 from ..data.images import decode_image
 from ..encoder import Reader, load_reader
-from ..errors import ArtefactNotFoundError, ConfigError, MetaLoraError, PipelineError, RegionError
-from ..hub.loading import HubOptions, folder_of, load_down, load_subject
+from ..errors import ArtefactNotFoundError, MetaLoraError, PipelineError, RegionError
+from ..hub.loading import HubOptions, folder_of, load_subject
 from ..pipelines import enable_meta_lora
 from ..tuner import DownSource, fold
 from .journal import log
@@ -326,38 +329,43 @@ async def make_artist(config: ServeConfig) -> Artist:
     Raises:
         BaseModelMismatchError, CheckpointError, ConfigError: they cannot be used.
     """
-    base, config = load_copy(config)
+    base, config = load_copy(config, "draw", *([COMPILED] if config.compile else []))
     artist = Artist(base, Place(config.people), config)
     if config.compile:
         base.denoiser.compile()
     return artist
 
 
-def load_copy(config: ServeConfig) -> tuple[Base, ServeConfig]:
-    """A copy of the base on its device, and the settings with what the demo's base is; raises as `make_artist`."""
+def load_copy(config: ServeConfig, use: str, *circumstances: str) -> tuple[Base, ServeConfig]:
+    """A copy of the base on its device, and the settings with what the demo's base is and where the base lies.
+
+    Args:
+        use, circumstances: as `require_supported` takes them.
+
+    Raises:
+        As `make_artist`.
+    """
     if config.demo:
         config = _of_the_demo(config)
     device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.replicas))
-    name = config.pretrained_model_name_or_path
-    if name is None:
-        hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
-        name = load_down(str(config.down), **hub).config.base_model_name_or_path
-    if name is None:
-        raise ConfigError(f"{config.down} names no base model: give pretrained_model_name_or_path")
+        circumstances += (CPU,)
+    require_supported(config, use, *circumstances)
+    hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
+    found = read_config(folder_of(str(config.down), **hub))
+    name, revision = base_to_load(config.pretrained_model_name_or_path, config.revision, found, str(config.down))
     base = load_base(
         name,
-        revision=config.revision,
+        revision=revision,
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
+        memory=config,
+        device=device,
         max_sequence_length=config.max_sequence_length,
     )
-    if config.offload:
-        base.pipeline.enable_model_cpu_offload(device=device)
-    else:
-        base.pipeline.to(device)
-    return base, replace(config, pretrained_model_name_or_path=name)
+    ready_to_draw(base.pipeline, config, device)
+    return base, replace(config, pretrained_model_name_or_path=name, revision=revision)
 
 
 def _of_the_demo(config: ServeConfig) -> ServeConfig:

@@ -11,11 +11,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+if os.environ.get("RAY_AUTH_MODE") != "token":
+    # Read when ray is imported. A token that this process and its children alone have, ports on the loopback.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import psutil
 import ray
@@ -24,6 +31,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
+from ..errors import ConfigError
 from .api import make_api
 from .desk import Desk
 from .gauges import Gauges
@@ -52,7 +60,14 @@ class ArtistReplica:
         from .artist import make_artist  # seconds of imports, which the other processes do without
 
         log_to(config.log_dir, "artist")
-        self._artist = await make_artist(config)
+        self._artist: Any = None
+        self._failure: Exception | None = None
+        self._looks = 0
+        try:
+            self._artist = await make_artist(config)
+        except Exception as error:
+            log.exception("no copy")
+            self._failure = error
 
         @serve.multiplexed(max_num_models_per_replica=config.slots)
         async def resident(_: str) -> None:
@@ -60,12 +75,20 @@ class ArtistReplica:
 
         self._resident = resident
 
-    async def offer(self) -> Offer:
-        """As `Artist.offer`."""
-        return self._artist.offer
+    async def offer(self) -> Offer | str:
+        """As `Artist.offer`; or why there is no copy, for whoever starts the service."""
+        return self._artist.offer if self._failure is None else f"{self._failure}"
+
+    def check_health(self) -> None:
+        """For Serve, which starts another replica where this raises; not yet at the first look, as it starts."""
+        self._looks += 1
+        if self._failure is not None and self._looks > 1:
+            raise self._failure
 
     async def draw(self, task: Task) -> Drawn | RefusedError:
         """As `Artist.draw`."""
+        if self._failure is not None:
+            return _no_copy()
         if (uid := _with_files(task)) is not None:
             await self._resident(uid)
         try:
@@ -75,6 +98,8 @@ class ArtistReplica:
 
     async def read(self, photos: Sequence[bytes]) -> tuple[bytes, str, str] | RefusedError:
         """As `Artist.read`."""
+        if self._failure is not None:
+            return _no_copy()
         try:
             return await self._artist.read(photos)
         except RefusedError as error:
@@ -82,11 +107,12 @@ class ArtistReplica:
 
     async def forget(self, uid: str | None) -> None:
         """As `Artist.forget`."""
-        await self._artist.forget(uid)
+        if self._failure is None:  # else nobody is known
+            await self._artist.forget(uid)
 
     async def statistics(self) -> dict[str, Any]:
         """As `Artist.statistics`, and which process it is."""
-        return {"pid": os.getpid(), **self._artist.statistics()}
+        return {"pid": os.getpid(), **({} if self._failure is not None else self._artist.statistics())}
 
 
 @serve.deployment
@@ -110,16 +136,27 @@ class TunerReplica:
             yield error
 
 
+def _no_copy() -> RefusedError:
+    return RefusedError(503, "expected a copy of the base that draws, found one that did not start", retry_after=30)
+
+
 def _with_files(task: Task) -> str | None:
     return next((one.uid for one in task.people if one is not None and one.code is None), None)
 
 
 class RayPool:
-    """The replicas as the desk's pool."""
+    """The replicas as the desk's pool.
+
+    Raises:
+        ConfigError: there is no copy of the base, and why.
+    """
 
     def __init__(self, artists: DeploymentHandle[Any], tuners: DeploymentHandle[Any] | None) -> None:
         self._artists, self._tuners, self.gauges = artists, tuners, Gauges()
-        self.offer: Offer = artists.offer.remote().result()
+        offer: Offer | str = artists.offer.remote().result()
+        if isinstance(offer, str):
+            raise ConfigError(f"expected copies of the base, found that they do not start: {offer}")
+        self.offer = offer
 
     async def draw(self, task: Task) -> Drawn:
         """As `Artist.draw`; another replica draws it if one dies: a request is its seed."""

@@ -30,7 +30,6 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ..checkpoint.config_file import CONFIG_FILE
 from ..errors import ConfigError, CorruptFileError, WriteFailedError
 from ..files import staged_folder, write_bytes
 from .tenants import NAME
@@ -123,7 +122,9 @@ class Place:
         """Write the files of somebody; what else was in their folder goes."""
         folder = self.folder(person)
         if not self.is_local:
-            for name in sorted(files, key=lambda name: name == CONFIG_FILE):
+            for name in sorted(
+                files, key=lambda name: name.endswith(".json")
+            ):  # what names the tensors comes after them
                 self.fs.pipe_file(f"{folder}/{name}", files[name])
             return
         with staged_folder(folder) as stage:
@@ -211,7 +212,7 @@ class People:
         if self._was_nobody(tenant, name) or not re.fullmatch(NAME, name):
             return None
         person = self._next(tenant, name, UNRECORDED, None)
-        if not self.place.fs.isfile(f"{self.place.folder(person)}/{CONFIG_FILE}"):
+        if not self.place.fs.isdir(self.place.folder(person)):
             if len(self._nobody) >= _MOST_FORGOTTEN:
                 self._nobody.clear()
             self._nobody[tenant, name] = time.monotonic()

@@ -6,7 +6,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..settings import BASE_OF_DOWN, DEVICE, DOWN_REVISION, FACE_MODEL, LOCAL_FILES_ONLY, PRECISION, REVISION, setting
+from ..settings import (
+    BASE_OF_DOWN,
+    DEVICE,
+    DOWN_REVISION,
+    FACE_MODEL,
+    LOCAL_FILES_ONLY,
+    OFFLOAD,
+    PRECISION,
+    QUANTIZE,
+    REVISION,
+    setting,
+)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -48,7 +59,8 @@ class ServeConfig:
     host_capacity: int = setting("People in a replica's host memory; who is not there is sent or read again.", 100_000)
     fold: bool = setting("Keep Mid @ Down of the people on the device, for the speed of a LoRA of their rank.", False)
     compile: bool = setting("Compile the denoiser (torch.compile).", False)
-    offload: bool = setting("Keep on the GPU only the part of the pipeline that is at work.", False)
+    quantize: str = setting(*QUANTIZE)
+    offload: str = setting(*OFFLOAD)
     mixed_precision: str = setting(*PRECISION)
     device: str | None = setting(*DEVICE)
     revision: str | None = setting(*REVISION)

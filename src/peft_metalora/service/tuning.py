@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -96,5 +97,5 @@ def _files_of(run: Personalization, person: Person) -> dict[str, bytes]:
 
 async def make_tuner(config: ServeConfig) -> Tuner:
     """Load base and Down where they are to be; raises as `make_artist`."""
-    base, config = load_copy(config)
+    base, config = load_copy(replace(config, offload="none"), "train")
     return Tuner(base, config)
