@@ -16,8 +16,12 @@ OPTIMIZERS = [
     (torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.1}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     (torch.optim.RMSprop, {"lr": 0.01}),
+    *((cls, {"lr": 0.01}) for cls in (torch.optim.Adagrad, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)),
+    (torch.optim.AdamW, {"lr": 0.03, "fused": True}),
     (torch.optim.Adafactor, {"lr": 0.05}),  # not elementwise: statistics of rows and columns
 ]
+
+EXACT = torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adafactor
 
 
 def make(seed: int = 0) -> list[nn.Parameter]:
@@ -48,7 +52,9 @@ def test_equals_separate_adapters(optimizer_class, options):
         optimizer.step()
     for slot in range(SLOTS):
         for proxy, parameter in zip(separate[slot], parameters, strict=True):
-            assert torch.equal(proxy, parameter[slot])
+            torch.testing.assert_close(proxy, parameter[slot], rtol=2e-6, atol=1e-7)
+            if optimizer_class in EXACT and not options.get("fused"):
+                assert torch.equal(proxy, parameter[slot])
     assert all(torch.equal(now[3], start[3]) for now, start in zip(parameters, make(), strict=True))
 
 
@@ -192,3 +198,58 @@ def test_an_interrupted_step_leaves_nothing_behind():
     optimizer.step()
     moved = (flat(parameters) != before).any(dim=1)
     assert moved.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(("optimizer_class", "options"), OPTIMIZERS)
+def test_all_slots_take_one_step_of_an_optimizer(monkeypatch, optimizer_class, options):
+    """Bug: each seen slot took a step of its own, in Python: longer than the pass of a small base on a GPU."""
+    calls, step = [], optimizer_class.step
+    monkeypatch.setattr(optimizer_class, "step", lambda self, *given: (calls.append(1), step(self, *given))[1])
+    parameters = make()
+    optimizer = SlotOptimizer(optimizer_class, parameters, **options)
+    for slots in ([0, 1, 3], [2], range(SLOTS)):
+        gradients(parameters, 0)
+        optimizer.see(slots)
+        optimizer.step()
+    assert len(calls) == (8 if optimizer_class is torch.optim.Adafactor else 3)
+
+
+def test_only_gradients_of_seen_slots_are_gathered():
+    parameters = make()
+    optimizer = SlotOptimizer(torch.optim.SGD, parameters, lr=1.0)
+    gradients(parameters, 0)
+    for parameter in parameters:
+        parameter.grad[1] = torch.nan  # nobody looks
+    before, wanted = flat(parameters), flat([parameter.grad for parameter in parameters])
+    optimizer.see([3, 0])
+    norms = optimizer.clip_grad_norm_(1.0)
+    assert torch.allclose(norms, torch.where(torch.tensor([1, 0, 0, 1]) > 0, wanted.norm(dim=1), 0))
+    optimizer.step()
+    moved = before - flat(parameters)
+    assert torch.allclose(moved[[0, 3]].norm(dim=1), torch.ones(2), atol=1e-5) and not moved[[1, 2]].any()
+
+
+def test_slots_that_are_seen_after_clipping_are_clipped_as_well():
+    parameters = make()
+    optimizer = SlotOptimizer(torch.optim.SGD, parameters, lr=1.0)
+    gradients(parameters, 0)
+    before = flat(parameters)
+    optimizer.see([0])
+    optimizer.clip_grad_norm_(0.5)
+    optimizer.see([2])
+    optimizer.step()
+    assert torch.allclose((before - flat(parameters))[[0, 2]].norm(dim=1), torch.full((2,), 0.5), atol=1e-5)
+
+
+def test_a_state_of_the_optimizer_of_each_slot_is_taken_up():
+    """A checkpoint from when each slot had an optimiser object: the same file."""
+    parameters = make()
+    optimizer = SlotOptimizer(torch.optim.AdamW, parameters, lr=0.1)
+    gradients(parameters, 0)
+    optimizer.see([1, 2])
+    optimizer.step()
+    saved = optimizer.state_dict()["slots"]
+    assert set(saved) == {1, 2} and saved[1]["param_groups"][0]["params"] == [0]
+    alone = torch.optim.AdamW([nn.Parameter(flat(parameters)[1])], lr=0.1)
+    alone.load_state_dict(saved[1])
+    assert alone.state[alone.param_groups[0]["params"][0]]["step"] == 1

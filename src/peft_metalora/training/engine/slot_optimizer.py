@@ -5,28 +5,31 @@ Mid (slots, r, meta_r) and Up (slots, d_out, r) hold many subjects, and a batch 
 would move the others too, by momentum and by weight decay. `SlotOptimizer` gives each slot an optimiser of its own, so
 that a slot is trained exactly as if it were a separate adapter: its own moments, its own step count, nothing at all
 when it is not in the batch. Parameters without slots (Down) have an ordinary optimiser beside them.
+
+Most optimisers of torch treat every number by itself. Then a slot's tensors are one flat vector, and the vectors of all
+slots the parameters of one optimiser, which leaves those without a gradient alone: a step of any number of slots takes
+the few kernels of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ...bases import send
 from ...errors import ConfigError, SubjectIndexError
 
-# These treat every number by itself, so that a slot's tensors can be one flat vector: one small update a slot instead
-# of one for each of its tensors, with the same result.
 _ELEMENTWISE = tuple(
     getattr(torch.optim, name) for name in ("Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 )
 
 
 class SlotOptimizer(Optimizer):
-    """One torch optimiser for each slot, and one for the parameters that all slots share.
+    """A torch optimiser's step for each slot by itself, and for the parameters that all slots share.
 
     ```python
     optimizer = SlotOptimizer(torch.optim.AdamW, [mid, up], shared=[down], lr=1e-3, shared_options={"lr": 1e-4})
@@ -69,13 +72,18 @@ class SlotOptimizer(Optimizer):
         self._class, self._options = optimizer_class, options
         self._slotted = slotted
         self._sizes = [parameter[0].numel() for parameter in slotted]
-        self._flat = optimizer_class in _ELEMENTWISE
         self._rows = torch.cat([parameter.detach().flatten(1) for parameter in slotted], dim=1)
         self._pieces = list(self._rows.split(self._sizes, dim=1))
         self._places: list[int] = []
         self._views_of_parameters: list[torch.Tensor] = []
-        self._grads: torch.Tensor | None = None  # clipped, until the next step
-        self._optimizers: dict[int, Optimizer] = {}
+        self._clipped: _Clipped | None = None  # until the next step
+        self._vectors: list[nn.Parameter] = []
+        self._joint: Optimizer | None = None  # of the vectors, where numbers are treated by themselves
+        self._optimizers: dict[int, Optimizer] = {}  # else
+        if optimizer_class in _ELEMENTWISE:
+            self._vectors = [nn.Parameter(row) for row in self._rows]
+            kernels = {} if options.get("fused") else {"foreach": True}
+            self._joint = optimizer_class(self._vectors, **{**kernels, **options})
         self._seen: set[int] = set()
         groups: list[dict[str, Any]] = [{"params": slotted, "lr": options["lr"]}]
         self._shared: Optimizer | None = None
@@ -109,12 +117,18 @@ class SlotOptimizer(Optimizer):
         """
         for slot in range(self.num_slots) if slots is None else slots:
             self._optimizers.pop(slot, None)
+            if self._joint is not None:
+                vector = self._vectors[slot]
+                fresh = self._class([vector], **self._options).state.get(vector)  # some have a state from the start
+                self._joint.state.pop(vector, None)
+                if fresh:
+                    self._joint.state[vector] = fresh
             self._seen.discard(slot)
             self._rows[slot] = torch.cat([parameter.detach()[slot].flatten() for parameter in self._slotted])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, those that were clipped too, and whose they are: a step that was interrupted is over."""
-        self._grads = None
+        self._clipped = None
         self._seen.clear()
         super().zero_grad(set_to_none)
 
@@ -125,13 +139,14 @@ class SlotOptimizer(Optimizer):
         The `grad` of slotted parameters stays as it is: `step` takes the clipped numbers from here.
 
         Returns:
-            (num_slots,) norms before clipping; zero for slots without a gradient.
+            (num_slots,) norms before clipping; zero for slots that were not seen, if any was.
         """
-        self._grads = self._gradients()
-        norms = torch.zeros(self.num_slots, device=self._rows.device)
-        if self._grads is not None:
-            norms = self._grads.norm(dim=1)
-            self._grads *= (max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]
+        slots = sorted(self._seen) or list(range(self.num_slots))
+        grads, norms = self._gradients(slots), torch.zeros(self.num_slots, device=self._rows.device)
+        if grads is not None:
+            own = _clip(grads, max_norm)
+            norms = own if len(slots) == self.num_slots else norms.index_copy(0, self._index(slots), own)
+            self._clipped = _Clipped(max_norm, slots, grads)
         if self._shared is not None:
             nn.utils.clip_grad_norm_(self.param_groups[1]["params"], max_norm)
         return norms
@@ -143,28 +158,42 @@ class SlotOptimizer(Optimizer):
             self._shared.param_groups[0]["lr"] = self.param_groups[1]["lr"]
             self._shared.found_inf = self.found_inf  # type: ignore[attr-defined]
             self._shared.step()
-        grads = self._gradients() if self._grads is None else self._grads
-        if self._seen and grads is not None:
-            live = [parameter.grad is not None for parameter in self._slotted]
-            for slot in sorted(self._seen):
-                self._step_slot(slot, grads[slot], live)
+        if self._seen and (grads := self._clipped_gradients()) is not None:
+            self._step_slots(sorted(self._seen), grads)
             # Slots that were not seen get the numbers that they have.
             torch._foreach_copy_(self._flat_parameters(), self._pieces)
         self._seen.clear()
-        self._grads = None
+        self._clipped = None
 
-    def _gradients(self) -> torch.Tensor | None:
-        """All gradients as (num_slots, numbers of a slot), zero where a parameter has none; None if none has any.
+    def _clipped_gradients(self) -> torch.Tensor | None:
+        """Those of the seen slots, clipped if that was asked for since the last step."""
+        slots, clipped = sorted(self._seen), self._clipped
+        if clipped is not None and clipped.slots == slots:
+            return clipped.grads
+        grads = self._gradients(slots)
+        if clipped is not None and grads is not None:
+            _clip(grads, clipped.max_norm)
+        return grads
+
+    def _gradients(self, slots: list[int]) -> torch.Tensor | None:
+        """The gradients of slots as (slots, numbers of a slot), zero where a parameter has none; None if none has any.
 
         One tensor for clipping and stepping: hundreds of small ones would take the host longer than the GPU.
         """
         if all(parameter.grad is None for parameter in self._slotted):
             return None
-        pieces = [
-            self._rows.new_zeros(self.num_slots, size) if parameter.grad is None else parameter.grad.flatten(1)
-            for parameter, size in zip(self._slotted, self._sizes, strict=True)
-        ]
+        index = None if len(slots) == self.num_slots else self._index(slots)
+        pieces = []
+        for parameter, size in zip(self._slotted, self._sizes, strict=True):
+            if parameter.grad is None:
+                pieces.append(self._rows.new_zeros(len(slots), size))
+            else:
+                grad = parameter.grad if index is None else parameter.grad.index_select(0, index)
+                pieces.append(grad.flatten(1))
         return torch.cat(pieces, dim=1).to(self._rows.dtype)
+
+    def _index(self, slots: list[int]) -> torch.Tensor:
+        return send(torch.tensor(slots), self._rows.device)
 
     def _flat_parameters(self) -> list[torch.Tensor]:
         """The parameters as (num_slots, numbers of a slot), made anew only when somebody has moved or cast them."""
@@ -174,45 +203,84 @@ class SlotOptimizer(Optimizer):
             self._views_of_parameters = [parameter.detach().view(self.num_slots, -1) for parameter in self._slotted]
         return self._views_of_parameters
 
-    def _step_slot(self, slot: int, grad: torch.Tensor, live: list[bool]) -> None:
-        if slot not in self._optimizers:
-            self._optimizers[slot] = self._class(self._views(slot), **self._options)
-        optimizer = self._optimizers[slot]
-        group = optimizer.param_groups[0]
-        group["lr"] = self.param_groups[0]["lr"]
-        optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
-        if self._flat:
-            group["params"][0].grad = grad
-        else:
-            for proxy, piece, alive in zip(group["params"], grad.split(self._sizes), live, strict=True):
-                proxy.grad = piece.view(proxy.shape) if alive else None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def _step_slots(self, slots: list[int], grads: torch.Tensor) -> None:
+        if self._joint is not None:
+            for slot, grad in zip(slots, grads.unbind(), strict=True):
+                self._vectors[slot].grad = grad
+            self._run(self._joint)
+            for slot in slots:
+                self._vectors[slot].grad = None
+            return
+        live = [parameter.grad is not None for parameter in self._slotted]
+        for slot, grad in zip(slots, grads.unbind(), strict=True):
+            if slot not in self._optimizers:
+                self._optimizers[slot] = self._class(self._tensors(slot), **self._options)
+            optimizer = self._optimizers[slot]
+            tensors = optimizer.param_groups[0]["params"]
+            for tensor, piece, alive in zip(tensors, grad.split(self._sizes), live, strict=True):
+                tensor.grad = piece.view(tensor.shape) if alive else None
+            self._run(optimizer)
+            optimizer.zero_grad(set_to_none=True)
 
-    def _views(self, slot: int) -> list[nn.Parameter]:
-        row = self._rows[slot]
-        if self._flat:
-            return [nn.Parameter(row)]
+    def _run(self, optimizer: Optimizer) -> None:
+        optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+        optimizer.step()
+
+    def _tensors(self, slot: int) -> list[nn.Parameter]:
+        """A slot's part of each parameter, looking into its row."""
         return [
             nn.Parameter(piece.view(parameter.shape[1:]))
-            for parameter, piece in zip(self._slotted, row.split(self._sizes), strict=True)
+            for parameter, piece in zip(self._slotted, self._rows[slot].split(self._sizes), strict=True)
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs beside the parameters themselves."""
+        """Everything a resumed run needs beside the parameters themselves; a slot's state as its own optimiser's."""
+        slots = {slot: optimizer.state_dict() for slot, optimizer in self._optimizers.items()}
+        if self._joint is not None:
+            whole = self._joint.state_dict()
+            groups = [{**group, "params": [0]} for group in whole["param_groups"]]
+            slots = {slot: {"state": {0: state}, "param_groups": groups} for slot, state in whole["state"].items()}
         return {
             "lr": [group["lr"] for group in self.param_groups],
-            "slots": {slot: optimizer.state_dict() for slot, optimizer in self._optimizers.items()},
+            "slots": slots,
             "shared": self._shared.state_dict() if self._shared is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a `state_dict`; the parameters must have been restored before."""
         self.reset()
-        for slot, state in state_dict["slots"].items():
-            self._optimizers[slot] = self._class(self._views(slot), **self._options)
-            self._optimizers[slot].load_state_dict(state)
+        slots = state_dict["slots"]
+        if self._joint is not None:
+            groups = self._joint.state_dict()["param_groups"]
+            if slots:
+                saved = next(iter(slots.values()))["param_groups"]
+                groups = [{**own, **other, "params": own["params"]} for own, other in zip(groups, saved, strict=True)]
+            kernels = {name: self._joint.param_groups[0].get(name) for name in ("foreach", "fused")}
+            state = {slot: own["state"][0] for slot, own in slots.items() if own["state"]}
+            started = self._joint.state_dict()["state"]
+            self._joint.load_state_dict({"state": {**started, **state}, "param_groups": groups})
+            self._joint.param_groups[0].update(kernels)
+        else:
+            for slot, state in slots.items():
+                self._optimizers[slot] = self._class(self._tensors(slot), **self._options)
+                self._optimizers[slot].load_state_dict(state)
         if self._shared is not None:
             self._shared.load_state_dict(state_dict["shared"])
         for group, lr in zip(self.param_groups, state_dict["lr"], strict=True):
             group["lr"] = lr
+
+
+class _Clipped(NamedTuple):
+    """Gradients (slots, numbers of a slot) that are clipped, whose they are, and to which norm."""
+
+    max_norm: float
+    slots: list[int]
+    grads: torch.Tensor
+
+
+def _clip(grads: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """Clip each row to a norm, in place; returns the norms (rows,) that they had."""
+    norms = grads.norm(dim=1)
+    grads *= (max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]
+    return norms
