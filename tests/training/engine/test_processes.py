@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from forked import on_processes
+from peft_metalora import load_subject
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.sharding import shard, wants_shards
@@ -27,7 +29,7 @@ from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.training.stage_settings import MetaTrainConfig, TrainEncoderConfig
 from peft_metalora.training.train_encoder import check_shares, train_encoder
 from pipelines_tiny import save_tiny_flux
-from training_tiny import meta_config, personal_config, tiny_base, tiny_examples, write_people
+from training_tiny import meta_config, personal_config, teach_to_read, tiny_base, tiny_examples, write_people
 
 
 def launched(prepare, *flags):
@@ -84,6 +86,8 @@ def place(tmp_path_factory):
     (folder / "one" / "losses.json").write_text(json.dumps(result.losses))
     for method in ("meta-lora", "lora"):
         personalize(stage_2(folder, folder / f"one-{method}", method), progress=False)
+    teach_to_read(shutil.copytree(folder / "one", folder / "reads"))
+    personalize(from_read(folder, folder / "one-read"), progress=False)
     return folder
 
 
@@ -99,6 +103,11 @@ def stage_2(place, output, method="meta-lora", **changes):
     settings |= {"instance_data_dir": str(place / "people" / "person-0" / "0.png"), "train_batch_size": 3}
     settings |= {"optimizer": "SGD", "learning_rate": 0.1, "max_train_steps": 4}
     return personal_config(**{**settings, **changes}, output_dir=str(output))
+
+
+def from_read(place, output):
+    """Stage 2 from the person that the Down reads, until it stops by itself."""
+    return stage_2(place, output, down=str(place / "reads"), max_train_steps=30, learning_rate=1.0, max_drift=2e-3)
 
 
 def reading(place, output, **changes):
@@ -133,11 +142,14 @@ def test_two_processes_give_what_one_gives(place, tmp_path, launcher):
     }[launcher]
     configs = stage_1(place, tmp_path / "one", **looking[0]), stage_2(place, tmp_path / "one-meta-lora", **looking[1])
     if launcher == "plain":
-        configs += (stage_2(place, tmp_path / "one-lora", "lora"),)
+        configs += stage_2(place, tmp_path / "one-lora", "lora"), from_read(place, tmp_path / "one-read")
     on_processes(2, worker, LAUNCHERS[launcher], configs)
-    for name in ("one", "one-meta-lora") + ("one-lora",) * (launcher == "plain"):
+    for name in ("one", "one-meta-lora", *(("one-lora", "one-read") if launcher == "plain" else ())):
         # Sums in another order.
         assert_equal_files(files(tmp_path / name), files(place / name), 1e-5)
+    if launcher == "plain":
+        steps = [load_subject(folder / "one-read").config.facts["steps"] for folder in (place, tmp_path)]
+        assert steps[0] == steps[1] and 1 < steps[0] < 30
     if launcher == "fsdp2":
         (scores,) = (tmp_path / "one" / "validation" / "scores.jsonl").read_text().splitlines()
         assert list(json.loads(scores)["subjects"]) == ["person-0"]
