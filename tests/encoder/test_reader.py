@@ -26,8 +26,10 @@ from peft_metalora.errors import (
     ConfigError,
     FingerprintMismatchError,
     MissingDownError,
+    NoFaceError,
     NoImagesError,
     NonFiniteError,
+    UnreadableImageError,
     UnsafeNameError,
     WrongKindError,
 )
@@ -81,6 +83,11 @@ def opened(monkeypatch):
 
     monkeypatch.setattr(TensorFile, "read", read)
     return files
+
+
+def blind():
+    """A detector that finds nobody."""
+    return type("Blind", (), {"detect": lambda self, image: None})()
 
 
 def draw(pipe, *, prompt="a photo of a person", seeds=(0,), **options):
@@ -138,6 +145,14 @@ def test_what_cannot_be_read_leaves_the_pipeline_as_it_was(tmp_path, down_folder
     pipe = enable_meta_lora(tiny_flux_pipeline())
     with pytest.raises(NoImagesError, match=r"found nothing at .*nobody"):
         pipe.read_subject(tmp_path / "nobody.png", down=down_folder)
+    broken, dark = tmp_path / "broken.png", tmp_path / "dark.png"
+    broken.write_bytes(b"no image")
+    Image.new("RGB", (8, 8)).save(dark)
+    with pytest.raises(UnreadableImageError, match=r"broken\.png which cannot be decoded"):
+        pipe.read_subject([photo(tmp_path), broken], down=down_folder)
+    for hidden, called in ((dark, "dark.png"), (Image.open(dark), "photo 1")):
+        with pytest.raises(NoFaceError, match=f"expected a face in .*{called}, found none"):
+            pipe.read_subject(hidden, down=down_folder, face_crop=f"{__name__}:blind")
     with pytest.raises(NoImagesError, match="at least one photo"):
         pipe.read_subject([], down=down_folder)
     assert pipe.get_list_adapters() == {}

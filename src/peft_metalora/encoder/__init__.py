@@ -6,10 +6,12 @@ from __future__ import annotations
 from ..checkpoint.space import SubjectCode, SubjectSpace, load_code, load_space, save_code
 from .networks import EncoderConfig, SubjectEncoder, load_encoder, make_encoder
 from .reader import Reader, load_reader, save_reader
+from .sight import Sight
 
 __all__ = [
     "EncoderConfig",
     "Reader",
+    "Sight",
     "SubjectCode",
     "SubjectEncoder",
     "SubjectSpace",
