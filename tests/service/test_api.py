@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -199,6 +200,33 @@ def test_too_large_a_request_is_refused_before_it_is_read(home, tmp_path, run):
 
     for answer in run(work()):
         assert answer.status == 413 and "at most 0.1 megabytes" in answer.error
+
+
+def test_what_is_open_to_all_takes_no_body(home, tmp_path, run):
+    async def work():
+        service = Service(home, tmp_path, pool=Gate())
+        return await service.ask("POST", "/healthz", raw=b" ", tenant=None), await service.ask("GET", "/healthz")
+
+    refused, taken = run(work())
+    assert (refused.status, taken.status) == (413, 200)
+
+
+def test_large_requests_at_once_have_a_limit_together(home, tmp_path, run):
+    async def work():
+        service = Service(home, tmp_path, pool=Gate(), max_body_mb=0.001, queue=100)
+        body = json.dumps({"prompt": "a photo"}).encode().ljust(900)
+        drawing = [asyncio.ensure_future(service.ask("POST", "/images", raw=body)) for _ in range(30)]
+        while len(service.pool.asked) < 30:
+            await asyncio.sleep(0.001)
+        inside = [asyncio.ensure_future(service.ask("POST", "/images", raw=body)) for _ in range(10)]
+        await asyncio.sleep(0.1)
+        service.pool.open.set()
+        found = await asyncio.gather(*drawing, *inside)
+        return found, await service.ask("POST", "/images", raw=body)
+
+    found, later = run(work())
+    assert {answer.status for answer in found} == {200, 503} and later.status == 200
+    assert all(answer.headers["retry-after"] for answer in found if answer.status != 200)
 
 
 @pytest.mark.parametrize(

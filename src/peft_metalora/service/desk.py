@@ -87,6 +87,7 @@ class Desk:
         self._leaving: set[str] = set()
         self._unconfirmed: dict[tuple[str, str], str] = {}  # deleted, but perhaps still known to a copy
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._counted = float("-inf"), 0  # when, and how many copies there were
 
     # Images
 
@@ -106,8 +107,7 @@ class Desk:
                 order.seed,
                 order.format,
             )
-            uids = [one.uid for one in people if one is not None]
-            drawn: Drawn = await self._in_time(self._showing(uids, self.pool.draw(task)))
+            drawn: Drawn = await self._in_time(self._showing(task))
         self.gauges.drawn(drawn)
         return drawn
 
@@ -135,16 +135,21 @@ class Desk:
             raise RefusedError(404, f"expected somebody of yours, found no {name}: see GET /subjects")
         return person
 
-    async def _showing(self, uids: Sequence[str], drawing: Coroutine[Any, Any, Drawn]) -> Drawn:
-        """Draw, unless somebody in it is deleted meanwhile."""
-        work = asyncio.ensure_future(drawing)
+    async def _showing(self, task: Task) -> Drawn:
+        """Draw, unless somebody in it has been deleted since they were looked up, or is meanwhile."""
+        shown = [one for one in task.people if one is not None]
+        uids = [one.uid for one in shown]
+        if not all(self._is_here(one) for one in shown):
+            raise _is_gone()
+        # No turn of the loop from here to the entry in the books: whoever deletes finds it there.
+        work = asyncio.ensure_future(self.pool.draw(task))
         for uid in uids:
             self._at_work[uid].add(work)
         try:
             return await work
         except asyncio.CancelledError:
             if work.cancelled() and not self._leaving.isdisjoint(uids):
-                raise RefusedError(404, "expected somebody who is here, found somebody who was deleted") from None
+                raise _is_gone() from None
             work.cancel()
             raise
         finally:
@@ -152,6 +157,10 @@ class Desk:
                 self._at_work[uid].discard(work)
                 if not self._at_work[uid]:
                     del self._at_work[uid]
+
+    def _is_here(self, person: Person) -> bool:
+        now = self.people.entry(person.tenant, person.name)
+        return now is not None and now.uid == person.uid and person.uid not in self._leaving
 
     # People
 
@@ -236,11 +245,12 @@ class Desk:
             raise RefusedError(403, "expected no change of people, who are kept where nothing can be deleted for good")
 
     async def replicas(self) -> int:
-        """How many copies there are; the gauges know it and the number of people then."""
-        count = await self.pool.replicas()
-        self.gauges.replicas.set(count)
+        """How many copies there are, as of a second ago; the gauges know it and the number of people then."""
+        if time.monotonic() - self._counted[0] > 1:
+            self._counted = time.monotonic(), await self.pool.replicas()
+        self.gauges.replicas.set(self._counted[1])
         self.gauges.people.set(len(self.people))
-        return count
+        return self._counted[1]
 
     # Jobs
 
@@ -324,3 +334,7 @@ class Desk:
                 f"expected an answer within {self.config.timeout:g} s, found none: ask again later",
                 retry_after=self._inside * self._pace,
             ) from None
+
+
+def _is_gone() -> RefusedError:
+    return RefusedError(404, "expected somebody who is here, found somebody who was deleted")

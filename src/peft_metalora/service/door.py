@@ -29,7 +29,12 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 OPEN = {"/healthz", "/docs", "/openapi.json"}
 """What needs no token."""
 _HUNG_UP = 499
+_MOST_BODIES = 32  # of the largest size, in memory at once
 _HEADERS = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
+
+
+class _HungUpError(Exception):
+    """Nobody waits for an answer."""
 
 
 class Door:
@@ -42,6 +47,7 @@ class Door:
     def __init__(self, app: App, config: ServeConfig, tenants: Tenants | None, gauges: Gauges) -> None:
         self._app, self._config, self._tenants, self._gauges = app, config, tenants, gauges
         self._rates = Rates(config.rate)
+        self._held = 0  # bytes of bodies in memory
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """ASGI; what is no HTTP goes straight through."""
@@ -64,6 +70,8 @@ class Door:
             await self._let_in(scope, receive, out)
         except RefusedError as error:
             await _answer(out, error)
+        except _HungUpError:
+            pass
         except Exception:
             log.exception("failed", extra={"fields": {"request": number}})
             if status == _HUNG_UP:
@@ -93,7 +101,16 @@ class Door:
                     429, "expected fewer requests a second, found more: ask again later", retry_after=wait
                 )
         scope["state"]["tenant"] = tenant
-        body = await self._body(headers, receive)
+        body = bytearray()
+        try:
+            # What is open to all needs no body.
+            await self._read(body, headers, receive, int(self._config.max_body_mb * 1e6) if tenant else 0)
+            await self._pass_on(scope, bytes(body), receive, send)
+        finally:
+            self._held -= len(body)
+
+    async def _pass_on(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
+        """Let the application answer; who hangs up has that cancelled."""
         sent = False
 
         async def replay() -> Message:
@@ -116,15 +133,11 @@ class Door:
             gone.cancel()
             work.cancel()
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
-        most = int(self._config.max_body_mb * 1e6)
-        too_large = RefusedError(
-            413, f"expected a request of at most {self._config.max_body_mb:g} megabytes, found a larger one"
-        )
+    async def _read(self, body: bytearray, headers: dict[str, str], receive: Receive, most: int) -> None:
+        too_large = RefusedError(413, f"expected a request of at most {most / 1e6:g} megabytes, found a larger one")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > most:
             raise too_large
-        body = bytearray()
         end = time.monotonic() + self._config.timeout
         while True:
             try:
@@ -132,12 +145,16 @@ class Door:
             except asyncio.TimeoutError:
                 raise RefusedError(408, "expected the whole request sooner") from None
             if message["type"] == "http.disconnect":
-                raise asyncio.CancelledError
-            body += message.get("body", b"")
-            if len(body) > most:
+                raise _HungUpError
+            part = message.get("body", b"")
+            if len(body) + len(part) > most:
                 raise too_large
+            body += part
+            self._held += len(part)
+            if self._held > _MOST_BODIES * most:
+                raise RefusedError(503, "expected fewer large requests at once: ask again later", retry_after=1)
             if not message.get("more_body"):
-                return bytes(body)
+                return
 
 
 async def _disconnected(receive: Receive) -> None:
