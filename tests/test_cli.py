@@ -124,6 +124,8 @@ def test_hostile_files_are_one_sentence(tmp_path, capsys, kind, command):
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_no_memory_is_one_sentence(monkeypatch, capsys, error):
@@ -134,7 +136,39 @@ def test_no_memory_is_one_sentence(monkeypatch, capsys, error):
 
     monkeypatch.setattr("peft_metalora.commands.demo.run_demo", full)
     assert main(["demo"]) == 2
-    assert capsys.readouterr().err.startswith("metalora: expected enough memory, found: ")
+    told = capsys.readouterr().err
+    assert told.startswith("metalora: expected enough memory, found: ") and told.count("\n") == 1
+
+
+WANTING = {  # what a command asks for: what is worth a try, in this order
+    "meta-train": (["--train_data_dir", "x"], ["--gradient_checkpointing", "--quantize int8", "--offload group"]),
+    "train-encoder": (["--down", "x", "--gradient_checkpointing", "--quantize", "int8"], ["--offload group"]),
+    "personalize": (["--gradient_checkpointing", "--dynamo_backend", "x"], ["--quantize int8", "--offload model"]),
+    "generate": (["--prompt", "x", "--num_images_per_prompt", "4"], ["--quantize int8", "--offload model"]),
+    "evaluate": (["--data", "x", "--output", "x", "--method", "base"], ["--quantize int8"]),
+    "read": (["--down", "x", "--photos", "x"], []),
+}
+
+
+@pytest.mark.parametrize("command", WANTING)
+def test_want_of_memory_names_what_the_command_has_left_to_try(command, monkeypatch, capsys, tmp_path):
+    """Bug: a list of everything there is, whatever was given already and whether or not it goes together."""
+    given, wanted = WANTING[command]
+
+    def full(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+
+    function = COMMANDS[command].function
+    monkeypatch.setattr(f"peft_metalora.{function.replace(':', '.')}", full)
+    base = [] if command == "evaluate" else ["--output_dir", str(tmp_path / "out")]
+    if command not in ("evaluate", "read"):
+        base += ["--pretrained_model_name_or_path", "base"]
+    assert main([command, *base, *given, "--device", "cpu"]) == 2
+    tried = capsys.readouterr().err.partition("most of it first: ")[2].partition(". See")[0].split(", ")
+    assert [one for one in tried if one in wanted] == wanted
+    assert [one for one in tried if one.startswith("--")] == wanted
+    assert ("a smaller --num_images_per_prompt" in tried) == (command == "generate")
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_errors_are_no_want_of_memory(monkeypatch):

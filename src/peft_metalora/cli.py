@@ -189,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        found = str(error).partition("\n")[0] or "none left"
-        message = f"expected enough memory, found: {found}. {_LESS}"
+        found = str(error).strip().partition("\n")[0].rstrip(".") or "none left"
+        try_this = ", ".join([*_named("bases.memory:lighter")(config), "a device with more memory"])
+        message = f"expected enough memory, found: {found}. What takes less, most of it first: {try_this}"
         return _failed(message, OUT_OF_MEMORY, type(error).__name__, as_json)
     except KeyboardInterrupt:
         print(f"metalora: interrupted; {_left_behind(config, begun)}", file=sys.stderr)
@@ -206,16 +207,11 @@ def _failed(message: str, address: str, kind: str, as_json: bool) -> int:
     return 2
 
 
-_LESS = (
-    "Take a smaller resolution, batch or rank, --mixed_precision bf16, in training --gradient_checkpointing, or a "
-    "device with more memory"
-)
-
-
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, a GPU (torch.OutOfMemoryError) or torch on a CPU found none."""
+    """Whether Python, a GPU (torch.OutOfMemoryError, or what its libraries say) or torch on a CPU found none."""
     names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(one in str(error) for one in said)
 
 
 def _left_behind(config: Any, begun: float) -> str:

@@ -16,6 +16,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, load_subject, save_down
 from peft_metalora.bases import load_base
+from peft_metalora.bases.parts import Parts
 from peft_metalora.cli import main
 from peft_metalora.encoder import load_reader
 from peft_metalora.metrics import Embeddings, Face
@@ -331,3 +332,19 @@ def test_other_sources_from_photos_of_many_to_a_person(home, tmp_path, capsys, s
         assert main([*arguments[:-2], "--output_dir", str(tmp_path / "none")]) == 2
         assert f"Give --face_model '{__name__}:faces' if you trust it" in capsys.readouterr().err
         assert not (tmp_path / "none").exists()
+
+
+def test_reading_loads_the_vae_alone(home, tmp_path, monkeypatch):
+    """Bug: 46 GiB of FLUX.1-dev to read a photo, of which 0.2 are asked."""
+    loaded = []
+    bring = Parts.bring
+    monkeypatch.setattr(
+        Parts, "bring", lambda self, pipe, names, *at: (loaded.extend(names), bring(self, pipe, names, *at))
+    )
+    photo = home / "people" / "person-0" / "0.png"
+    assert read(home, "--photos", photo, "--output_dir", tmp_path / "ann") == 0
+    assert loaded == ["vae"]
+    loaded.clear()
+    (tmp_path / "none.png").write_bytes(b"no image")
+    assert read(home, "--photos", tmp_path / "none.png", "--output_dir", tmp_path / "nobody") == 2
+    assert not loaded and not (tmp_path / "nobody").exists()

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from peft_metalora.bases.parts import Parts, is_hull
+from peft_metalora.cli import main
 from peft_metalora.data import read_subjects
 from peft_metalora.errors import BaseModelMismatchError, ConfigError, NoCaptionError, UnreadableImageError
 from peft_metalora.training.engine.processes import ALONE
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.preparing import prepare
+from peft_metalora.training.stage_2 import Personalization
 from pipelines_tiny import save_tiny_flux
 from training_tiny import personal_config, write_people
 
@@ -69,3 +71,20 @@ class TestRefusedBeforeTheBaseIsLoaded:
     def test_a_resolution_that_does_not_fit(self, place, tmp_path):
         with pytest.raises(ConfigError, match="multiple of 8"):
             self.run(place, tmp_path, resolution=20)
+
+
+def test_a_run_without_enough_memory_leaves_nothing(place, tmp_path, monkeypatch, capsys):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+
+    monkeypatch.setattr(Personalization, "_loss", full)
+    arguments = [
+        "--pretrained_model_name_or_path",
+        place / "base",
+        "--instance_data_dir",
+        place / "people" / "person-0",
+    ]
+    arguments += ["--down", place / "down", "--output_dir", tmp_path / "out", "--resolution", 16, "--device", "cpu"]
+    assert main(["personalize", "--device", "cpu", *map(str, arguments)]) == 2
+    assert "expected enough memory, found: CUDA out of memory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

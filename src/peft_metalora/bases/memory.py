@@ -117,6 +117,34 @@ def _refusal(quantize: str, offload: str, use: str, circumstances: Iterable[str]
     return None
 
 
+def lighter(config: Any) -> list[str]:
+    """Changes of a command's settings that take less memory, as flags, in the order in which they are worth a try."""
+    use = "train" if hasattr(config, "gradient_checkpointing") else "draw" if hasattr(config, "prompt") else "evaluate"
+    on_cpu = getattr(config, "device", None) == "cpu" or not torch.cuda.is_available()
+    compiled = getattr(config, "dynamo_backend", None) not in (None, "no")
+    here = [*([CPU] if on_cpu else []), *([COMPILED] if compiled else [])]
+    changes = []
+    if use == "train" and not config.gradient_checkpointing:
+        changes.append("--gradient_checkpointing")
+    if getattr(config, "mixed_precision", None) == "no":
+        changes.append("--mixed_precision bf16")
+    quantize, offload = getattr(config, "quantize", None), getattr(config, "offload", None)
+    if quantize == "none":
+        fits = [one for one in ("nf4", "int8") if _refusal(one, str(offload), use, here) is None]
+        changes += [f"--quantize {one}" for one in fits[:1]]
+    if offload is not None:
+        order = ("model", "group") if use == "train" else ("model", "group", "sequential")
+        later = order[order.index(offload) + 1 :] if offload in order else order if offload == "none" else ()
+        fits = [one for one in later if _refusal(str(quantize), one, use, here) is None]
+        changes += [f"--offload {one}" for one in (fits[-1:] if use == "train" else fits[:1])]
+    for name in ("train_batch_size", "subjects_per_batch", "num_images_per_prompt"):
+        if getattr(config, name, 1) > 1:
+            changes.append(f"a smaller --{name}")
+    if hasattr(config, "resolution"):
+        changes.append("a smaller --resolution")
+    return changes
+
+
 def quantization(asked: Memory, hulls: dict[str, nn.Module], dtype: torch.dtype) -> Any:
     """diffusers' configuration that quantises these models of a pipeline while they load; None: nothing is to be.
 

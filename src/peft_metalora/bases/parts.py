@@ -7,6 +7,7 @@ A hull is the model on the meta device, made from its configuration alone. It sa
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 from collections.abc import Iterable, Iterator
@@ -122,6 +123,8 @@ class Parts:
         try:
             yield
         except (OSError, ValueError, ImportError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                raise MemoryError(str(error)) from error
             raise BaseModelMismatchError(
                 f"expected a diffusers pipeline at {self.name!r}, found none that loads ({error}): give a folder or a "
                 "repository id"

@@ -105,6 +105,10 @@ def run_read(config: ReadConfig) -> Done:
     down = load_down(config.down, **options)
     if down.config.encoder_fingerprint is None:
         raise no_encoder(config.down)
+    chosen = config.data is None and not any(map(os.path.isdir, config.photos))
+    if chosen:  # one that cannot be decoded is noticed before the base is opened
+        for photo in people[0].photos:
+            photo.load()
     device = choose_device(config.device)
     asked = config.pretrained_model_name_or_path
     base_name, revision = base_to_load(asked, config.revision, down.config, config.down)
@@ -119,7 +123,6 @@ def run_read(config: ReadConfig) -> Done:
     reader = load_reader(folder_of(config.down, READER_FILES, **options), down, base.encode_images, config.face_model)
     reader.encoder.to(device)
     sight = reader.encoder.sight(config.face_crop, config.face_margin, config.face_align)
-    chosen = config.data is None and not any(map(os.path.isdir, config.photos))
     photos = [person.photos for person in people]
     codes = reader.codes(photos, sight, skip_unusable=not chosen, progress=len(people) > 1)
     named = {
