@@ -256,3 +256,16 @@ def test_an_output_that_would_fall_on_what_is_read_is_refused_before_any_work(
         assert main(["evaluate", *(f"--{name}={value}" for name, value in (given | changes).items())]) == 2
         assert "apart from" in capsys.readouterr().err, changes
     assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_methods_are_compared_on_a_quantised_base(people: Path, tmp_path: Path) -> None:
+    settings = {"data": str(people), "output": str(tmp_path), "steps": [1], "device": "cpu", "quantize": "int8"}
+    with pytest.raises(ConfigError, match="they change or decompose whole weights"):
+        evaluate(EvaluateConfig(**settings, method=["lora:r=1", "full"]), progress=False)
+    bench = Bench(EvaluateConfig(**settings, method=["lora:r=1"]), [])
+    assert type(bench.base.denoiser.transformer_blocks[0].attn.to_q.weight).__name__ == "Int8Tensor"
+    config = EvaluateConfig(**settings, method=["lora:r=1"], views_per_image=2, train_batch_size=1)
+    photo = read_subjects(people)[0].photos[0]
+    run = run_method(bench.base, Method.parse("lora:r=1"), photo, config, None, steps=1)
+    assert [step.number for step in run.steps()] == [1]
+    run.remove()

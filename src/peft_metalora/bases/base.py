@@ -220,13 +220,14 @@ class Base(ABC):
         """As `encode_text`, on the encoders' device and with gradients, for whoever trains what the encoders see."""
 
     @torch.no_grad()
-    def encode_images(self, pixels: Tensor, batch_size: int = 16) -> Tensor:
+    def encode_images(self, pixels: Tensor, batch_size: int | None = None) -> Tensor:
         """Latents of images, scaled as the denoiser knows them, on the CPU.
 
         The mean of the VAE's posterior is taken: its spread is far below what a crop or a noise level changes.
 
         Args:
             pixels: (n, 3, h, w) in [-1, 1]; h and w divisible by `pixel_multiple`.
+            batch_size: images at a time; by default as many as a megapixel holds, at most 16.
 
         Returns:
             (n, c, h / f, w / f), f the VAE's factor.
@@ -239,7 +240,8 @@ class Base(ABC):
         # Hooks of accelerate bring a VAE to its device, but not what it is to encode.
         device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or next(vae.parameters()).device
         dtype = next(vae.parameters()).dtype
-        parts = [_finite(self.latents_of(part.to(device, dtype)).cpu(), "the VAE") for part in pixels.split(batch_size)]
+        size = batch_size or min(16, max(1, 2**20 // (pixels.shape[-2] * pixels.shape[-1])))
+        parts = [_finite(self.latents_of(part.to(device, dtype)).cpu(), "the VAE") for part in pixels.split(size)]
         return torch.cat(parts).float()
 
     def latents_of(self, pixels: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ class Bench:
         made_from = {
             "method": method.text,
             **{name: getattr(config, name) for name in _MADE_FROM},
+            **({} if config.quantize == "none" else {"quantize": config.quantize}),  # cells of before stay valid
             "resolution": config.side,
             "steps": steps,
             "caption": reference.caption,

@@ -1,0 +1,528 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the recipes of `examples/recipes` take, run as they are printed, on whole pipelines of the real shapes.
+
+FLUX.1-dev (T5-XXL and the VAE included), FLUX.2 klein 4B and SDXL with random weights in bf16, written to disk as a
+download would lie there, one base after another; each command in a process of its own whose memory is capped.
+
+    python benchmarks/memory.py                       one GPU, 40 GB of disk (--work); writes results/memory.json
+    python benchmarks/memory.py --only flux_read_gib sdxl_personalize_gib
+    python benchmarks/memory.py --matrix --seconds 1500   then other quantisers, offloads, batches and resolutions
+    python benchmarks/memory.py --small               tiny pipelines on a CPU, to check the script
+
+A figure is the most that the process had from the driver at any time, loading included, with the context that CUDA
+itself keeps: what a card has to have free. The cap is the size of the card that a recipe is made for, by
+`torch.cuda.set_per_process_memory_fraction`, the context taken off; what does not fit ends in an error, and the figure
+is none. Beside it lie the seconds of a step (from the first step to the last of a few), what tensors alone took, the
+peak of host memory, and of each phase (from one loading of parts to the next) the peak. Runs are shortened by the flags
+in `QUICK`, nothing else is changed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from flux_dev import SHAPES, SMALL
+from origin import origin, write
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
+
+from peft_metalora import MetaLoraConfig, load_down, save_down
+from peft_metalora.bases import open_base
+from peft_metalora.bases.memory import OFFLOADS, QUANTIZERS, Whole, require_supported
+from peft_metalora.bases.parts import Parts, is_hull
+from peft_metalora.checkpoint.space import SubjectSpace
+from peft_metalora.cli import main as metalora
+from peft_metalora.encoder import EncoderConfig, make_encoder, save_reader
+from peft_metalora.errors import ConfigError
+from peft_metalora.pipelines.calling import PerSampleMixin
+from peft_metalora.training.watching.tracking import Trackers
+
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+QUICK = {
+    "personalize": ["--max_train_steps", "6", "--views_per_image", "4"],
+    "generate": ["--num_inference_steps", "6"],
+    "read": [],
+}
+READ = "read --down faces --photos ann.jpg --output_dir ann"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A figure: a command, as it is printed in a recipe or in the pages, and the card that it is made for, in GiB."""
+
+    figure: str
+    base: str
+    card: float
+    recipe: str | None = None
+
+    def command(self) -> list[str]:
+        """Its arguments."""
+        if self.recipe is None:
+            return shlex.split(READ)
+        (printed,) = re.findall(r"^#   metalora (.*)$", (RECIPES / self.recipe).read_text(), re.MULTILINE)
+        return shlex.split(printed)
+
+
+CASES = (
+    Case("flux_read_gib", "flux", 2),
+    Case("flux_personalize_512_gib", "flux", 8, "flux1-512-8gb.yaml"),
+    Case("flux_personalize_1024_gib", "flux", 12, "flux1-1024-12gb.yaml"),
+    Case("flux_generate_1024_gib", "flux", 8, "flux1-generate-8gb.yaml"),
+    Case("sdxl_personalize_gib", "sdxl", 6, "sdxl-1024-6gb.yaml"),
+    Case("klein_personalize_gib", "klein", 8, "klein-1024-8gb.yaml"),
+)
+
+
+# Pipelines of the real shapes
+
+
+def tokenizer(vocabulary: int, length: int) -> PreTrainedTokenizerFast:
+    """Words to numbers below `vocabulary`; what they mean is of no matter here."""
+    words = {word: number for number, word in enumerate(["<pad>", "<unk>", "a", "photo", "of", "person", "</s>"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", words["</s>"])])
+    assert len(words) <= vocabulary
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=length, **special)
+
+
+def clip(small: bool, wide: bool = False) -> CLIPTextConfig:
+    """CLIP-L, or the bigG of SDXL."""
+    sizes = (1280, 5120, 32, 20) if wide else (768, 3072, 12, 12)
+    width, inner, layers, heads = (16, 32, 1, 2) if small else sizes
+    return CLIPTextConfig(
+        vocab_size=100 if small else 49408,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=77,
+        projection_dim=width,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=6,
+    )
+
+
+def autoencoder(small: bool, channels: int, **more: Any) -> AutoencoderKL:
+    """The autoencoder of SDXL and FLUX.1, which divides both sides by 8."""
+    widths = (8, 8, 8, 8) if small else (128, 256, 512, 512)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=widths,
+        layers_per_block=1 if small else 2,
+        latent_channels=channels,
+        norm_num_groups=8 if small else 32,
+        **more,
+    )
+
+
+def flux(small: bool) -> Any:
+    """FLUX.1-dev."""
+    t5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    if not small:
+        t5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    config = T5Config(
+        vocab_size=100 if small else 32128, feed_forward_proj="gated-gelu", decoder_start_token_id=0, **t5
+    )
+    no_quant = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(small, 16, scaling_factor=0.3611, shift_factor=0.1159, **no_quant),
+        text_encoder=CLIPTextModel(clip(small)),
+        tokenizer=tokenizer(100, 77),
+        text_encoder_2=T5EncoderModel(config),
+        tokenizer_2=tokenizer(100, 512),
+        transformer=FluxTransformer2DModel(**({**SMALL, "pooled_projection_dim": 16} if small else SHAPES)),
+    )
+
+
+def klein(small: bool) -> Any:
+    """FLUX.2 klein, 4B."""
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8}
+    sizes |= {"head_dim": 128, "vocab_size": 151936, "num_hidden_layers": 36}
+    shapes = {"num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128, "num_attention_heads": 24}
+    shapes |= {"joint_attention_dim": 3 * 2560, "in_channels": 128}
+    if small:
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+        sizes |= {"head_dim": 8, "vocab_size": 100, "num_hidden_layers": 28}
+        shapes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+        shapes |= {"joint_attention_dim": 24, "in_channels": 16, "axes_dims_rope": (4, 4, 4, 4)}
+    vae = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4} if small else {}
+    own = tokenizer(100, 512)
+    own.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2(**vae),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, max_position_embeddings=40960, **sizes)),
+        tokenizer=own,
+        transformer=Flux2Transformer2DModel(guidance_embeds=False, **shapes),
+        is_distilled=False,
+    )
+
+
+def sdxl(small: bool) -> Any:
+    """Stable Diffusion XL."""
+    widths, heads, depths, width = (320, 640, 1280), (5, 10, 20), (1, 2, 10), 2048
+    more = {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
+    if small:
+        widths, heads, depths, width = (8, 8, 16), (1, 1, 2), (1, 1, 1), 32
+        more = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8, "norm_num_groups": 4}
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=width,
+        attention_head_dim=heads,
+        transformer_layers_per_block=depths,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        **more,
+    )
+    with torch.device("cpu"):  # it computes when it is made
+        scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(small, 4, scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(clip(small)),
+        text_encoder_2=CLIPTextModelWithProjection(clip(small, wide=True)),
+        tokenizer=tokenizer(100, 77),
+        tokenizer_2=tokenizer(100, 77),
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+
+
+@dataclass(frozen=True)
+class Base:
+    """How a pipeline is made, what it is called in the recipes, and its Down."""
+
+    make: Callable[[bool], Any]
+    name: str
+    down: str
+
+
+BASES = {
+    "flux": Base(flux, "black-forest-labs/FLUX.1-dev", "faces"),
+    "sdxl": Base(sdxl, "stabilityai/stable-diffusion-xl-base-1.0", "sdxl-faces"),
+    "klein": Base(klein, "black-forest-labs/FLUX.2-klein-base-4B", "klein-faces"),
+}
+
+
+def numbers_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a file of weights holds: parameters once each, and the buffers that are saved."""
+    yield from module.named_parameters()
+    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    yield from ((name, tensor) for name, tensor in module.state_dict().items() if name not in own)
+
+
+def write_weights(path: Path, module: nn.Module, dtype: torch.dtype) -> None:
+    """A safetensors file of random numbers for a model on the meta device, never whole in memory."""
+    name = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
+    random = torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02
+    drawn, ones = random.to(dtype), torch.ones(2**16, dtype=dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    content, place = [], 0
+    for key, tensor in numbers_of(module):
+        kind = name if tensor.is_floating_point() else "I64"
+        size = tensor.numel() * (dtype.itemsize if kind == name else 8)
+        header[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [place, place + size]}
+        content.append((None if kind == "I64" else ones if "running_var" in key else drawn, size))
+        place += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for source, size in content:
+            data = b"\0" * 2**16 if source is None else source.view(torch.uint8).numpy().data
+            for start in range(0, size, len(data)):
+                file.write(data[: min(len(data), size - start)])
+
+
+def write_base(base: Base, small: bool) -> None:
+    """A pipeline as a folder of its repository's name in the working directory, and its Down beside it."""
+    with torch.device("meta"):
+        pipe = base.make(small)
+    folder = Path(base.name)
+    dtype = torch.float32 if small else torch.bfloat16
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            place = folder / name
+            place.mkdir(parents=True)
+            diffusers = hasattr(part, "save_config")
+            part.save_config(place) if diffusers else part.config.save_pretrained(place)
+            stem = "diffusion_pytorch_model" if diffusers else "model"
+            write_weights(place / f"{stem}.safetensors", part, dtype)
+        elif part is not None:
+            part.save_pretrained(folder / name)
+    pipe.save_config(folder)
+    write_down(base, small)
+
+
+def write_down(base: Base, small: bool) -> None:
+    """A Down of random numbers for a pipeline on disk, of the ranks that stage 1 has by default; with a reader."""
+    opened = open_base(base.name)
+    denoiser = opened.denoiser
+    ranks = {"r": 2, "meta_r": 4} if small else {"r": 4, "meta_r": 64}
+    targets = opened.target_modules
+    denoiser.add_adapter(MetaLoraConfig(**ranks, lora_alpha=ranks["r"], target_modules=targets), adapter_name="faces")
+    generator = torch.Generator().manual_seed(0)
+    for module in denoiser.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name == "faces" and tensor.is_meta:
+                drawn = torch.randn(tensor.shape, generator=generator) * 0.01
+                setattr(module, name, nn.Parameter(drawn) if isinstance(tensor, nn.Parameter) else drawn)
+    save_down(base.down, denoiser, "faces", base_model=base.name)
+    source = load_down(base.down)
+    side = opened.pipeline.vae_scale_factor
+    space = SubjectSpace.around(source, 6 if small else 128)
+    with torch.no_grad():
+        space.basis.normal_(std=0.001, generator=generator)
+    config = {"resolution": 64, "code_size": 6, "width": 8, "hidden": 16} if small else {}
+    channels = opened.pipeline.vae.config.latent_channels
+
+    def blank(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(pixels), channels, pixels.shape[-2] // side, pixels.shape[-1] // side)
+
+    if base.down == "faces":
+        save_reader(base.down, space.rounded(), make_encoder(EncoderConfig(**config), blank), source)
+
+
+# Commands, each in a process of its own
+
+
+def run(arguments: list[str], card: float | None, report: Path) -> None:
+    """Run a command of `metalora` under a cap, and write what it took."""
+    gpu = torch.cuda.is_available()
+    context, total = 0, 0
+    if gpu:
+        torch.zeros(1, device="cuda")
+        free, total = torch.cuda.mem_get_info()
+        context = total - free - torch.cuda.memory_reserved()
+        if card is not None:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (card * 2**30 - context) / total))
+    phases: list[dict[str, Any]] = []
+    steps: list[float] = []
+
+    def turn(name: str) -> None:
+        """Close a phase, and begin the next."""
+        if gpu:
+            torch.cuda.synchronize()
+        if phases:
+            phases[-1] |= {"seconds": time.perf_counter() - phases[-1]["seconds"]}
+            phases[-1] |= {"reserved": torch.cuda.max_memory_reserved() if gpu else 0}
+            phases[-1] |= {"allocated": torch.cuda.max_memory_allocated() if gpu else 0}
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        phases.append({"phase": name, "seconds": time.perf_counter()})
+
+    bring, step, call = Parts.bring, Trackers.step, PerSampleMixin.__call__
+
+    def bringing(self: Parts, pipeline: Any, names: Any, *device: Any) -> None:
+        wanted = [name for name in names if is_hull(getattr(pipeline, name, None))]
+        if wanted:
+            turn("loading " + ", ".join(wanted))
+            bring(self, pipeline, wanted, *device)
+            turn("after it")
+
+    def stepping(self: Trackers, done: Any) -> None:
+        if gpu:
+            torch.cuda.synchronize()
+        steps.append(time.perf_counter())
+        step(self, done)
+
+    def calling(self: Any, *args: Any, **options: Any) -> Any:
+        def each(pipe: Any, number: int, when: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if gpu:
+                torch.cuda.synchronize()
+            steps.append(time.perf_counter())
+            return tensors
+
+        return call(self, *args, callback_on_step_end=each, **options)
+
+    Parts.bring, Trackers.step, PerSampleMixin.__call__ = bringing, stepping, calling  # type: ignore[method-assign]
+    turn("before the base")
+    start = time.perf_counter()
+    code = metalora(arguments)
+    turn("end")
+    found = {
+        "code": code,
+        "seconds": time.perf_counter() - start,
+        "seconds_a_step": (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else None,
+        "context": context,
+        "reserved": max(phase.get("reserved", 0) for phase in phases),
+        "allocated": max(phase.get("allocated", 0) for phase in phases),
+        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "phases": phases[:-1],
+    }
+    report.write_text(json.dumps(found))
+
+
+def in_a_process(arguments: list[str], card: float | None) -> dict[str, Any]:
+    """What a command takes in a process of its own, in GiB and seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        own = [sys.executable, __file__, "--run", str(report), "--card", str(card or 0), "--", *arguments]
+        done = subprocess.run(own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        said = [line for line in done.stdout.splitlines() if line.strip()][-3:]
+        if not report.is_file():
+            return {"fits": False, "said": said}
+        found = json.loads(report.read_text())
+    whole = (found["reserved"] + found["context"]) / 2**30
+    return {
+        "fits": found["code"] == 0,
+        "gib": round(whole, 3),
+        "tensors_gib": round(found["allocated"] / 2**30, 3),
+        "context_gib": round(found["context"] / 2**30, 3),
+        "host_gib": round(found["host"] / 2**30, 2),
+        "seconds_a_step": found["seconds_a_step"] and round(found["seconds_a_step"], 3),
+        "seconds": round(found["seconds"], 1),
+        "phases": [
+            [one["phase"], round(one["seconds"], 1), round((one["reserved"] + found["context"]) / 2**30, 2)]
+            for one in found["phases"]
+        ],
+        **({} if found["code"] == 0 else {"said": said}),
+    }
+
+
+def small_flags(arguments: list[str]) -> list[str]:
+    """What makes a command one of moments on a CPU, where there are no 4-bit weights."""
+    given = (
+        yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text()) if "--config" in arguments else {}
+    )
+    flags = ["--device", "cpu"]
+    if arguments[0] != "read":
+        flags += ["--resolution", "64"]
+    if given.get("quantize") == "nf4":
+        flags += ["--quantize", "int8"]
+    return flags
+
+
+def cells(base: Base) -> Iterator[tuple[str, list[str]]]:
+    """Other ways to hold a base: a name and the arguments of each."""
+    shared = ["--pretrained_model_name_or_path", base.name, "--output_dir", "out"]
+    person = ["--down", base.down, "--instance_data_dir", "ann.jpg", "--instance_prompt", "a photo of a person"]
+    for side, quantize, offload in product((512, 1024), QUANTIZERS, OFFLOADS):
+        held = ["--quantize", quantize, "--offload", offload, "--resolution", str(side)]
+        for use, more in (("train", [["--train_batch_size", str(size)] for size in (1, 4)]), ("draw", [[]])):
+            try:
+                require_supported(Whole(quantize, offload), use)
+            except ConfigError:
+                continue
+            for extra in more:
+                train = ["personalize", *person, "--gradient_checkpointing", *extra]
+                own = train if use == "train" else ["generate", "--prompt", "a photo of a person"]
+                name = f"{own[0]} {side} {quantize} {offload}{f' batch {extra[-1]}' if extra else ''}"
+                yield name, [*own, *shared, *held]
+
+
+def main() -> None:
+    """Write the bases, run the commands and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[case.figure for case in CASES], help="figures; all by default")
+    parser.add_argument("--matrix", action="store_true", help="then the other ways to hold each base")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no command after this time")
+    parser.add_argument("--small", action="store_true", help="tiny pipelines on a CPU")
+    parser.add_argument("--work", type=Path, help="folder for the bases; default: a temporary one")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.json")
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--card", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run is not None:
+        run(args.arguments, args.card or None, args.run)
+        return
+    until = time.monotonic() + args.seconds
+    cases = [case for case in CASES if args.only is None or case.figure in args.only]
+    output = args.output.absolute()
+    device = torch.device("cpu" if args.small else "cuda")
+    report: dict[str, Any] = {**origin(device, "bitsandbytes", "torchao", "transformers"), "figures": {}, "details": {}}
+    report["figures"] = {case.figure: None for case in CASES}
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        os.chdir(folder)
+        shutil.copytree(RECIPES, "examples/recipes")
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((1024, 1024), Image.Resampling.BICUBIC).save("ann.jpg", quality=95)
+        for name, base in BASES.items():
+            mine = [case for case in cases if case.base == name]
+            if not mine or time.monotonic() > until:
+                continue
+            write_base(base, args.small)
+            for case in mine:
+                # Ann is there to be drawn, and made anew by each command that makes her.
+                arguments = [*case.command(), *QUICK[case.command()[0]]]
+                if args.small:
+                    arguments += small_flags(arguments)
+                if "--subject" in arguments and not Path("ann").exists():
+                    person = [*shlex.split(READ), *(["--device", "cpu"] if args.small else [])]
+                    in_a_process(person, None)
+                elif "--subject" not in arguments:
+                    shutil.rmtree("ann", ignore_errors=True)
+                found = in_a_process(arguments, None if args.small else case.card)
+                report["figures"][case.figure] = found["gib"] if found["fits"] and not args.small else None
+                report["details"][case.figure] = {
+                    "command": shlex.join(["metalora", *arguments]),
+                    "card": case.card,
+                    **found,
+                }
+                print(case.figure, json.dumps(found), flush=True)
+                write(output, report)
+            for cell, arguments in cells(base) if args.matrix else ():
+                if time.monotonic() > until:
+                    break
+                shutil.rmtree("out", ignore_errors=True)
+                small = ["--device", "cpu", "--resolution", "64"] if args.small else []
+                found = in_a_process([*arguments, *QUICK[arguments[0]], *small], None)
+                report["details"].setdefault(f"{name}_cells", {})[cell] = found
+                print(name, cell, json.dumps(found), flush=True)
+                write(output, report)
+            shutil.rmtree(base.name)
+        os.chdir("/")
+
+
+if __name__ == "__main__":
+    main()
