@@ -210,7 +210,7 @@ def _failed(message: str, address: str, kind: str, as_json: bool) -> int:
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether Python, a GPU (torch.OutOfMemoryError, or what its libraries say) or torch on a CPU found none."""
     names = {cls.__name__ for cls in type(error).__mro__}
-    said = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+    said = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(one in str(error) for one in said)
 
 
