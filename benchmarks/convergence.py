@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A person in zero steps, on the embedded domain: encoders of subject spaces, their controls, their rivals.
 
-    python benchmarks/convergence.py --plan --split held-out --compile --precision bf16 --seconds 1500 --output DIR
+    python benchmarks/further_judges.py --output DIR
+    python benchmarks/convergence.py --plan --split held-out --compile --precision bf16 --output DIR
     python benchmarks/convergence.py --recipe main:steps=3000 --output DIR
 
 An encoder is named by a recipe, `name:key=value,...` with the keys of `encoder_world.Recipe`, and gives one file
@@ -27,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from convergence_figures import summarise
-from encoder_world import Recipe, World, second_judge
+from encoder_world import Recipe, World
+from further_judges import SECOND_JUDGE, SecondJudge, load
 from origin import origin
 from PIL import Image
 from torch import Tensor
@@ -51,7 +53,6 @@ STRENGTHS = (0.5, 1.0)
 SCALES = (0.9, 1.1, 1.25)  # of the way from the mean subject to the one that was read
 SETTLED = 10  # steps after which time is counted
 FITTING_RATE = 0.05  # of codes, which are of length sqrt(k)
-RIVAL_NAMES = ("lora_r1", "lora_r16", "full", "mean_lora", "meta_lora_mean")
 PEOPLE = (64, 128, 256, 512, 1024, 2048)
 
 # Everything that the report is made from, the most needed first. At 4096 people more steps still help.
@@ -179,7 +180,7 @@ def train(world: World, recipe: Recipe) -> Trained:
         "curve": curve,
     }
     del run, stack
-    take_off(base)
+    world.take_off(base)
     world.clear()
     return trained
 
@@ -311,28 +312,26 @@ def line(scores: Mapping[str, Sequence[float]]) -> str:
     return "/".join(f"{value:.3f}" for value in values)
 
 
-def rivals(world: World) -> dict[str, Any]:
-    """Fine-tuned methods on the test people: with a constant rate, and warmed up and decayed to 0 over a run.
+def rival(world: World, name: str) -> dict[str, Any]:
+    """A fine-tuned method on the test people: with a constant rate, and warmed up and decayed to 0 over a run.
 
-    The rate of each is the best of `tune` people at its best number of steps; every number of steps is kept.
+    Each rate is the best of `tune` people at its best number of steps; every number of steps is kept.
     """
     args = world.args
-    tune = world.people("tune", args.tune_people)
-    people, result = world.test_people(), {}
-    start = mean_lora_start(world) if "mean_lora" in args.rival else None
-    for name in args.rival:
-        for length in (0, *args.decays):
-            at = [step for step in args.rival_steps if not length or step <= length] if not length else [length]
-            tried = _rival(world, tune, name, RIVALS[name].rates, at, length, [0], start)
-            best = max(tried, key=lambda rate: max(interval(one["r_facesim"])["value"] for one in tried[rate].values()))
-            label = f"{name}, decay over {length}" if length else name
-            seeds = list(range(args.seeds))
-            result[label] = {
-                "learning_rate": float(best),
-                "tuning": {rate: {step: line(one) for step, one in curve.items()} for rate, curve in tried.items()},
-                "curve": _rival(world, people, name, [float(best)], at, length, seeds, start)[best],
-            }
-            print(label, best, {step: line(one) for step, one in result[label]["curve"].items()}, flush=True)
+    tune, people = world.people("tune", args.tune_people), world.test_people()
+    start = mean_lora_start(world) if name == "mean_lora" else None
+    result = {}
+    for length in (0, *args.decays):
+        at = [length] if length else args.rival_steps
+        tried = _rival(world, tune, name, RIVALS[name].rates, at, length, [0], start)
+        best = max(tried, key=lambda rate: max(interval(one["r_facesim"])["value"] for one in tried[rate].values()))
+        label = f"{name}, decay over {length}" if length else name
+        result[label] = {
+            "learning_rate": float(best),
+            "tuning": {rate: {step: line(one) for step, one in curve.items()} for rate, curve in tried.items()},
+            "curve": _rival(world, people, name, [float(best)], at, length, list(range(args.seeds)), start)[best],
+        }
+        print(label, best, {step: line(one) for step, one in result[label]["curve"].items()}, flush=True)
     return result
 
 
@@ -378,8 +377,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", default=[], help="name:key=value,...; see encoder_world.Recipe")
     parser.add_argument("--plan", action="store_true", help="the recipes and rivals of the report")
-    parser.add_argument("--rivals", action="store_true", help="fine-tuned methods: rivals.json")
-    parser.add_argument("--rival", nargs="+", default=list(RIVAL_NAMES), choices=tuple(RIVALS))
+    parser.add_argument("--rival", action="append", default=[], choices=tuple(RIVALS), help="a fine-tuned method")
     parser.add_argument("--rival-steps", type=int, nargs="+", default=[25, 50, 100, 200, 300, 500, 700])
     parser.add_argument("--decays", type=int, nargs="*", default=[100, 300], help="steps of runs that decay")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing after so many")
@@ -391,7 +389,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mean-steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3, help="noises that a clean photo is judged with")
     parser.add_argument("--world-seed", type=int, default=0, help="of the training people")
-    parser.add_argument("--second-judge-steps", type=int, default=0, help="0: no second judge")
     parser.add_argument("--looks", type=float, nargs="*", default=[0.1, 0.25, 0.5, 0.75])
     parser.add_argument("--at", type=int, nargs="+", default=[5, 10, 25, 50, 100], help="tuning steps to score after")
     # Of 1e-4, 3e-4 and 1e-3 on tune people: the middle one had gained the most after 25 steps at unharmed adherence.
@@ -402,7 +399,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", type=int, default=16, help="subjects of a person that are drawn together")
     parser.add_argument("--views", type=int, default=32)
     parser.add_argument("--inference-steps", type=int, default=INFERENCE_STEPS)
-    parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
+    parser.add_argument("--workers", type=int, default=min(16, max(1, len(os.sched_getaffinity(0)) - 1)))
     parser.add_argument("--save", action="store_true", help="also write encoder and space")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="eager steps")
     parser.add_argument("--compile", action="store_true", help="compile the pass")
@@ -411,11 +408,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def one(world: World, recipe: Recipe, facts: dict[str, Any]) -> None:
-    """Train and judge a recipe, and write its file."""
+def claimed(path: Path) -> bool:
+    """Take a file as this process's to make: False where it is there, or another process has taken it."""
+    if path.exists():
+        return False
+    try:
+        path.with_suffix(".claim").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def one(world: World, recipe: Recipe) -> dict[str, Any]:
+    """Train and judge a recipe."""
     args = world.args
     trained = train(world, recipe)
-    data = {**facts, "recipe": dataclasses.asdict(recipe), **trained.facts, "ceiling": world.ceiling()}
+    data: dict[str, Any] = {"recipe": dataclasses.asdict(recipe), **trained.facts, "ceiling": world.ceiling()}
     print(recipe.name, f"{trained.facts['seconds']} s, {trained.facts['steps_per_second']} steps/s", flush=True)
     data["zero_steps"] = judge(world, trained)
     for name, scores in data["zero_steps"].items():
@@ -429,8 +437,7 @@ def one(world: World, recipe: Recipe, facts: dict[str, Any]) -> None:
             save(trained, args.output / recipe.name if args.save else Path(folder))
             space = trained.space.rounded().cpu()
             data["code_file_bytes"] = save_code(folder, space.coded(torch.zeros(recipe.k))).stat().st_size
-    write_bytes(args.output / f"{recipe.name}.json", (json.dumps(data, indent=1) + "\n").encode())
-    print(f"{world.left:.0f} s left", flush=True)
+    return data
 
 
 def main() -> None:
@@ -441,25 +448,25 @@ def main() -> None:
         facts = {**origin(world.device), "split": args.split, "people": args.people, "noises": args.seeds}
         print(f"ready after {args.seconds - world.left:.0f} s on {facts['machine']}", flush=True)
         with vmap_ready():
-            if args.second_judge_steps:
-                path = args.output / "second_judge.safetensors"
-                world.second = second_judge(path, args.second_judge_steps, world.device)
-            for text in (*args.recipe, *(PLAN if args.plan else ())):
-                recipe = Recipe.parse(text)
-                if (args.output / f"{recipe.name}.json").exists():
+            if (args.output / SECOND_JUDGE).exists():
+                world.second = load(SecondJudge(), args.output / SECOND_JUDGE, world.device)
+            for job in (*args.recipe, *args.rival, *(PLAN if args.plan else ())):
+                recipe = None if job in RIVALS else Recipe.parse(job)
+                path = args.output / (f"{recipe.name}.json" if recipe else f"rivals-{job}.json")
+                if not claimed(path):
                     continue
                 if world.left < 0:
-                    print(f"out of time before {recipe.name}", flush=True)
+                    print(f"out of time before {job}", flush=True)
+                    path.with_suffix(".claim").unlink()
                     break
                 try:
-                    one(world, recipe, facts)
+                    data = one(world, recipe) if recipe else {"methods": rival(world, job)}
                 except TrainingError as error:
                     print(error, flush=True)
                     world.clear()
-            path = args.output / "rivals.json"
-            if (args.rivals or args.plan) and not path.exists() and world.left > 0:
-                data = {**facts, "methods": rivals(world)}
-                write_bytes(path, (json.dumps(data, indent=1) + "\n").encode())
+                    continue
+                write_bytes(path, (json.dumps({**facts, **data}, indent=1) + "\n").encode())
+                print(f"{path.name}, {world.left:.0f} s left", flush=True)
     summarise(args.output)
 
 

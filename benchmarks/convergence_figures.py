@@ -23,12 +23,11 @@ def summarise(folder: Path) -> dict[str, Any]:
     """Write `convergence.json` from what is there; a figure whose files are missing is left out."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     files.pop("convergence", None)
-    rivals = files.pop("rivals", None)
-    figures = {**_of_encoders(files), **_of_curves(files), **(_of_rivals(files, rivals) if rivals else {})}
     origins = {
-        name: {key: data[key] for key in ("machine", "date", "command", "split")}
-        for name, data in {**files, **({"rivals": rivals} if rivals else {})}.items()
+        name: {key: data[key] for key in ("machine", "date", "command", "split")} for name, data in files.items()
     }
+    rivals = [files.pop(name) for name in list(files) if name.startswith("rivals-")]
+    figures = {**_of_encoders(files), **_of_curves(files), **(_of_rivals(files, rivals) if rivals else {})}
     whole = {"figures": figures, "origins": origins}
     write_bytes(folder / "convergence.json", (json.dumps(whole, indent=1) + "\n").encode())
     return whole
@@ -132,11 +131,12 @@ def _of_curves(files: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _of_rivals(files: Mapping[str, Any], rivals: Mapping[str, Any]) -> dict[str, Any]:
+def _of_rivals(files: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The best that fine-tuned methods reach at any number of steps, and the encoder beside it."""
-    seeds = rivals["noises"]
+    seeds = rivals[0]["noises"]
+    methods = {name: method for data in rivals for name, method in data["methods"].items()}
     best: dict[str, tuple[float, str, list[float]]] = {}
-    for name, method in rivals["methods"].items():
+    for name, method in methods.items():
         for step, scores in method["curve"].items():
             people = _people(scores["r_facesim"], seeds)
             value = sum(people) / len(people)
@@ -154,7 +154,7 @@ def _of_rivals(files: Mapping[str, Any], rivals: Mapping[str, Any]) -> dict[str,
         curve = {
             int(step): sum(scores["r_facesim"]) / len(scores["r_facesim"])
             for one in loras
-            for step, scores in rivals["methods"][one]["curve"].items()
+            for step, scores in methods[one]["curve"].items()
         }
         reached = [step for step, value in curve.items() if value >= 0.95 * best[top][0]]
         figures["lora_r1_steps_to_95_percent"] = min(reached)

@@ -9,14 +9,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import Pool
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from prompt_adapters import ImagePromptAdapter, TokenAdapter
+from torch import Tensor
 
 from evaluation import Bench, People
 from peft_metalora.bases import Base, base_for
@@ -25,19 +24,17 @@ from peft_metalora.data.degrade import DEGRADATIONS, make_worse
 from peft_metalora.demo.embedded import RESOLUTION, load_base
 from peft_metalora.demo.faces import sample_identities
 from peft_metalora.demo.judges import FaceEmbedder
-from peft_metalora.demo.make_base import train_embedder
 from peft_metalora.demo.render import render
-from peft_metalora.demo.scene import Scene, captions, sample_scenes, scene_from_labels
+from peft_metalora.demo.scene import Scene, captions, parse_caption, sample_scenes, scene_from_labels
 from peft_metalora.encoder.sources.latents import even_exposure
 from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off
-from peft_metalora.files import write_tensors
 from peft_metalora.training.encoder_training import Reads
 from peft_metalora.training.engine.stacked import AdapterStack
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.tuner.down import DownSource
 
-SECOND = "second_r_facesim"
+SECOND, CHANCE = "second_r_facesim", "copied_by_chance"
 _RENDERED = 1024  # images drawn together on a GPU
 _ENCODED = 512
 
@@ -48,8 +45,8 @@ class Recipe:
 
     Attributes:
         name: of its file. kind: what a code expands to: `meta` (Mid and Up on the demo's Down), `random` (on one
-            that was never trained), `lora`, or `tokens` (context tokens beside the prompt: an image-prompt adapter).
-        r: rank. tokens: number of them. k: size of the code.
+            that was never trained), `lora`, or an adapter of `prompt_adapters`: `image_prompt` or `tokens`.
+        r: rank. tokens: of prompt adapters. k: size of the code.
         people, photos: in training. rows: people in a step. targets: photos of each in a step.
         worse: corruptions of half of the photos that are read: `all`, `none`, or `-name-name` for all but these.
         expose: 1: photos are brought to one exposure before they are read. erase: 1: boxes of photos are erased, too.
@@ -94,76 +91,6 @@ class Recipe:
             return ()
         left_out = self.worse.split("-")[1:]
         return tuple(name for name in DEGRADATIONS if name not in left_out)
-
-
-class TokenAdapter(nn.Module):
-    """A denoiser that sees trained context tokens beside those of the prompt.
-
-    With tokens that an encoder expands from a photo this is an image-prompt adapter on a frozen base.
-    """
-
-    def __init__(self, denoiser: nn.Module, count: int, width: int) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.tokens = nn.Parameter(0.02 * torch.randn(count, width, generator=torch.Generator().manual_seed(0)))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("denoiser"), name)
-
-    def forward(self, encoder_hidden_states: Tensor, txt_ids: Tensor, **kwargs: Any) -> Any:
-        own = self.tokens.to(encoder_hidden_states.dtype).expand(len(encoder_hidden_states), -1, -1)
-        sequence = torch.cat([encoder_hidden_states, own], dim=1)
-        ids = torch.cat([txt_ids, txt_ids.new_zeros(len(self.tokens), txt_ids.shape[1])])
-        return self.denoiser(encoder_hidden_states=sequence, txt_ids=ids, **kwargs)
-
-
-class SecondJudge(FaceEmbedder):
-    """Another face embedder, which no choice has used: a small vision transformer, trained on other people."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        width = 192
-        layer = nn.TransformerEncoderLayer(width, 6, 3 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.trunk = nn.Sequential(  # type: ignore[assignment]
-            nn.Conv2d(3, width, 8, stride=8),
-            nn.Flatten(2),
-            _WithPlaces(width, (RESOLUTION // 8) ** 2),
-            nn.TransformerEncoder(layer, 4, enable_nested_tensor=False),
-            nn.LayerNorm(width),
-            _Mean(),
-        )
-        self.head = nn.Linear(width, 128)
-
-
-class _WithPlaces(nn.Module):
-    """(n, width, places) -> (n, places, width), told where each token is."""
-
-    def __init__(self, width: int, places: int) -> None:
-        super().__init__()
-        self.places = nn.Parameter(0.02 * torch.randn(places, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2) + self.places
-
-
-class _Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
-
-
-def second_judge(path: Path, steps: int, device: torch.device) -> FaceEmbedder:
-    """The second judge, trained once and kept in a file."""
-    if path.exists():
-        judge: FaceEmbedder = SecondJudge()
-        judge.load_state_dict(load_file(path))
-        judge = judge.to(device).eval()
-    else:
-        judge = train_embedder(steps, device, network=SecondJudge, seed=1_000_901)
-        write_tensors(path, judge.state_dict())
-    return judge.requires_grad_(False)
 
 
 class World(Bench):
@@ -266,8 +193,20 @@ class World(Bench):
         return self._drawn
 
     def score(self, stack: AdapterStack | None, people: People, rows: int, seeds: Sequence[int]) -> dict[str, Any]:
-        """As the bench scores, and what the second judge says of the same images."""
+        """As the bench scores; also what a copied wall is by chance, and what the second judge says of the images.
+
+        By chance: the share of other people's references whose wall an image shows, where the prompt leaves it open.
+        """
         scores: dict[str, Any] = super().score(stack, people, rows, seeds)
+        open_wall = ["background" not in parse_caption(prompt) for prompt in self.prompts]
+        walls = [shown["background"] for shown in self.judge.read(self._drawn)]
+        scores[CHANCE] = []
+        for row in range(rows):
+            own = row // len(seeds)
+            others = [wall for person, wall in enumerate(people.walls) if person != own]
+            drawn = walls[row * len(open_wall) : (row + 1) * len(open_wall)]
+            shares = [others.count(wall) / len(others) for wall, free in zip(drawn, open_wall, strict=True) if free]
+            scores[CHANCE].append(round(sum(shares) / len(shares), 4))
         if self.second is not None and people is self._people:
             made = self.second.embed(self._drawn).vectors.view(rows, len(self.prompts), -1)
             others = self.vectors(self.second)[:, 1:][[row // len(seeds) for row in range(rows)]]
@@ -290,11 +229,12 @@ class World(Bench):
 
     def put(self, base: Base, recipe: Recipe, rows: int) -> AdapterStack:
         """The adapter of a recipe on a base, stacked."""
-        take_off(base)
+        self.take_off(base)
         if recipe.kind == "tokens":
-            return AdapterStack(
-                TokenAdapter(base.denoiser, recipe.tokens, self.text["sequence"].shape[2]).to(self.device), rows
-            )
+            width = self.text["sequence"].shape[2]
+            return AdapterStack(TokenAdapter(base.denoiser, recipe.tokens, width).to(self.device), rows)
+        if recipe.kind == "image_prompt":
+            return AdapterStack(ImagePromptAdapter(base.denoiser, recipe.tokens).to(self.device), rows)
         kind = {"meta": "meta_lora_mean", "random": "random_down", "lora": "lora_r1"}[recipe.kind]
         rival = RIVALS[kind]
         if recipe.kind == "lora" and recipe.r != 1:
@@ -304,6 +244,16 @@ class World(Bench):
         stack = put_on(base, rival, down, config, rows, [recipe.seed])
         base.denoiser.to(base.dtype)  # what an adapter adds is float32
         return stack
+
+    def take_off(self, base: Base) -> None:
+        """A base as it was."""
+        take_off(base)
+        ImagePromptAdapter.remove(base.denoiser)
+
+    def clear(self) -> None:
+        """As the bench clears."""
+        super().clear()
+        self.take_off(self.base)
 
     def test_people(self) -> People:
         """The people that scores are of."""

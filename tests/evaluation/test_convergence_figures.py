@@ -82,7 +82,9 @@ def test_rivals_count_at_their_best_step(figures: ModuleType, tmp_path: Path) ->
         "lora_r1": {"curve": curve},
         "full": {"curve": {"25": scores(0.7, 0.7, 0.6, 0.6), "50": scores(0.2, 0.2, 0.2, 0.2)}},
     }
-    (tmp_path / "rivals.json").write_text(json.dumps({**ORIGIN, "noises": 2, "methods": methods}))
+    for name, method in methods.items():
+        data = {**ORIGIN, "noises": 2, "methods": {name: method}}
+        (tmp_path / f"rivals-{name}.json").write_text(json.dumps(data))
     found = figures.summarise(tmp_path)["figures"]
     assert found["best_rival_name"] == "full, 25 steps" and found["best_rival_r_facesim"]["value"] == 0.65
     assert found["encoder_minus_best_rival"]["value"] == pytest.approx(0.15)
