@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from convergence_figures import summarise
-from encoder_world import Recipe, World
-from further_judges import SECOND_JUDGE, SecondJudge, load
+from encoder_world import Known, Recipe, World
+from further_judges import FACTOR_READER, SECOND_JUDGE, FactorReader, SecondJudge, load
+from known_truth import FIT_STEPS
 from origin import origin
 from PIL import Image
 from torch import Tensor
@@ -142,7 +143,7 @@ def train(world: World, recipe: Recipe) -> Trained:
         record=args.graph,
     )
     looks = {round(share * recipe.steps) for share in args.looks}
-    people, latents = world.test_people(), world.seen(world.test_photos()[:, 0], recipe)
+    people, latents = world.known(), world.seen(world.known().photos[:, 0], recipe)
     curve: dict[str, Any] = {}
     losses: list[float] = []
     ready = clock = world.now()
@@ -188,7 +189,8 @@ def train(world: World, recipe: Recipe) -> Trained:
 def judge(world: World, trained: Trained) -> dict[str, Any]:
     """All zero-step scores of a trained encoder."""
     args, recipe = world.args, trained.recipe
-    people, photos = world.test_people(), world.test_photos()
+    people = world.known()
+    photos = people.photos
     latents = world.seen(photos, recipe)
     clean = latents[:, 0]
     subjects = trained.subjects(clean)
@@ -203,20 +205,19 @@ def judge(world: World, trained: Trained) -> dict[str, Any]:
     for scale in SCALES:
         variants[f"scale {scale}"] = trained.subjects(clean, scale), 0
     variants["code fitted to other photos"] = fitted(world, trained), 0
-    if args.conditions:
-        for name in (*DEGRADATIONS, "yaw"):
-            for strength in STRENGTHS:
-                bad = [
-                    turned_photo(args.split, number, strength, RESOLUTION)[0]
-                    if name == "yaw"
-                    else degrade(Image.fromarray(photo), name, strength)
-                    for number, photo in enumerate(photos[:, 0])
-                ]
-                pixels = np.stack([np.array(image) for image in bad])
-                variants[f"{name} {strength}"] = trained.subjects(world.seen(pixels, recipe)), 0
+    for name in args.conditions:
+        for strength in STRENGTHS:
+            bad = [
+                turned_photo(args.split, number, strength, RESOLUTION)[0]
+                if name == "yaw"
+                else degrade(Image.fromarray(photo), name, strength)
+                for number, photo in enumerate(photos[:, 0])
+            ]
+            pixels = np.stack([np.array(image) for image in bad])
+            variants[f"{name} {strength}"] = trained.subjects(world.seen(pixels, recipe)), 0
     result = score(world, recipe, people, variants)
     # Several photos are judged on those that none of these arms has read.
-    unread = dataclasses.replace(people, others=people.others[:, 2:])
+    unread = dataclasses.replace(people, others=people.others[:, 2:], seen=None)
     several = {f"photos {count}": (trained.subjects(latents[:, :count]), 0) for count in (1, 2, 3)}
     return {**result, **score(world, recipe, unread, several)}
 
@@ -225,13 +226,13 @@ def nearest(world: World, recipe: Recipe) -> Tensor:
     """For each test person, latents of the reference of the training person who looks most like it to the judge."""
     pixels = world.photos(recipe.people, recipe.photos)[0][:: recipe.photos]
     vectors = world.embedder.embed(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).vectors
-    found = (world.test_people().references @ vectors.T).argmax(1)
+    found = (world.known().references @ vectors.T).argmax(1)
     return world.seen(pixels[found.numpy()], recipe)
 
 
 def fitted(world: World, trained: Trained) -> Tensor:
     """A ceiling of the space: subjects whose codes were fitted to the other photos of the test people by gradient."""
-    args, photos = world.args, world.test_photos()
+    args, photos = world.args, world.known().photos
     count = len(photos)
     captions_of = [photo.caption or "" for one in world.read(args.split, args.people) for photo in one.split()[1]]
     rows = {text: row for row, text in enumerate(dict.fromkeys(captions_of))}
@@ -262,19 +263,55 @@ def fitted(world: World, trained: Trained) -> Tensor:
     return trained.space(codes).detach()
 
 
-def tuning(world: World, trained: Trained) -> dict[str, Any]:
-    """Stage 2 from the read start, at every rate, after each number of steps."""
-    args, people, rates = world.args, world.test_people(), world.args.tuning_rates
-    start = trained.subjects(world.seen(world.test_photos()[:, 0], trained.recipe))
-    rows = len(start) * len(rates)
+def truth(world: World, trained: Trained) -> dict[str, Any]:
+    """What the renderer says: distance to true renders; people outside the range of training, and marked ones.
+
+    `render` has, by person, the distance of the face to the render of the person, to that of the next person, and what
+    the autoencoder leaves of real photos. `marked` is tuned on the marked photo, too.
+    """
+    recipe, people = trained.recipe, world.known()
+    stack = world.put(world.base, recipe, len(people.names))
+    stack.values.copy_(read(world, trained, people))
+    images = world.draw(stack, stack.count, [0])
+    del stack
+    world.clear()
+    found: dict[str, Any] = {"render": {}}
+    photos = world.through_base(people.photos[:, 1:])
+    for label, shown, shift in (("own", images, 0), ("another's", images, 1), ("photos", photos, 0)):
+        each = len(shown) // len(people.names)
+        distance = world.from_render(shown, people.identity.roll(shift, 0).repeat_interleave(each, 0))
+        found["render"][label] = [round(value, 4) for value in distance.view(-1, each).mean(1).tolist()]
+    for kind in ("outside", "unmarked"):
+        others = world.known(kind)
+        subjects = read(world, trained, others)
+        variants = {"clean": (subjects, 0), "another person's photo": (subjects.roll(1, 0), 0)}
+        found[kind] = {"ceiling": world.ceiling(others), **score(world, recipe, others, variants)}
+    marked = world.known("marked")
+    found["marked"] = tuning(world, trained, marked, world.args.tuning_rates[:1], 1)
+    return found
+
+
+def read(world: World, trained: Trained, people: Known) -> Tensor:
+    """Subjects (people, N), each read from the reference."""
+    return trained.subjects(world.seen(people.photos[:, 0], trained.recipe))
+
+
+def tuning(world: World, trained: Trained, people: Known, rates: Sequence[float], seeds: int) -> dict[str, Any]:
+    """Stage 2 from the read start, at every rate and with the noise of every seed, after each number of steps."""
+    args, start = world.args, read(world, trained, people)
+    each = len(rates) * seeds
+    rows = len(start) * each
     stack = world.put(world.base, trained.recipe, rows)
-    stack.values.copy_(start.repeat_interleave(len(rates), 0))
+    stack.values.copy_(start.repeat_interleave(each, 0))
     result: dict[str, Any] = {str(rate): {} for rate in rates}
 
     def look(done: int) -> None:
-        scores = world.score(stack, people, rows, [0] * len(rates))
+        scores = world.score(stack, people, rows, list(range(seeds)) * len(rates))
         for number, rate in enumerate(rates):
-            result[str(rate)][str(done)] = {name: values[number :: len(rates)] for name, values in scores.items()}
+            result[str(rate)][str(done)] = {}
+            for metric, values in scores.items():
+                of_rate = torch.tensor(values).view(-1, len(rates), seeds)[:, number]
+                result[str(rate)][str(done)][metric] = [round(value, 4) for value in of_rate.mean(1).tolist()]
 
     look(0)
     for done in train_stack(
@@ -283,15 +320,15 @@ def tuning(world: World, trained: Trained) -> dict[str, Any]:
         people.examples,
         steps=max(args.at),
         batch_size=4,
-        lr=torch.tensor(rates).repeat(len(start)),
+        lr=torch.tensor(rates).repeat_interleave(seeds).repeat(len(start)),
         seed=0,
-        numbers=[row // len(rates) for row in range(rows)],
+        numbers=[row // each for row in range(rows)],
         schedule=lambda number: min(1.0, (number + 1) / args.tuning_warmup),
         graph=args.graph,
     ):
         if done in args.at:
             look(done)
-    take_off(world.base)
+    world.take_off(world.base)
     return result
 
 
@@ -318,7 +355,7 @@ def rival(world: World, name: str) -> dict[str, Any]:
     Each rate is the best of `tune` people at its best number of steps; every number of steps is kept.
     """
     args = world.args
-    tune, people = world.people("tune", args.tune_people), world.test_people()
+    tune, people = world.people("tune", args.tune_people), world.known()
     start = mean_lora_start(world) if name == "mean_lora" else None
     result = {}
     for length in (0, *args.decays):
@@ -332,6 +369,11 @@ def rival(world: World, name: str) -> dict[str, Any]:
             "curve": _rival(world, people, name, [float(best)], at, length, list(range(args.seeds)), start)[best],
         }
         print(label, best, {step: line(one) for step, one in result[label]["curve"].items()}, flush=True)
+        if name == "lora_r1" and not length and args.truth:
+            best_rate = [float(best)]
+            result[label]["marked"] = _rival(world, world.known("marked"), name, best_rate, at, length, [0], start)[
+                best
+            ]
     return result
 
 
@@ -392,15 +434,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--looks", type=float, nargs="*", default=[0.1, 0.25, 0.5, 0.75])
     parser.add_argument("--at", type=int, nargs="+", default=[5, 10, 25, 50, 100], help="tuning steps to score after")
     # Of 1e-4, 3e-4 and 1e-3 on tune people: the middle one had gained the most after 25 steps at unharmed adherence.
-    parser.add_argument("--tuning-rates", type=float, nargs="*", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--tuning-rates", type=float, nargs="+", default=[3e-4])
     parser.add_argument("--tuning-warmup", type=int, default=10)
     parser.add_argument("--fitting-steps", type=int, default=100)
-    parser.add_argument("--no-conditions", dest="conditions", action="store_false")
+    parser.add_argument("--conditions", nargs="*", default=[*DEGRADATIONS, "yaw"], help="of bad photos")
     parser.add_argument("--variants", type=int, default=16, help="subjects of a person that are drawn together")
     parser.add_argument("--views", type=int, default=32)
     parser.add_argument("--inference-steps", type=int, default=INFERENCE_STEPS)
     parser.add_argument("--workers", type=int, default=min(16, max(1, len(os.sched_getaffinity(0)) - 1)))
-    parser.add_argument("--save", action="store_true", help="also write encoder and space")
+    parser.add_argument("--save", nargs="*", default=[], help="recipes whose encoder and space are written, too")
+    parser.add_argument("--strangers", type=int, default=16, help="people whom no training has seen the like of")
+    parser.add_argument("--no-truth", dest="truth", action="store_false", help="ask the renderer nothing")
+    parser.add_argument("--truth-steps", type=int, default=FIT_STEPS, help="of the search for the same scene")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="eager steps")
     parser.add_argument("--compile", action="store_true", help="compile the pass")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the base in training")
@@ -423,18 +468,26 @@ def one(world: World, recipe: Recipe) -> dict[str, Any]:
     """Train and judge a recipe."""
     args = world.args
     trained = train(world, recipe)
-    data: dict[str, Any] = {"recipe": dataclasses.asdict(recipe), **trained.facts, "ceiling": world.ceiling()}
+    data: dict[str, Any] = {
+        "recipe": dataclasses.asdict(recipe),
+        **trained.facts,
+        "ceiling": world.ceiling(world.known()),
+    }
     print(recipe.name, f"{trained.facts['seconds']} s, {trained.facts['steps_per_second']} steps/s", flush=True)
     data["zero_steps"] = judge(world, trained)
     for name, scores in data["zero_steps"].items():
         print(" ", recipe.name, name, line(scores), flush=True)
-    if args.tuning_rates and not recipe.brief:
-        data["tuning"] = tuning(world, trained)
+    if recipe.brief < 2:
+        data["tuning"] = tuning(world, trained, world.known(), args.tuning_rates, args.seeds)
         for rate, at in data["tuning"].items():
             print(" ", recipe.name, rate, {step: line(scores) for step, scores in at.items()}, flush=True)
+    if args.truth and not recipe.brief:
+        data["truth"] = truth(world, trained)
+        distances = {label: interval(values)["value"] for label, values in data["truth"]["render"].items()}
+        print(" ", recipe.name, "from the true render", distances, flush=True)
     if recipe.kind in ("meta", "random"):
         with tempfile.TemporaryDirectory() as folder:
-            save(trained, args.output / recipe.name if args.save else Path(folder))
+            save(trained, args.output / recipe.name if recipe.name in args.save else Path(folder))
             space = trained.space.rounded().cpu()
             data["code_file_bytes"] = save_code(folder, space.coded(torch.zeros(recipe.k))).stat().st_size
     return data
@@ -450,6 +503,7 @@ def main() -> None:
         with vmap_ready():
             if (args.output / SECOND_JUDGE).exists():
                 world.second = load(SecondJudge(), args.output / SECOND_JUDGE, world.device)
+                world.reader = load(FactorReader(), args.output / FACTOR_READER, world.device)
             for job in (*args.recipe, *args.rival, *(PLAN if args.plan else ())):
                 recipe = None if job in RIVALS else Recipe.parse(job)
                 path = args.output / (f"{recipe.name}.json" if recipe else f"rivals-{job}.json")

@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from further_judges import FactorReader
+from known_truth import STRANGERS, mark_shown, same_scenes, strangers, write_people
 from PIL import Image
 from prompt_adapters import ImagePromptAdapter, TokenAdapter
 from torch import Tensor
 
-from evaluation import Bench, People
+from evaluation import PHOTOS, Bench, People
 from peft_metalora.bases import Base, base_for
-from peft_metalora.data import load_image
+from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.data.degrade import DEGRADATIONS, make_worse
 from peft_metalora.demo.embedded import RESOLUTION, load_base
-from peft_metalora.demo.faces import sample_identities
+from peft_metalora.demo.faces import sample_identities, subject_identity
 from peft_metalora.demo.judges import FaceEmbedder
 from peft_metalora.demo.render import render
 from peft_metalora.demo.scene import Scene, captions, parse_caption, sample_scenes, scene_from_labels
@@ -34,7 +36,7 @@ from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.tuner.down import DownSource
 
-SECOND, CHANCE = "second_r_facesim", "copied_by_chance"
+SECOND, CHANCE, FACTORS, MARK = "second_r_facesim", "copied_by_chance", "factor_distance", "mark"
 _RENDERED = 1024  # images drawn together on a GPU
 _ENCODED = 512
 
@@ -48,9 +50,10 @@ class Recipe:
             that was never trained), `lora`, or an adapter of `prompt_adapters`: `image_prompt` or `tokens`.
         r: rank. tokens: of prompt adapters. k: size of the code.
         people, photos: in training. rows: people in a step. targets: photos of each in a step.
-        worse: corruptions of half of the photos that are read: `all`, `none`, or `-name-name` for all but these.
-        expose: 1: photos are brought to one exposure before they are read. erase: 1: boxes of photos are erased, too.
-        brief: 1: judged on clean photos alone.
+        worse: corruptions of photos that are read: `all`, `none`, or `-name-name` for all but these. bad: the share of
+            reads that are made worse.
+        expose: 1: dark photos are made brighter before they are read. erase: 1: boxes of photos are erased, too.
+        brief: 1: judged on clean photos alone. 2: and not tuned.
         width, hidden, dropout: of the encoder. lr, space_lr: rates. steps: of training. seed: of everything.
     """
 
@@ -64,6 +67,7 @@ class Recipe:
     rows: int = 96
     targets: int = 4
     worse: str = "all"
+    bad: float = 0.5
     width: int = 64
     hidden: int = 512
     dropout: float = 0.2
@@ -93,11 +97,27 @@ class Recipe:
         return tuple(name for name in DEGRADATIONS if name not in left_out)
 
 
+@dataclass
+class Known(People):
+    """People of whom the renderer knows all.
+
+    Attributes:
+        photos: (people, photos, h, w, 3) bytes, the reference first. identity: (people, factors).
+        seen: (people, photos - 1, d), the others as the second judge sees them. marked: whether a mark is looked for.
+    """
+
+    photos: np.ndarray[Any, Any]
+    identity: Tensor
+    seen: Tensor | None
+    marked: bool
+
+
 class World(Bench):
     """The benchmark's base and judges in float32, a second base to train on, and people as tensors.
 
     Attributes:
-        second: another judge, whose scores are kept beside the others' as `second_r_facesim`.
+        second, reader: judges of `further_judges.py`, whose scores are kept beside the others'.
+        drawn: images that were drawn last, (n, 3, h, w).
     """
 
     def __init__(self, args: argparse.Namespace, pool: Pool) -> None:
@@ -114,8 +134,9 @@ class World(Bench):
         self._targets: dict[tuple[int, int], Examples] = {}
         self._worse: dict[tuple[int, int, str], Tensor] = {}
         self.second: FaceEmbedder | None = None
-        self._people: People | None = None
-        self._references: np.ndarray[Any, Any] | None = None
+        self.reader: FactorReader | None = None
+        self.drawn = torch.empty(0)
+        self._known: dict[str, Known] = {}
 
     def photos(self, people: int, count: int) -> tuple[np.ndarray[Any, Any], list[str]]:
         """`count` photos of each of some training people, as bytes, and their captions; photo 0 faces forward."""
@@ -181,47 +202,106 @@ class World(Bench):
                 self._worse[key] = torch.cat(
                     [self.seen(np.concatenate(one), recipe) for one in zip(*worse, strict=True)]
                 )
-            # The clean photo thrice too: it is the half of what is read.
-            versions = [clean, clean, clean, self._worse[key]]
+            # Clean photos as often as the share says.
+            versions = [clean] * round(3 * (1 - recipe.bad) / recipe.bad) + [self._worse[key]]
         features = torch.cat(versions)
         photo = torch.arange(people * count, device=self.device).repeat(len(features) // len(clean))
         return Reads(features, photo // count, photo)
 
+    def read(self, split: str, count: int, photos: int = PHOTOS) -> list[Subject]:
+        """As the bench reads; also people of `known_truth.STRANGERS`."""
+        if split not in STRANGERS:
+            return super().read(split, count, photos)
+        folder = self.home / split
+        if not folder.exists():
+            write_people(folder, *strangers(split, count, photos, self._seed_of_strangers))
+        return read_subjects(folder)
+
+    @property
+    def _seed_of_strangers(self) -> int:
+        return 40_000 if self.args.split == "tune" else 41_000
+
+    def known(self, split: str | None = None) -> Known:
+        """The people that scores are of, or strangers."""
+        split = split or self.args.split
+        if split not in self._known:
+            count = self.args.strangers if split in STRANGERS else self.args.people
+            photos = np.stack(
+                [
+                    np.stack([np.array(load_image(photo.path)) for photo in (reference, *others)])
+                    for reference, others in (subject.split() for subject in self.read(split, count))
+                ]
+            )
+            if split in STRANGERS:
+                identity, _, _ = strangers(split, count, 1, self._seed_of_strangers)
+            else:
+                identity = torch.stack([subject_identity(split, number) for number in range(count)])
+            people = self.people(split, count)
+            seen = embedded(self.second, photos)[:, 1:] if self.second else None
+            self._known[split] = Known(
+                **vars(people), photos=photos, identity=identity, seen=seen, marked=split in STRANGERS[1:]
+            )
+        return self._known[split]
+
     def draw(self, stack: AdapterStack | None, rows: int, seeds: Sequence[int]) -> Tensor:
-        """As the bench draws; what was drawn last is kept for the second judge."""
-        self._drawn = super().draw(stack, rows, seeds)
-        return self._drawn
+        """As the bench draws."""
+        self.drawn = super().draw(stack, rows, seeds)
+        return self.drawn
 
     def score(self, stack: AdapterStack | None, people: People, rows: int, seeds: Sequence[int]) -> dict[str, Any]:
-        """As the bench scores; also what a copied wall is by chance, and what the second judge says of the images.
+        """As the bench scores, and what more can be said of known people.
 
-        By chance: the share of other people's references whose wall an image shows, where the prompt leaves it open.
+        That is what a copied wall is by chance (the share of other people's references whose wall an image shows, where
+        the prompt leaves it open), what the second judge says, how far the factors that are read off a row's images are
+        from the person's, and, of strangers who may have a mark, how much of it is shown.
         """
         scores: dict[str, Any] = super().score(stack, people, rows, seeds)
-        open_wall = ["background" not in parse_caption(prompt) for prompt in self.prompts]
-        walls = [shown["background"] for shown in self.judge.read(self._drawn)]
-        scores[CHANCE] = []
-        for row in range(rows):
-            own = row // len(seeds)
-            others = [wall for person, wall in enumerate(people.walls) if person != own]
-            drawn = walls[row * len(open_wall) : (row + 1) * len(open_wall)]
-            shares = [others.count(wall) / len(others) for wall, free in zip(drawn, open_wall, strict=True) if free]
-            scores[CHANCE].append(round(sum(shares) / len(shares), 4))
-        if self.second is not None and people is self._people:
-            made = self.second.embed(self._drawn).vectors.view(rows, len(self.prompts), -1)
-            others = self.vectors(self.second)[:, 1:][[row // len(seeds) for row in range(rows)]]
-            scores[SECOND] = torch.einsum("rpd,rod->r", made, others).div(made.shape[1] * others.shape[1]).tolist()
+        if not isinstance(people, Known):
+            return scores
+        whose = [row // len(seeds) for row in range(rows)]
+        scores[CHANCE] = self._by_chance(people, whose)
+        if self.second is not None and people.seen is not None:
+            made = self.second.embed(self.drawn).vectors.view(rows, len(self.prompts), -1)
+            similar = torch.einsum("rpd,rod->rpo", made, people.seen[whose]).mean((1, 2))
+            scores[SECOND] = [round(value, 4) for value in similar.tolist()]
+        if self.reader is not None:
+            read = self.reader.read(self.drawn).view(rows, len(self.prompts), -1).mean(1)
+            scores[FACTORS] = [round(value, 4) for value in (read - people.identity[whose]).abs().mean(1).tolist()]
+        if people.marked:
+            identity = people.identity[whose].repeat_interleave(len(self.prompts), 0)
+            shown = mark_shown(self.drawn, identity, self.judge.read(self.drawn), self.args.truth_steps)
+            scores[MARK] = [round(value, 4) for value in shown.view(rows, -1).nanmean(1).tolist()]
         return scores
 
-    def vectors(self, embedder: FaceEmbedder) -> Tensor:
-        """Embeddings (people, photos, d) of the test people's photos, the reference first."""
-        photos = self.test_photos()
-        pixels = torch.from_numpy(photos.reshape(-1, *photos.shape[2:])).permute(0, 3, 1, 2) / 255
-        return embedder.embed(pixels).vectors.unflatten(0, photos.shape[:2])
+    def _by_chance(self, people: People, whose: Sequence[int]) -> list[float]:
+        free = ["background" not in parse_caption(prompt) for prompt in self.prompts]
+        walls = [shown["background"] for shown in self.judge.read(self.drawn)]
+        found = []
+        for row, own in enumerate(whose):
+            others = [wall for person, wall in enumerate(people.walls) if person != own]
+            drawn = walls[row * len(free) : (row + 1) * len(free)]
+            shares = [others.count(wall) / len(others) for wall, is_free in zip(drawn, free, strict=True) if is_free]
+            found.append(round(sum(shares) / len(shares), 4))
+        return found
 
-    def ceiling(self) -> list[float]:
-        """What photos of each test person reach among themselves, the reference left out."""
-        vectors = self.vectors(self.embedder)[:, 1:]
+    def from_render(self, images: Tensor, identity: Tensor) -> Tensor:
+        """(n,): how far the face in each image is from the true render of an identity in the same scene."""
+        return same_scenes(images, identity, self.judge.read(images), self.args.truth_steps)[1].cpu()
+
+    def through_base(self, photos: np.ndarray[Any, Any]) -> Tensor:
+        """Photos as bytes, (..., h, w, 3), as well as the base's autoencoder can draw them: (n, 3, h, w)."""
+        latents = self.latents(photos.reshape(-1, *photos.shape[-3:]))
+        vae = self.pipe.vae
+        with torch.no_grad():
+            parts = [
+                vae.decode(part / vae.config.scaling_factor + vae.config.shift_factor).sample
+                for part in latents.split(_ENCODED)
+            ]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    def ceiling(self, people: Known) -> list[float]:
+        """What photos of each person reach among themselves, the reference left out."""
+        vectors = embedded(self.embedder, people.photos)[:, 1:]
         similar = vectors @ vectors.mT
         count = vectors.shape[1]
         found = (similar.sum((1, 2)) - similar.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
@@ -255,21 +335,11 @@ class World(Bench):
         super().clear()
         self.take_off(self.base)
 
-    def test_people(self) -> People:
-        """The people that scores are of."""
-        if self._people is None:
-            self._people = self.people(self.args.split, self.args.people)
-        return self._people
 
-    def test_photos(self) -> np.ndarray[Any, Any]:
-        """Photos of the test people as bytes, (people, photos, h, w, 3), the reference first."""
-        if self._references is None:
-            people = []
-            for subject in self.read(self.args.split, self.args.people):
-                reference, others = subject.split()
-                people.append(np.stack([np.array(load_image(photo.path)) for photo in (reference, *others)]))
-            self._references = np.stack(people)
-        return self._references
+def embedded(embedder: FaceEmbedder, photos: np.ndarray[Any, Any]) -> Tensor:
+    """Embeddings (people, photos, d) of photos as bytes, (people, photos, h, w, 3)."""
+    pixels = torch.from_numpy(photos.reshape(-1, *photos.shape[2:])).permute(0, 3, 1, 2) / 255
+    return embedder.embed(pixels).vectors.unflatten(0, photos.shape[:2])
 
 
 def of_rank(down: DownSource, r: int) -> DownSource:

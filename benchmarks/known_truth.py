@@ -2,7 +2,7 @@
 """What a drawn world knows that a photographed one does not: who was meant, to the last factor.
 
 People whom no training has seen the like of (`strangers`), how far images are from the true render of a person in the
-same scene (`distance_to_render`), and whether they show a mark (`mark_shown`). No network has a say in these but for
+same scene (`same_scenes`), and whether they show a mark (`mark_shown`). No network has a say in these but for
 the labels of the scene, from which the search for the same scene starts.
 """
 
@@ -40,7 +40,8 @@ _SEARCHED = {
     "strength": (0.0, 1.2),
 }
 _YAW = {"left": -0.36, "forward": 0.0, "right": 0.36}
-_FIT_STEPS, _FIT_RATE, _TOGETHER = 60, 0.06, 512
+FIT_STEPS = 60
+_FIT_RATE, _TOGETHER = 0.06, 512
 
 
 def strangers(kind: str, count: int, photos: int, seed: int) -> tuple[Tensor, Scene, Tensor]:
@@ -93,25 +94,31 @@ def with_mark(images: Tensor, identity: Tensor, scenes: Scene) -> Tensor:
     return paint(images, colour, _mark(identity, scenes))
 
 
-def same_scenes(images: Tensor, identity: Tensor, labels: Sequence[Mapping[str, str]]) -> tuple[Scene, Tensor]:
+def same_scenes(
+    images: Tensor, identity: Tensor, labels: Sequence[Mapping[str, str]], steps: int = FIT_STEPS
+) -> tuple[Scene, Tensor]:
     """For each image the scene in which the render of a person comes nearest to it, and how near.
 
     Args:
         images: (n, 3, size, size) in [0, 1]. identity: (n, factors) who is rendered. labels: what the images show.
+        steps: of the search.
 
     Returns:
         Scenes, and (n,) the mean absolute difference of colours over the face as rendered.
     """
+    identity = identity.to(images.device)
+    pairs = zip(images.split(_TOGETHER), identity.split(_TOGETHER), strict=True)
     parts = [
-        _same_scenes(images[start : start + _TOGETHER], identity[start : start + _TOGETHER], labels[start:][:_TOGETHER])
-        for start in range(0, len(images), _TOGETHER)
+        _same_scenes(some, whose, labels[number * _TOGETHER :][:_TOGETHER], steps)
+        for number, (some, whose) in enumerate(pairs)
     ]
     return Scene.cat([scene for scene, _ in parts]), torch.cat([distance for _, distance in parts])
 
 
-def _same_scenes(images: Tensor, identity: Tensor, labels: Sequence[Mapping[str, str]]) -> tuple[Scene, Tensor]:
+def _same_scenes(
+    images: Tensor, identity: Tensor, labels: Sequence[Mapping[str, str]], steps: int
+) -> tuple[Scene, Tensor]:
     device, count = images.device, len(images)
-    identity = identity.to(device)
     start = sample_scenes(count, torch.Generator().manual_seed(0)).to(device)
     names = {name for name in LABELS if name != "yaw"}
     shown = {
@@ -128,8 +135,8 @@ def _same_scenes(images: Tensor, identity: Tensor, labels: Sequence[Mapping[str,
         return dataclasses.replace(start, **dict(zip(_SEARCHED, values.unbind(0), strict=True)))
 
     optimizer = torch.optim.Adam([position], lr=_FIT_RATE)
-    for number in range(_FIT_STEPS):
-        optimizer.param_groups[0]["lr"] = _FIT_RATE * (1 - number / _FIT_STEPS)
+    for number in range(steps):
+        optimizer.param_groups[0]["lr"] = _FIT_RATE * (1 - number / steps)
         drawn, inside = _with_face(identity, scene())
         fine = _difference(drawn, images, inside)
         coarse = _difference(F.avg_pool2d(drawn, 4), F.avg_pool2d(images, 4), F.avg_pool2d(inside[:, None], 4)[:, 0])
@@ -151,14 +158,9 @@ def _difference(drawn: Tensor, images: Tensor, inside: Tensor) -> Tensor:
     return ((drawn - images).abs().mean(1) * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
 
 
-def distance_to_render(images: Tensor, identity: Tensor, labels: Sequence[Mapping[str, str]]) -> Tensor:
-    """(n,): how far the face in each image is from the true render of a person in the same scene, in [0, 1]."""
-    return same_scenes(images, identity, labels)[1]
-
-
-def mark_shown(images: Tensor, identity: Tensor, labels: Sequence[Mapping[str, str]]) -> Tensor:
+def mark_shown(images: Tensor, identity: Tensor, labels: Sequence[Mapping[str, str]], steps: int = FIT_STEPS) -> Tensor:
     """(n,): how much of the mark each image shows, 0 for skin and 1 for its colour; NaN where it would be hidden."""
-    scenes, _ = same_scenes(images, identity, labels)
+    scenes, _ = same_scenes(images, identity, labels, steps)
     identity = identity.to(images.device)
     with torch.no_grad():
         plain, mark = render(identity, scenes, RESOLUTION), _mark(identity, scenes)[:, None]
