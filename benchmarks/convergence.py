@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A person in zero steps, on the embedded domain: encoders of subject spaces, their controls, their rivals.
 
-    python benchmarks/further_judges.py --output DIR
+    python benchmarks/factor_reader.py --output DIR
     python benchmarks/convergence.py --plan --split held-out --compile --precision bf16 --output DIR
     python benchmarks/convergence.py --recipe main:steps=3000 --output DIR
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from convergence_figures import summarise
 from encoder_world import Known, Recipe, World
-from further_judges import FACTOR_READER, SECOND_JUDGE, FactorReader, SecondJudge, load
+from factor_reader import FACTOR_READER, load_factor_reader
 from known_truth import FIT_STEPS
 from origin import origin
 from PIL import Image
@@ -54,21 +54,33 @@ STRENGTHS = (0.5, 1.0)
 SCALES = (0.9, 1.1, 1.25)  # of the way from the mean subject to the one that was read
 SETTLED = 10  # steps after which time is counted
 FITTING_RATE = 0.05  # of codes, which are of length sqrt(k)
-PEOPLE = (64, 128, 256, 512, 1024, 2048)
 
-# Everything that the report is made from, the most needed first. At 4096 people more steps still help.
+# Everything that the report is made from, the most needed first. An image-prompt adapter's steps are shorter: it has as
+# many seconds as `main`.
 PLAN = (
-    "main-0:people=4096,steps=9000",
-    "small-0:r=1,people=4096,steps=9000",
-    "lora-0:kind=lora,r=1,people=4096,steps=9000",
-    "unseen-0:worse=-low_light-sunglasses-blur,people=4096,steps=9000",
-    "tokens-0:kind=tokens,k=256,people=4096,steps=9000",
-    "random-0:kind=random,people=4096,steps=9000,brief=1",
-    *(f"people-{people}:people={people},steps=3000,brief=1" for people in PEOPLE),
-    *(f"steps-{steps}:people=1024,steps={steps},brief=1" for steps in (1000, 2000, 4000)),
-    *(f"main-{seed}:people=4096,steps=9000,seed={seed}" for seed in (1, 2)),
-    *(f"small-{seed}:r=1,people=4096,steps=9000,seed={seed},brief=1" for seed in (1, 2)),
-    *(f"lora-{seed}:kind=lora,r=1,people=4096,steps=9000,seed={seed},brief=1" for seed in (1, 2)),
+    "main-0",
+    "small-0:r=1,steps=10000",
+    "lora-0:kind=lora,r=1,steps=10000",
+    "image_prompt-0:kind=image_prompt,steps=15800",
+    "lora_r1",
+    "unseen-0:worse=-low_light-sunglasses-blur,steps=10000",
+    "main-1:seed=1,brief=1",
+    "full",
+    "main-2:seed=2,brief=1",
+    "demo-0:r=1,width=32,brief=1",
+    "lora_r16",
+    "small-1:r=1,steps=10000,seed=1,brief=2",
+    "lora-1:kind=lora,r=1,steps=10000,seed=1,brief=2",
+    "meta_lora_mean",
+    *(f"people-{people}:people={people},steps=3000,brief=2" for people in (64, 1024)),
+    "steps-2000:steps=2000,brief=2",
+    "random-0:kind=random,brief=2",
+    "mean_lora",
+    *(f"people-{people}:people={people},steps=3000,brief=2" for people in (256, 2048, 4096, 128, 512)),
+    *(f"steps-{steps}:steps={steps},brief=2" for steps in (1000, 4000)),
+    "small-2:r=1,steps=10000,seed=2,brief=2",
+    "lora-2:kind=lora,r=1,steps=10000,seed=2,brief=2",
+    *(f"image_prompt-{seed}:kind=image_prompt,steps=15800,seed={seed},brief=2" for seed in (1, 2)),
 )
 
 
@@ -217,7 +229,7 @@ def judge(world: World, trained: Trained) -> dict[str, Any]:
             variants[f"{name} {strength}"] = trained.subjects(world.seen(pixels, recipe)), 0
     result = score(world, recipe, people, variants)
     # Several photos are judged on those that none of these arms has read.
-    unread = dataclasses.replace(people, others=people.others[:, 2:], seen=None)
+    unread = dataclasses.replace(people, others=people.others[:, 2:])
     several = {f"photos {count}": (trained.subjects(latents[:, :count]), 0) for count in (1, 2, 3)}
     return {**result, **score(world, recipe, unread, several)}
 
@@ -496,14 +508,14 @@ def one(world: World, recipe: Recipe) -> dict[str, Any]:
 def main() -> None:
     args = parse()
     args.output.mkdir(parents=True, exist_ok=True)
+    torch._dynamo.config.automatic_dynamic_shapes = False  # recipes differ in shapes, a recipe's steps do not
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # before anything is on the GPU
         world = World(args, pool)
         facts = {**origin(world.device), "split": args.split, "people": args.people, "noises": args.seeds}
         print(f"ready after {args.seconds - world.left:.0f} s on {facts['machine']}", flush=True)
         with vmap_ready():
-            if (args.output / SECOND_JUDGE).exists():
-                world.second = load(SecondJudge(), args.output / SECOND_JUDGE, world.device)
-                world.reader = load(FactorReader(), args.output / FACTOR_READER, world.device)
+            if (args.output / FACTOR_READER).exists():
+                world.reader = load_factor_reader(args.output / FACTOR_READER, world.device)
             for job in (*args.recipe, *args.rival, *(PLAN if args.plan else ())):
                 recipe = None if job in RIVALS else Recipe.parse(job)
                 path = args.output / (f"{recipe.name}.json" if recipe else f"rivals-{job}.json")
