@@ -5,7 +5,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 # torchao, which the tests of quantised layers need, would report each GPU library that it cannot load.
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
-.PHONY: demo test quick drift lint types fix docs bench report clean
+.PHONY: demo test quick drift lint types fix docs bench report release-check clean
 
 demo: .venv/.installed
 	.venv/bin/metalora demo
@@ -56,6 +56,10 @@ report: .venv/.installed
 	.venv/bin/metalora evaluate --config benchmarks/report.yaml
 	mkdir -p docs/results/report
 	cp build/report/report.html build/report/report.md docs/results/report/
+
+# Versions, wheel and sdist, empty environments on each Python, the lowest versions that pyproject.toml allows: .ci/release.
+release-check:
+	.ci/release
 
 clean:
 	rm -rf .venv .venv-drift site .mypy_cache .ruff_cache .pytest_cache

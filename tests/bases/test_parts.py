@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from peft_metalora.bases import base_for, load_base, open_base
 from peft_metalora.bases.parts import is_hull
@@ -57,3 +59,19 @@ def test_a_given_pipeline_keeps_its_models():
     encoder, base = pipe.text_encoder_2, base_for(pipe)
     base.place("cpu", encoders=False)
     assert pipe.text_encoder_2 is encoder and not is_hull(encoder)
+
+
+def test_every_process_of_a_divided_run_reads_the_text_encoders(tmp_path, monkeypatch):
+    """Bug: transformers below 5.21 gave zeros for text encoders to all processes but the first of `--use_fsdp`."""
+    seen = []
+    load = DiffusionPipeline.from_pretrained.__func__
+
+    def watched(cls, *arguments, **options):
+        seen.append(os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"])
+        return load(cls, *arguments, **options)
+
+    base = open_base(save_tiny_flux(tmp_path))
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(watched))
+    base.place("cpu", encoders=True)
+    assert set(seen) == {"false"} and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"

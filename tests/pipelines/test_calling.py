@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from peft import LoraConfig, inject_adapter_in_model
 
 from artefacts_tiny import write_subjects
@@ -96,7 +97,7 @@ def test_an_ordinary_lora_stays_with_mixed_subjects(people):
 def test_what_cannot_be_mixed_is_said(people, tmp_path):
     pipe = pipeline("flux")
     pipe.load_meta_lora(people("flux") / "ann")
-    with pytest.raises(errors.AdapterNotFoundError, match=r"found 'zoe' among \['ann'\]"):
+    with pytest.raises(errors.AdapterNotFoundError, match=r"found 'zoe' among ann"):
         picture(pipe, "flux", (0,), subjects=["zoe"])
     with pytest.raises(errors.AdapterStateError, match="one subject for each of 2 prompts"):
         picture(pipe, "flux", (0, 1), subjects=["ann", None, None])

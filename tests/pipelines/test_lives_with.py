@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from peft import inject_adapter_in_model
 from peft.functional import set_adapter

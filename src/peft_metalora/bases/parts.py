@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import gc
 import importlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -87,7 +88,7 @@ class Parts:
         hulls = {name: getattr(pipeline, name) for name in wanted if name in self.quantized}
         options = {"quantization_config": quantization(self.memory, hulls, self._dtype), **others, **self._source}
         on_it = torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
-        with self._understood(), on_it:
+        with self._understood(), on_it, _in_every_process():
             loaded = DiffusionPipeline.from_pretrained(self.name, dtype=self._dtype, **options)
         for name in wanted:
             setattr(pipeline, name, getattr(loaded, name).requires_grad_(False).eval())
@@ -129,6 +130,24 @@ class Parts:
                 f"expected a diffusers pipeline at {self.name!r}, found none that loads ({error}): give a folder or a "
                 "repository id"
             ) from error
+
+
+@contextmanager
+def _in_every_process() -> Iterator[None]:
+    """Keep transformers from loading zeros into all processes but the first, as it does for a trainer with FSDP.
+
+    That trainer sends the weights later. Here encoders are never divided, and nobody would.
+    """
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _class_of(library: str, name: str) -> Any:
