@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A person in zero steps, on the embedded domain: encoders of subject spaces, their controls, their rivals.
 
-    python benchmarks/convergence.py --plan --split held-out --compile --precision bf16 --seconds 1500 --output DIR
+    python benchmarks/factor_reader.py --output DIR
+    python benchmarks/convergence.py --plan --split held-out --compile --precision bf16 --output DIR
     python benchmarks/convergence.py --recipe main:steps=3000 --output DIR
 
 An encoder is named by a recipe, `name:key=value,...` with the keys of `encoder_world.Recipe`, and gives one file
@@ -27,7 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from convergence_figures import summarise
-from encoder_world import Recipe, World, second_judge
+from encoder_world import Known, Recipe, World
+from factor_reader import FACTOR_READER, load_factor_reader
+from known_truth import FIT_STEPS
 from origin import origin
 from PIL import Image
 from torch import Tensor
@@ -51,22 +54,33 @@ STRENGTHS = (0.5, 1.0)
 SCALES = (0.9, 1.1, 1.25)  # of the way from the mean subject to the one that was read
 SETTLED = 10  # steps after which time is counted
 FITTING_RATE = 0.05  # of codes, which are of length sqrt(k)
-RIVAL_NAMES = ("lora_r1", "lora_r16", "full", "mean_lora", "meta_lora_mean")
-PEOPLE = (64, 128, 256, 512, 1024, 2048)
 
-# Everything that the report is made from, the most needed first. At 4096 people more steps still help.
+# Everything that the report is made from, the most needed first. An image-prompt adapter's steps are shorter: it has as
+# many seconds as `main`.
 PLAN = (
-    "main-0:people=4096,steps=9000",
-    "small-0:r=1,people=4096,steps=9000",
-    "lora-0:kind=lora,r=1,people=4096,steps=9000",
-    "unseen-0:worse=-low_light-sunglasses-blur,people=4096,steps=9000",
-    "tokens-0:kind=tokens,k=256,people=4096,steps=9000",
-    "random-0:kind=random,people=4096,steps=9000,brief=1",
-    *(f"people-{people}:people={people},steps=3000,brief=1" for people in PEOPLE),
-    *(f"steps-{steps}:people=1024,steps={steps},brief=1" for steps in (1000, 2000, 4000)),
-    *(f"main-{seed}:people=4096,steps=9000,seed={seed}" for seed in (1, 2)),
-    *(f"small-{seed}:r=1,people=4096,steps=9000,seed={seed},brief=1" for seed in (1, 2)),
-    *(f"lora-{seed}:kind=lora,r=1,people=4096,steps=9000,seed={seed},brief=1" for seed in (1, 2)),
+    "main-0",
+    "small-0:r=1,steps=10000",
+    "lora-0:kind=lora,r=1,steps=10000",
+    "image_prompt-0:kind=image_prompt,steps=15800",
+    "lora_r1",
+    "unseen-0:worse=-low_light-sunglasses-blur,steps=10000",
+    "main-1:seed=1,brief=1",
+    "full",
+    "main-2:seed=2,brief=1",
+    "demo-0:r=1,width=32,brief=1",
+    "lora_r16",
+    "small-1:r=1,steps=10000,seed=1,brief=2",
+    "lora-1:kind=lora,r=1,steps=10000,seed=1,brief=2",
+    "meta_lora_mean",
+    *(f"people-{people}:people={people},steps=3000,brief=2" for people in (64, 1024)),
+    "steps-2000:steps=2000,brief=2",
+    "random-0:kind=random,brief=2",
+    "mean_lora",
+    *(f"people-{people}:people={people},steps=3000,brief=2" for people in (256, 2048, 4096, 128, 512)),
+    *(f"steps-{steps}:steps={steps},brief=2" for steps in (1000, 4000)),
+    "small-2:r=1,steps=10000,seed=2,brief=2",
+    "lora-2:kind=lora,r=1,steps=10000,seed=2,brief=2",
+    *(f"image_prompt-{seed}:kind=image_prompt,steps=15800,seed={seed},brief=2" for seed in (1, 2)),
 )
 
 
@@ -141,7 +155,7 @@ def train(world: World, recipe: Recipe) -> Trained:
         record=args.graph,
     )
     looks = {round(share * recipe.steps) for share in args.looks}
-    people, latents = world.test_people(), world.seen(world.test_photos()[:, 0], recipe)
+    people, latents = world.known(), world.seen(world.known().photos[:, 0], recipe)
     curve: dict[str, Any] = {}
     losses: list[float] = []
     ready = clock = world.now()
@@ -179,7 +193,7 @@ def train(world: World, recipe: Recipe) -> Trained:
         "curve": curve,
     }
     del run, stack
-    take_off(base)
+    world.take_off(base)
     world.clear()
     return trained
 
@@ -187,7 +201,8 @@ def train(world: World, recipe: Recipe) -> Trained:
 def judge(world: World, trained: Trained) -> dict[str, Any]:
     """All zero-step scores of a trained encoder."""
     args, recipe = world.args, trained.recipe
-    people, photos = world.test_people(), world.test_photos()
+    people = world.known()
+    photos = people.photos
     latents = world.seen(photos, recipe)
     clean = latents[:, 0]
     subjects = trained.subjects(clean)
@@ -202,17 +217,16 @@ def judge(world: World, trained: Trained) -> dict[str, Any]:
     for scale in SCALES:
         variants[f"scale {scale}"] = trained.subjects(clean, scale), 0
     variants["code fitted to other photos"] = fitted(world, trained), 0
-    if args.conditions:
-        for name in (*DEGRADATIONS, "yaw"):
-            for strength in STRENGTHS:
-                bad = [
-                    turned_photo(args.split, number, strength, RESOLUTION)[0]
-                    if name == "yaw"
-                    else degrade(Image.fromarray(photo), name, strength)
-                    for number, photo in enumerate(photos[:, 0])
-                ]
-                pixels = np.stack([np.array(image) for image in bad])
-                variants[f"{name} {strength}"] = trained.subjects(world.seen(pixels, recipe)), 0
+    for name in args.conditions:
+        for strength in STRENGTHS:
+            bad = [
+                turned_photo(args.split, number, strength, RESOLUTION)[0]
+                if name == "yaw"
+                else degrade(Image.fromarray(photo), name, strength)
+                for number, photo in enumerate(photos[:, 0])
+            ]
+            pixels = np.stack([np.array(image) for image in bad])
+            variants[f"{name} {strength}"] = trained.subjects(world.seen(pixels, recipe)), 0
     result = score(world, recipe, people, variants)
     # Several photos are judged on those that none of these arms has read.
     unread = dataclasses.replace(people, others=people.others[:, 2:])
@@ -224,13 +238,13 @@ def nearest(world: World, recipe: Recipe) -> Tensor:
     """For each test person, latents of the reference of the training person who looks most like it to the judge."""
     pixels = world.photos(recipe.people, recipe.photos)[0][:: recipe.photos]
     vectors = world.embedder.embed(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).vectors
-    found = (world.test_people().references @ vectors.T).argmax(1)
+    found = (world.known().references @ vectors.T).argmax(1)
     return world.seen(pixels[found.numpy()], recipe)
 
 
 def fitted(world: World, trained: Trained) -> Tensor:
     """A ceiling of the space: subjects whose codes were fitted to the other photos of the test people by gradient."""
-    args, photos = world.args, world.test_photos()
+    args, photos = world.args, world.known().photos
     count = len(photos)
     captions_of = [photo.caption or "" for one in world.read(args.split, args.people) for photo in one.split()[1]]
     rows = {text: row for row, text in enumerate(dict.fromkeys(captions_of))}
@@ -261,19 +275,55 @@ def fitted(world: World, trained: Trained) -> Tensor:
     return trained.space(codes).detach()
 
 
-def tuning(world: World, trained: Trained) -> dict[str, Any]:
-    """Stage 2 from the read start, at every rate, after each number of steps."""
-    args, people, rates = world.args, world.test_people(), world.args.tuning_rates
-    start = trained.subjects(world.seen(world.test_photos()[:, 0], trained.recipe))
-    rows = len(start) * len(rates)
+def truth(world: World, trained: Trained) -> dict[str, Any]:
+    """What the renderer says: distance to true renders; people outside the range of training, and marked ones.
+
+    `render` has, by person, the distance of the face to the render of the person, to that of the next person, and what
+    the autoencoder leaves of real photos. `marked` is tuned on the marked photo, too.
+    """
+    recipe, people = trained.recipe, world.known()
+    stack = world.put(world.base, recipe, len(people.names))
+    stack.values.copy_(read(world, trained, people))
+    images = world.draw(stack, stack.count, [0])
+    del stack
+    world.clear()
+    found: dict[str, Any] = {"render": {}}
+    photos = world.through_base(people.photos[:, 1:])
+    for label, shown, shift in (("own", images, 0), ("another's", images, 1), ("photos", photos, 0)):
+        each = len(shown) // len(people.names)
+        distance = world.from_render(shown, people.identity.roll(shift, 0).repeat_interleave(each, 0))
+        found["render"][label] = [round(value, 4) for value in distance.view(-1, each).mean(1).tolist()]
+    for kind in ("outside", "unmarked"):
+        others = world.known(kind)
+        subjects = read(world, trained, others)
+        variants = {"clean": (subjects, 0), "another person's photo": (subjects.roll(1, 0), 0)}
+        found[kind] = {"ceiling": world.ceiling(others), **score(world, recipe, others, variants)}
+    marked = world.known("marked")
+    found["marked"] = tuning(world, trained, marked, world.args.tuning_rates[:1], 1)
+    return found
+
+
+def read(world: World, trained: Trained, people: Known) -> Tensor:
+    """Subjects (people, N), each read from the reference."""
+    return trained.subjects(world.seen(people.photos[:, 0], trained.recipe))
+
+
+def tuning(world: World, trained: Trained, people: Known, rates: Sequence[float], seeds: int) -> dict[str, Any]:
+    """Stage 2 from the read start, at every rate and with the noise of every seed, after each number of steps."""
+    args, start = world.args, read(world, trained, people)
+    each = len(rates) * seeds
+    rows = len(start) * each
     stack = world.put(world.base, trained.recipe, rows)
-    stack.values.copy_(start.repeat_interleave(len(rates), 0))
+    stack.values.copy_(start.repeat_interleave(each, 0))
     result: dict[str, Any] = {str(rate): {} for rate in rates}
 
     def look(done: int) -> None:
-        scores = world.score(stack, people, rows, [0] * len(rates))
+        scores = world.score(stack, people, rows, list(range(seeds)) * len(rates))
         for number, rate in enumerate(rates):
-            result[str(rate)][str(done)] = {name: values[number :: len(rates)] for name, values in scores.items()}
+            result[str(rate)][str(done)] = {}
+            for metric, values in scores.items():
+                of_rate = torch.tensor(values).view(-1, len(rates), seeds)[:, number]
+                result[str(rate)][str(done)][metric] = [round(value, 4) for value in of_rate.mean(1).tolist()]
 
     look(0)
     for done in train_stack(
@@ -282,15 +332,15 @@ def tuning(world: World, trained: Trained) -> dict[str, Any]:
         people.examples,
         steps=max(args.at),
         batch_size=4,
-        lr=torch.tensor(rates).repeat(len(start)),
+        lr=torch.tensor(rates).repeat_interleave(seeds).repeat(len(start)),
         seed=0,
-        numbers=[row // len(rates) for row in range(rows)],
+        numbers=[row // each for row in range(rows)],
         schedule=lambda number: min(1.0, (number + 1) / args.tuning_warmup),
         graph=args.graph,
     ):
         if done in args.at:
             look(done)
-    take_off(world.base)
+    world.take_off(world.base)
     return result
 
 
@@ -311,28 +361,31 @@ def line(scores: Mapping[str, Sequence[float]]) -> str:
     return "/".join(f"{value:.3f}" for value in values)
 
 
-def rivals(world: World) -> dict[str, Any]:
-    """Fine-tuned methods on the test people: with a constant rate, and warmed up and decayed to 0 over a run.
+def rival(world: World, name: str) -> dict[str, Any]:
+    """A fine-tuned method on the test people: with a constant rate, and warmed up and decayed to 0 over a run.
 
-    The rate of each is the best of `tune` people at its best number of steps; every number of steps is kept.
+    Each rate is the best of `tune` people at its best number of steps; every number of steps is kept.
     """
     args = world.args
-    tune = world.people("tune", args.tune_people)
-    people, result = world.test_people(), {}
-    start = mean_lora_start(world) if "mean_lora" in args.rival else None
-    for name in args.rival:
-        for length in (0, *args.decays):
-            at = [step for step in args.rival_steps if not length or step <= length] if not length else [length]
-            tried = _rival(world, tune, name, RIVALS[name].rates, at, length, [0], start)
-            best = max(tried, key=lambda rate: max(interval(one["r_facesim"])["value"] for one in tried[rate].values()))
-            label = f"{name}, decay over {length}" if length else name
-            seeds = list(range(args.seeds))
-            result[label] = {
-                "learning_rate": float(best),
-                "tuning": {rate: {step: line(one) for step, one in curve.items()} for rate, curve in tried.items()},
-                "curve": _rival(world, people, name, [float(best)], at, length, seeds, start)[best],
-            }
-            print(label, best, {step: line(one) for step, one in result[label]["curve"].items()}, flush=True)
+    tune, people = world.people("tune", args.tune_people), world.known()
+    start = mean_lora_start(world) if name == "mean_lora" else None
+    result = {}
+    for length in (0, *args.decays):
+        at = [length] if length else args.rival_steps
+        tried = _rival(world, tune, name, RIVALS[name].rates, at, length, [0], start)
+        best = max(tried, key=lambda rate: max(interval(one["r_facesim"])["value"] for one in tried[rate].values()))
+        label = f"{name}, decay over {length}" if length else name
+        result[label] = {
+            "learning_rate": float(best),
+            "tuning": {rate: {step: line(one) for step, one in curve.items()} for rate, curve in tried.items()},
+            "curve": _rival(world, people, name, [float(best)], at, length, list(range(args.seeds)), start)[best],
+        }
+        print(label, best, {step: line(one) for step, one in result[label]["curve"].items()}, flush=True)
+        if name == "lora_r1" and not length and args.truth:
+            best_rate = [float(best)]
+            result[label]["marked"] = _rival(world, world.known("marked"), name, best_rate, at, length, [0], start)[
+                best
+            ]
     return result
 
 
@@ -378,8 +431,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", default=[], help="name:key=value,...; see encoder_world.Recipe")
     parser.add_argument("--plan", action="store_true", help="the recipes and rivals of the report")
-    parser.add_argument("--rivals", action="store_true", help="fine-tuned methods: rivals.json")
-    parser.add_argument("--rival", nargs="+", default=list(RIVAL_NAMES), choices=tuple(RIVALS))
+    parser.add_argument("--rival", action="append", default=[], choices=tuple(RIVALS), help="a fine-tuned method")
     parser.add_argument("--rival-steps", type=int, nargs="+", default=[25, 50, 100, 200, 300, 500, 700])
     parser.add_argument("--decays", type=int, nargs="*", default=[100, 300], help="steps of runs that decay")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing after so many")
@@ -391,19 +443,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mean-steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3, help="noises that a clean photo is judged with")
     parser.add_argument("--world-seed", type=int, default=0, help="of the training people")
-    parser.add_argument("--second-judge-steps", type=int, default=0, help="0: no second judge")
     parser.add_argument("--looks", type=float, nargs="*", default=[0.1, 0.25, 0.5, 0.75])
     parser.add_argument("--at", type=int, nargs="+", default=[5, 10, 25, 50, 100], help="tuning steps to score after")
     # Of 1e-4, 3e-4 and 1e-3 on tune people: the middle one had gained the most after 25 steps at unharmed adherence.
-    parser.add_argument("--tuning-rates", type=float, nargs="*", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--tuning-rates", type=float, nargs="+", default=[3e-4])
     parser.add_argument("--tuning-warmup", type=int, default=10)
     parser.add_argument("--fitting-steps", type=int, default=100)
-    parser.add_argument("--no-conditions", dest="conditions", action="store_false")
+    parser.add_argument("--conditions", nargs="*", default=[*DEGRADATIONS, "yaw"], help="of bad photos")
     parser.add_argument("--variants", type=int, default=16, help="subjects of a person that are drawn together")
     parser.add_argument("--views", type=int, default=32)
     parser.add_argument("--inference-steps", type=int, default=INFERENCE_STEPS)
-    parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
-    parser.add_argument("--save", action="store_true", help="also write encoder and space")
+    parser.add_argument("--workers", type=int, default=min(16, max(1, len(os.sched_getaffinity(0)) - 1)))
+    parser.add_argument("--save", nargs="*", default=[], help="recipes whose encoder and space are written, too")
+    parser.add_argument("--strangers", type=int, default=16, help="people whom no training has seen the like of")
+    parser.add_argument("--no-truth", dest="truth", action="store_false", help="ask the renderer nothing")
+    parser.add_argument("--truth-steps", type=int, default=FIT_STEPS, help="of the search for the same scene")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="eager steps")
     parser.add_argument("--compile", action="store_true", help="compile the pass")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the base in training")
@@ -411,55 +465,74 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def one(world: World, recipe: Recipe, facts: dict[str, Any]) -> None:
-    """Train and judge a recipe, and write its file."""
+def claimed(path: Path) -> bool:
+    """Take a file as this process's to make: False where it is there, or another process has taken it."""
+    if path.exists():
+        return False
+    try:
+        path.with_suffix(".claim").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def one(world: World, recipe: Recipe) -> dict[str, Any]:
+    """Train and judge a recipe."""
     args = world.args
     trained = train(world, recipe)
-    data = {**facts, "recipe": dataclasses.asdict(recipe), **trained.facts, "ceiling": world.ceiling()}
+    data: dict[str, Any] = {
+        "recipe": dataclasses.asdict(recipe),
+        **trained.facts,
+        "ceiling": world.ceiling(world.known()),
+    }
     print(recipe.name, f"{trained.facts['seconds']} s, {trained.facts['steps_per_second']} steps/s", flush=True)
     data["zero_steps"] = judge(world, trained)
     for name, scores in data["zero_steps"].items():
         print(" ", recipe.name, name, line(scores), flush=True)
-    if args.tuning_rates and not recipe.brief:
-        data["tuning"] = tuning(world, trained)
+    if recipe.brief < 2:
+        data["tuning"] = tuning(world, trained, world.known(), args.tuning_rates, args.seeds)
         for rate, at in data["tuning"].items():
             print(" ", recipe.name, rate, {step: line(scores) for step, scores in at.items()}, flush=True)
+    if args.truth and not recipe.brief:
+        data["truth"] = truth(world, trained)
+        distances = {label: interval(values)["value"] for label, values in data["truth"]["render"].items()}
+        print(" ", recipe.name, "from the true render", distances, flush=True)
     if recipe.kind in ("meta", "random"):
         with tempfile.TemporaryDirectory() as folder:
-            save(trained, args.output / recipe.name if args.save else Path(folder))
+            save(trained, args.output / recipe.name if recipe.name in args.save else Path(folder))
             space = trained.space.rounded().cpu()
             data["code_file_bytes"] = save_code(folder, space.coded(torch.zeros(recipe.k))).stat().st_size
-    write_bytes(args.output / f"{recipe.name}.json", (json.dumps(data, indent=1) + "\n").encode())
-    print(f"{world.left:.0f} s left", flush=True)
+    return data
 
 
 def main() -> None:
     args = parse()
     args.output.mkdir(parents=True, exist_ok=True)
+    torch._dynamo.config.automatic_dynamic_shapes = False  # recipes differ in shapes, a recipe's steps do not
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # before anything is on the GPU
         world = World(args, pool)
         facts = {**origin(world.device), "split": args.split, "people": args.people, "noises": args.seeds}
         print(f"ready after {args.seconds - world.left:.0f} s on {facts['machine']}", flush=True)
         with vmap_ready():
-            if args.second_judge_steps:
-                path = args.output / "second_judge.safetensors"
-                world.second = second_judge(path, args.second_judge_steps, world.device)
-            for text in (*args.recipe, *(PLAN if args.plan else ())):
-                recipe = Recipe.parse(text)
-                if (args.output / f"{recipe.name}.json").exists():
+            if (args.output / FACTOR_READER).exists():
+                world.reader = load_factor_reader(args.output / FACTOR_READER, world.device)
+            for job in (*args.recipe, *args.rival, *(PLAN if args.plan else ())):
+                recipe = None if job in RIVALS else Recipe.parse(job)
+                path = args.output / (f"{recipe.name}.json" if recipe else f"rivals-{job}.json")
+                if not claimed(path):
                     continue
                 if world.left < 0:
-                    print(f"out of time before {recipe.name}", flush=True)
+                    print(f"out of time before {job}", flush=True)
+                    path.with_suffix(".claim").unlink()
                     break
                 try:
-                    one(world, recipe, facts)
+                    data = one(world, recipe) if recipe else {"methods": rival(world, job)}
                 except TrainingError as error:
                     print(error, flush=True)
                     world.clear()
-            path = args.output / "rivals.json"
-            if (args.rivals or args.plan) and not path.exists() and world.left > 0:
-                data = {**facts, "methods": rivals(world)}
-                write_bytes(path, (json.dumps(data, indent=1) + "\n").encode())
+                    continue
+                write_bytes(path, (json.dumps({**facts, **data}, indent=1) + "\n").encode())
+                print(f"{path.name}, {world.left:.0f} s left", flush=True)
     summarise(args.output)
 
 

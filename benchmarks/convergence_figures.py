@@ -13,7 +13,15 @@ from peft_metalora.files import write_bytes
 
 LORA_R1 = 33_408  # numbers of a LoRA of rank 1 on the modules of the demo's base
 RATE = "0.0003"  # of stage 2 from the read start
-STOP = 50  # steps of stage 2 before the automatic stop
+STOP = 25  # about where stage 2 from a read start stops by itself (benchmarks/results/stopping.json)
+KEPT = 0.97  # adherence of a method that keeps the prompt
+
+RESULTS = Path(__file__).parent / "results"
+# What other benchmarks say of reading on the shapes of FLUX.1-dev: file and figures.
+ON_FLUX = {
+    "reading": ("read_ms_flux", "expand_ms_flux"),
+    "training": ("encoder_train_people_per_second_flux", "encoder_train_peak_gib_flux"),
+}
 
 Scores = Mapping[str, Sequence[float]]
 Figure = dict[str, float]
@@ -23,15 +31,38 @@ def summarise(folder: Path) -> dict[str, Any]:
     """Write `convergence.json` from what is there; a figure whose files are missing is left out."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     files.pop("convergence", None)
-    rivals = files.pop("rivals", None)
-    figures = {**_of_encoders(files), **_of_curves(files), **(_of_rivals(files, rivals) if rivals else {})}
     origins = {
-        name: {key: data[key] for key in ("machine", "date", "command", "split")}
-        for name, data in {**files, **({"rivals": rivals} if rivals else {})}.items()
+        name: {key: data[key] for key in ("machine", "date", "command", "split")} for name, data in files.items()
     }
-    whole = {"figures": figures, "origins": origins}
+    rivals = [files.pop(name) for name in list(files) if name.startswith("rivals-")]
+    figures = {**_of_encoders(files), **_of_curves(files), **(_of_rivals(files, rivals) if rivals else {})}
+    for name, keys in ON_FLUX.items():
+        path = RESULTS / f"{name}.json"
+        measured = json.loads(path.read_text())["figures"] if path.exists() else {}
+        figures |= {key: measured[key] for key in keys if key in measured}
+    whole = {
+        "figures": figures,
+        "origins": origins,
+        "recipes": {name: _condensed(data) for name, data in files.items()},
+        "rivals": {
+            label: _condensed(method, data["noises"]) for data in rivals for label, method in data["methods"].items()
+        },
+    }
     write_bytes(folder / "convergence.json", (json.dumps(whole, indent=1) + "\n").encode())
     return whole
+
+
+def _condensed(data: Any, seeds: int = 1) -> Any:
+    """Everything of a file but its origin, means with intervals for the scores of people."""
+    if isinstance(data, Mapping):
+        left_out = "machine", "date", "command", "versions", "split", "losses"
+        # Marked people are learned with one noise.
+        return {
+            key: _condensed(value, 1 if key == "marked" else seeds)
+            for key, value in data.items()
+            if key not in left_out
+        }
+    return interval(data, seeds) if isinstance(data, list) else data
 
 
 def of_seeds(files: Mapping[str, Any], name: str, variant: str = "clean") -> dict[str, list[float]]:
@@ -54,14 +85,20 @@ def _of_encoders(files: Mapping[str, Any]) -> dict[str, Any]:
         over = [score / top for score, top in zip(main["r_facesim"], first["ceiling"], strict=True)]
         figures |= {
             "zero_step_r_facesim": interval(main["r_facesim"]),
+            "real_ceiling": interval(first["ceiling"]),
             "zero_step_over_real_ceiling": interval(over),
             "zero_step_adherence": interval(main["prompt_adherence"]),
             "zero_step_copied_background": interval(main["copied_background"]),
             "code_bytes": 4 * first["recipe"]["k"],
             "subject_folder_bytes": first["code_file_bytes"],
         }
+        if "copied_by_chance" in main:
+            chance = main["copied_by_chance"]
+            figures["copied_background_by_chance"] = interval(chance)
+            figures["copied_background_over_chance"] = paired(main["copied_background"], chance)
         if "second_r_facesim" in main:
             figures["zero_step_second_judge"] = interval(main["second_r_facesim"])
+            figures["second_judge_ceiling"] = interval(first["second_ceiling"])
         for key, variant in (
             ("nearest_training_person", "nearest training person"),
             ("other_persons_photo", "another person's photo"),
@@ -71,24 +108,56 @@ def _of_encoders(files: Mapping[str, Any]) -> dict[str, Any]:
             if scores:
                 figures[key] = interval(scores["r_facesim"])
         figures |= _tuned([data["tuning"][RATE] for name, data in files.items() if _tunes(name, data)])
+        figures |= _of_truth(files, main)
     small = of_seeds(files, "small")
     if small:
         figures["small_zero_step_r_facesim"] = interval(small["r_facesim"])
         numbers = next(data["numbers"] for name, data in files.items() if name.startswith("small-"))
         figures["small_params_over_lora_r1"] = round(numbers / LORA_R1, 3)
-    lora = of_seeds(files, "lora")
-    if small and lora:
-        figures["encoder_meta_minus_encoder_lora"] = paired(small["r_facesim"], lora["r_facesim"])
     for key, name, variant in (
-        ("image_prompt_adapter_zero_step", "tokens", "clean"),
+        ("encoder_lora_zero_step", "lora", "clean"),
+        ("image_prompt_adapter_zero_step", "image_prompt", "clean"),
         ("random_down_encoder_zero_step", "random", "clean"),
         ("low_light_unseen", "unseen", "low_light 0.5"),
         ("sunglasses_unseen", "unseen", "sunglasses 0.5"),
         ("blur_unseen", "unseen", "blur 1.0"),
+        ("low_light_seen", "main", "low_light 0.5"),
+        ("sunglasses_seen", "main", "sunglasses 0.5"),
+        ("blur_seen", "main", "blur 1.0"),
     ):
         scores = of_seeds(files, name, variant)
         if scores:
             figures[key] = interval(scores["r_facesim"])
+    for key, ours, theirs in (
+        ("encoder_meta_minus_encoder_lora", "small", "lora"),
+        ("main_minus_encoder_lora", "main", "lora"),
+        ("main_minus_image_prompt_adapter", "main", "image_prompt"),
+    ):
+        first_scores, second_scores = of_seeds(files, ours), of_seeds(files, theirs)
+        if first_scores and second_scores:
+            figures[key] = paired(first_scores["r_facesim"], second_scores["r_facesim"])
+    return figures
+
+
+def _of_truth(files: Mapping[str, Any], main: Scores) -> dict[str, Any]:
+    """What the renderer says of the encoder."""
+    figures: dict[str, Any] = {}
+    if "factor_distance" in main:
+        other = of_seeds(files, "main", "another person's photo")
+        figures["factor_distance"] = interval(main["factor_distance"])
+        figures["factor_distance_other_persons_photo"] = interval(other["factor_distance"])
+    truth = next((data["truth"] for name, data in files.items() if name.startswith("main-") and "truth" in data), None)
+    if truth:
+        for label, key in (("own", ""), ("another's", "_of_another"), ("photos", "_of_real_photos")):
+            figures[f"distance_to_render{key}"] = interval(truth["render"][label])
+        outside, marked = truth["outside"], truth["marked"][RATE]
+        over = [a / b for a, b in zip(outside["clean"]["r_facesim"], outside["ceiling"], strict=True)]
+        figures["outside_zero_step_r_facesim"] = interval(outside["clean"]["r_facesim"])
+        figures["outside_over_real_ceiling"] = interval(over)
+        figures["mark_shown_unmarked"] = interval(truth["unmarked"]["clean"]["mark"])
+        for step, scores in marked.items():
+            if step in ("0", "25", "100"):
+                figures[f"mark_shown_{step}_steps"] = interval(scores["mark"])
     return figures
 
 
@@ -104,6 +173,7 @@ def _tuned(curves: Sequence[Mapping[str, Scores]]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if "25" in at:
         figures["gain_25_steps"] = paired(at["25"], at["0"])
+        figures["r_facesim_25_steps"] = interval(at["25"])
     gains = {int(step): paired(values, at["0"]) for step, values in at.items() if 0 < int(step) <= STOP}
     figures["lowest_before_stop"] = min(gains.values(), key=lambda gain: gain["value"])
     return figures
@@ -113,13 +183,11 @@ def _of_curves(files: Mapping[str, Any]) -> dict[str, Any]:
     """Zero-step scores by people in training and by target images seen, and the images that 0.65 takes."""
     figures: dict[str, Any] = {}
     people = {
-        data["recipe"]["people"]: interval(data["zero_steps"]["clean"]["r_facesim"])
-        for name, data in files.items()
-        if name.startswith("people-")
+        data["recipe"]["people"]: interval(_clean(data)) for name, data in files.items() if name.startswith("people-")
     }
     # A run that ends has decayed its rate: looks on the way of a longer one are below it.
     images = {
-        data["images"]: interval(data["zero_steps"]["clean"]["r_facesim"])
+        data["images"]: interval(_clean(data))
         for name, data in files.items()
         if name.rpartition("-")[0] in ("steps", "main") and data["recipe"]["seed"] == 0
     }
@@ -132,36 +200,57 @@ def _of_curves(files: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _of_rivals(files: Mapping[str, Any], rivals: Mapping[str, Any]) -> dict[str, Any]:
+def _clean(data: Mapping[str, Any]) -> list[float]:
+    """R-FaceSim by person of one file's clean photos, the mean over noises."""
+    labels = [label for label in data["zero_steps"] if label == "clean" or label.startswith("clean, noise")]
+    return _mean([data["zero_steps"][label]["r_facesim"] for label in labels])
+
+
+def _of_rivals(files: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The best that fine-tuned methods reach at any number of steps, and the encoder beside it."""
-    seeds = rivals["noises"]
-    best: dict[str, tuple[float, str, list[float]]] = {}
-    for name, method in rivals["methods"].items():
-        for step, scores in method["curve"].items():
-            people = _people(scores["r_facesim"], seeds)
-            value = sum(people) / len(people)
-            if name not in best or value > best[name][0]:
-                best[name] = value, step, people
-    name = max(best, key=lambda one: best[one][0])
-    figures: dict[str, Any] = {
-        "best_rival_name": f"{name}, {best[name][1]} steps",
-        "best_rival_r_facesim": interval(best[name][2]),
+    seeds = rivals[0]["noises"]
+    methods = {name: method for data in rivals for name, method in data["methods"].items()}
+    cells = {
+        (name, step): {metric: _people(values, seeds) for metric, values in scores.items()}
+        for name, method in methods.items()
+        for step, scores in method["curve"].items()
     }
-    loras = [one for one in best if one.partition(",")[0] == "lora_r1"]
+
+    def value(cell: tuple[str, str], metric: str = "r_facesim") -> float:
+        values = cells[cell][metric]
+        return sum(values) / len(values)
+
+    best = max(cells, key=value)
+    figures: dict[str, Any] = {
+        "best_rival_name": _called(best),
+        "best_rival_r_facesim": interval(cells[best]["r_facesim"]),
+        "best_rival_adherence": interval(cells[best]["prompt_adherence"]),
+    }
+    loras = [cell for cell in cells if cell[0].partition(",")[0] == "lora_r1"]
     if loras:
-        top = max(loras, key=lambda one: best[one][0])
-        figures["lora_r1_best_r_facesim"] = interval(best[top][2])
-        curve = {
-            int(step): sum(scores["r_facesim"]) / len(scores["r_facesim"])
-            for one in loras
-            for step, scores in rivals["methods"][one]["curve"].items()
-        }
-        reached = [step for step, value in curve.items() if value >= 0.95 * best[top][0]]
-        figures["lora_r1_steps_to_95_percent"] = min(reached)
+        top = max(loras, key=value)
+        figures["lora_r1_best_r_facesim"] = interval(cells[top]["r_facesim"])
+        figures["lora_r1_steps_to_95_percent"] = min(int(cell[1]) for cell in loras if value(cell) >= 0.95 * value(top))
     main = of_seeds(files, "main")
     if main:
-        figures["encoder_minus_best_rival"] = paired(main["r_facesim"], best[name][2])
+        figures["encoder_minus_best_rival"] = paired(main["r_facesim"], cells[best]["r_facesim"])
+        kept = [cell for cell in cells if value(cell, "prompt_adherence") >= KEPT]
+        if kept:
+            equal = max(kept, key=value)
+            figures["best_rival_at_adherence_0_97_name"] = _called(equal)
+            figures["encoder_minus_best_rival_at_adherence_0_97"] = paired(main["r_facesim"], cells[equal]["r_facesim"])
+        if "factor_distance" in main:
+            nearest = min(cells, key=lambda cell: value(cell, "factor_distance"))
+            figures["nearest_rival_by_factors_name"] = _called(nearest)
+            figures["nearest_rival_factor_distance"] = interval(cells[nearest]["factor_distance"])
+            figures["factor_distance_minus_nearest_rival"] = paired(
+                main["factor_distance"], cells[nearest]["factor_distance"]
+            )
     return figures
+
+
+def _called(cell: tuple[str, str]) -> str:
+    return f"{cell[0]}, {cell[1]} steps"
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Figure:

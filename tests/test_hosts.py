@@ -39,7 +39,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "accelerate.hooks.AlignDevicesHook":
         ("389db1d0fa3b", "pipelines/denoiser.py", "taken off containers of factors"),
     "accelerate.hooks.add_hook_to_module":
-        ("1eaa07ffc77f", "pipelines/denoiser.py, bases/base.py", "where accelerate keeps its hook: _hf_hook"),
+        ("1eaa07ffc77f", "pipelines/denoiser.py, bases/base.py, training/engine/replay.py", "keeps its hook: _hf_hook"),
     "accelerate.utils.fsdp_utils.fsdp2_prepare_auto_wrap_policy":
         ("78c147829813", "training/engine/sharding.py", "undocumented: which modules are divided alone"),
     "accelerate.utils.launch.prepare_multi_gpu_env":
@@ -61,7 +61,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "diffusers.hooks.group_offloading._maybe_remove_and_reapply_group_offloading":
         ("e026422d36eb", "pipelines/denoiser.py", "called"),
     "diffusers.hooks.hooks.HookRegistry":
-        ("f32bbaeb4920", "pipelines/denoiser.py", "where diffusers keeps its hooks: _diffusers_hook"),
+        ("f32bbaeb4920", "pipelines/denoiser.py, training/engine/replay.py", "keeps its hooks: _diffusers_hook"),
     "diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY":
         ("1eb29b3d2bf6", "lora/projection.py", "copied: where a LoRA file keeps its alpha"),
     "diffusers.loaders.lora_base.LoraBaseMixin._lora_loadable_modules":
@@ -208,14 +208,22 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("compiled", "tuner/subject_index.py", "called: is a block recomputed?"),
     "torch._C._current_graph_task_id":
         ("compiled", "tuner/subject_index.py", "called: is this backward?"),
+    "torch._C._functorch.get_unwrapped":
+        ("compiled", "bases/base.py", "called"),
+    "torch._C._functorch.is_functorch_wrapped_tensor":
+        ("compiled", "bases/base.py", "called: was it made inside of vmap?"),
     "torch._dynamo.eval_frame.OptimizedModule":
         ("ccb635f1cbd0", "checkpoint/base_model.py, pipelines/denoiser.py", "the wrapper that _orig_mod leads out of"),
     "torch._amp_foreach_non_finite_check_and_unscale_":
         ("compiled", "training/engine/loop.py", "called: is every gradient finite?"),
+    "torch._foreach_add_":
+        ("compiled", "training/engine/replay.py", "called"),
     "torch._foreach_copy_":
-        ("compiled", "training/engine/processes.py, training/engine/slot_optimizer.py", "called"),
+        ("compiled", "training/engine/processes.py, training/engine/slot_optimizer.py, training/engine/replay.py", ""),
     "torch._foreach_lerp_":
         ("compiled", "demo/make_base.py", "called"),
+    "torch._foreach_mul":
+        ("compiled", "training/engine/replay.py", "called"),
     "torch._utils._flatten_dense_tensors":
         ("5def87817b07", "training/engine/processes.py", "called"),
     "torch._utils._unflatten_dense_tensors":

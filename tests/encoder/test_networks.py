@@ -96,11 +96,12 @@ class TestReading:
             encoder.codes([photo()])[0]
 
 
-def test_exposure_is_one_for_all_photos():
+def test_dark_photos_are_brought_to_one_exposure():
     pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.9
-    even = even_exposure(pixels)
-    torch.testing.assert_close(even_exposure(pixels * 0.2), even)
-    torch.testing.assert_close(even.amax(1).flatten(1).quantile(0.99, dim=1), torch.full((2,), 0.95))
+    torch.testing.assert_close(even_exposure(pixels), pixels)
+    lifted = even_exposure(pixels * 0.5)
+    torch.testing.assert_close(even_exposure(pixels * 0.2), lifted)
+    torch.testing.assert_close(lifted.amax(1).flatten(1).quantile(0.99, dim=1), torch.full((2,), 0.95))
     assert even_exposure(torch.zeros(1, 3, 4, 4)).abs().max() == 0
 
 

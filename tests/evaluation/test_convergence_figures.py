@@ -82,7 +82,9 @@ def test_rivals_count_at_their_best_step(figures: ModuleType, tmp_path: Path) ->
         "lora_r1": {"curve": curve},
         "full": {"curve": {"25": scores(0.7, 0.7, 0.6, 0.6), "50": scores(0.2, 0.2, 0.2, 0.2)}},
     }
-    (tmp_path / "rivals.json").write_text(json.dumps({**ORIGIN, "noises": 2, "methods": methods}))
+    for name, method in methods.items():
+        data = {**ORIGIN, "noises": 2, "methods": {name: method}}
+        (tmp_path / f"rivals-{name}.json").write_text(json.dumps(data))
     found = figures.summarise(tmp_path)["figures"]
     assert found["best_rival_name"] == "full, 25 steps" and found["best_rival_r_facesim"]["value"] == 0.65
     assert found["encoder_minus_best_rival"]["value"] == pytest.approx(0.15)
@@ -97,3 +99,18 @@ def test_curves_are_of_runs_that_ended(figures: ModuleType, tmp_path: Path) -> N
     found = figures.summarise(tmp_path)["figures"]
     assert found["by_people"][64]["value"] == pytest.approx(0.3)
     assert found["images_to_0_65"] == 768_000 and list(found["by_images"]) == [384_000, 768_000]
+
+
+def test_an_encoder_is_compared_with_rivals_that_keep_the_prompt_too(figures: ModuleType, tmp_path: Path) -> None:
+    recipe_file(tmp_path, "main-0", [0.7, 0.9])
+    curve = {"25": scores(0.3, 0.5), "50": scores(0.6, 0.8)}
+    curve["50"]["prompt_adherence"] = [0.9, 0.9]
+    method = {"curve": curve, "learning_rate": 0.1, "marked": {"25": {"mark": [0.25, 0.75]}}}
+    data = {**ORIGIN, "noises": 1, "methods": {"full": method}}
+    (tmp_path / "rivals-full.json").write_text(json.dumps(data))
+    whole = figures.summarise(tmp_path)
+    assert whole["figures"]["best_rival_name"] == "full, 50 steps"
+    assert whole["figures"]["best_rival_at_adherence_0_97_name"] == "full, 25 steps"
+    assert whole["figures"]["encoder_minus_best_rival_at_adherence_0_97"]["value"] == pytest.approx(0.4)
+    assert whole["rivals"]["full"]["marked"]["25"]["mark"]["value"] == 0.5
+    assert whole["recipes"]["main-0"]["zero_steps"]["clean"]["r_facesim"]["value"] == pytest.approx(0.8)

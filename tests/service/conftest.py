@@ -29,7 +29,7 @@ def home(tmp_path_factory) -> Path:
     save_down(folder / "down", pipe.transformer, "faces", base_model=str(folder / "base"))
     space = SubjectSpace.around(load_down(folder / "down"), CODE_SIZE)
     with torch.no_grad():
-        space.basis.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+        space.basis.normal_(std=4.0, generator=torch.Generator().manual_seed(0))
     encoder = make_encoder(
         EncoderConfig(resolution=16, code_size=CODE_SIZE, width=8, hidden=16), base_for(pipe).encode_images
     )

@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +77,7 @@ class Base(ABC):
         self.stream: BlockStream | None = None
         self._visits: torch.device | None = None
         self._here: tuple[str, ...] = ()
+        self._made: dict[tuple[Hashable, ...], Tensor] = {}
         self._given_length = max_sequence_length
 
     @property
@@ -278,6 +279,20 @@ class Base(ABC):
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """What `predict` should give for x_t: (n, c, h, w)."""
+
+    def once(self, key: tuple[Hashable, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that depends on `key` alone, which names a device too: made once, and there from then on.
+
+        To bring it there in every step would take the host's time, and could not be recorded as a CUDA graph.
+        """
+        if key not in self._made:
+            device = next(part for part in key if isinstance(part, torch.device))
+            with torch.inference_mode(False):
+                tensor = make().to(device)
+            while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # made inside of vmap or grad, kept for all
+                tensor = torch._C._functorch.get_unwrapped(tensor)
+            self._made[key] = tensor
+        return self._made[key]
 
     @abstractmethod
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:

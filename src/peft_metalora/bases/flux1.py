@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import FlowBase, Text, send
+from .base import FlowBase, Text
 
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
@@ -53,7 +53,10 @@ class Flux1(FlowBase):
         n, channels, height, width = noisy.shape
         dtype = self.dtype
         packed = self.pipeline._pack_latents(noisy, n, channels, height, width).to(dtype)
-        image_ids = self.pipeline._prepare_latent_image_ids(n, height // 2, width // 2, "cpu", dtype)
+        image_ids = self.once(
+            ("image ids", height, width, noisy.device, dtype),
+            lambda: self.pipeline._prepare_latent_image_ids(n, height // 2, width // 2, "cpu", dtype),
+        )
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = torch.full((n,), self.guidance, device=noisy.device, dtype=torch.float32)
@@ -64,7 +67,7 @@ class Flux1(FlowBase):
             pooled_projections=text["pooled"].to(dtype),
             encoder_hidden_states=text["sequence"].to(dtype),
             txt_ids=torch.zeros(text["sequence"].shape[1], 3, device=noisy.device, dtype=dtype),
-            img_ids=send(image_ids, noisy.device),
+            img_ids=image_ids,
             return_dict=False,
         )[0]
         # The pipeline's unpacking counts in pixels.

@@ -15,7 +15,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from .base import FlowBase, Text, send
+from .base import FlowBase, Text
 
 # The pipeline's shift also depends on the number of sampling steps; it is taken at the default number.
 _SAMPLING_STEPS = 50
@@ -65,8 +65,10 @@ class Flux2Klein(FlowBase):
             timestep=times.to(dtype),
             guidance=guidance,
             encoder_hidden_states=sequence,
-            txt_ids=send(pipeline._prepare_text_ids(sequence), noisy.device),
-            img_ids=send(pipeline._prepare_latent_ids(noisy), noisy.device),
+            txt_ids=self.once(
+                ("text ids", sequence.shape[:2], noisy.device), lambda: pipeline._prepare_text_ids(sequence)
+            ),
+            img_ids=self.once(("image ids", noisy.shape, noisy.device), lambda: pipeline._prepare_latent_ids(noisy)),
             return_dict=False,
         )[0]
         return velocity.transpose(1, 2).reshape(noisy.shape)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Text, send
+from .base import Text
 from .diffusion import DiffusionBase
 
 
@@ -33,7 +33,9 @@ class StableDiffusionXL(DiffusionBase):
     def predict(self, noisy: Tensor, text: Text, times: Tensor) -> Tensor:
         dtype = self.dtype
         size = [side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:]]
-        time_ids = send(torch.tensor([*size, 0, 0, *size], dtype=dtype), noisy.device)
+        time_ids = self.once(
+            ("time ids", *size, noisy.device, dtype), lambda: torch.tensor([*size, 0, 0, *size], dtype=dtype)
+        )
         return self.denoiser(
             noisy.to(dtype),
             times,

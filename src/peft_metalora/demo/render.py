@@ -94,6 +94,24 @@ def render(identity: Tensor, scene: Scene, size: int = 64) -> Tensor:
     return torch.cat([_draw(identity[i : i + _CHUNK], scene[i : i + _CHUNK], size) for i in starts])
 
 
+@dataclass(frozen=True)
+class Front:
+    """The front of each face, (n, size, size) each: 1 where it is seen and 0 elsewhere, and coordinates on it.
+
+    They turn with the head: x from -1 to 1 over the width of the face, y from the middle between the ears downward.
+    """
+
+    inside: Tensor
+    x: Tensor
+    y: Tensor
+
+
+def front(identity: Tensor, scene: Scene, size: int = 64) -> Front:
+    """Where the faces lie that `render` draws of the same arguments."""
+    at = _place(_person(identity), _view(scene), size)
+    return Front(at.head, at.fx / at.width, at.fy)
+
+
 def _draw(identity: Tensor, scene: Scene, size: int) -> Tensor:
     person, view = _person(identity), _view(scene)
     at = _place(person, view, size)

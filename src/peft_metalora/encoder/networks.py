@@ -60,7 +60,7 @@ class EncoderConfig:
     code_size: int = CODE_SIZE
     width: int = 64
     hidden: int = 512
-    dropout: float = 0.2
+    dropout: float = 0.1
     face_crop: str = ""
     face_margin: float = 0.5
     face_align: bool = False

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import PeftConfig
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..bases import Base
 from ..errors import AdapterStateError, TrainingError
@@ -18,6 +20,8 @@ from .engine.loop import Sanity
 from .engine.state import last_checkpoint
 from .examples.batches import Examples
 from .stage_settings import StageConfig, TrainingConfig
+
+_DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 
 
 def targets(base: Base, config: StageConfig) -> list[str] | str:
@@ -65,7 +69,9 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
         base.stream.settle()
         denoiser.enable_gradient_checkpointing(base.stream.checkpointed)
     elif config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        random = any(isinstance(module, _DROPOUTS) and module.p for module in denoiser.modules())
+        # Random numbers that nobody draws need not be kept, and where they are, nothing can be recorded.
+        denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))
     denoiser.train()
     return [parameter for parameter in own if parameter.requires_grad]
 

@@ -29,6 +29,7 @@ from .engine.compiling import uncompile
 from .engine.loop import Step, training_steps
 from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options, restore_scheduler
 from .engine.processes import ALONE, Processes
+from .engine.replay import ReplayedLoss, named, text_in, why_not_recorded
 from .engine.sampler import SubjectSampler, balanced_buckets
 from .engine.slot_optimizer import SlotOptimizer
 from .engine.state import check_steps
@@ -158,6 +159,14 @@ class MetaTraining:
             **options,
         )
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
+        self._index = self._layers[0].subject_index  # of all layers
+        self._replayed = ReplayedLoss(
+            self._loss_of,
+            base.denoiser,
+            [*slotted, *downs],
+            accumulation=config.gradient_accumulation_steps * self._passes,
+            why_not=why_not_recorded(base, config, processes),
+        )
         self._generator = torch.Generator(base.device).manual_seed(config.seed)
         self._sums: list[Tensor] = [torch.zeros_like(part[0]) for part in slotted]
         self._slotted, self._counted = slotted, 0
@@ -208,6 +217,7 @@ class MetaTraining:
         """Put the published Down on the denoiser, as adapter 'default', in place of the one that was trained."""
         if self._open:
             self._add_to_mean()
+        self.forget_recordings()
         self.processes.sum_(self._sums)
         denoiser, config = self.base.denoiser, self.config
         means = iter(total / max(self._counted, 1) for total in self._sums)
@@ -234,6 +244,10 @@ class MetaTraining:
             },
         }
         return DownResult(denoiser, PUBLISHED, facts, self.losses)
+
+    def forget_recordings(self) -> None:
+        """Free the memory of recorded steps; those that follow record anew."""
+        self._replayed.forget()
 
     def down(self) -> DownSource:
         """The Down as it is by now, a copy; its mean subject is where all start."""
@@ -317,11 +331,23 @@ class MetaTraining:
             self._parts = self._draw()
         part, device = self._parts.pop(0), self.base.device
         latents, text, mask = self.examples.batch(send(torch.tensor(part.index), device), part.seeds)
-        # All layers share one index; set_slots would look at every module of the model in each step.
-        self._layers[0].subject_index.write(tuple(part.slots), device)
+        slots = None
+        if self._replayed.why_not is None:
+            slots = send(torch.tensor(part.slots), device)
+        else:
+            self._index.write(tuple(part.slots), device)
         self.optimizer.see(part.slots)
-        with autocast(self.config.mixed_precision, device, adapter_casts=True):
-            return self.base.loss(latents, text, part.noise, part.times, mask).sum() / part.divisor
+        inputs = named(text, latents=latents, noise=part.noise, times=part.times, mask=mask, slots=slots)
+        return self._replayed(inputs, (part.divisor, self._layers[0].warmup[_TRAINING]))
+
+    def _loss_of(self, inputs: dict[str, Tensor], phase: tuple[float, bool]) -> Tensor:
+        if "slots" in inputs:
+            self._index.read_from(inputs["slots"])
+        with autocast(self.config.mixed_precision, self.base.device, adapter_casts=True):
+            losses = self.base.loss(
+                inputs["latents"], text_in(inputs), inputs["noise"], inputs["times"], inputs.get("mask")
+            )
+        return losses.sum() / phase[0]
 
     def _finish_gradients(self) -> None:
         """Sum Down's gradient over the processes, then clip."""

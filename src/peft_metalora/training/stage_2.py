@@ -31,13 +31,14 @@ from ..checkpoint.space import CodeSource
 from ..data import TRIGGER_MARK
 from ..errors import ConfigError, TooFewImagesError
 from ..files import staged_folder
-from ..tuner import DownSource, set_slots, write_subject
+from ..tuner import DownSource, write_subject
 from ..tuner.down import given, subject_config
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.subject_index import SubjectIndex
 from .engine.loop import Step, training_steps
 from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options, restore_scheduler
 from .engine.processes import ALONE, Processes
+from .engine.replay import ReplayedLoss, named, text_in, why_not_recorded
 from .engine.slot_optimizer import SlotOptimizer
 from .engine.state import check_steps
 from .examples.batches import Examples
@@ -111,6 +112,14 @@ class Personalization:
         self._drift = self._start_as(read) if config.start == "encoder" else None
         self.trainable_parameters = sum(parameter.numel() for parameter in parameters) // self.num_subjects
         self.optimizer = SlotOptimizer(cls, parameters, **options) if self.uses_slots else cls(parameters, **options)
+        asks = "prior preservation asks the base in between" if config.prior_loss_weight else None
+        self._replayed = ReplayedLoss(
+            self._loss_of,
+            base.denoiser,
+            parameters,
+            accumulation=config.gradient_accumulation_steps,
+            why_not=why_not_recorded(base, config, processes, asks),
+        )
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
         # Every subject has the stream that it would have alone.
         self._generators = [torch.Generator().manual_seed(config.seed) for _ in range(self.num_subjects)]
@@ -231,7 +240,7 @@ class Personalization:
 
         All processes draw the whole batch, on the CPU, and compute their part of it.
         """
-        base, size, config = self.base, self.config.train_batch_size, self.config
+        base, size = self.base, self.config.train_batch_size
         index, noise, times = [], [], []
         seeds: list[int] = []
         for subject in self._learning:
@@ -248,22 +257,34 @@ class Personalization:
         own = slice(self.processes.rank, None, self.processes.count)
         picks, spread, levels = (send(torch.cat(drawn)[own], base.device) for drawn in (index, noise, times))
         latents, text, mask = self.examples.batch(picks, seeds[own] or None)
+        slots = None
+        if isinstance(self.optimizer, SlotOptimizer):
+            self.optimizer.see(self._learning)
+            wanted = [slot for slot in self._learning for _ in range(size)][own] if self.num_subjects > 1 else None
+            if wanted is not None and self._replayed.why_not is None:
+                slots = send(torch.tensor(wanted), base.device)
+            else:
+                self._index.write(None if wanted is None else tuple(wanted), base.device)
+        return self._replayed(named(text, latents=latents, noise=spread, times=levels, mask=mask, slots=slots))
+
+    def _loss_of(self, inputs: dict[str, Tensor], _: Any) -> Tensor:
+        base, config, prior = self.base, self.config, None
+        latents, noise, times = inputs["latents"], inputs["noise"], inputs["times"]
         cast = partial(autocast, config.mixed_precision, base.device, adapter_casts=self.uses_slots)
-        prior = None
         if config.prior_loss_weight and self.examples.prior is not None:
             with cast():
-                prior = distance_from_base(base, self.examples.prior, latents, spread, levels)
-        if isinstance(self.optimizer, SlotOptimizer):
-            slots = self._learning
-            wanted = None if self.num_subjects == 1 else tuple(slot for slot in slots for _ in range(size))[own]
-            if self._index.values != wanted:  # to set it anew in each step would look at every module of the model
-                set_slots(base.denoiser, wanted)
-            self.optimizer.see(slots)
+                prior = distance_from_base(base, self.examples.prior, latents, noise, times)
+        if "slots" in inputs:
+            self._index.read_from(inputs["slots"])
         with cast():
-            losses = base.loss(latents, text, spread, levels, mask)
+            losses = base.loss(latents, text_in(inputs), noise, times, inputs.get("mask"))
             if prior is not None:
                 losses = losses + config.prior_loss_weight * prior()
-        return losses.sum() / size
+        return losses.sum() / config.train_batch_size
+
+    def forget_recordings(self) -> None:
+        """Free the memory of recorded steps; those that follow record anew."""
+        self._replayed.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the base, the Down, the examples and the settings."""
@@ -342,6 +363,7 @@ class Personalization:
 
     def remove(self) -> None:
         """Take the adapter off; the denoiser is the one it was before."""
+        self.forget_recordings()
         take_off(self.base, self.config)
 
 

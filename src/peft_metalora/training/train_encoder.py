@@ -49,9 +49,8 @@ from .watching.of_an_encoder import EncoderValidation
 from .watching.tracking import Trackers
 
 # Zero-step R-FaceSim of people who were not trained on, by the number of those who were: the embedded domain, 8 photos
-# each, rank 1, codes of 128 numbers, equal seconds. To be replaced by the files people-*.json of
-# `benchmarks/convergence.py --plan` when they stand in benchmarks/results.
-_BY_PEOPLE = {64: 0.252, 256: 0.591, 1024: 0.651}
+# each, 3,000 steps (`by_people` in benchmarks/results/convergence.json).
+_BY_PEOPLE = {64: 0.36, 1024: 0.69}
 _FEW = 256  # people below which the curve is steep
 # Numbers of a denoiser up to which the people of a step are stacked: its kernels are then so small that launching them
 # one by one takes longer than they do. Above, the memory of the stacked pass, which keeps every activation, is missed.

@@ -45,6 +45,9 @@ class Written(NamedTuple):
     each: bool = False
 
 
+_ELSEWHERE = Written(())  # the numbers are in a tensor alone
+
+
 class SubjectIndex:
     """The subject of each sample; every Meta-LoRA layer of a model holds the same object.
 
@@ -87,6 +90,8 @@ class SubjectIndex:
         written = Written(values, each)
         if written == self.written and (self.slot is None or self.slot.device == device):
             return
+        if self.written == _ELSEWHERE:  # not to be overwritten
+            self.slot = self.present = None
         self.written = written
         self.complete = values is None or NO_SUBJECT not in values
         self.one = 0 if values is None else values[0] if len(set(values)) == 1 else None
@@ -100,6 +105,14 @@ class SubjectIndex:
             else:
                 self.slot.copy_(slot)
                 self.present.copy_(present)
+
+    def read_from(self, slots: Tensor) -> None:
+        """Take the slot of each sample from a tensor (n,) int64 on the device of the layers; all samples have one.
+
+        The host never looks into it, so that a recorded pass serves any slots.
+        """
+        self.written, self.complete, self.one = _ELSEWHERE, True, None
+        self.slot, self.present = self._for_gradients = slots, torch.ones_like(slots, dtype=torch.bool).view(-1, 1, 1)
 
     def select(self, rows: int, device: torch.device) -> Chosen | None:
         """Return each row's slot for a batch, or None if every sample uses slot 0.

@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...bases import Base, Text
 from ..examples.batches import Examples
+from .replay import WARM_UP, after_failed_capture, capture
 
 _PER_SAMPLE = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "guidance")
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 Result = TypeVar("Result")
-_WARM_UP = 3  # real steps before a CUDA graph is captured, so that every library has made its workspace
 
 
 class AdapterStack:
@@ -230,13 +230,13 @@ class Recorded(Generic[Result]):
     def __init__(self, function: Callable[[dict[str, Tensor]], Result], wanted: bool) -> None:
         self.function, self.wanted = function, wanted
         self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Any = None
         self.inputs: dict[str, Tensor] = {}
         self.result: Result
 
     def __call__(self, inputs: dict[str, Tensor]) -> Result:
         self.calls += 1
-        if self.wanted and self.calls == _WARM_UP + 1:
+        if self.wanted and self.calls == WARM_UP + 1:
             self._record(inputs)
         if self.graph is None:
             return self.function(inputs)
@@ -247,16 +247,13 @@ class Recorded(Generic[Result]):
 
     def _record(self, inputs: dict[str, Tensor]) -> None:
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self.result = self.function(self.inputs)
+            self.graph, self.result = capture(lambda: self.function(self.inputs))
         except RuntimeError as error:
             # Nothing ran while it was recorded, so that the eager calls go on where they were.
             warnings.warn(f"no CUDA graph of this step, it runs eagerly: {error}", stacklevel=3)
             self.wanted = False
-        else:
-            self.graph = graph
+            after_failed_capture(next(iter(inputs.values())).device)
 
 
 class _Adam:

@@ -64,6 +64,7 @@ class DownValidation:
         if config.validation_steps is None or step % config.validation_steps:
             return None
         down = self.run.down()
+        self.run.forget_recordings()
         devices = [base.device] if base.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), set_aside(base.denoiser), eagerly(config):
             try:

@@ -99,6 +99,7 @@ class Validation:
         config, denoiser = self.run.config, self.run.base.denoiser
         if config.validation_steps is None or step % config.validation_steps:
             return False
+        self.run.forget_recordings()
         denoiser.eval()
         if self.run.uses_slots:
             set_slots(denoiser, None)
