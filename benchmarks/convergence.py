@@ -30,7 +30,7 @@ import torch
 from convergence_figures import summarise
 from encoder_world import Known, Recipe, World
 from factor_reader import FACTOR_READER, load_factor_reader
-from known_truth import FIT_STEPS
+from known_truth import FIT_STEPS, same_scenes
 from origin import origin
 from PIL import Image
 from torch import Tensor
@@ -39,6 +39,7 @@ from evaluation import People, mean_lora_start
 from peft_metalora.data.degrade import DEGRADATIONS, degrade
 from peft_metalora.demo.embedded import RESOLUTION
 from peft_metalora.demo.faces import turned_photo
+from peft_metalora.demo.render import render
 from peft_metalora.demo.scoring import INFERENCE_STEPS
 from peft_metalora.encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_code
 from peft_metalora.errors import TrainingError
@@ -287,6 +288,8 @@ def truth(world: World, trained: Trained) -> dict[str, Any]:
     images = world.draw(stack, stack.count, [0])
     del stack
     world.clear()
+    if recipe.name in world.args.save:
+        sheet(world, people, images).save(world.args.output / f"{recipe.name}.png")
     found: dict[str, Any] = {"render": {}}
     photos = world.through_base(people.photos[:, 1:])
     for label, shown, shift in (("own", images, 0), ("another's", images, 1), ("photos", photos, 0)):
@@ -301,6 +304,24 @@ def truth(world: World, trained: Trained) -> dict[str, Any]:
     marked = world.known("marked")
     found["marked"] = tuning(world, trained, marked, world.args.tuning_rates[:1], 1)
     return found
+
+
+def sheet(world: World, people: Known, images: Tensor, count: int = 4) -> Image.Image:
+    """Some people: reference and another photo, what is drawn for four prompts, and the true render of each scene."""
+    drawn = images.unflatten(0, (-1, len(world.prompts)))[:count, [0, 1, 2, 5]].flatten(0, 1)
+    each = len(drawn) // count
+    identity = people.identity[:count].repeat_interleave(each, 0).to(drawn.device)
+    scenes, _ = same_scenes(drawn, identity, world.judge.read(drawn), world.args.truth_steps)
+    with torch.no_grad():
+        true = render(identity, scenes, RESOLUTION)
+    real = torch.from_numpy(people.photos[:count, :2]).permute(0, 1, 4, 2, 3).to(drawn.device) / 255
+    blank = torch.ones_like(real)
+    upper = torch.cat([real, drawn.unflatten(0, (count, each))], dim=1)
+    lower = torch.cat([blank, true.unflatten(0, (count, each))], dim=1)
+    rows = torch.stack([upper, lower], dim=1).flatten(0, 1)  # (2 * count, 2 + each, 3, h, w)
+    pixels = (rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2) * 255).round().byte().cpu().numpy()
+    whole = Image.fromarray(pixels)
+    return whole.resize((2 * whole.width, 2 * whole.height), Image.Resampling.NEAREST)
 
 
 def read(world: World, trained: Trained, people: Known) -> Tensor:

@@ -32,7 +32,8 @@ def summarise(folder: Path) -> dict[str, Any]:
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     files.pop("convergence", None)
     origins = {
-        name: {key: data[key] for key in ("machine", "date", "command", "split")} for name, data in files.items()
+        name: {key: data[key] for key in ("machine", "date", "command", "split", "versions") if key in data}
+        for name, data in files.items()
     }
     rivals = [files.pop(name) for name in list(files) if name.startswith("rivals-")]
     figures = {**_of_encoders(files), **_of_curves(files), **(_of_rivals(files, rivals) if rivals else {})}
@@ -43,7 +44,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     whole = {
         "figures": figures,
         "origins": origins,
-        "recipes": {name: _condensed(data) for name, data in files.items()},
+        "recipes": {name: {**_condensed(data), "clean": _clean_scores(data)} for name, data in files.items()},
         "rivals": {
             label: _condensed(method, data["noises"]) for data in rivals for label, method in data["methods"].items()
         },
@@ -200,10 +201,14 @@ def _of_curves(files: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _clean(data: Mapping[str, Any]) -> list[float]:
-    """R-FaceSim by person of one file's clean photos, the mean over noises."""
+def _clean(data: Mapping[str, Any], metric: str = "r_facesim") -> list[float]:
+    """A score by person of one file's clean photos, the mean over noises."""
     labels = [label for label in data["zero_steps"] if label == "clean" or label.startswith("clean, noise")]
-    return _mean([data["zero_steps"][label]["r_facesim"] for label in labels])
+    return _mean([data["zero_steps"][label][metric] for label in labels if metric in data["zero_steps"][label]])
+
+
+def _clean_scores(data: Mapping[str, Any]) -> dict[str, Figure]:
+    return {metric: interval(_clean(data, metric)) for metric in data["zero_steps"]["clean"]}
 
 
 def _of_rivals(files: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

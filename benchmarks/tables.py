@@ -353,6 +353,130 @@ def stopping(results: dict[str, Data]) -> str:
     return table(heads, rows) + source(results["stopping"], note=note)
 
 
+# Figure of convergence.json, what it is, its goal, and whether a larger one is better.
+ZERO_GOALS: tuple[Goal, ...] = (
+    ("zero_step_r_facesim", "R-FaceSim after 0 steps", 0.70, True),
+    ("zero_step_over_real_ceiling", "the same over what real photos reach among themselves", 0.85, True),
+    ("encoder_minus_best_rival", "minus the best fine-tuned method, at any number of steps", 0.0, True),
+    (
+        "encoder_minus_best_rival_at_adherence_0_97",
+        "minus the best of those whose adherence is 0.97",
+        None,
+        True,
+    ),
+    ("zero_step_adherence", "adherence", 0.97, True),
+    ("copied_background_over_chance", "copied wall, minus chance", 0.02, False),
+    ("gain_25_steps", "gain of 25 steps of tuning", 0.0, True),
+    ("lowest_before_stop", "lowest gain before the automatic stop", -0.005, True),
+    ("small_zero_step_r_facesim", "rank 1, 0.59 x the numbers of LoRA of rank 1", 0.67, True),
+    ("main_minus_image_prompt_adapter", "minus the image-prompt adapter", 0.0, True),
+    ("encoder_meta_minus_encoder_lora", "rank 1: minus the encoder with LoRA of rank 1", None, True),
+    ("main_minus_encoder_lora", "rank 4: minus the encoder with LoRA of rank 1", None, True),
+    ("low_light_unseen", "low light 0.5, left out of training", 0.30, True),
+    ("sunglasses_unseen", "sunglasses 0.5, left out of training", 0.45, True),
+    ("blur_unseen", "blur 1.0, left out of training", 0.50, True),
+    ("low_light_seen", "low light 0.5, seen in training", 0.40, True),
+    ("sunglasses_seen", "sunglasses 0.5, seen in training", 0.55, True),
+    ("blur_seen", "blur 1.0, seen in training", 0.60, True),
+    ("zero_step_second_judge", "R-FaceSim by the second judge", None, True),
+    ("second_judge_ceiling", "what real photos reach by it", None, True),
+    ("outside_over_real_ceiling", "people outside the range of training, over their ceiling", None, True),
+    ("distance_to_render", "distance of the face to the true render", None, False),
+    ("distance_to_render_of_another", "to the render of another person", None, False),
+    ("distance_to_render_of_real_photos", "of real photos through the autoencoder", None, False),
+    ("mark_shown_0_steps", "how much of a mark is shown, 0 steps", None, True),
+    ("mark_shown_unmarked", "of one that is not there", None, False),
+    ("mark_shown_100_steps", "after 100 steps on the marked photo", None, True),
+    ("images_to_0_65", "target images until 0.65, at most", None, False),
+    ("code_bytes", "bytes of a code", 1000, False),
+    ("read_ms_flux", "FLUX.1-dev's shapes: a photo of 1024 px to an installed subject, ms", 200, False),
+    ("expand_ms_flux", "expansion into the slot, ms", 0.3, False),
+)
+ZERO_STEPS = {
+    "main": "encoder + Meta-LoRA, rank 4",
+    "small": "encoder + Meta-LoRA, rank 1",
+    "demo": "the same, half the channels in the encoder",
+    "lora": "encoder + LoRA, rank 1",
+    "image_prompt": "encoder + image-prompt adapter",
+}
+FINE_TUNED = {
+    "lora_r1": "LoRA, rank 1",
+    "lora_r16": "LoRA, rank 16",
+    "full": "full",
+    "meta_lora_mean": "Meta-LoRA, mean",
+}
+ZERO_STEPS_NOTE = ". 32 held-out people, one reference, 3 noises, 8 prompts; mean [95 % interval over people]."
+
+
+def zero_source(results: dict[str, Data]) -> str:
+    return source(next(iter(results["convergence"]["origins"].values())), note=ZERO_STEPS_NOTE)
+
+
+def zero_goals(results: dict[str, Data]) -> str:
+    figures = results["convergence"]["figures"]
+    lines = []
+    for key, text, goal, larger in ZERO_GOALS:
+        found = figures.get(key)
+        exact = not isinstance(found, dict)
+        shown = "not measured" if found is None else f"{found:.3g}" if exact else spread(found)
+        if isinstance(found, int):
+            shown = f"{found:,}"
+        wanted = "" if goal is None else f"{'at least' if larger else 'at most'} {goal:g}"
+        reached = ""
+        if goal is not None:
+            # A difference has to be above 0 with all of its interval.
+            value = None if found is None else found if exact else found["low" if goal == 0 else "value"]
+            met = value is not None and (value >= goal if larger else value <= goal)
+            reached = "open" if value is None else "yes" if met else "**no**"
+        lines.append([text, shown, wanted, reached])
+    return table(["", "measured", "goal", "reached"], lines) + zero_source(results)
+
+
+def zero_steps(results: dict[str, Data]) -> str:
+    recipes, rows = results["convergence"]["recipes"], []
+    for family, label in ZERO_STEPS.items():
+        for name, one in recipes.items():
+            if name.rpartition("-")[0] == family:
+                scores = [one["clean"][key] for key in ("r_facesim", "prompt_adherence", "copied_background")]
+                cells = [*map(spread, scores), spread(one["clean"]["factor_distance"])]
+                rows.append([f"{label}, training {name[-1]}", f"{one['numbers']:,}", f"{one['seconds']:.0f}", *cells])
+    first = recipes["main-0"]["zero_steps"]
+    for variant in ("code fitted to other photos", "nearest training person", "another person's photo", "mean subject"):
+        keys = ("r_facesim", "prompt_adherence", "copied_background", "factor_distance")
+        rows.append([f"*{variant}*", "", "", *(spread(first[variant][key]) for key in keys)])
+    heads = ["0 steps", "numbers", "s of training", "R-FaceSim", "adherence", "copied wall", "distance of factors"]
+    return table(heads, rows) + zero_source(results)
+
+
+def zero_rivals(results: dict[str, Data]) -> str:
+    rows = []
+    for name, one in results["convergence"]["rivals"].items():
+        kind, _, how = name.partition(", ")
+        label = f"{FINE_TUNED[kind]}, {how}" if how else FINE_TUNED[kind]
+        for step, scores in one["curve"].items():
+            if how or step in ("25", "100", "300", "700"):
+                cells = [spread(scores[key]) for key in ("r_facesim", "prompt_adherence", "copied_background")]
+                rows.append([label, step, *cells, spread(scores["factor_distance"]), f"{one['learning_rate']:g}"])
+    for step, scores in results["convergence"]["recipes"]["main-0"]["tuning"]["0.0003"].items():
+        if step in ("0", "25", "100"):
+            cells = [spread(scores[key]) for key in ("r_facesim", "prompt_adherence", "copied_background")]
+            rows.append(["**read, then tuned**", step, *cells, spread(scores["factor_distance"]), "0.0003"])
+    heads = ["method", "steps", "R-FaceSim", "adherence", "copied wall", "distance of factors", "rate"]
+    return table(heads, rows) + zero_source(results)
+
+
+def zero_bad(results: dict[str, Data]) -> str:
+    recipes = results["convergence"]["recipes"]
+    shown = {"main-0": "every corruption in training", "unseen-0": "without low light, sunglasses and blur"}
+    first = recipes["main-0"]["zero_steps"]
+    rows = [
+        [variant.replace("_", " "), *(spread(recipes[name]["zero_steps"][variant]["r_facesim"]) for name in shown)]
+        for variant in first
+        if variant == "clean" or variant.endswith((" 0.5", " 1.0"))
+    ]
+    return table(["photo that is read", *shown.values()], rows) + zero_source(results)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "rivals": ("evaluation", rivals),
     "steps": ("evaluation", steps),
@@ -366,6 +490,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "image_gen": ("image_gen", image_gen),
     "service": ("service", lambda results: goals(results["service"], SERVICE)),
     "stopping": ("stopping", stopping),
+    "zero_goals": ("convergence", zero_goals),
+    "zero_steps": ("convergence", zero_steps),
+    "zero_rivals": ("convergence", zero_rivals),
+    "zero_bad": ("convergence", zero_bad),
     "service_flux": ("service_flux", lambda results: goals(results["service_flux"], SERVICE_FLUX)),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),
 }
@@ -392,7 +520,7 @@ def fill(text: str, results: dict[str, Data]) -> str:
     return BLOCK.sub(write, text)
 
 
-def plots(data: Data) -> dict[str, str]:
+def plots(data: Data, zero: Data) -> dict[str, str]:
     """File name -> SVG of everything that docs/results.md shows."""
     drawings = {}
     for group, names in GROUPS.items():
@@ -411,8 +539,30 @@ def plots(data: Data) -> dict[str, str]:
         lines = {label: [(point[2], point[1]) for point in points] for label, points in means.items()}
         drawings[f"tradeoff_{group}.svg"] = plot(lines, "adherence", "R-FaceSim")
     drawings["robustness.svg"] = _robustness_grid(data)
+    drawings |= _zero_plots(zero)
     standalone = '<svg xmlns="http://www.w3.org/2000/svg" style="background:white" '
     return {name: drawing.replace("<svg ", standalone, 1) + "\n" for name, drawing in drawings.items()}
+
+
+def _zero_plots(data: Data) -> dict[str, str]:
+    """Tuning from the read start beside fine-tuning, against steps and against adherence."""
+    curves = {
+        f"{label}, tuned": data["recipes"][f"{family}-0"]["tuning"]["0.0003"]
+        for family, label in ZERO_STEPS.items()
+        if family in ("main", "lora", "image_prompt")
+    }
+    curves |= {label: data["rivals"][name]["curve"] for name, label in FINE_TUNED.items()}
+    lines, trades = {}, {}
+    for label, curve in curves.items():
+        points = [
+            (float(step), one["r_facesim"]["value"], one["prompt_adherence"]["value"]) for step, one in curve.items()
+        ]
+        lines[label] = [(step, score) for step, score, _ in points]
+        trades[label] = [(kept, score) for _, score, kept in points]
+    return {
+        "zero_steps.svg": plot(lines, "steps", "R-FaceSim"),
+        "zero_steps_tradeoff.svg": plot(trades, "adherence", "R-FaceSim"),
+    }
 
 
 def _robustness_grid(data: Data) -> str:
@@ -433,7 +583,10 @@ def pages() -> dict[Path, str]:
     results = load()
     texts = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
     wanted = {path: fill(text, results) for path, text in texts.items()}
-    return wanted | {DOCS / "results" / name: drawing for name, drawing in plots(results["evaluation"]).items()}
+    return wanted | {
+        DOCS / "results" / name: drawing
+        for name, drawing in plots(results["evaluation"], results["convergence"]).items()
+    }
 
 
 def main() -> None:
