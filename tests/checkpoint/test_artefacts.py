@@ -36,7 +36,7 @@ from peft_metalora.files import write_bytes, write_tensors
 from peft_metalora.tuner import down_state, subject_state
 
 GOLDEN_2 = [0.422272, -0.491449, -0.475998, -0.214426]
-GOLDEN_CODE = [-0.081632, 0.508702, -1.893571, 0.924407, 0.542095]
+GOLDEN_CODE = [0.055124, 0.417407, -1.930357, 0.857704, 0.600122]
 GOLDEN = [-2.81102, -1.85639, -0.90177, 0.05286, 1.00749, 1.96212, 2.91675, 3.87138]
 FIRST = "base_model.model.blocks.0.to_q."
 

@@ -180,7 +180,7 @@ class Personalization:
             for slot, subject in enumerate(read):
                 write_subject(self.base.denoiser, _ADAPTER, subject.tensors, slot)
         except BaseException:
-            self.remove()
+            take_off(self.base, self.config)  # nothing is recorded yet
             raise
         return _Drift(self.parameters, [_distance_from_mean(subject) for subject in read])
 
