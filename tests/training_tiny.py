@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import FluxPipeline
 from PIL import Image
 
-from peft_metalora import load_down
+from peft_metalora import MetaLoraConfig, load_down, save_down
 from peft_metalora.bases import Base, base_for
 from peft_metalora.encoder import EncoderConfig, SubjectSpace, make_encoder, save_reader
-from peft_metalora.metrics import Embeddings
+from peft_metalora.metrics import Embeddings, Face
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.training.stage_settings import MetaTrainConfig, PersonalizeConfig
-from pipelines_tiny import tiny_flux_pipeline
+from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
 
 CAPTIONS = ["a photo of a person , facing left", "a red shirt"]
 
@@ -52,12 +54,34 @@ def write_people(
     return folder
 
 
-def teach_to_read(down: Path, size: int = 6, base: Base | None = None, **config: Any) -> Path:
-    """Lay a random subject space and a random encoder beside a Down."""
+def save_tiny_down(home: Path, *names: str) -> FluxPipeline:
+    """Write a tiny base to `home/base` and a Down of seed 0 on it to `home/down`, or under each of `names`.
+
+    Returns:
+        The pipeline that holds the Down.
+    """
+    save_tiny_flux(home / "base")
+    pipe = with_tiny_down(0)
+    for name in names or ("down",):
+        save_down(home / name, pipe.transformer, "faces", base_model=str(home / "base"))
+    return pipe
+
+
+def with_tiny_down(seed: int) -> FluxPipeline:
+    """A tiny pipeline with a Down of random weights, "faces"."""
+    pipe = tiny_flux_pipeline()
+    torch.manual_seed(seed)
+    config = MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_weights=False)
+    pipe.transformer.add_adapter(config, "faces")
+    return pipe
+
+
+def teach_to_read(down: Path, size: int = 6, base: Base | None = None, spread: float = 0.1, **config: Any) -> Path:
+    """Lay a random subject space, whose people lie `spread` apart, and a random encoder beside a Down."""
     source = load_down(down)
     space = SubjectSpace.around(source, size)
     with torch.no_grad():
-        space.basis.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        space.basis.normal_(std=spread, generator=torch.Generator().manual_seed(0))
     of_encoder = EncoderConfig(**{"resolution": 16, "code_size": size, "width": 8, "hidden": 16, **config})
     return save_reader(down, space.rounded(), make_encoder(of_encoder, (base or tiny_base()).encode_images))
 
@@ -68,6 +92,17 @@ class Brightness:
     def embed(self, images):
         vectors = torch.tensor([[image.convert("L").getextrema()[1] + 1.0, 1.0] for image in images])
         return Embeddings(torch.nn.functional.normalize(vectors, dim=-1), torch.ones(len(images), dtype=torch.bool))
+
+
+class Bright:
+    """Finds a face of 8 x 8 pixels where the brightest one is, in photos with one that is white."""
+
+    def detect(self, image):
+        grey = np.asarray(image.convert("L"))
+        if grey.max() < 255:
+            return None
+        row, column = np.unravel_index(grey.argmax(), grey.shape)
+        return Face((column - 4, row - 4, column + 4, row + 4))
 
 
 SHORT = {

@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, load_subject, save_down
+from peft_metalora import enable_meta_lora, load_down, load_subject
 from peft_metalora.bases import load_base
 from peft_metalora.bases.parts import Parts
 from peft_metalora.cli import main
 from peft_metalora.encoder import load_reader
-from peft_metalora.metrics import Embeddings, Face
-from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
-from training_tiny import teach_to_read, write_people
+from peft_metalora.metrics import Embeddings
+from training_tiny import save_tiny_down, teach_to_read, write_people
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--resolution", "16", "--num_inference_steps", "1", "--max_sequence_length", "8"]
@@ -31,20 +30,19 @@ SIZE = ["--resolution", "16", "--num_inference_steps", "1", "--max_sequence_leng
 def home(tmp_path_factory):
     """A base, a Down on it, the same Down with an encoder, and three people; nobody writes into them."""
     folder = tmp_path_factory.mktemp("home")
-    save_tiny_flux(folder / "base")
     write_people(folder / "people")
-    pipe = tiny_flux_pipeline()
-    torch.manual_seed(0)
-    config = MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_weights=False)
-    pipe.transformer.add_adapter(config, "faces")
-    for name in ("down", "reading"):
-        save_down(folder / name, pipe.transformer, "faces", base_model=str(folder / "base"))
+    save_tiny_down(folder, "down", "reading")
     teach_to_read(folder / "reading")
     return folder
 
 
 def read(home, *arguments, down="reading"):
     return main(["read", "--down", str(home / down), "--device", "cpu", *map(str, arguments)])
+
+
+def personalize(home, photo):
+    """Arguments, to be gone on with."""
+    return ["personalize", "--down", str(home / "reading"), "--instance_data_dir", str(photo), "--resolution", "16"]
 
 
 def code_of(folder):
@@ -102,15 +100,7 @@ def test_what_is_printed_can_be_done_next(home, tmp_path, capsys, monkeypatch):
     assert list(named) == ["draw", "for ComfyUI", "publish"] and push[-2:] == ["--down", "me/reading"]
     assert main([*draw, *SIZE]) == 0 and (tmp_path / "images" / "an_n-00-00.png").exists()
     assert main(export) == 0 and (tmp_path / "ComfyUI" / "models" / "loras" / "an n.safetensors").exists()
-    arguments = [
-        "personalize",
-        "--down",
-        str(home / "reading"),
-        "--instance_data_dir",
-        str(photo),
-        "--resolution",
-        "16",
-    ]
+    arguments = personalize(home, photo)
     arguments += ["--max_train_steps", "1", "--views_per_image", "2", "--output_dir", "bob", "--trigger", "sks"]
     assert main([*arguments, "--instance_prompt", "a {trigger} person"]) == 0
     first, draw, *_ = capsys.readouterr().out.splitlines()[-4:]
@@ -122,15 +112,7 @@ def test_what_is_printed_can_be_done_next(home, tmp_path, capsys, monkeypatch):
 def test_no_steps_write_the_person_as_read(home, tmp_path):
     photo = tmp_path / "photo.png"  # without a caption, which only training needs
     Image.open(home / "people" / "person-0" / "0.png").save(photo)
-    arguments = [
-        "personalize",
-        "--down",
-        str(home / "reading"),
-        "--instance_data_dir",
-        str(photo),
-        "--resolution",
-        "16",
-    ]
+    arguments = personalize(home, photo)
     assert main([*arguments, "--max_train_steps", "0", "--output_dir", str(tmp_path / "ann")]) == 0
     found = load_subject(tmp_path / "ann")
     assert found.config.facts["steps"] == 0 and found.config.base_model_name_or_path == str(home / "base")
@@ -157,32 +139,17 @@ def test_a_photo_is_read_and_drawn_in_one_command_and_nothing_of_the_person_stay
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["0-00-00.png", "ann-00-00.png"]
 
 
-class Bright:
-    """Finds a face of 8 x 8 pixels where the brightest one is, in photos with one that is white."""
-
-    def detect(self, image):
-        grey = np.asarray(image.convert("L"))
-        if grey.max() < 255:
-            return None
-        row, column = np.unravel_index(grey.argmax(), grey.shape)
-        return Face((column - 4, row - 4, column + 4, row + 4))
-
-
-def bright():
-    return Bright()
-
-
 def test_the_face_alone_is_read_and_what_a_mask_hides_is_not(home, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 200, (24, 40, 3), dtype=np.uint8)
     pixels[12, 30] = 255
     photo = tmp_path / "ann.png"
     Image.fromarray(pixels).save(photo)
-    crop = ["--face_crop", f"{__name__}:bright", "--face_margin", "0.5"]
+    crop = ["--face_crop", "training_tiny:Bright", "--face_margin", "0.5"]
     assert read(home, "--photos", photo, "--output_dir", tmp_path / "face", *crop) == 0
     Image.fromarray(pixels[4:20, 22:38]).save(tmp_path / "cut.png")
     torch.testing.assert_close(code_of(tmp_path / "face"), codes_of(home, tmp_path / "cut.png")[0])
     pipe = enable_meta_lora(load_base(home / "base").pipeline)
-    options = {"face_crop": f"{__name__}:bright", "face_margin": 0.5}
+    options = {"face_crop": "training_tiny:Bright", "face_margin": 0.5}
     pipe.read_subject(photo, "ann", down=home / "reading", as_adapter=False, **options)
     torch.testing.assert_close(pipe._code_of(pipe.transformer, "ann").code, code_of(tmp_path / "face"))
 

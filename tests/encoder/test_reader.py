@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from artefacts_tiny import edit_config
-from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, load_subject, save_down
+from peft_metalora import enable_meta_lora, load_down, load_subject, save_down
 from peft_metalora.bases import base_for
 from peft_metalora.checkpoint.untrusted import TensorFile
 from peft_metalora.cli import main
-from peft_metalora.encoder import EncoderConfig, Reader, SubjectSpace, load_code, load_reader, make_encoder, save_reader
+from peft_metalora.encoder import Reader, load_code, load_reader, save_reader
 from peft_metalora.errors import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -36,7 +36,8 @@ from peft_metalora.errors import (
 from peft_metalora.hub import pull, push_down, push_subject
 from peft_metalora.pipelines.readers import KEPT
 from peft_metalora.pipelines.table import tables_of
-from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
+from pipelines_tiny import tiny_flux_pipeline
+from training_tiny import save_tiny_down, teach_to_read, with_tiny_down
 
 SIZE = 6
 
@@ -52,18 +53,8 @@ def photo(folder, seed=0):
 def made(tmp_path_factory):
     """A Down whose space and encoder are random, and its base."""
     home = tmp_path_factory.mktemp("reader")
-    base_folder = save_tiny_flux(home / "base")
-    pipe = tiny_flux_pipeline()
-    torch.manual_seed(0)
-    config = MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_weights=False)
-    pipe.transformer.add_adapter(config, "faces")
-    save_down(home / "down", pipe.transformer, "faces", base_model=str(base_folder))
-    space = SubjectSpace.around(load_down(home / "down"), SIZE)
-    with torch.no_grad():
-        space.basis.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    config = EncoderConfig(resolution=16, code_size=SIZE, width=8, hidden=16)
-    save_reader(home / "down", space.rounded(), make_encoder(config, base_for(pipe).encode_images))
-    return home / "down"
+    pipe = save_tiny_down(home)
+    return teach_to_read(home / "down", SIZE, base_for(pipe))
 
 
 @pytest.fixture
@@ -190,10 +181,7 @@ def test_the_command_writes_a_subject_like_any_other(tmp_path, down_folder, caps
 
 
 def test_a_reader_of_another_down_is_refused_and_goes_when_the_down_does(tmp_path, down_folder):
-    pipe = tiny_flux_pipeline()
-    torch.manual_seed(5)
-    config = MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_weights=False)
-    pipe.transformer.add_adapter(config, "faces")
+    pipe = with_tiny_down(5)
     other = tmp_path / "other"
     save_down(other, pipe.transformer, "faces")
     reader = load_reader(down_folder, load_down(down_folder), base_for(pipe).encode_images)

@@ -7,7 +7,6 @@ import math
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +14,6 @@ from PIL import Image
 from peft_metalora import hub
 from peft_metalora.encoder import load_reader
 from peft_metalora.errors import ArtefactNotFoundError, ConfigError, NoFaceError
-from peft_metalora.metrics import Face
 from peft_metalora.training.personalize import personalize, personalize_many
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner import subject_state
@@ -165,23 +163,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(place, reading, tmp_path):
     assert hub.load_subject(personalize(again, progress=False)).config.facts["steps"] == steps
 
 
-class Bright:
-    """Finds a face of 8 x 8 pixels where the brightest one is, in photos with one that is white."""
-
-    def detect(self, image):
-        grey = np.asarray(image.convert("L"))
-        if grey.max() < 255:
-            return None
-        row, column = np.unravel_index(grey.argmax(), grey.shape)
-        return Face((column - 4, row - 4, column + 4, row + 4))
-
-
-def bright():
-    return Bright()
-
-
 def test_the_photo_is_read_as_it_is_cut_for_training(place, reading, tmp_path):
-    detector, photos = f"{__name__}:bright", tmp_path / "photos"
+    detector, photos = "training_tiny:Bright", tmp_path / "photos"
     photos.mkdir()
     for number, dot in enumerate(((255,) * 3, (200,) * 3)):
         image = Image.open(place / "people" / "person-0" / "0.png").convert("RGB").point(lambda value: value // 2)

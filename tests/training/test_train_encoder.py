@@ -31,20 +31,15 @@ from peft_metalora.training.examples.reading import read_photos
 from peft_metalora.training.stage_settings import TrainEncoderConfig
 from peft_metalora.training.train_encoder import train_encoder
 from peft_metalora.training.watching import held_out
-from pipelines_tiny import save_tiny_flux, tiny_flux_pipeline
-from training_tiny import Brightness, tiny_base, write_people
+from pipelines_tiny import tiny_flux_pipeline
+from training_tiny import Brightness, save_tiny_down, tiny_base, write_people
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A base and a Down on disk."""
     home = tmp_path_factory.mktemp("encoder")
-    save_tiny_flux(home / "base")
-    pipe = tiny_flux_pipeline()
-    torch.manual_seed(0)
-    config = MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_weights=False)
-    pipe.transformer.add_adapter(config, "faces")
-    save_down(home / "down", pipe.transformer, "faces", base_model=str(home / "base"))
+    save_tiny_down(home)
     write_people(home / "people", subjects=3, each=2)
     return home
 
