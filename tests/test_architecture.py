@@ -304,6 +304,14 @@ class TestOldModules:
             module = importlib.import_module(f"peft_metalora.{old}")
         assert module is importlib.import_module(f"peft_metalora.{peft_metalora._OLD_MODULES[old]}")
 
+    def test_an_old_path_hides_no_function_of_its_name(self) -> None:
+        """Bug: once `tuner.subjects` was imported as a module, the function of that name was gone."""
+        sys.modules.pop("peft_metalora.tuner.subjects", None)
+        with pytest.warns(DeprecationWarning):
+            importlib.import_module("peft_metalora.tuner.subjects")
+        with pytest.warns(DeprecationWarning, match="is now using_slots"):
+            assert tuner.subjects is tuner.using_slots
+
     def test_a_file_of_a_room_that_moved_is_the_same_file(self) -> None:
         sys.modules.pop("peft_metalora.training.bases.flux1", None)
         with pytest.warns(DeprecationWarning):

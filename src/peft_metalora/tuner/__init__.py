@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PEFT tuner: configuration, layers, model and their registration with PEFT. torch and peft only."""
 
+import sys
 import warnings
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import convert, model, registration
@@ -63,6 +65,16 @@ registration.register_mixed(MetaLoraConfig, MetaLoraLayer, model.inject_all_or_n
 convert.register_lora_conversion()
 
 _RENAMED = {"set_subjects": "set_slots", "subjects": "using_slots"}
+
+
+class _Module(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A module was called `subjects`, too; whoever imports it by its old path must not lose the function.
+        if name not in _RENAMED:
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Module
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that is here
 
