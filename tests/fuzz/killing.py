@@ -159,7 +159,7 @@ def _child(job: str, place: Path, endpoint: str, stop_before: int | None, resume
 
 def _point(endpoint: str, cache: Path) -> None:
     class Patch:
-        def setattr(self, target: Any, name: str, value: Any) -> None:
+        def setattr(self, target: Any, name: str, value: Any, raising: bool = True) -> None:
             setattr(target, name, value)
 
         def setenv(self, name: str, value: str) -> None:

@@ -514,7 +514,9 @@ class _Patch:
     def __init__(self) -> None:
         self._before: list[tuple[Any, str, Any]] = []
 
-    def setattr(self, target: Any, name: str, value: Any) -> None:
+    def setattr(self, target: Any, name: str, value: Any, raising: bool = True) -> None:
+        if not raising and not hasattr(target, name):
+            return
         self._before.append((target, name, getattr(target, name)))
         setattr(target, name, value)
 
