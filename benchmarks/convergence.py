@@ -505,6 +505,7 @@ def one(world: World, recipe: Recipe) -> dict[str, Any]:
         "recipe": dataclasses.asdict(recipe),
         **trained.facts,
         "ceiling": world.ceiling(world.known()),
+        "second_ceiling": world.second_ceiling(world.known()),
     }
     print(recipe.name, f"{trained.facts['seconds']} s, {trained.facts['steps_per_second']} steps/s", flush=True)
     data["zero_steps"] = judge(world, trained)

@@ -457,10 +457,10 @@ def zero_rivals(results: dict[str, Data]) -> str:
             if how or step in ("25", "100", "300", "700"):
                 cells = [spread(scores[key]) for key in ("r_facesim", "prompt_adherence", "copied_background")]
                 rows.append([label, step, *cells, spread(scores["factor_distance"]), f"{one['learning_rate']:g}"])
-    for step, scores in results["convergence"]["recipes"]["main-0"]["tuning"]["0.0003"].items():
+    for step, scores in results["convergence"]["recipes"]["main-0"]["tuning"][RATE_OF_READ].items():
         if step in ("0", "25", "100"):
             cells = [spread(scores[key]) for key in ("r_facesim", "prompt_adherence", "copied_background")]
-            rows.append(["**read, then tuned**", step, *cells, spread(scores["factor_distance"]), "0.0003"])
+            rows.append(["**read, then tuned**", step, *cells, spread(scores["factor_distance"]), RATE_OF_READ])
     heads = ["method", "steps", "R-FaceSim", "adherence", "copied wall", "distance of factors", "rate"]
     return table(heads, rows) + zero_source(results)
 
@@ -547,7 +547,7 @@ def plots(data: Data, zero: Data) -> dict[str, str]:
 def _zero_plots(data: Data) -> dict[str, str]:
     """Tuning from the read start beside fine-tuning, against steps and against adherence."""
     curves = {
-        f"{label}, tuned": data["recipes"][f"{family}-0"]["tuning"]["0.0003"]
+        f"{label}, tuned": data["recipes"][f"{family}-0"]["tuning"][RATE_OF_READ]
         for family, label in ZERO_STEPS.items()
         if family in ("main", "lora", "image_prompt")
     }

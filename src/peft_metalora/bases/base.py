@@ -97,9 +97,7 @@ class Base(ABC):
     @property
     def encoders_device(self) -> torch.device:
         """Where the text encoders compute."""
-        names = [
-            name for name in self.encoder_names if name != "vae" and getattr(self.pipeline, name, None) is not None
-        ]
+        names = [name for name in self._text_encoders if getattr(self.pipeline, name, None) is not None]
         return self._visits or next(getattr(self.pipeline, names[0]).parameters()).device
 
     @property

@@ -71,10 +71,16 @@ class Sight:
     def __init__(self, face_crop: str | None = None, face_margin: float = 0.5, face_align: bool = False) -> None:
         self._faces = None if face_crop is None else FaceCrop(face_crop, face_margin, face_align)
 
-    def __call__(self, photo: Photo | Image.Image, name: str = "the image") -> Image.Image:
-        """A photo, or an image that is in memory and called `name`, in RGB; raises as `open_photo`, and NoFaceError."""
+    def __call__(
+        self, photo: Photo | Image.Image, name: str = "the image", content: bytes | None = None
+    ) -> Image.Image:
+        """A photo, or an image that is in memory and called `name`, in RGB; raises as `open_photo`, and NoFaceError.
+
+        Args:
+            content: of the photo's file, where it has been read already.
+        """
         if isinstance(photo, Photo):
-            seen = open_photo(photo, lambda image: self._region(image, photo.path))
+            seen = open_photo(photo, lambda image: self._region(image, photo.path), content)
             if seen.mask is None:
                 return seen.image
             return Image.composite(seen.image, Image.new("RGB", seen.image.size, (_GREY,) * 3), seen.mask)

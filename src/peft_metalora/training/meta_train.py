@@ -31,7 +31,7 @@ from .injecting import saying_what_is_left, take_off
 from .preparing import check_places, make_room, prepare
 from .stage_1 import DownResult, MetaTraining
 from .stage_settings import ENCODER_FOLDER, MetaTrainConfig, TrainEncoderConfig, second_phase
-from .train_encoder import Material, check_shares, material_of, save_with_reader, teach, warn_of_few
+from .train_encoder import Material, check_shares, encoder_config, material_of, save_with_reader, teach, warn_of_few
 from .watching.held_out import HeldOut, split_subjects
 from .watching.of_a_down import DownValidation, encode_held_out
 from .watching.tracking import Trackers
@@ -83,6 +83,7 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     processes = Processes.of_environment(device)
     if teaching is not None:
         check_shares(teaching.subjects_per_batch, processes)
+        encoder_config(teaching)  # refused before any work
     progress = progress and processes.is_main
     trackers = Trackers(config, processes)
     look = partial(_encode_more, subjects, others, config, teaching, progress)
@@ -91,11 +92,12 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     (held, material), went_on = more, _checkpoint_of_second_phase(config)
     if went_on is None:
         result = _stage_1(base, examples, held, config, origin, processes, trackers, progress)
-    else:
-        result = DownResult.of(base.denoiser, load_down(config.output_dir))
-    if teaching is None or material is None:
-        return result
+        if teaching is None:
+            return result
+    assert teaching is not None and material is not None
     down = load_down(config.output_dir)
+    if went_on is not None:
+        result = DownResult.of(base.denoiser, down)
     facts = dict(result.facts)
 
     def save(run: EncoderTraining, of_encoder: dict[str, object]) -> None:
@@ -124,7 +126,7 @@ def _encode_more(
     if len(set(examples.shapes())) > 1:  # an encoder's batches mix people
         views = max(1, config.views_per_image)
         examples = encode_subjects(base, subjects, teaching, views, progress=progress, skip_unreadable=True)
-    return held, material_of(base, examples, subjects, others, teaching, progress=progress)
+    return held, material_of(base, examples, subjects, held and held[0], teaching, progress=progress)
 
 
 def _checkpoint_of_second_phase(config: MetaTrainConfig) -> str | None:

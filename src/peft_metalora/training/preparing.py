@@ -27,14 +27,13 @@ from .engine.sharding import shard, wants_shards
 from .engine.state import checkpoint_folders
 from .examples.batches import Examples
 from .examples.encoding import caption_of, encode_subjects
-from .examples.shapes import crop_shapes
+from .examples.views import shapes_of
 from .stage_settings import (
     ENCODER_FOLDER,
     INPUTS,
     VALIDATION_FOLDER,
     MetaTrainConfig,
     PersonalizeConfig,
-    StageConfig,
     TrainEncoderConfig,
     TrainingConfig,
 )
@@ -149,8 +148,7 @@ def prepare(
         weighting_scheme=config.weighting_scheme,
         max_sequence_length=config.max_sequence_length,
     )
-    buckets = config.aspect_ratio_buckets if isinstance(config, StageConfig) else None
-    crop_shapes(buckets, config.resolution, base.pixel_multiple)
+    shapes_of(base, config)
     if down is not None:
         check_fits(base.denoiser, down, name=str(getattr(config, "down", None) or "this Down"))
     origin: Origin = {}

@@ -87,16 +87,33 @@ def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
     check_shares(config.subjects_per_batch, processes)
+    encoder_config(config)  # refused before any work
     progress = progress and processes.is_main
 
     def look(base: Base, examples: Examples) -> Material:
-        return material_of(base, examples, subjects, others, config, progress=progress)
+        held = hold_out(base, others, config) if others else None
+        return material_of(base, examples, subjects, held, config, progress=progress)
 
     base, _, material, origin = prepare(config, subjects, device, processes, look, down=down, progress=progress)
     assert material is not None
     save = partial(save_with_reader, config.output_dir, down, overwrite=config.overwrite)
     teach(base, down, material, config, config, origin, processes, save, progress=progress)
     return Path(config.output_dir)
+
+
+def encoder_config(config: TrainEncoderConfig) -> EncoderConfig:
+    """The encoder that settings ask for; raises ConfigError for one that cannot be."""
+    return EncoderConfig(
+        config.encoder,
+        config.resolution,
+        config.code_size,
+        config.encoder_width,
+        config.encoder_hidden,
+        config.encoder_dropout,
+        config.face_crop or "",
+        config.face_margin,
+        config.face_align,
+    )
 
 
 def check_shares(people: int, processes: Processes) -> None:
@@ -142,7 +159,7 @@ def material_of(
     base: Base,
     examples: Examples,
     subjects: Sequence[Subject],
-    others: Sequence[Subject],
+    held: HeldOut | None,
     config: TrainEncoderConfig,
     *,
     progress: bool = True,
@@ -150,25 +167,13 @@ def material_of(
     """Have an untrained encoder look at all photos, while the base's VAE is there.
 
     Args:
-        examples: of `subjects`, all of one shape. others: on whom is validated.
+        examples: of `subjects`, all of one shape. held: on whom is validated.
 
     Raises:
         ConfigError: what an encoder cannot be. TooFewImagesError: nobody has two photos. As `encode_subjects`.
     """
-    of_encoder = EncoderConfig(
-        config.encoder,
-        config.resolution,
-        config.code_size,
-        config.encoder_width,
-        config.encoder_hidden,
-        config.encoder_dropout,
-        config.face_crop or "",
-        config.face_margin,
-        config.face_align,
-    )
-    encoder = make_encoder(of_encoder, base.encode_images, config.seed)
+    encoder = make_encoder(encoder_config(config), base.encode_images, config.seed)
     reads = read_photos(subjects, examples, encoder, config, progress=progress)
-    held = hold_out(base, others, config) if others else None
     sight = encoder.sight(config.face_crop)
     seen = None if held is None else encoder.source.features([sight(photo) for photo in held.references]).cpu()
     assert examples.photo is not None

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...bases import Base, Text
+from ...bases import Base
 from ...bases.precision import autocast
 from ...errors import AdapterNotFoundError
 from ...tuner.down import MID, UP
 from ...tuner.on_model import meta_lora_layers
+from .replay import text_in
 
 
 class SlotGradients:
@@ -58,7 +59,7 @@ class SlotGradients:
         each = len(inputs["latents"]) // count
         # One index serves all layers of a model.
         self._index.write(tuple(row for row in range(count) for _ in range(each)), device)
-        text: Text = {name[5:]: tensor for name, tensor in inputs.items() if name.startswith("text.")}
+        text = text_in(inputs)
         with autocast(self._precision, device, adapter_casts=True):
             losses = self.base.loss(inputs["latents"], text, inputs["noise"], inputs["times"], inputs.get("mask"))
         rows = losses.unflatten(0, (count, each)).mean(1)

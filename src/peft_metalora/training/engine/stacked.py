@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...bases import Base, Text
+from ...bases import Base
 from ..examples.batches import Examples
-from .replay import WARM_UP, after_failed_capture, capture
+from .replay import WARM_UP, after_failed_capture, capture, named, text_in
 
 _PER_SAMPLE = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "guidance")
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -148,8 +148,7 @@ def denoising_inputs(
     if examples.fresh:
         seeds = torch.randint(1 << 62, index.shape, generator=generator, device=generator.device)[own].tolist()
     latents, text, mask = examples.batch(index[own], seeds)
-    inputs = {"latents": latents, "noise": noise, "times": times, **{f"text.{k}": v for k, v in text.items()}}
-    return inputs if mask is None else {**inputs, "mask": mask}
+    return named(text, latents=latents, noise=noise, times=times, mask=mask)
 
 
 class RowGradients:
@@ -211,7 +210,7 @@ class RowGradients:
 
     def _loss(self, values: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
         self._stand_in.values = {name: tensor.to(self._dtype) for name, tensor in values.items()}
-        text: Text = {name[5:]: tensor for name, tensor in inputs.items() if name.startswith("text.")}
+        text = text_in(inputs)
         losses = self.base.loss(inputs["latents"], text, inputs["noise"], inputs["times"], inputs.get("mask"))
         self._stand_in.values = {}  # outside of vmap and grad these tensors mean nothing
         return losses.mean()

@@ -75,7 +75,8 @@ class _Looker:
 
     def __call__(self, photo: Photo) -> Tensor:
         """Raises NoFaceError; and what reading a photo raises."""
-        digest, mask = content_hash(photo.read()), mask_content(photo)
+        content, mask = photo.read(), mask_content(photo)
+        digest = content_hash(content)
         sees = "encoder", "resolution", "face_crop", "face_margin", "face_align", "bad_versions", "seed"
         made_from = {
             "made_by": self._made_by,
@@ -84,10 +85,10 @@ class _Looker:
             "format": 1,
             **{name: getattr(self._config, name) for name in sees},
         }
-        return self._cache.get(made_from, lambda: {"features": self._look(photo, digest)})["features"]
+        return self._cache.get(made_from, lambda: {"features": self._look(photo, content, digest)})["features"]
 
-    def _look(self, photo: Photo, digest: str) -> Tensor:
-        image, source = self._sight(photo), random.Random(self._config.seed + int(digest[:12], 16))
+    def _look(self, photo: Photo, content: bytes, digest: str) -> Tensor:
+        image, source = self._sight(photo, content=content), random.Random(self._config.seed + int(digest[:12], 16))
         worse = [make_worse(image, source) for _ in range(self._config.bad_versions)]
         try:
             return self._source.features([image, *worse]).cpu()

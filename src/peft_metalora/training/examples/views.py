@@ -50,6 +50,12 @@ class View:
     mask: Tensor | None
 
 
+def shapes_of(base: Base, config: TrainingConfig) -> list[Shape]:
+    """The shapes of views that settings ask for; raises ConfigError as `crop_shapes`."""
+    buckets = config.aspect_ratio_buckets if isinstance(config, StageConfig) else None
+    return crop_shapes(buckets, config.resolution, base.pixel_multiple)
+
+
 class ViewCutter:
     """Opens photos and cuts views as the settings say.
 
@@ -59,8 +65,7 @@ class ViewCutter:
     """
 
     def __init__(self, base: Base, config: TrainingConfig) -> None:
-        buckets = config.aspect_ratio_buckets if isinstance(config, StageConfig) else None
-        self.shapes = crop_shapes(buckets, config.resolution, base.pixel_multiple)
+        self.shapes = shapes_of(base, config)
         self._flips = config.random_flip
         self._narrow: dict[Path, float] = {}
         self._faces: FaceCrop | None = None
