@@ -175,7 +175,7 @@ def write_people(home: Path, folder: Path, count: int) -> list[str]:
 class Gate:
     """A pool that draws nothing until its gate is opened; one pixel then."""
 
-    offer = Offer(resolution=16, multiple=8, negative=True, reads=True)
+    offer = Offer(resolution=16, multiple=8, negative=True)
 
     def __init__(self) -> None:
         self.asked, self.dropped, self.forgotten = [], 0, []

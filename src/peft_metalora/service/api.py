@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from .desk import Desk
 from .door import App, Door, answer_to
-from .orders import image_order, sentence, subject_order
+from .orders import FORMATS, image_order, sentence, subject_order
 from .people import Person
 from .tasks import RefusedError
 from .tenants import OPERATOR, Tenants
@@ -34,7 +34,7 @@ def make_api(desk: Desk, tenants: Tenants | None) -> App:
     api = FastAPI(title="metalora serve", description=said, redoc_url=None)
     Image, Subject = image_order(config, desk.offer), subject_order(config)  # noqa: N806
     Tenant = Annotated[str, Depends(_tenant)]  # noqa: N806
-    files: dict[int | str, Any] = {200: {"content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}}}
+    files: dict[int | str, Any] = {200: {"content": {f"image/{kind}": {} for kind in FORMATS}}}
 
     @api.post("/images", response_class=Response, responses=files)
     async def draw(request: Request, tenant: Tenant, order: Image) -> Response:  # type: ignore[valid-type]

@@ -36,7 +36,7 @@ from ..tuner import DownSource, fold
 from .journal import log
 from .people import Person, Place
 from .serve_settings import ServeConfig
-from .tasks import Drawn, Offer, RefusedError, Task, to_its_end
+from .tasks import Drawn, Offer, RefusedError, Task, is_gone, to_its_end
 
 _NOBODY = "nobody"  # no uid
 _QUALITY = 95  # of JPEG and WebP
@@ -72,7 +72,7 @@ class Artist:
         self._base, self._place, self._config = base, place, config
         self._pipe: Any = enable_meta_lora(base.pipeline)
         self._pipe.set_progress_bar_config(disable=True)
-        hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
+        hub = hub_of(config)
         self._pipe.load_meta_lora(config.down, "down", **hub)
         self._table = self._pipe.enable_subject_slots(config.slots)
         if config.fold:
@@ -100,8 +100,7 @@ class Artist:
         if side is None:
             size = getattr(self._pipe, "default_sample_size", None) or self._base.denoiser.config.get("sample_size")
             side = (size if isinstance(size, int) else min(size)) * self._pipe.vae_scale_factor
-        negative, reads = "negative_prompt" in self._accepts, self._reader is not None
-        return Offer(side // multiple * multiple, multiple, negative, reads)
+        return Offer(side // multiple * multiple, multiple, "negative_prompt" in self._accepts)
 
     async def draw(self, task: Task) -> Drawn:
         """Draw an image, in one batch with whoever else waits then.
@@ -115,7 +114,7 @@ class Artist:
             async with self._loading:
                 await self._get_ready(task)
             if not self._gone.isdisjoint(uids):
-                raise _is_gone()
+                raise is_gone()
             waiting = _Waiting(task, asyncio.get_running_loop().create_future())
             self._queue.append(waiting)
             self._arrived.set()
@@ -143,7 +142,7 @@ class Artist:
         self._gone.add(uid)
         for waiting in self._queue:
             if any(one is not None and one.uid == uid for one in waiting.task.people) and not waiting.done.done():
-                waiting.done.set_exception(_is_gone())
+                waiting.done.set_exception(is_gone())
         async with self._loading:  # who was just being brought is there by now
             pass
         await self._between_batches(partial(self._evict, [uid]))
@@ -181,9 +180,7 @@ class Artist:
             elif self._reader is None:
                 raise RefusedError(409, "expected a Down with the space of this person, found one without")
             else:
-                numbers = torch.from_numpy(np.frombuffer(person.code, np.float32).copy())
-                code = SubjectCode(numbers, person.down, person.space)
-                self._table.register_code(person.uid, code, self._reader.space)
+                self._table.register_code(person.uid, code_of(person), self._reader.space)
             self._known[person.uid] = person.revision
         except (MetaLoraError, OSError) as error:
             log.warning("person cannot be shown", extra={"fields": {"person": person.uid, "error": str(error)}})
@@ -313,10 +310,6 @@ def _finish(done: asyncio.Future[Any], result: Any) -> None:
         done.set_result(result)
 
 
-def _is_gone() -> RefusedError:
-    return RefusedError(404, "expected somebody who is here, found somebody who was deleted")
-
-
 def _encoded(image: Any, kind: str) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **({} if kind == "png" else {"quality": _QUALITY}))
@@ -352,8 +345,7 @@ def load_copy(config: ServeConfig, use: str, *circumstances: str) -> tuple[Base,
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.replicas))
         circumstances += (CPU,)
     require_supported(config, use, *circumstances)
-    hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
-    found = read_config(folder_of(str(config.down), **hub))
+    found = read_config(folder_of(str(config.down), **hub_of(config)))
     name, revision = base_to_load(config.pretrained_model_name_or_path, config.revision, found, str(config.down))
     base = load_base(
         name,
@@ -366,6 +358,17 @@ def load_copy(config: ServeConfig, use: str, *circumstances: str) -> tuple[Base,
     )
     ready_to_draw(base.pipeline, config, device)
     return base, replace(config, pretrained_model_name_or_path=name, revision=revision)
+
+
+def hub_of(config: ServeConfig) -> HubOptions:
+    """How the Down is fetched."""
+    return {"revision": config.down_revision, "local_files_only": config.local_files_only}
+
+
+def code_of(person: Person) -> SubjectCode:
+    """The code of somebody, as the index has it."""
+    numbers = torch.from_numpy(np.frombuffer(person.code or b"", np.float32).copy())
+    return SubjectCode(numbers, person.down, person.space)
 
 
 def _of_the_demo(config: ServeConfig) -> ServeConfig:

@@ -12,9 +12,8 @@ import time
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from ..data.images import size_of
@@ -24,7 +23,7 @@ from .journal import log
 from .orders import ImageOrder, SubjectOrder
 from .people import People, Person
 from .serve_settings import ServeConfig
-from .tasks import Drawn, Offer, Progress, RefusedError, Task, to_its_end
+from .tasks import Drawn, Offer, Progress, RefusedError, Task, is_gone, to_its_end
 
 _Result = TypeVar("_Result")
 _KEPT_JOBS = 1000  # that have ended
@@ -140,7 +139,7 @@ class Desk:
         shown = [one for one in task.people if one is not None]
         uids = [one.uid for one in shown]
         if not all(self._is_here(one) for one in shown):
-            raise _is_gone()
+            raise is_gone()
         # No turn of the loop from here to the entry in the books: whoever deletes finds it there.
         work = asyncio.ensure_future(self.pool.draw(task))
         for uid in uids:
@@ -149,7 +148,7 @@ class Desk:
             return await work
         except asyncio.CancelledError:
             if work.cancelled() and not self._leaving.isdisjoint(uids):
-                raise _is_gone() from None
+                raise is_gone() from None
             work.cancel()
             raise
         finally:
@@ -179,8 +178,8 @@ class Desk:
                     )
                 self._cancel_jobs(tenant, order.name)
                 code, down, space = await self._in_time(self.pool.read(photos))
-                put = partial(self.people.put_code, tenant, order.name, code, consent=order.consent, before=before)
-                person = await to_its_end(put, down=down, space=space)
+                put, named = self.people.put_code, (tenant, order.name, code)
+                person = await to_its_end(put, *named, down=down, space=space, consent=order.consent, before=before)
         return person, self._start_job(person, photos, order.instance_prompt) if order.tune else None
 
     def _photos_of(self, order: SubjectOrder) -> list[bytes]:
@@ -233,12 +232,9 @@ class Desk:
                 self._leaving.discard(uid)
         return replicas
 
-    @asynccontextmanager
-    async def _changing(self, tenant: str, name: str) -> AsyncIterator[None]:
+    def _changing(self, tenant: str, name: str) -> asyncio.Lock:
         """One change of somebody at a time."""
-        lock = self._changes.setdefault((tenant, name), asyncio.Lock())
-        async with lock:
-            yield
+        return self._changes.setdefault((tenant, name), asyncio.Lock())
 
     def _may_write(self) -> None:
         if self.people.place.read_only:
@@ -334,7 +330,3 @@ class Desk:
                 f"expected an answer within {self.config.timeout:g} s, found none: ask again later",
                 retry_after=self._inside * self._pace,
             ) from None
-
-
-def _is_gone() -> RefusedError:
-    return RefusedError(404, "expected somebody who is here, found somebody who was deleted")

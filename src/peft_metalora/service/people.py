@@ -161,14 +161,14 @@ class People:
 
     def find(self, tenant: str, name: str) -> Person | None:
         """Somebody as they are now: files that were rewritten, or put there, are seen within `LOOK_EVERY`."""
-        person = self._tenants.get(tenant, {}).get(name)
+        person = self.entry(tenant, name)
         if person is None:
             return self._adopted(tenant, name)
         return person if person.code is not None else self._as_files_are(person)
 
     def needs_to_look(self, tenant: str, name: str) -> bool:
         """Whether `find` will ask the place, which may take a while."""
-        person = self._tenants.get(tenant, {}).get(name)
+        person = self.entry(tenant, name)
         if person is None:
             return not self._was_nobody(tenant, name)
         return person.code is None and not self._was_seen(person)
@@ -270,7 +270,7 @@ class People:
         shard = hashlib.sha256("/".join(key).encode()).digest()[0]
         path = f"{self.place.root}/index/{shard:02x}.json"
         with self._locks[shard], self._writing():
-            if anew and person.name in self._tenants.get(person.tenant, {}):
+            if anew and self.entry(*key) is not None:
                 return
             if not self.place.read_only:
                 try:

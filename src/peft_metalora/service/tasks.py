@@ -30,19 +30,23 @@ class RefusedError(Exception):
         return str(self.args[1])
 
 
+def is_gone() -> RefusedError:
+    """What is said of somebody who was deleted meanwhile."""
+    return RefusedError(404, "expected somebody who is here, found somebody who was deleted")
+
+
 @dataclass(frozen=True)
 class Offer:
     """What of the settings depends on the pipeline.
 
     Attributes:
         resolution: width and height of an image that names none. multiple: what both are multiples of.
-        negative: whether there are negative prompts. reads: whether the Down reads photos.
+        negative: whether there are negative prompts.
     """
 
     resolution: int
     multiple: int
     negative: bool
-    reads: bool
 
 
 @dataclass(frozen=True)

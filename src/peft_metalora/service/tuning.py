@@ -10,20 +10,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from ..bases import Base
 from ..checkpoint.reader_files import READER_FILES
-from ..checkpoint.space import CodeSource, SubjectCode, load_space
+from ..checkpoint.space import CodeSource, load_space
 from ..data import Photo, Subject
 from ..errors import MetaLoraError
-from ..hub.loading import HubOptions, folder_of, load_down
+from ..hub.loading import folder_of, load_down
 from ..training.examples.encoding import encode_subjects
 from ..training.stage_2 import Personalization
 from ..training.stage_settings import PersonalizeConfig
 from ..tuner.down import subject_config
-from .artist import load_copy
+from .artist import code_of, hub_of, load_copy
 from .people import Person
 from .serve_settings import ServeConfig
 from .tasks import Progress, RefusedError, to_its_end
@@ -40,7 +37,7 @@ class Tuner:
 
     def __init__(self, base: Base, config: ServeConfig) -> None:
         self._base, self._config = base, config
-        hub: HubOptions = {"revision": config.down_revision, "local_files_only": config.local_files_only}
+        hub = hub_of(config)
         self._down = load_down(str(config.down), **hub)
         self._space = load_space(folder_of(str(config.down), READER_FILES, **hub), self._down)
         self._turn = asyncio.Lock()
@@ -82,9 +79,7 @@ class Tuner:
         examples = encode_subjects(
             self._base, [Subject(person.name, seen)], config, config.views_per_image, progress=False
         )
-        numbers = torch.from_numpy(np.frombuffer(person.code or b"", np.float32).copy())
-        code = SubjectCode(numbers, person.down, person.space)
-        read = CodeSource(subject_config(self._down), code, self._space, self._down)
+        read = CodeSource(subject_config(self._down), code_of(person), self._space, self._down)
         self._run = Personalization(self._base, examples, config, self._down, read=[read])
         return self._run
 
