@@ -120,6 +120,13 @@ def test_no_steps_write_the_person_as_read(home, tmp_path):
     assert torch.equal(found.code.code, code_of(tmp_path / "read"))
 
 
+def test_a_folder_of_photos_is_read_and_drawn(home, tmp_path):
+    """Bug: `--photo` refused the folder that its help promises."""
+    arguments = ["generate", "--down", str(home / "reading"), "--photo", str(home / "people" / "person-1"), *SIZE]
+    assert main([*arguments, "--prompt", "a photo", "--output_dir", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["person-1-00-00.png"]
+
+
 def test_a_photo_is_read_and_drawn_in_one_command_and_nothing_of_the_person_stays(home, tmp_path):
     photo, images = home / "people" / "person-0" / "0.png", tmp_path / "images"
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}

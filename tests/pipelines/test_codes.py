@@ -200,3 +200,13 @@ def test_the_model_draws_alike(model, table, space):
         outputs.append(model(x))
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(outputs[0], bare(x), atol=1e-2)
+
+
+def test_the_space_of_those_who_left_serves_whoever_comes_next(model, table, space, monkeypatch):
+    """Bug: a book without anybody is falsy, so that the whole basis was put in order and copied, and thrown away."""
+    table.register_code("ann", code(space), space)
+    kept = table.space(space.fingerprint)
+    table.evict(["ann"])
+    monkeypatch.setattr(SubjectSpace, "ordered", lambda *_: pytest.fail("ordered once more"))
+    table.register_code("bob", code(space, seed=1), space)
+    assert table.space(space.fingerprint) is kept

@@ -124,7 +124,8 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     require_supported(config, "draw", *([CPU] if device.type == "cpu" else []))
     require_writable(config.output_dir)
     for photo in config.photo:
-        load_image(photo)
+        if not Path(photo).is_dir():
+            load_image(photo)
     base = open_base(
         base_name,
         revision=revision,

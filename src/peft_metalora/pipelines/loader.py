@@ -186,10 +186,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         sight = reader.encoder.sight(face_crop, face_margin, face_align)
         origin: dict[str, Any] = {"down": place, "down_revision": options.get("revision"), "inference_mode": True}
         subject = reader.read(seen, source, sight, subject_name=adapter_name or named, **origin)
-        if adapter_name is None or not as_adapter:
-            return self._into_table(model, subject, adapter_name, named)
-        self._install(subject, adapter_name)
-        return adapter_name
+        return self._bring_in(model, subject, adapter_name, named, as_adapter)
 
     @while_idle
     def blend_subjects(
@@ -238,9 +235,15 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         origin: dict[str, Any] = {"down": place, "down_revision": hub.get("revision"), "inference_mode": True}
         config = subject_config(source, subject_name=adapter_name or named, **origin)
         child = CodeSource(config, blended, space, source)
+        return self._bring_in(model, child, adapter_name, named, as_adapter)
+
+    def _bring_in(
+        self, model: nn.Module, source: CodeSource, adapter_name: str | None, named: str, as_adapter: bool
+    ) -> str:
+        """Install a subject as an adapter, whose name is known then, or put it into the table; returns its name."""
         if adapter_name is None or not as_adapter:
-            return self._into_table(model, child, adapter_name, named)
-        self._install(child, adapter_name)
+            return self._into_table(model, source, adapter_name, named)
+        self._install(source, adapter_name)
         return adapter_name
 
     def _code_of(self, model: nn.Module, name: str) -> SubjectCode:

@@ -71,8 +71,8 @@ class Readers:
             return known
         for place, hub in [*self._places.values()]:
             with suppress(MetaLoraError):  # moved or gone by now: there may be another
-                folder = self._folder(place, hub, [SPACE_FILE])
-                if read_config(folder).space_fingerprint == fingerprint:
+                if read_config(self._folder(place, hub, [])).space_fingerprint == fingerprint:
+                    folder = self._folder(place, hub, [SPACE_FILE])
                     return self.keep(model, load_space(folder, None, fingerprint))
         return None
 

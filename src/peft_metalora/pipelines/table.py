@@ -57,6 +57,10 @@ class Statistics:
     host_evictions: int
 
 
+def _pieces(layers: Sequence[tuple[str, MetaLoraLayer]], adapter_name: str) -> list[tuple[str, MetaLoraLayer, str]]:
+    return [(path, layer, part) for path, layer in layers for part in _PARTS if adapter_name in getattr(layer, part)]
+
+
 class Rows:
     """All slots of an adapter as one tensor `flat` (slots, size of a subject) that its layers look into."""
 
@@ -66,12 +70,7 @@ class Rows:
 
     def pieces(self) -> list[tuple[str, MetaLoraLayer, str]]:
         """Path, layer and part of each factor, in the order of a row."""
-        return [
-            (path, layer, part)
-            for path, layer in self._layers
-            for part in _PARTS
-            if self._adapter in getattr(layer, part)
-        ]
+        return _pieces(self._layers, self._adapter)
 
     def pack(self) -> None:
         """Move the slots of all layers into one tensor."""
@@ -225,12 +224,14 @@ class SubjectTable:
                 f"{name}: expected a code for the Down {self.down.fingerprint[:16]}…, found one for "
                 f"{subject.down_fingerprint[:16]}…. Add it to the table of that Down."
             )
-        book = self._codes.get(subject.space_fingerprint) or CodeBook(self._of_slots(space))
+        book = self._codes.get(subject.space_fingerprint)
+        if book is None:  # one without anybody is falsy
+            book = CodeBook(self._of_slots(space))
         code = book.space.accept(subject)
         if self._flat.dtype == torch.float16:  # the one dtype that a sum in float32 may not fit into
             row = torch.empty_like(self._flat[0])
             book.space.expand_into(code, row)
-            self._host_copy(name, row)
+            self._require_finite(name, row)
         with self._books:
             self._enter(name)
             book = self._codes.setdefault(subject.space_fingerprint, book)
@@ -415,13 +416,15 @@ class SubjectTable:
         return torch.cat(pieces)
 
     def _host_copy(self, name: str, row: torch.Tensor) -> torch.Tensor:
-        row = row.cpu()
+        self._require_finite(name, row := row.cpu())
+        return row.pin_memory() if self._flat.is_cuda else row
+
+    def _require_finite(self, name: str, row: torch.Tensor) -> None:
         if not torch.isfinite(row).all():
             raise NonFiniteError(
                 f"{name}: expected numbers that {row.dtype} can hold, found more than that. Load the base model in "
                 "bfloat16 or float32."
             )
-        return row.pin_memory() if self._flat.is_cuda else row
 
     def _adapter_row(self, name: str) -> torch.Tensor:
         """A loaded adapter's factors as they are now; in one tensor, so that a call need not visit the layers."""
@@ -438,9 +441,7 @@ class SubjectTable:
 
     def _is_row(self, name: str) -> bool:
         """Whether a loaded adapter can lie as a slot does: its factors are a row as they are, and frozen."""
-        factors = [
-            getattr(layer, part)[name] for _, layer in self._layers for part in _PARTS if name in getattr(layer, part)
-        ]
+        factors = [getattr(layer, part)[name] for _, layer, part in _pieces(self._layers, name)]
         alike = all(one.dtype == self._flat.dtype and one.device == self._flat.device for one in factors)
         model = cast(nn.Module, self._model())
         return alike and not any(one.requires_grad for one in factors) and self._scales_alike(configs_of(model)[name])
