@@ -86,6 +86,7 @@ SERVICE: tuple[Goal, ...] = (
     ("deleted_still_served", "of them, answered with a picture", 0.0, False),
     ("enrolled", "people brought in under way", None, False),
     ("capacity_images_per_s", "capacity, images a second", None, False),
+    ("capacity_images_per_s_afterwards", "the same after all else", None, False),
     ("goodput_at_twice_over_capacity", "images a second at twice the capacity / capacity", 0.9, True),
     ("p50_s_at_0_8", "a request at 0.8 of the capacity, median, s", None, False),
     ("p95_s_at_0_8", "95 of 100, s", None, False),
