@@ -3,13 +3,19 @@
 
 Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on all attention layers (266 linears).
 
-    python benchmarks/layer.py                 one GPU with 80 GB, about 3 minutes; writes benchmarks/results/layer.json
+    python benchmarks/layer.py                 one GPU with 80 GB, 15 minutes; writes benchmarks/results/layer.json
+    python benchmarks/layer.py --part train    one part; figures of the others stay as the file has them
     python benchmarks/layer.py --small         a toy transformer on a CPU, to check the script (--no-compile: seconds)
 
 All variants stand side by side on one set of base weights and are timed in turns, one call each, so that a drifting
 clock meets all alike; figures are medians over the rounds, of times and of ratios within a round. At batch 1 a call is
 bound by the Python of the host, which varies far more than the GPU: there are four times the rounds. On a CPU, "memory"
-is the bytes that autograd saves for backward."""
+is the bytes that autograd saves for backward.
+
+LoRA trains in each way that people train it: factors in float32 as they are or under bfloat16 autocast, or in bfloat16;
+as it is written, with compiled blocks, and as a CUDA graph, which is recorded by the same code as ours. All steps have
+fused AdamW and no checkpointing. `best` is the fastest of these in the same run. `default` is what the README shows: a
+pipeline that loads a folder, and calls."""
 
 from __future__ import annotations
 
@@ -17,19 +23,37 @@ import argparse
 import gc
 import json
 import statistics
+import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from clock import forget_peak, median_of, once, peak_gib
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_dev import ATTENTION, Flux
 from origin import origin, write
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from peft_metalora import enable_meta_lora, save_down, save_subject
+from peft_metalora.training.engine.replay import WARM_UP, ReplayedLoss
 from peft_metalora.tuner import MetaLoraConfig, fold, set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
+
+PARTS = "forward", "train", "compiled"
+FACTORS = "fp32", "autocast", "bf16"
+
+
+class Way(NamedTuple):
+    """How a step is trained: the precision of factors and products, and what runs it."""
+
+    factors: str
+    run: str
+
+    def __str__(self) -> str:
+        return f"{self.factors}_{self.run}"
 
 
 class Bench:
@@ -44,6 +68,7 @@ class Bench:
         self.meta_r, self.lora_r = (8, 4) if arguments.small else (128, 16)
         self.results: dict[str, float] = {}  # milliseconds and GiB
         self.ratios: dict[str, float] = {}
+        self.fastest: dict[str, str] = {}  # which way of LoRA was
 
     def in_turns(self, models: dict[str, nn.Module], batch: int, rounds: int) -> None:
         """Time all models in turns; note each one's median, and the medians of its ratios to the first and to LoRA."""
@@ -86,6 +111,18 @@ class Bench:
             layer.set_adapter("subject")
         return model
 
+    def default(self) -> Any:
+        """A subject that a pipeline has loaded from a folder, as the README shows."""
+        trained = self.meta_lora()
+        with tempfile.TemporaryDirectory() as place:
+            save_down(f"{place}/down", trained, "down")
+            save_subject(f"{place}/someone", trained, "subject", down=f"{place}/down", fold=False)
+            nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+            scheduler = FlowMatchEulerDiscreteScheduler()
+            pipe = enable_meta_lora(FluxPipeline(scheduler=scheduler, transformer=self.flux.twin(), **nothing))
+            pipe.load_meta_lora(f"{place}/someone")
+        return pipe.transformer
+
     def variants(self) -> dict[str, Any]:
         """The base, LoRA and a subject in each state. The merged one has its own copy of the adapted weights."""
         found = {"base": self.model, "lora_r1": self.lora(1), f"lora_r{self.lora_r}": self.lora(self.lora_r)}
@@ -93,70 +130,116 @@ class Bench:
         fold(found["folded"])
         for _, layer in meta_lora_layers(found["merged"]):
             layer.merge()
+        found["default"] = self.default()
         return found
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def train(self, model: Any, batch: int = 4) -> tuple[float, float]:
-        """One training step: forward, backward, fused AdamW on float32 adapter weights. No checkpointing.
-
-        Returns:
-            Seconds, and the peak of memory in GiB.
-        """
+    def step(self, model: Any, batch: int, way: Way) -> Callable[[], None]:
+        """A training step: forward, backward, fused AdamW."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.bfloat16 if way.factors == "bf16" else torch.float32)
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-        inputs, target = self.inputs(batch), self.inputs(batch)["hidden_states"]
-        saved = 0
+        inputs, device = self.inputs(batch), self.flux.device
+        target = torch.randn_like(inputs["hidden_states"])
 
-        def step() -> None:
-            loss = (model(**inputs, return_dict=False)[0].float() - target.float()).square().mean()
-            loss.backward()
+        def loss(given: dict[str, Tensor], _: object) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=way.factors == "autocast"):
+                output = model(**given, return_dict=False)[0]
+            return (output.float() - target.float()).square().mean()
+
+        recorded = way.run == "graph" and device.type == "cuda"
+        replayed = ReplayedLoss(loss, model, trained, why_not=None if recorded else "as it is written")
+
+        def run() -> None:
+            replayed(inputs).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal saved
-            saved += tensor.nbytes
-            return tensor
+        return run
 
+    def train(self, model: Any, batch: int, way: Way) -> tuple[float, float]:
+        """Seconds of a step, and the peak of memory in GiB."""
         model.train()
+        if way.run == "compiled":
+            torch._dynamo.reset()
+            model.compile_repeated_blocks(fullgraph=True)
         forget_peak(self.flux.device)
-        seconds = median_of(step, self.flux.device, self.repeats, warm_up=2)
+        step = self.step(model, batch, way)
+        seconds = median_of(step, self.flux.device, self.repeats, warm_up=WARM_UP + 2)
         peak = peak_gib(self.flux.device)
         if peak is None:
+            saved = 0
+
+            def count(tensor: Tensor) -> Tensor:
+                nonlocal saved
+                saved += tensor.nbytes
+                return tensor
+
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 step()
             peak = saved / 2**30
+        for module in model.modules():
+            module._compiled_call_impl = None
         model.eval()
+        del step
+        gc.collect()
         return seconds, peak
 
-    def training(self, rounds: int = 3) -> None:
-        """LoRA's and a subject's training step in turns."""
+    def training(self, batch: int, compile_too: bool, rounds: int = 3) -> None:
+        """Every way of LoRA's and ours in turns; the compiled ones once, since compiling takes minutes."""
         models = {"lora_r1": self.lora(1), "subject": self.meta_lora()}
-        steps: dict[str, list[float]] = {name: [] for name in models}
+        turns = [("lora_r1", Way(factors, run)) for factors in FACTORS for run in ("eager", "graph")]
+        turns += [("subject", Way("fp32", run)) for run in ("eager", "graph")]
+        steps: dict[tuple[str, Way], list[float]] = {}
         gc.collect()
         gc.disable()
-        for _ in range(rounds):
-            for name, model in models.items():
-                seconds, peak = self.train(model)
-                steps[name].append(seconds)
-                self.results[f"{name}_memory_b4"] = round(peak, 4)
+        for number in range(rounds):
+            compiled = []
+            if compile_too and number == 0:
+                compiled = [("lora_r1", Way("bf16", "compiled")), ("lora_r1", Way("autocast", "compiled"))]
+                compiled += [("subject", Way("fp32", "compiled"))]
+            for name, way in (*turns, *compiled):
+                seconds, peak = self.train(models[name], batch, way)
+                steps.setdefault((name, way), []).append(seconds)
+                self.results[f"{name}_{way}_memory_b{batch}"] = round(peak, 4)
         gc.enable()
-        for name, values in steps.items():
-            self.note(f"{name}_step_b4", statistics.median(values))
-        ratios = [ours / theirs for ours, theirs in zip(steps["subject"], steps["lora_r1"], strict=True)]
-        self.ratios["subject_step_over_lora_r1_b4"] = round(statistics.median(ratios), 4)
-        memory = self.results["subject_memory_b4"] / self.results["lora_r1_memory_b4"]
-        self.ratios["subject_memory_over_lora_r1_b4"] = round(memory, 4)
+        found = {which: statistics.median(values) for which, values in steps.items()}
+        for (name, way), seconds in found.items():
+            self.note(f"{name}_{way}_step_b{batch}", seconds)
+        self.compare(found, steps, batch)
+
+    def compare(self, found: dict[Any, float], steps: dict[Any, list[float]], batch: int) -> None:
+        """Ratios of our steps to LoRA's: to one way of it within a round, to its fastest."""
+
+        def within_rounds(ours: Way, theirs: Way) -> float:
+            pairs = zip(steps["subject", ours], steps["lora_r1", theirs], strict=False)
+            return statistics.median(one / two for one, two in pairs)
+
+        lora = {way: seconds for (name, way), seconds in found.items() if name == "lora_r1"}
+        eager, graph = Way("fp32", "eager"), Way("fp32", "graph")
+        self.ratios[f"subject_step_over_lora_r1_b{batch}"] = round(within_rounds(eager, eager), 4)
+        fastest = {
+            "eager_lora": min((way for way in lora if way.run == "eager"), key=lora.get),
+            "graphed_lora": min((way for way in lora if way.run != "eager"), key=lora.get),
+            "best_lora": min(lora, key=lora.get),
+        }
+        for rival, way in fastest.items():
+            self.ratios[f"graphed_step_over_{rival}_r1_b{batch}"] = round(within_rounds(graph, way), 4)
+            self.ratios[f"eager_step_over_{rival}_r1_b{batch}"] = round(within_rounds(eager, way), 4)
+            memory = self.results[f"subject_{graph}_memory_b{batch}"] / self.results[f"lora_r1_{way}_memory_b{batch}"]
+            self.ratios[f"graphed_memory_over_{rival}_r1_b{batch}"] = round(memory, 4)
+            self.fastest[f"{rival}_b{batch}"] = str(way)
+        memory = self.results[f"subject_{eager}_memory_b{batch}"] / self.results[f"lora_r1_{eager}_memory_b{batch}"]
+        self.ratios[f"subject_memory_over_lora_r1_b{batch}"] = round(memory, 4)
 
     # ---- compiled ------------------------------------------------------------------------------------------------
 
     def compiled(self) -> None:
-        """The base and a folded subject, each kind of block compiled once; timed in turns."""
+        """The base, a folded subject and the default road, each kind of block compiled once; timed in turns."""
         torch._dynamo.reset()
-        models = {"base": self.model, "folded": self.meta_lora()}
+        models = {"base": self.model, "folded": self.meta_lora(), "default": self.default()}
         fold(models["folded"])
         runs = {}
         for name, model in models.items():
@@ -170,12 +253,16 @@ class Bench:
                 times[name].append(once(run, self.flux.device))
         for name, values in times.items():
             self.note(f"{name}_compiled_b4", statistics.median(values))
-        ratios = [one / two for one, two in zip(times["folded"], times["base"], strict=True)]
-        self.ratios["folded_over_base_compiled_b4"] = round(statistics.median(ratios), 4)
+            ratios = [one / two for one, two in zip(values, times["base"], strict=True)]
+            self.ratios[f"{name}_over_base_compiled_b4"] = round(statistics.median(ratios), 4)
+        for model in models.values():
+            for module in model.modules():
+                module._compiled_call_impl = None
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
-    def run(self, compile_too: bool) -> dict[str, float]:
+    def forwards(self) -> None:
+        """Inference at batch 1 and 4."""
         models = self.variants()
         self.in_turns(models, 1, 4 * self.repeats)
         models["four_subjects_unfolded"], models["four_subjects_folded"] = self.meta_lora(4), self.meta_lora(4)
@@ -183,9 +270,13 @@ class Bench:
             set_slots(models[name], [0, 1, 2, 3])
         fold(models["four_subjects_folded"])
         self.in_turns(models, 4, self.repeats)
-        del models
-        self.training()
-        if compile_too:
+
+    def run(self, parts: Sequence[str], compile_too: bool) -> dict[str, float]:
+        if "forward" in parts:
+            self.forwards()
+        for batch in (1, 4) if "train" in parts else ():
+            self.training(batch, compile_too)
+        if compile_too and "compiled" in parts:
             self.compiled()
         return self.figures()
 
@@ -195,10 +286,17 @@ class Bench:
             "folded_over_base_b1": "folded_over_base_b1",
             "folded_over_base_b4": "folded_over_base_b4",
             "unfolded_over_base_b4": "unfolded_over_base_b4",
+            "default_over_base_b1": "default_over_base_b1",
+            "default_over_base_b4": "default_over_base_b4",
             "folded_over_base_compiled_b4": "folded_over_base_compiled_b4",
+            "default_over_base_compiled_b4": "default_over_base_compiled_b4",
             "merged_over_base_b4": "merged_over_base_b4",
             "train_step_over_lora_r1_b4": "subject_step_over_lora_r1_b4",
             "train_mem_over_lora_r1_b4": "subject_memory_over_lora_r1_b4",
+            "train_step_over_eager_lora_r1_b1": "graphed_step_over_eager_lora_r1_b1",
+            "train_step_over_graphed_lora_r1_b1": "graphed_step_over_graphed_lora_r1_b1",
+            "train_step_over_best_lora_r1_b4": "graphed_step_over_best_lora_r1_b4",
+            "train_mem_over_best_lora_r1_b4": "graphed_memory_over_best_lora_r1_b4",
         }
         return {name: self.ratios[source] for name, source in names.items() if source in self.ratios}
 
@@ -209,17 +307,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="blocks of each kind")
     parser.add_argument("--repeats", type=int, default=9, help="rounds of timed calls; at batch 1 four times as many")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled variants")
+    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layer.json")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
     # cuDNN's attention has no backward for these shapes in some versions; both sides use the same kernels.
     torch.backends.cuda.enable_cudnn_sdp(False)
     bench = Bench(arguments)
-    figures = bench.run(not arguments.no_compile)
-    report = {**origin(bench.flux.device), "figures": figures}
-    write(arguments.out, report)
-    details = arguments.out.with_name(f"{arguments.out.stem}_details.json")
-    write(details, {**report, "figures": {**bench.results, **bench.ratios}})
+    parts = arguments.part or list(PARTS)
+    figures = bench.run(parts, not arguments.no_compile)
+    details = {**bench.results, **bench.ratios, "fastest_lora": bench.fastest}
+    for path, own in (
+        (arguments.out, figures),
+        (arguments.out.with_name(f"{arguments.out.stem}_details.json"), details),
+    ):
+        before = json.loads(path.read_text())["figures"] if arguments.part and path.exists() else {}
+        write(path, {**origin(bench.flux.device), "figures": {**before, **own}})
     print(json.dumps(figures, indent=2))
 
 

@@ -4,28 +4,34 @@
 Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), all attention layers, r = 1, meta_r = 128.
 
     python benchmarks/serving.py                 one GPU with 80 GB; writes benchmarks/results/serving.json
+    python benchmarks/serving.py --parts loads   one part; figures of the others stay as the file has them
     python benchmarks/serving.py --small         a toy transformer on a CPU, to check the script
 
 A swap brings a subject from host memory into a slot that another one leaves, kernels included. Figures are medians; a
-ratio is taken between two timings that alternate, so that a drifting clock cancels."""
+ratio is taken between two timings that alternate, so that a drifting clock cancels. `one_by_one_over_mixed` chooses a
+subject before each pass, as today's code of ours has to; `alone_over_mixed` does not, `lora_alone_over_mixed` is
+PEFT's LoRA r=1 one by one, and `fused_lora_alone_over_mixed` LoRAs that somebody fused before, at no cost. Loads are
+those of `load_meta_lora` from one folder under other names, an adapter each, in seconds of the median of fifty."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from clock import median_of
+from clock import median_of, once
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_dev import ATTENTION, Flux
 from origin import origin, write
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
-from peft_metalora import MetaLoraConfig, set_slots
+from peft_metalora import MetaLoraConfig, enable_meta_lora, save_down, save_subject, set_slots
 from peft_metalora.pipelines.table import SubjectTable
 from peft_metalora.tuner import down_fingerprint
 from peft_metalora.tuner.on_model import down_on_model, meta_lora_layers
@@ -90,12 +96,16 @@ class Bench:
 
     def mixed(self) -> None:
         """Different subjects in a batch against one subject and against one by one; recompilations over the mixes."""
+        lora = self.flux.twin()
+        inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=ATTENTION, init_lora_weights=False), lora)
+        lora_alone, fused_alone = self.forward(1, lora), self.forward(1, self.flux.twin())
         table = self.table(8)
         for number in range(16):
             table.register(str(number), table.config, self.tensors)
         slots = list(table.bring(map(str, range(8))).values())
         activate(self.model, [table.adapter_name])
         alone = self.forward(1)
+        rivals = {"alone": alone, "lora_alone": lora_alone, "fused_lora_alone": fused_alone}
         for batch in (4, 8):
             run, different = self.forward(batch), slots[:batch]
 
@@ -111,6 +121,13 @@ class Bench:
             self.note(f"mixed_over_single_b{batch}", self.ratio(lambda d=different: timed(d), lambda: timed(None)))
             by_turns = self.ratio(lambda f=one_by_one: self.milliseconds(f, warm_up=1), lambda d=different: timed(d), 1)
             self.note(f"one_by_one_over_mixed_b{batch}", by_turns)
+            for name, single in rivals.items():
+
+                def in_turn(single: Callable[[], object] = single, count: int = batch) -> float:
+                    set_slots(self.model, slots[:1])
+                    return count * self.milliseconds(single)
+
+                self.note(f"{name}_over_mixed_b{batch}", self.ratio(in_turn, lambda d=different: timed(d)))
         self.compiled(table)
         set_slots(self.model, None)
         restore(self.model)
@@ -158,6 +175,27 @@ class Bench:
         self.note("merged_over_base", self.ratio(lambda: once(merged), lambda: once(base), 2 * self.repeats))
         restore(self.model)
 
+    def loads(self, count: int = 1000, few: int = 50) -> None:
+        """The last of a thousand subjects that are loaded as adapters, against the first ones after their Down."""
+        trained = self.flux.twin()
+        shared = {**self.settings, "init_weights": False}
+        inject_adapter_in_model(MetaLoraConfig(**shared), trained, "down")
+        inject_adapter_in_model(MetaLoraConfig(**shared, stage="subject", down="down"), trained, "subject")
+        nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        pipe = enable_meta_lora(FluxPipeline(scheduler=scheduler, transformer=self.flux.twin(), **nothing))
+        seconds = []
+        with tempfile.TemporaryDirectory() as place:
+            save_down(f"{place}/down", trained, "down")
+            save_subject(f"{place}/someone", trained, "subject", down=f"{place}/down", fold=False)
+            del trained
+            for number in range(count + 1):
+                seconds.append(once(lambda n=number: pipe.load_meta_lora(f"{place}/someone", str(n)), self.flux.device))
+        first, last = statistics.median(seconds[1 : few + 1]), statistics.median(seconds[-few:])
+        self.note("load_ms_first", 1000 * first)
+        self.note("load_ms_1000th", 1000 * last)
+        self.note("load_1000th_over_first", last / first)
+
     # Stock
 
     def stock(self) -> None:
@@ -185,18 +223,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="A toy transformer on the CPU.")
     parser.add_argument("--repeats", type=int, default=10, help="Timings a figure is the median of.")
-    parts = ("swaps", "mixed", "merging", "stock")
+    parts = ("swaps", "mixed", "merging", "loads", "stock")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="Others keep the file's figures.")
     default = Path(__file__).parent / "results" / "serving.json"
     parser.add_argument("--output", type=Path, default=default)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     bench = Bench(options.small, options.repeats)
-    kept = json.loads(options.output.read_text())["figures"] if tuple(options.parts) != parts else {}
-    report = origin(bench.flux.device)
+    before = json.loads(options.output.read_text()) if tuple(options.parts) != parts else {"figures": {}}
+    own = origin(bench.flux.device)
     for part in options.parts:
         getattr(bench, part)()
-        write(options.output, {**report, "figures": {**kept, **bench.figures}})
+        report = {**own, "figures": {**before["figures"], **bench.figures}}
+        if before["figures"]:  # a file says where its figures are from, and of others that they are not
+            others = {**before.get("from_other_runs", {}), **dict.fromkeys(bench.figures, own)}
+            report = {**before, "figures": report["figures"], "from_other_runs": others}
+        write(options.output, report)
 
 
 if __name__ == "__main__":

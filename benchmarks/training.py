@@ -13,10 +13,14 @@ Writes `benchmarks/results/training.json` (`--output`) after each part: `steps` 
 base whole on each and divided by FSDP 2), `divided` (stage 1 on two GPUs, whole and divided, its losses compared),
 `recipe24` (stage 2 on a base of int8 weights, cached text, gradient checkpointing, batch 1: its peak of memory),
 `compiled` (stage 2 beside itself with `dynamo_backend`) and `encoder` (a space and its encoder, codes of 128 numbers,
-gradient checkpointing; people a second are those that are read, each judged by four photos). Compared are, each step
-with forward, backward, clipping and AdamW: stage 2 of Meta-LoRA (r = 1, meta_r = 128, this package's loop) and what
-diffusers' `train_dreambooth_lora_flux.py` does with `--rank 1 --cache_latents` (float32 adapter under bf16 autocast,
-uniform noise levels). Both are timed in turns, so that a drifting clock cancels. A turn's time is that of its steps
+gradient checkpointing; people a second are those that are read, each judged by four photos), `embedded` (samples a
+second of stage 1 on the embedded base, beside the version before steps were recorded) and `whole` (people an hour,
+each whole: photo read from disk, views and caption encoded, trained and saved at default settings, base in memory).
+Compared are, each step with forward, backward, clipping and AdamW: stage 2 of Meta-LoRA (r = 1, meta_r = 128, this
+package's loop) and what diffusers' `train_dreambooth_lora_flux.py` does with `--rank 1 --cache_latents` (float32
+adapter under bf16 autocast, uniform noise levels), as it is and in ways that are faster: AdamW fused, factors in
+bf16, its pass recorded as a CUDA graph by the code that records ours. `best_lora` is the fastest of them.
+All are timed in turns, so that a drifting clock cancels. A turn's time is that of its steps
 after a warm-up, one after another as a run does them, until the GPU has finished; figures are medians of the turns.
 Where the GPU is busy for less than a step takes (`kernel_ms`, profiled in one more step), the host is the limit.
 """
@@ -30,30 +34,38 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from clock import forget_peak, now, peak_gib
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import cast_training_params
 from flux_dev import ATTENTION, SHAPES, SMALL, with_random_weights
 from origin import origin, write
 from peft import LoraConfig
+from PIL import Image
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from peft_metalora import load_down, save_down
 from peft_metalora.bases import Base, base_for
+from peft_metalora.demo.embedded import build_tokenizer, load_base
 from peft_metalora.encoder import EncoderConfig, SubjectSpace, make_encoder
 from peft_metalora.training.encoder_training import EncoderTraining, EncoderTrainingConfig, PhotoPairs, Reads
 from peft_metalora.training.engine.processes import ALONE, Processes
+from peft_metalora.training.engine.replay import WARM_UP, ReplayedLoss
 from peft_metalora.training.engine.sharding import shard, wants_shards
 from peft_metalora.training.engine.slot_gradients import SlotGradients
 from peft_metalora.training.examples.batches import Examples
+from peft_metalora.training.examples.encoding import encode_subjects
+from peft_metalora.training.examples.sources import instance_subject
 from peft_metalora.training.injecting import inject
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
@@ -118,39 +130,65 @@ def meta_lora_steps(
         run.remove()
 
 
-def diffusers_steps(base: Base, args: argparse.Namespace, batch: int) -> Iterator[Any]:
+class LoraWay(NamedTuple):
+    """A way to run diffusers' recipe; the first three are what its script does."""
+
+    factors: str = "autocast"
+    fused: bool = False
+    recorded: bool = False
+
+
+LORA_WAYS = {
+    "diffusers_lora_r1": LoraWay(),
+    "lora_r1_fused": LoraWay(fused=True),
+    "lora_r1_bf16": LoraWay("bf16", fused=True),
+    "lora_r1_graph": LoraWay(fused=True, recorded=True),
+    "lora_r1_bf16_graph": LoraWay("bf16", fused=True, recorded=True),
+}
+
+
+def diffusers_steps(base: Base, args: argparse.Namespace, batch: int, way: LoraWay) -> Iterator[Any]:
     """The training step of `train_dreambooth_lora_flux.py`, written out for cached latents and text."""
     denoiser, device = base.denoiser, base.device
     lora = LoraConfig(r=1, lora_alpha=1, init_lora_weights="gaussian", target_modules=ATTENTION)
     denoiser.add_adapter(lora)
-    cast_training_params(denoiser, dtype=torch.float32)
+    cast_training_params(denoiser, dtype=torch.bfloat16 if way.factors == "bf16" else torch.float32)
     parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    options: dict[str, Any] = {"fused": True} if way.fused else {}
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8, **options)
     examples = make_examples(base, 1, args.small).to(device)
     pipe, dtype = base.pipeline, base.dtype
     denoiser.train()
-    while True:
-        latents, text = examples.pick(torch.randint(4, (batch,), device=device))
-        latents = latents.to(dtype)
+    side = examples.latents.shape[-1]
+    ids = pipe._prepare_latent_image_ids(batch, side // 2, side // 2, device, dtype)
+
+    def loss_of(given: dict[str, torch.Tensor], _: object) -> torch.Tensor:
+        latents, noise, sigmas = given["latents"], given["noise"], given["sigmas"]
         _, channels, height, width = latents.shape
-        ids = pipe._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype)
-        noise = torch.randn_like(latents)
-        sigmas = torch.rand(batch, device=device)
         spread = sigmas.view(-1, 1, 1, 1).to(dtype)
         noisy = (1 - spread) * latents + spread * noise
-        with torch.autocast(device.type, torch.bfloat16, enabled=not args.small):
+        autocast = way.factors == "autocast" and not args.small
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             output = denoiser(
                 hidden_states=pipe._pack_latents(noisy, batch, channels, height, width),
-                timestep=sigmas,
+                timestep=sigmas if autocast else sigmas.to(dtype),
                 guidance=torch.ones(batch, device=device),
-                pooled_projections=text["pooled"].to(dtype),
-                encoder_hidden_states=text["sequence"].to(dtype),
-                txt_ids=torch.zeros(text["sequence"].shape[1], 3, device=device, dtype=dtype),
+                pooled_projections=given["pooled"].to(dtype),
+                encoder_hidden_states=given["sequence"].to(dtype),
+                txt_ids=torch.zeros(given["sequence"].shape[1], 3, device=device, dtype=dtype),
                 img_ids=ids,
                 return_dict=False,
             )[0]
         output = pipe._unpack_latents(output, height * 8, width * 8, 8)
-        loss = (output.float() - (noise - latents).float()).square().flatten(1).mean(1).mean()
+        return (output.float() - (noise - latents).float()).square().flatten(1).mean(1).mean()
+
+    recorded = way.recorded and device.type == "cuda"
+    loss_like = ReplayedLoss(loss_of, denoiser, parameters, why_not=None if recorded else "as it is written")
+    while True:
+        latents, text = examples.pick(torch.randint(4, (batch,), device=device))
+        latents = latents.to(dtype)
+        noise, sigmas = torch.randn_like(latents), torch.rand(batch, device=device)
+        loss = loss_like({"latents": latents, "noise": noise, "sigmas": sigmas, **text})
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -211,8 +249,11 @@ def stage_1_steps(
 
 
 def seconds_a_step(steps: Iterator[Any], warmup: int, count: int, device: torch.device) -> float:
-    """Mean time of `count` steps after `warmup` others, with all that they leave to the GPU."""
-    for _ in range(warmup):
+    """Mean time of `count` steps after `warmup` others, with all that they leave to the GPU.
+
+    The warm-up is as long as it takes until a step is recorded, if steps are.
+    """
+    for _ in range(max(warmup, WARM_UP + 2)):
         next(steps)
     start = now(device)
     for _ in range(count):
@@ -263,20 +304,131 @@ def stage_2(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     clock, batch, people = Clock(base, args), args.batch_size, args.people
     rounds = 0
     while rounds == 0 or (rounds < args.rounds and time.monotonic() < args.until):
-        clock.turn("diffusers_lora_r1", lambda: diffusers_steps(base, args, batch))
+        for name, way in LORA_WAYS.items():
+            clock.turn(name, partial(diffusers_steps, base, args, batch, way))
+            clock.turn(f"{name}_b1", partial(diffusers_steps, base, args, 1, way))
         clock.turn("meta_lora", lambda: meta_lora_steps(base, down, args, 1, batch))
         clock.turn("meta_lora_serial", lambda: meta_lora_steps(base, down, args, 1, 1))
         clock.turn("meta_lora_slots", lambda: meta_lora_steps(base, down, args, people, 1))
         rounds += 1
     hour = 3600 / args.iterations
+    best = {end: min((f"{name}{end}" for name in LORA_WAYS), key=clock.median) for end in ("", "_b1")}
+    written = min((f"{name}_b1" for name, way in LORA_WAYS.items() if not way.recorded), key=clock.median)
     figures = {
         "step_over_diffusers_lora_r1": clock.median("meta_lora") / clock.median("diffusers_lora_r1"),
         "mem_over_diffusers_lora_r1": clock.peak["meta_lora"] / clock.peak["diffusers_lora_r1"] if clock.peak else None,
+        "step_over_best_lora_r1": clock.median("meta_lora") / clock.median(best[""]),
+        "mem_over_best_lora_r1": clock.peak["meta_lora"] / clock.peak[best[""]] if clock.peak else None,
+        "step_over_best_lora_r1_b1": clock.median("meta_lora_serial") / clock.median(best["_b1"]),
+        "step_over_eager_lora_r1_b1": clock.median("meta_lora_serial") / clock.median(written),
         "people_per_gpu_hour_serial": hour / clock.median("meta_lora_serial"),
         "people_per_gpu_hour_slots": hour * people / clock.median("meta_lora_slots"),
     }
     step_ms = {name: 1000 * clock.median(name) for name in clock.seconds}
-    return figures, {"step_ms": step_ms, "kernel_ms": clock.kernel_ms, "peak_gib": clock.peak, "rounds": rounds}
+    details = {"step_ms": step_ms, "kernel_ms": clock.kernel_ms, "peak_gib": clock.peak, "rounds": rounds}
+    return figures, {**details, "best_lora_r1": best}
+
+
+BEFORE = "53257b8"  # the last commit before slots stepped together and steps were recorded
+
+
+def embedded(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Samples a second of stage 1 on the embedded base, of this version over the one at `BEFORE`, in turns."""
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / "stage1_embedded.py"), "--steps", str(2 if args.small else 100)]
+    command += ["--people", "16", "--subjects-per-batch", "4"] if args.small else []
+    speed: dict[str, list[float]] = {"now": [], "before": []}
+    with tempfile.TemporaryDirectory() as place:
+        archive = subprocess.run(["git", "-C", str(here), "archive", BEFORE, ":/src"], capture_output=True)
+        if archive.returncode:  # no history here
+            return {}, {"embedded_left_out": archive.stderr.decode().strip()}
+        subprocess.run(["tar", "-x", "-C", place], input=archive.stdout, check=True)
+        for _ in range(1 if args.small else args.rounds):
+            for version_of, source in (("before", f"{place}/src"), ("now", str(here.parent / "src"))):
+                environment = {**os.environ, "PYTHONPATH": source}
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+                speed[version_of].append(json.loads(done.stdout.strip().splitlines()[-1])["samples_per_second"])
+    ratios = [now_ / before for now_, before in zip(speed["now"], speed["before"], strict=True)]
+    return {"stage1_speedup_embedded": statistics.median(ratios)}, {"embedded_samples_per_second": speed}
+
+
+def whole_base(args: argparse.Namespace, device: torch.device) -> Base:
+    """A pipeline of FLUX.1-dev's shapes with all of its models, random weights; with --small the embedded base."""
+    if args.small:
+        return base_for(load_base())
+    pipe, dtype = make_base(False, device).pipeline, torch.bfloat16
+    tokenizer, tokenizer_2 = build_tokenizer(), build_tokenizer()
+    tokenizer.model_max_length, tokenizer_2.model_max_length = 77, 512
+    clip = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    vae = partial(
+        AutoencoderKL,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
+        scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    models = {
+        "vae": with_random_weights(vae, dtype, device),
+        "text_encoder": with_random_weights(lambda: CLIPTextModel(clip), dtype, device),
+        "text_encoder_2": with_random_weights(lambda: T5EncoderModel(t5), dtype, device),
+    }
+    whole = FluxPipeline(
+        scheduler=pipe.scheduler, transformer=pipe.transformer, tokenizer=tokenizer, tokenizer_2=tokenizer_2, **models
+    )
+    return base_for(whole)
+
+
+def whole(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """People an hour whose photo lies on disk and who lie there as subjects afterwards; the base stays in memory."""
+    device = device_of(args)
+    base = whole_base(args, device)
+    base.place(device, encoders=True)
+    seconds: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        adapter = MetaLoraConfig(r=1, lora_alpha=1, meta_r=8 if args.small else 128, target_modules=ATTENTION)
+        base.denoiser.add_adapter(adapter, adapter_name="down")
+        save_down(place / "down", base.denoiser, "down")
+        restore(base.denoiser, every=True)
+        base.denoiser.requires_grad_(False)
+        down = load_down(place / "down")
+        for number in range(args.whole_people + 1):  # the first brings kernels and files into their caches
+            size = (64, 64) if args.small else (1024, 1024)
+            Image.effect_noise(size, 64).convert("RGB").save(place / f"{number}.jpg", quality=92)
+            seconds.append(_whole_person(base, down, place, number, args))
+    seconds = seconds[1:]
+    total = statistics.median(sum(one.values()) for one in seconds)
+    return {"people_per_gpu_hour_whole": 3600 / total}, {"whole_seconds": seconds}
+
+
+def _whole_person(base: Base, down: DownSource, place: Path, number: int, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each phase; settings are the defaults, but with --small for the number of steps."""
+    small = {"resolution": 64, "max_train_steps": 4, "mixed_precision": "no"} if args.small else {}
+    device, clock = base.device, [now(base.device)]
+    config = PersonalizeConfig(
+        pretrained_model_name_or_path="random",
+        instance_data_dir=str(place / f"{number}.jpg"),
+        instance_prompt="a photo of a person",
+        down=str(place / "down"),
+        output_dir=str(place / f"person-{number}"),
+        **small,
+    ).settled(False)
+    base.place(device, encoders=True)
+    views = encode_subjects(base, [instance_subject(config)], config, config.views_per_image, progress=False)
+    base.place(device, encoders=False)
+    clock.append(now(device))
+    run = Personalization(base, views, config, down)
+    for _ in run.steps():
+        pass
+    clock.append(now(device))
+    run.save(config.output_dir)
+    run.remove()
+    clock.append(now(device))
+    encoded, trained, saved = (b - a for a, b in zip(clock, clock[1:], strict=False))
+    return {"encoding": encoded, "training": trained, "saving": saved}
 
 
 def encoder(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -375,10 +527,18 @@ PARTS = {
     "compiled": compiled,
     "divided": divided,
     "encoder": encoder,
+    "embedded": embedded,
+    "whole": whole,
 }
 FIGURES = (
     "step_over_diffusers_lora_r1",
     "mem_over_diffusers_lora_r1",
+    "step_over_best_lora_r1",
+    "mem_over_best_lora_r1",
+    "step_over_best_lora_r1_b1",
+    "step_over_eager_lora_r1_b1",
+    "people_per_gpu_hour_whole",
+    "stage1_speedup_embedded",
     "people_per_gpu_hour_serial",
     "people_per_gpu_hour_slots",
     "stage1_scaling_2gpu",
@@ -463,6 +623,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of its base")
     parser.add_argument("--encoder-people", type=int, default=8, help="people in a step of the encoder's training")
     parser.add_argument("--targets", type=int, default=4, help="photos of each of them that are drawn")
+    parser.add_argument("--whole-people", type=int, default=2, help="people of the part whole, after a first one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
