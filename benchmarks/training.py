@@ -39,6 +39,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -339,7 +340,7 @@ def embedded(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     command += ["--people", "16", "--subjects-per-batch", "4"] if args.small else []
     speed: dict[str, list[float]] = {"now": [], "before": []}
     with tempfile.TemporaryDirectory() as place:
-        archive = subprocess.run(["git", "-C", str(here), "archive", BEFORE, ":/src"], capture_output=True)
+        archive = subprocess.run(["git", "-C", str(here.parent), "archive", BEFORE, "src"], capture_output=True)
         if archive.returncode:  # no history here
             return {}, {"embedded_left_out": archive.stderr.decode().strip()}
         subprocess.run(["tar", "-x", "-C", place], input=archive.stdout, check=True)
@@ -427,7 +428,7 @@ def _whole_person(base: Base, down: DownSource, place: Path, number: int, args: 
     run.save(config.output_dir)
     run.remove()
     clock.append(now(device))
-    encoded, trained, saved = (b - a for a, b in zip(clock, clock[1:], strict=False))
+    encoded, trained, saved = (after - before for before, after in pairwise(clock))
     return {"encoding": encoded, "training": trained, "saving": saved}
 
 
