@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 
 # Before any import of huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +24,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First what waits for other processes, so that nobody waits for it at the end."""
     waiting = {"test_on_ray.py", "test_processes.py", "test_state.py"}
     items.sort(key=lambda item: item.path.name not in waiting)
+
+
+_frozen = 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_not_garbage() -> None:
+    """What was imported is looked at by no further collection: letting a model go collects, half a second each time."""
+    global _frozen
+    if len(sys.modules) > _frozen + 50:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

@@ -213,6 +213,20 @@ def test_a_start_for_each_or_none(place, reading):
         assert not hasattr(base.denoiser, "peft_config")
 
 
+def test_somebody_who_was_read_as_the_mean_has_no_way_to_measure(place, reading):
+    """Bug: ZeroDivisionError in the first step, with the adapter left on the model."""
+    base, source = tiny_base(), hub.load_down(reading)
+    ann = as_read(reading, base, place / "people" / "person-0" / "0.png")
+    mean = replace_code(ann, torch.zeros_like(ann.code.code))
+    config = personal_config(start="encoder")
+    with pytest.raises(ConfigError, match="subject 1 read as the mean"):
+        Personalization(base, tiny_examples(base, 2), config, source, read=[ann, mean])
+    assert not hasattr(base.denoiser, "peft_config")
+    run = Personalization(base, tiny_examples(base, 1), replace(config, max_drift=0.0), source, read=[mean])
+    assert len(list(run.steps())) == config.max_train_steps
+    run.remove()
+
+
 def test_code_of_an_encoder_runs_only_when_it_is_named(place, tmp_path):
     """Bug: see `load_encoder`; the same road through personalize."""
     down = teach_to_read(shutil.copytree(place / "down", tmp_path / "down"), source=f"face:{__name__}:faces")

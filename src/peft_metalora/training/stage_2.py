@@ -169,20 +169,26 @@ class Personalization:
         self._index = next(layer for _, layer in meta_lora_layers(self.base.denoiser)).subject_index
         return parameters
 
-    def _start_as(self, read: Sequence[CodeSource]) -> _Drift:
-        """Write the subjects that were read into their slots."""
+    def _start_as(self, read: Sequence[CodeSource]) -> _Drift | None:
+        """Write the subjects that were read into their slots; returns what measures `max_drift`, if that is asked."""
         try:
             if len(read) != self.num_subjects:
                 raise ConfigError(
                     f"start 'encoder' needs each of {self.num_subjects} subjects as the Down's encoder reads them, "
                     f"found {len(read)}: give read=, or another start"
                 )
+            distances = [_distance_from_mean(subject) for subject in read]
+            if self.config.max_drift and 0 in distances:
+                raise ConfigError(
+                    f"max_drift is a share of the way from the mean subject to the one that was read, found subject "
+                    f"{distances.index(0)} read as the mean: train the encoder again, or give max_drift 0"
+                )
             for slot, subject in enumerate(read):
                 write_subject(self.base.denoiser, _ADAPTER, subject.tensors, slot)
         except BaseException:
             take_off(self.base, self.config)  # nothing is recorded yet
             raise
-        return _Drift(self.parameters, [_distance_from_mean(subject) for subject in read])
+        return _Drift(self.parameters, distances) if self.config.max_drift else None
 
     def _targets(self) -> list[str] | str:
         if self.down is not None and self.config.target_modules is None:
@@ -219,8 +225,9 @@ class Personalization:
                 return
 
     def _leave_out_those_who_moved(self) -> None:
-        if self._drift is None or not self.config.max_drift:
+        if self._drift is None:
             return
+        assert self.config.max_drift
         moved = self._drift.of_all()
         for subject in [one for one in self._learning if moved[one] >= self.config.max_drift]:
             self._learning.remove(subject)
