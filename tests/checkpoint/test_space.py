@@ -223,3 +223,10 @@ def test_parts_that_do_not_fit_are_refused(down):
         SubjectSpace([("x", (3,))], torch.zeros(2), torch.zeros(4, 3), "down")
     with pytest.raises(TensorDtypeError, match="float64"):
         SubjectSpace([("x", (3,))], torch.zeros(3), torch.zeros(4, 3, dtype=torch.float64), "down")
+
+
+def test_a_space_that_is_made_in_inference_mode_has_its_fingerprint(space):
+    """Bug: ComfyUI runs nodes in inference mode, whose tensors count no writes, and a photo could not be read there."""
+    with torch.inference_mode():
+        made = SubjectSpace(space.layout, space.mean, space.basis, space.down_fingerprint)
+    assert made.fingerprint == space.fingerprint

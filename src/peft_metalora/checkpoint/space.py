@@ -114,9 +114,10 @@ class SubjectSpace(nn.Module):
             )
         if basis.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TensorDtypeError(f"expected a basis in float32, bfloat16 or float16, found {basis.dtype}. Cast it.")
-        # Copies: what the space was made from may go on changing.
-        self.mean = nn.Parameter(mean.detach().float().clone(), requires_grad=False)
-        self.basis = nn.Parameter(basis.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
+        # Copies: what the space was made from may go on changing. What is made in inference mode counts no writes.
+        with torch.inference_mode(False):
+            self.mean = nn.Parameter(mean.detach().float().clone(), requires_grad=False)
+            self.basis = nn.Parameter(basis.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
         self.down_fingerprint = down_fingerprint
         self._digest: tuple[tuple[int, int], str] | None = None  # of large models it takes a second
 

@@ -47,6 +47,37 @@ def export_subject(
         OutputExistsError: a Down, a subject or an adapter of another kind lies there.
         WriteFailedError: the disk refuses.
     """
+    _require_sayable(source, format)
+    target = Path(path)
+    folder = target.parent if target.suffix == ".safetensors" and format != "peft" else target
+    require_apart(target, subject=(source.config.origin or {}).get("name"), down=source.config.located_down())
+    require_replaceable(folder, None, overwrite=overwrite)
+    pairs = fold_subject(source.config, source.down.tensors, source.tensors)
+    tensors, metadata = _FILES[format](source.config, pairs)
+    if format == "peft":
+        with staged_folder(target, SIDE_FILES, MAIN_FILES) as stage:
+            save_tensors(stage / "adapter_model.safetensors", tensors)
+            (stage / "adapter_config.json").write_text(json.dumps(_config_file(source.config, pairs), indent=2))
+        return target
+    if target.suffix != ".safetensors":
+        target = target / (FOLD_FILE if format == "diffusers" else f"{format}.safetensors")
+    write_tensors(target, tensors, metadata)
+    return target
+
+
+def lora_tensors(source: SubjectSource, format: str = "diffusers") -> dict[str, torch.Tensor]:
+    """A subject as the tensors of an ordinary LoRA, by the names of another tool: what `export_subject` would write.
+
+    For a tool that runs in this process and takes a LoRA without a file.
+
+    Raises:
+        ExportError: as `export_subject`.
+    """
+    _require_sayable(source, format)
+    return _FILES[format](source.config, fold_subject(source.config, source.down.tensors, source.tensors))[0]
+
+
+def _require_sayable(source: SubjectSource, format: str) -> None:
     if format not in FORMATS:
         raise ExportError(f"expected a format of {', '.join(FORMATS)}, found {format!r}. Choose one of those.")
     if source.config.use_dora:
@@ -55,21 +86,6 @@ def export_subject(
             "no ordinary LoRA can say. "
             "Use it through peft_metalora, or train without use_dora."
         )
-    target = Path(path)
-    folder = target.parent if target.suffix == ".safetensors" and format != "peft" else target
-    require_apart(target, subject=(source.config.origin or {}).get("name"), down=source.config.located_down())
-    require_replaceable(folder, None, overwrite=overwrite)
-    pairs = fold_subject(source.config, source.down.tensors, source.tensors)
-    if format == "peft":
-        with staged_folder(target, SIDE_FILES, MAIN_FILES) as stage:
-            save_tensors(stage / "adapter_model.safetensors", with_names(pairs, "base_model.model.{}"))
-            (stage / "adapter_config.json").write_text(json.dumps(_config_file(source.config, pairs), indent=2))
-        return target
-    if target.suffix != ".safetensors":
-        target = target / (FOLD_FILE if format == "diffusers" else f"{format}.safetensors")
-    tensors, metadata = _FILES[format](source.config, pairs)
-    write_tensors(target, tensors, metadata)
-    return target
 
 
 def _diffusers(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -78,6 +94,10 @@ def _diffusers(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[d
 
 def _comfyui(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return with_names(in_original_layers(config, pairs), "diffusion_model.{}"), {}
+
+
+def _peft(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return with_names(pairs, "base_model.model.{}"), {}
 
 
 def _kohya(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -146,5 +166,5 @@ def _config_file(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> dict[
     return own | given
 
 
-FORMATS = ("diffusers", "kohya", "comfyui", "peft")
-_FILES = {"diffusers": _diffusers, "kohya": _kohya, "comfyui": _comfyui}
+_FILES = {"diffusers": _diffusers, "kohya": _kohya, "comfyui": _comfyui, "peft": _peft}
+FORMATS = tuple(_FILES)
