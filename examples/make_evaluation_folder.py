@@ -27,7 +27,7 @@ def make_folder(table: Path, output: Path) -> int:
     """
     with table.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    people: dict[str, list[dict[str, str]]] = {}
+    people, tags = {}, {}
     for row in rows:
         if not row.get("person") or not row.get("file"):
             raise ValueError(f"{table}: expected columns person and file in each line, found {row}")
@@ -36,7 +36,6 @@ def make_folder(table: Path, output: Path) -> int:
         if not (table.parent / row["file"]).is_file():
             raise FileNotFoundError(f"{table}: expected a photo, found no file {table.parent / row['file']}")
         people.setdefault(row["person"], []).append(row)
-    tags = {}
     for person, photos in people.items():
         folder = output / person
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,8 +43,8 @@ def make_folder(table: Path, output: Path) -> int:
         for number, row in enumerate(photos):
             name = f"{number}{Path(row['file']).suffix.lower()}"
             shutil.copyfile(table.parent / row["file"], folder / name)
-            line = {"file_name": name, "reference": row.get("reference") == "1"}
-            lines.append(json.dumps({**line, **({"text": row["text"]} if row.get("text") else {})}) + "\n")
+            text = {"text": row["text"]} if row.get("text") else {}
+            lines.append(json.dumps({"file_name": name, "reference": row.get("reference") == "1", **text}) + "\n")
         (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
         known = {"person", "file", "reference", "text"}
         tags[person] = {name: value for name, value in photos[0].items() if name not in known and value}

@@ -146,6 +146,7 @@ class ApplyPeople:
 
     def apply(self, model, people, strength):
         import comfy.lora
+
         from peft_metalora.errors import BaseModelMismatchError
         from peft_metalora.lora.export import lora_tensors
 
