@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -19,20 +20,31 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -314,10 +326,143 @@ def tiny_flux2_pipeline() -> Flux2KleinPipeline:
     )
 
 
+# The marks of a turn and of its lines are tokens, as the templates of Qwen's pipelines count them.
+_CHAT = r"<\|[^|]+\|>|\n|[A-Za-z]+|[^\sA-Za-z]"
+
+
+def chat_tokenizer(max_length: int = 64) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `WORDS` for pipelines that put a prompt into a template; it adds nothing."""
+    known = ["<pad>", "<unk>", *sorted(set(WORDS.split())), "<|im_start|>", "<|im_end|>", "\n"]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(known)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_CHAT), behavior="removed", invert=True)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<|im_end|>", padding_side="right"
+    )
+    made.model_max_length = max_length
+    made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return made
+
+
+def tiny_qwen_vae() -> AutoencoderKLQwenImage:
+    """Qwen-Image's video autoencoder, which divides both sides of a frame by 4."""
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.1, 0.2, 0.0],
+        latents_std=[1.5, 0.8, 1.0, 1.2],
+    )
+
+
+_TINY_VISION = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
+_TINY_ROPE = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 10000.0}
+_TINY_LANGUAGE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "rope_parameters": _TINY_ROPE,
+}
+
+
+@seeded
+def tiny_z_image_pipeline() -> ZImagePipeline:
+    """Z-Image's format: one block of each kind, two heads, images divided by 4 and patched 2 x 2."""
+    tokenizer = chat_tokenizer()
+    text = Qwen3Config(**{**_TINY_LANGUAGE, "rope_parameters": None}, vocab_size=len(tokenizer))
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(),
+        text_encoder=Qwen3Model(text),
+        tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=16,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[2, 2, 4],
+            axes_lens=[256, 64, 64],
+        ),
+    )
+
+
+@seeded
+def tiny_qwen_image_pipeline() -> QwenImagePipeline:
+    """Qwen-Image's format: two blocks, two heads."""
+    tokenizer = chat_tokenizer()
+    config = Qwen2_5_VLConfig(
+        text_config={**_TINY_LANGUAGE, "vocab_size": len(tokenizer)},
+        vision_config={**_TINY_VISION, "window_size": 14, "fullatt_block_indexes": [0]},
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_qwen_vae(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(2, 2, 4),
+        ),
+    )
+
+
+@seeded
+def tiny_krea2_pipeline(*, is_distilled: bool = False) -> Krea2Pipeline:
+    """Krea 2's format: two blocks with fewer keys than queries, text from two layers, one block of each fusion."""
+    tokenizer = chat_tokenizer()
+    config = Qwen3VLConfig(
+        text_config={**_TINY_LANGUAGE, "vocab_size": len(tokenizer)},
+        vision_config={**_TINY_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    )
+    return Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=tiny_qwen_vae(),
+        text_encoder=Qwen3VLModel(config),
+        tokenizer=tokenizer,
+        transformer=Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=32,
+            timestep_embed_dim=8,
+            text_hidden_dim=16,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=16,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        text_encoder_select_layers=(1, 2),
+        is_distilled=is_distilled,
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd15": tiny_sd15_pipeline,
     "sdxl": tiny_sdxl_pipeline,
     "sd3": tiny_sd3_pipeline,
     "flux": tiny_flux_pipeline,
     "flux2": tiny_flux2_pipeline,
+    "z_image": tiny_z_image_pipeline,
+    "qwen_image": tiny_qwen_image_pipeline,
+    "krea2": tiny_krea2_pipeline,
 }

@@ -90,6 +90,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("d4d61900a9e2", "training/engine/compiling.py, bases/streaming.py", "read: what is compiled and streamed"),
     "diffusers.models.modeling_utils.ModelMixin.dtype":
         ("4caecec98547", "bases/base.py", "copied for speed"),
+    "diffusers.models.transformers.transformer_z_image.SEQ_MULTI_OF":
+        ("224fbed21594", "pipelines/regions.py", "copied: what tokens are filled up to"),
     "diffusers.pipelines.flux.pipeline_flux.FluxPipeline._pack_latents":
         ("ce215d0f8a42", "bases/flux1.py, demo/make_base.py", "called"),
     "diffusers.pipelines.flux.pipeline_flux.FluxPipeline._prepare_latent_image_ids":
@@ -108,10 +110,18 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("45f85f0414ee", "bases/flux2.py", "called"),
     "diffusers.pipelines.flux2.pipeline_flux2_klein.compute_empirical_mu":
         ("b5daab70292e", "bases/flux2.py", "undocumented: the shift of noise levels"),
+    "diffusers.pipelines.krea2.pipeline_krea2.Krea2Pipeline._pack_latents":
+        ("cd92478f9482", "bases/krea2.py", "called"),
+    "diffusers.pipelines.krea2.pipeline_krea2.Krea2Pipeline._unpack_latents":
+        ("c3fab6cf6bdc", "bases/krea2.py", "called"),
     "diffusers.pipelines.pipeline_utils.DiffusionPipeline.enable_model_cpu_offload":
         ("ea5922a3855d", "pipelines/denoiser.py", "keeps _offload_device, which is read"),
     "diffusers.pipelines.pipeline_utils.DiffusionPipeline.enable_sequential_cpu_offload":
         ("eaf2d37f8efe", "pipelines/denoiser.py", "keeps _offload_device, which is read"),
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage.QwenImagePipeline._pack_latents":
+        ("ce215d0f8a42", "bases/qwen_image.py", "called"),
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage.QwenImagePipeline._unpack_latents":
+        ("2be618337a51", "bases/qwen_image.py", "called"),
     "diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteScheduler.time_shift":
         ("7badd165d753", "bases/base.py", "copied: the shift of noise levels"),
     "huggingface_hub.utils._validators.REPO_ID_REGEX":

@@ -19,9 +19,12 @@ from peft_metalora.training.stage_2 import Personalization
 from pipelines_tiny import (
     PIPELINES,
     tiny_flux2_pipeline,
+    tiny_krea2_pipeline,
+    tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
     tiny_sd15_pipeline,
     tiny_sdxl_pipeline,
+    tiny_z_image_pipeline,
 )
 from training_tiny import meta_config, personal_config
 
@@ -114,6 +117,68 @@ def test_flux2():
     assert base.time_shift(torch.zeros(1, 16, 32, 32)) > math.exp(0.5)
 
 
+def packed(x):
+    """Tokens of 2 x 2 latents (n, h / 2 * w / 2, 4 c), written out."""
+    n, c, h, w = x.shape
+    return x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h // 2 * w // 2, 4 * c)
+
+
+def test_z_image():
+    base = base_for(tiny_z_image_pipeline())
+    pipe, (latents, text, noise), times = base.pipeline, encoded(base), torch.tensor([0.1, 0.8])
+    t = times.view(-1, 1, 1, 1)
+    sequences, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=16)
+    assert len(sequences[0]) > len(sequences[1])
+    noisy = ((1 - t) * latents + t * noise).unsqueeze(2)
+    with torch.no_grad():
+        back = pipe.transformer([*noisy], 1 - times, sequences).sample
+    expected = (-torch.stack(back).squeeze(2) - (noise - latents)).square().mean((1, 2, 3))
+    assert torch.allclose(base.loss(latents, text, noise, times), expected, rtol=1e-4)
+    assert base.time_shift(latents) == 3.0
+
+
+def test_qwen_image():
+    base = base_for(tiny_qwen_image_pipeline())
+    pipe, (latents, text, noise), times = base.pipeline, encoded(base), torch.tensor([0.1, 0.8])
+    t = times.view(-1, 1, 1, 1)
+    losses = base.loss(latents, text, noise, times)
+    for row, prompt in enumerate(PROMPTS):
+        sequence, mask = pipe.encode_prompt(prompt)
+        assert mask is None, "what fills up a shorter prompt in a batch is not seen"
+        with torch.no_grad():
+            velocity = pipe.transformer(
+                hidden_states=packed((1 - t) * latents + t * noise)[row : row + 1],
+                timestep=times[row : row + 1],
+                encoder_hidden_states=sequence,
+                img_shapes=[[(1, 2, 3)]],
+            ).sample
+        expected = (velocity - packed(noise - latents)[row : row + 1]).square().mean()
+        assert torch.allclose(losses[row], expected, rtol=1e-4)
+    assert base.time_shift(torch.zeros(1, 4, 64, 64)) > math.exp(0.5)
+
+
+@pytest.mark.parametrize("is_distilled", [False, True])
+def test_krea2(is_distilled):
+    base = base_for(tiny_krea2_pipeline(is_distilled=is_distilled))
+    pipe, (latents, text, noise), times = base.pipeline, encoded(base), torch.tensor([0.1, 0.8])
+    t = times.view(-1, 1, 1, 1)
+    sequence, mask = pipe.encode_prompt(PROMPTS, max_sequence_length=16)
+    ids = [(0, 0, 0)] * sequence.shape[1] + [(0, row, column) for row in range(2) for column in range(3)]
+    with torch.no_grad():
+        velocity = pipe.transformer(
+            hidden_states=packed((1 - t) * latents + t * noise),
+            encoder_hidden_states=sequence,
+            timestep=times,
+            position_ids=torch.tensor(ids),
+            encoder_attention_mask=mask,
+        ).sample
+    expected = (velocity - packed(noise - latents)).square().mean((1, 2))
+    assert torch.allclose(base.loss(latents, text, noise, times), expected, rtol=1e-4)
+    small, large = (base.time_shift(torch.zeros(1, 4, side, side)) for side in (32, 128))
+    assert math.isclose(large, math.exp(1.15)) if is_distilled else small < large
+    assert math.isclose(small, large) == is_distilled
+
+
 def test_a_masked_loss_is_the_weighted_mean_and_nothing_outside_counts(base, monkeypatch):
     (latents, text, noise), generator = encoded(base), torch.Generator().manual_seed(1)
     times = base.sample_times(latents, generator)
@@ -140,8 +205,12 @@ def test_latents_decode_to_what_the_vae_makes_of_the_image(base):
     """The pipeline's own decoding is the inverse of our encoding."""
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     latents, vae = base.encode_images(pixels), base.pipeline.vae
-    mean = vae.encode(pixels).latent_dist.mean
-    if hasattr(vae, "bn"):
+    mean = vae.encode(pixels.unsqueeze(2) if getattr(vae.config, "latents_std", None) else pixels).latent_dist.mean
+    if getattr(vae.config, "latents_std", None):  # as the decoding in `QwenImagePipeline`
+        mean, values = mean.squeeze(2), (vae.config.latents_mean, vae.config.latents_std)
+        middle, deviation = (torch.tensor(one).view(1, -1, 1, 1) for one in values)
+        back = latents * deviation + middle
+    elif hasattr(vae, "bn"):
         deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
         back = base.pipeline._unpatchify_latents(latents * deviation + vae.bn.running_mean.view(1, -1, 1, 1))
     else:
@@ -163,7 +232,8 @@ def test_times_are_drawn_where_the_family_has_noise_levels(base):
 def test_default_targets_are_the_linears_that_work_on_tokens(base):
     linears = {name for name, module in base.denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
     adapted = {name for name in linears if re.fullmatch(base.target_modules, name)}
-    assert adapted == {name for name in linears if "transformer_blocks." in name and "norm" not in name}
+    in_blocks = re.compile(r"(.*transformer_blocks|layers|noise_refiner)\.\d+\.(?!(.*norm|.*_mod\.|adaLN))")
+    assert adapted == {name for name in linears if in_blocks.match(name)}
     assert adapted
 
 
@@ -205,6 +275,16 @@ def test_both_stages_and_the_pipeline(base, tmp_path):
     base.pipeline.load_lora_weights(tmp_path / "lora")
     assert not torch.equal(draw(), before)
     base.pipeline.unload_lora_weights()
+
+
+def test_layers_that_run_prompts_together_are_refused():
+    base = base_for(tiny_z_image_pipeline())
+    before = [name for name, _ in base.denoiser.named_modules()]
+    latents, text, _ = encoded(base)
+    examples = Examples(latents, text, torch.tensor([0, 1]), torch.tensor([0, 1]))
+    with pytest.raises(ConfigError, match=r"found cap_embedder\.1, which .* Leave it out"):
+        meta_train_on(base, examples, meta_config(target_modules="to_q,cap_embedder.1"), progress=False)
+    assert [name for name, _ in base.denoiser.named_modules()] == before
 
 
 def test_every_family_is_tested_here():

@@ -116,7 +116,7 @@ def there(bases):
 
 # All quantisers on one family, and on each of the others one.
 STREAMED = [*(("flux", quantize) for quantize in QUANTIZERS), ("sd15", "fp8"), ("sdxl", "nf4"), ("sd3", "int8")]
-STREAMED += [("flux2", "nf4")]
+STREAMED += [("flux2", "nf4"), ("z_image", "int8"), ("qwen_image", "nf4"), ("krea2", "fp8")]
 
 
 @pytest.mark.parametrize(("family", "quantize"), STREAMED)

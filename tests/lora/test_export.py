@@ -91,7 +91,7 @@ def test_a_peft_lora_folder_shows_the_same_image(subjects, family, tmp_path):
 
 # FLUX.1's single blocks and SD3 are checked below: diffusers converts those of the real width alone, and no SD3.
 FLUX_DOUBLE = ["attn.to_out.0", "attn.add_q_proj", "attn.add_v_proj", "norm1.linear", "ff.net.2"]
-KOHYA = {"sd15": None, "sdxl": None, "flux": FLUX_DOUBLE, "flux2": None}
+KOHYA = {"sd15": None, "sdxl": None, "flux": FLUX_DOUBLE, "flux2": None, "z_image": None, "qwen_image": None}
 
 
 @pytest.mark.parametrize("family", KOHYA)
@@ -103,12 +103,13 @@ def test_stock_diffusers_shows_the_same_image_from_a_kohya_file(subjects, family
     assert_same(picture(pipe, family), wanted, base)
 
 
-def test_stock_diffusers_shows_the_same_image_from_a_comfyui_file(subjects, tmp_path):
-    folder, wanted, base = subjects("flux2")
+@pytest.mark.parametrize("family", ["flux2", "qwen_image", "krea2"])
+def test_stock_diffusers_shows_the_same_image_from_a_comfyui_file(subjects, family, tmp_path):
+    folder, wanted, base = subjects(family)
     path = export_subject(load_subject(folder), tmp_path, "comfyui")
-    pipe = tiny_pipeline("flux2")
+    pipe = tiny_pipeline(family)
     pipe.load_lora_weights(path)
-    assert_same(picture(pipe, "flux2"), wanted, base)
+    assert_same(picture(pipe, family), wanted, base)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,6 +157,15 @@ def test_original_names_of_the_real_models():
     ]
     sd3 = original_names("SD3Transformer2DModel", ["transformer_blocks.3.ff_context.net.0.proj"])
     assert next(iter(sd3.values())).name == "joint_blocks.3.context_block.mlp.fc1"
+    z_image = original_names(
+        "ZImageTransformer2DModel", ["layers.29.attention.to_v", "noise_refiner.1.feed_forward.w3"]
+    )
+    assert [(name.name, name.part) for name in z_image.values()] == [
+        ("layers.29.attention.qkv", 2),
+        ("noise_refiner.1.feed_forward.w3", 0),
+    ]
+    krea2 = original_names("Krea2Transformer2DModel", ["transformer_blocks.27.attn.to_gate", "img_in"])
+    assert [name.name for name in krea2.values()] == ["blocks.27.attn.gate", "first"]
 
 
 def test_the_scale_is_folded_in_and_alpha_is_the_rank(subjects, tmp_path):

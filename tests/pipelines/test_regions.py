@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several people in one image: regions in pixels to tokens, on FLUX-type transformers and UNets."""
+"""Several people in one image: regions in pixels to tokens, on transformers and UNets."""
 
 import numpy as np
 import pytest
@@ -16,15 +16,29 @@ from peft_metalora.tuner.on_model import meta_lora_layers
 IMAGE_ONLY = {
     "flux": r"transformer_blocks\.0\.(attn\.to_[qkv]|ff\.net\.2)|x_embedder",
     "flux2": r"transformer_blocks\.0\.attn\.to_[qkv]|x_embedder",
+    "qwen_image": r"transformer_blocks\.0\.(attn\.to_[qkv]|img_mlp\.net\.2)|img_in",
+    "z_image": r"noise_refiner\.0\.(attention\.to_[qkv]|feed_forward\.w2)",
+    "krea2": r"img_in|final_layer\.linear",
     "sd15": r".*(attn1\.to_q|attn1\.to_v|ff\.net\.2|conv1|attn2\.to_q|conv)",
     "sdxl": r".*(attn1\.to_q|attn1\.to_v|ff\.net\.2|conv1|attn2\.to_q|proj_in|conv)",
 }
 WITH_TEXT = {
     "flux": r".*(to_q|to_v|add_k_proj|proj_mlp|norm1\.linear)",
+    "qwen_image": r".*(to_q|to_v|add_k_proj|img_mlp\.net\.2|img_mod\.1)|txt_in",
+    "z_image": r"(layers|noise_refiner|context_refiner)\.\d+\.(attention\.to_[qv]|feed_forward\.w2)",
+    "krea2": r"img_in|.*blocks\.\d+\.(attn\.to_[qv]|ff\.down)",
     "sd15": r".*(to_q|to_k|to_v|conv1)",
     "sdxl": r".*(to_q|to_k|to_v|conv1|proj_in|add_embedding\.linear_1)",
 }
+# Tokens of text before and behind the image's in layers that see both, by a part of the path.
+BESIDE = {
+    "flux": {"single": (4, 0)},
+    "krea2": {"transformer_blocks": (4, 0)},
+    "z_image": {"layers.": (0, 32)},
+}
 SIZES = [(32, 32), (32, 48), (64, 16)]
+# Z-Image fills up an image to a multiple of 32 tokens, which then show nobody: these sizes need no filling.
+FULL = [(64, 32), (32, 64), (64, 64)]
 WHOLE = (0, 0, 32, 32)
 LEFT, RIGHT = (0, 0, 16, 32), (16, 0, 32, 32)
 
@@ -50,8 +64,10 @@ def near(one, other):
     return np.abs(one - other).max() < 1e-4
 
 
-@pytest.mark.parametrize("height,width", SIZES)
-@pytest.mark.parametrize("family", sorted(IMAGE_ONLY))
+@pytest.mark.parametrize(
+    ("family", "height", "width"),
+    [(family, *size) for family in sorted(IMAGE_ONLY) for size in (FULL if family == "z_image" else SIZES)],
+)
 def test_a_region_over_the_whole_image_is_the_subject_of_the_sample(people, family, height, width):
     pipe, size = people(family, IMAGE_ONLY[family]), {"height": height, "width": width}
     left, whole = (0, 0, width // 2, height), (0, 0, width, height)
@@ -81,12 +97,14 @@ def test_every_layer_sees_the_subjects_of_its_tokens(people, family, height, wid
                 assert result.shape[-2] * width == columns * height
                 places = [(0, (..., slice(0, columns // 2))), (1, (..., slice(columns // 2, columns)))]
             else:
-                text = "add_" in path or (".attn2.to_k" in path or ".attn2.to_v" in path)
+                text = any(part in path for part in ("add_", "txt_", "text_", "context_", ".attn2.to_k", ".attn2.to_v"))
                 places = []
                 if x.dim() == 3 and not text:
-                    lead = 4 if "single" in path else 0
-                    columns = round(((count[0] - lead) * width / height) ** 0.5)
-                    column = torch.arange(count[0] - lead) % columns
+                    found = [there for part, there in BESIDE.get(family, {}).items() if part in path]
+                    lead, tail = found[0] if found else (0, 0)
+                    tokens = height * width // 64 if family == "z_image" else count[0] - lead - tail
+                    columns = round((tokens * width / height) ** 0.5)
+                    column = torch.arange(tokens) % columns
                     halves = [lead + torch.nonzero(column // (columns // 2) == half)[:, 0] for half in (0, 1)]
                     places = [(half, (slice(None), where)) for half, where in enumerate(halves)]
             for person, where in places:

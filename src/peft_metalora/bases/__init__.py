@@ -18,9 +18,12 @@ from .parts import Parts
 FAMILIES = {
     "Flux2KleinPipeline": ("flux2", "Flux2Klein"),
     "FluxPipeline": ("flux1", "Flux1"),
+    "Krea2Pipeline": ("krea2", "Krea2"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
     "StableDiffusionPipeline": ("sd15", "StableDiffusion15"),
     "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "ZImagePipeline": ("z_image", "ZImage"),
 }
 
 __all__ = ["FAMILIES", "Base", "FlowBase", "Text", "base_for", "load_base", "open_base", "send"]

@@ -63,6 +63,8 @@ class Base(ABC):
     default_weighting: ClassVar[str] = "logit_normal"
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     large_encoders: ClassVar[tuple[str, ...]] = ()
+    # Layers that see prompts of different lengths one behind the other, where no row of a batch is found again.
+    ragged_layers: ClassVar[str] = ""
 
     def __init__(
         self,

@@ -31,6 +31,10 @@ BASE_LICENSES: dict[str, tuple[str, str | None, str | None]] = {
         "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
     ),
     "black-forest-labs/FLUX.1-schnell": ("apache-2.0", None, None),
+    **{
+        f"krea/Krea-2-{name}": ("other", "krea-2-community-license", "https://krea.ai/krea-2-licensing")
+        for name in ("Raw", "Turbo")
+    },
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None, None),
     "stabilityai/stable-diffusion-xl-base-1.0": ("openrail++", None, None),
     "stabilityai/stable-diffusion-3-medium-diffusers": (
@@ -42,8 +46,11 @@ BASE_LICENSES: dict[str, tuple[str, str | None, str | None]] = {
 _FAMILIES = {
     "FluxTransformer2DModel": "flux",
     "Flux2Transformer2DModel": "flux2",
+    "Krea2Transformer2DModel": "krea2",
+    "QwenImageTransformer2DModel": "qwen-image",
     "SD3Transformer2DModel": "sd3",
     "UNet2DConditionModel": "stable-diffusion",
+    "ZImageTransformer2DModel": "z-image",
 }
 
 

@@ -57,6 +57,25 @@ _SD3_JOINT: _Layers = {
     "ff_context.net.2": ("context_block.mlp.fc2", 0, None),
     "norm1.linear": ("x_block.adaLN_modulation.1", 0, None),
 }
+_Z_IMAGE_BLOCK: _Layers = {
+    **{f"attention.to_{part}": ("attention.qkv", index, _THIRDS) for index, part in enumerate("qkv")},
+    "attention.to_out.0": ("attention.out", 0, None),
+    **{f"feed_forward.w{part}": (f"feed_forward.w{part}", 0, None) for part in (1, 2, 3)},
+}
+_QWEN_IMAGE_BLOCK: _Layers = {  # published in diffusers' names
+    layer: (layer, 0, None)
+    for layer in (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "img_mod.1", "img_mlp.net.0.proj", "img_mlp.net.2"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("txt_mod.1", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    )
+}
+_KREA2_BLOCK: _Layers = {
+    **{f"attn.to_{part}": (f"attn.w{part}", 0, None) for part in "qkv"},
+    "attn.to_out.0": ("attn.wo", 0, None),
+    "attn.to_gate": ("attn.gate", 0, None),
+    **{f"ff.{part}": (f"mlp.{part}", 0, None) for part in ("gate", "up", "down")},
+}
 _FLUX1_OUTSIDE = {
     "x_embedder": "img_in",
     "context_embedder": "txt_in",
@@ -94,6 +113,22 @@ _TRANSFORMERS: dict[str, tuple[tuple[tuple[str, str, _Layers], ...], dict[str, s
     "SD3Transformer2DModel": (
         (("transformer_blocks", "joint_blocks", _SD3_JOINT),),
         {"context_embedder": "context_embedder"},
+    ),
+    "ZImageTransformer2DModel": (
+        tuple((blocks, blocks, _Z_IMAGE_BLOCK) for blocks in ("layers", "noise_refiner", "context_refiner")),
+        {},
+    ),
+    "QwenImageTransformer2DModel": (
+        (("transformer_blocks", "transformer_blocks", _QWEN_IMAGE_BLOCK),),
+        {"img_in": "img_in", "txt_in": "txt_in", "proj_out": "proj_out"},
+    ),
+    "Krea2Transformer2DModel": (
+        (
+            ("transformer_blocks", "blocks", _KREA2_BLOCK),
+            ("text_fusion.layerwise_blocks", "txtfusion.layerwise_blocks", _KREA2_BLOCK),
+            ("text_fusion.refiner_blocks", "txtfusion.refiner_blocks", _KREA2_BLOCK),
+        ),
+        {"img_in": "first", "final_layer.linear": "last.linear"},
     ),
 }
 _RESNET = {

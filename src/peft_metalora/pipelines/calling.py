@@ -59,7 +59,7 @@ class PerSampleMixin:
             regions: pairs of a subject (or None) and its place in every image of the call: a box (x0, y0, x1, y1) in
                 pixels, or a mask of the image's size (a PIL image, or a tensor (h, w)). Image tokens show the subject
                 of the region that holds most of them, the later one where regions meet; all else, text tokens too, is
-                the base. For FLUX-type transformers and UNets.
+                the base. For UNets and the transformers of FLUX, Qwen-Image, Z-Image and Krea 2.
 
         Raises:
             AdapterNotFoundError: a subject that is not loaded.
@@ -108,7 +108,7 @@ class PerSampleMixin:
         prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
         count = len(prompt) if isinstance(prompt, (list, tuple)) else 1
         images = next((n for key, n in given.items() if re.fullmatch(r"num_\w+_per_prompt", key) and n), 1)
-        return (count if embeds is None else embeds.shape[0]), images
+        return (count if embeds is None else len(embeds)), images
 
     @contextmanager
     def _following_the_batch(self, model: nn.Module, index: Sequence[int]) -> Iterator[None]:

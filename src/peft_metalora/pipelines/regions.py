@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several people in one image: boxes and masks in pixels become the slot of each token that the denoiser's layers see.
 
-An image reaches the layers as tokens in several shapes: packed 2 x 2 latents, alone or behind the text, in FLUX-type
-transformers; a grid for each resolution, flat or as a map, in a UNet. Text tokens show nobody.
+An image reaches the layers as tokens in several shapes: packed 2 x 2 latents, alone or beside the text, in a
+transformer; a grid for each resolution, flat or as a map, in a UNet. Text tokens show nobody.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,13 @@ from .denoiser import named_denoiser
 # Modules of diffusers' transformers and UNets that see text tokens only.
 _TEXT = {
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder"),
-    "encoder_hid_proj",
+    *("txt_in", "txt_mlp", "context_refiner", "cap_embedder", "text_fusion", "encoder_hid_proj"),
 }
+_TRANSFORMERS = {
+    *("FluxTransformer2DModel", "Flux2Transformer2DModel"),
+    *("QwenImageTransformer2DModel", "Krea2Transformer2DModel", "ZImageTransformer2DModel"),
+}
+_Z_IMAGE_MULTIPLE = 32  # image and text are filled up to this many tokens each
 
 
 @dataclass(frozen=True)
@@ -98,20 +104,26 @@ def shown_in_regions(
 _tables: weakref.WeakKeyDictionary[Seen, dict[str, TokenSlots]] = weakref.WeakKeyDictionary()
 
 
+def _grid_ids(number: int, rows: int, columns: int) -> Tensor:
+    return torch.cartesian_prod(torch.tensor([number]), torch.arange(rows), torch.arange(columns))
+
+
 class _Layout:
     """Follows the shapes of a denoiser's calls and keeps the tables of its layers true to them."""
 
     def __init__(self, pipe: Any, model: nn.Module, regions: Sequence[Region], slots: Mapping[str, int]) -> None:
         self._forward = inspect.signature(type(model).forward)
         names = self._forward.parameters
-        if not {"img_ids", "sample"} & set(names):
+        self._class = type(model).__name__
+        if not {"img_ids", "sample"} & set(names) and self._class not in _TRANSFORMERS:
             raise PipelineError(
-                f"expected a FLUX-type transformer or a UNet for regions, found a {type(model).__name__}. "
-                "Use subjects= instead."
+                "expected a transformer of FLUX, Qwen-Image, Z-Image or Krea 2, or a UNet, for regions, found a "
+                f"{self._class}. Use subjects= instead."
             )
         self._model, self._regions, self._slots = model, regions, slots
         self._factor: int = pipe.vae_scale_factor
-        self._image, self._seen = TokenSlots(), None
+        self._image = TokenSlots()
+        self._seen: tuple[int, ...] | None = None
 
     def tables(self) -> dict[str, TokenSlots]:
         """The image's table for each layer that sees image tokens; the same for every call until layers change."""
@@ -134,25 +146,47 @@ class _Layout:
         """Before a call of the denoiser: write the tables if the shapes are new."""
         given = self._forward.bind_partial(self._model, *args, **kwargs).arguments
         if "sample" in given:
-            shape: Any = tuple(given["sample"].shape[-2:])
+            size = tuple(given["sample"].shape[-2:])
+            shape, write = size, partial(self._levels, *size)
         else:
-            shape = (given["img_ids"].shape[-2], given["encoder_hidden_states"].shape[1])
+            ids, before, behind = self._tokens(given)
+            shape, write = (len(ids), before, behind), partial(self._packed, ids, before, behind)
         if shape == self._seen:
             return
-        maps = self._levels(*shape) if "sample" in given else self._packed(given["img_ids"], shape[1])
-        device = seen(self._model).homes()[0][1]
-        self._image.write(maps, device)
+        self._image.write(write(), seen(self._model).homes()[0][1])
         self._seen = shape
 
-    def _packed(self, ids: Tensor, text: int) -> dict[tuple[int, ...], Tensor]:
-        """FLUX-type: image tokens know their row and column; those of a reference image (first number not 0) do not."""
-        ids = (ids[0] if ids.dim() == 3 else ids).long().cpu()
+    def _tokens(self, given: dict[str, Any]) -> tuple[Tensor, int, int]:
+        """What a call of a transformer says of its image tokens: number of the image, row and column (tokens, 3), 0
+        being the image that is made; and how many tokens of text stand before and behind them."""
+        if self._class == "ZImageTransformer2DModel":
+            images, texts = given["x"], given["cap_feats"]
+            if isinstance(images[0], list):
+                raise PipelineError("expected Z-Image without images to start from for regions. Use subjects= instead.")
+            rows, columns = (side // 2 for side in images[0].shape[-2:])
+            filling = torch.ones(-rows * columns % _Z_IMAGE_MULTIPLE, 3, dtype=torch.int64)
+            longest = max(len(text) for text in texts)
+            return torch.cat([_grid_ids(0, rows, columns), filling]), 0, longest + -longest % _Z_IMAGE_MULTIPLE
+        text = given["encoder_hidden_states"].shape[1]
+        if self._class == "QwenImageTransformer2DModel":
+            grids = given["img_shapes"][0]
+            grids = grids if isinstance(grids, list) else [grids]
+            return torch.cat([_grid_ids(number, *grid[1:]) for number, grid in enumerate(grids)]), text, 0
+        if self._class == "Krea2Transformer2DModel":
+            return given["position_ids"][text:], text, 0
+        ids = given["img_ids"]
+        return ids[0] if ids.dim() == 3 else ids, text, 0
+
+    def _packed(self, ids: Tensor, before: int, behind: int) -> dict[tuple[int, ...], Tensor]:
+        """Transformers: tokens of the image that is made know their row and column, all others show nobody."""
+        ids = ids.long().cpu()
         own = ids[:, 0] == 0
         rows, columns = ids[own, 1], ids[own, 2]
         grid = int(rows.max()) + 1, int(columns.max()) + 1
         tokens = torch.full((len(ids),), NO_SUBJECT)
         tokens[own] = self._grid(self._labels(*(2 * self._factor * side for side in grid)), *grid)[rows, columns]
-        return {tokens.shape: tokens, (text + len(ids),): F.pad(tokens, (text, 0), value=NO_SUBJECT)}
+        beside = F.pad(tokens, (before, behind), value=NO_SUBJECT)
+        return {tokens.shape: tokens, beside.shape: beside}
 
     def _levels(self, height: int, width: int) -> dict[tuple[int, ...], Tensor]:
         """UNet: each level halves the sides, rounding up; flat for linear layers, a map for convolutions."""

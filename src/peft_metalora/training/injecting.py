@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..bases import Base
-from ..errors import AdapterStateError, TrainingError
+from ..errors import AdapterStateError, ConfigError, TrainingError
+from ..tuner.on_model import meta_lora_layers
 from ..tuner.placing import remember, restore
 from .engine.compiling import compile_blocks, uncompile
 from .engine.loop import Sanity
@@ -58,6 +60,12 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             denoiser.add_adapter(adapter, adapter_name=name)
+        for path, _ in meta_lora_layers(denoiser):
+            if re.fullmatch(base.ragged_layers, path):
+                raise ConfigError(
+                    f"expected target_modules that tell the prompts of a batch apart, found {path}, which sees them "
+                    "one behind the other. Leave it out."
+                )
     except BaseException:
         take_off(base, config)
         raise

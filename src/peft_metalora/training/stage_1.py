@@ -335,7 +335,7 @@ class MetaTraining:
         if self._replayed.why_not is None:
             slots = send(torch.tensor(part.slots), device)
         else:
-            self._index.write(tuple(part.slots), device)
+            self._index.write(tuple(part.slots), device, each=True)
         self.optimizer.see(part.slots)
         inputs = named(text, latents=latents, noise=part.noise, times=part.times, mask=mask, slots=slots)
         return self._replayed(inputs, (part.divisor, self._layers[0].warmup[_TRAINING]))

@@ -271,7 +271,7 @@ class Personalization:
             if wanted is not None and self._replayed.why_not is None:
                 slots = send(torch.tensor(wanted), base.device)
             else:
-                self._index.write(None if wanted is None else tuple(wanted), base.device)
+                self._index.write(None if wanted is None else tuple(wanted), base.device, each=True)
         return self._replayed(named(text, latents=latents, noise=spread, times=levels, mask=mask, slots=slots))
 
     def _loss_of(self, inputs: dict[str, Tensor], _: Any) -> Tensor:

@@ -282,6 +282,7 @@ def stacks(base: Base, config: TrainEncoderConfig, processes: Processes) -> tupl
         (config.gradient_checkpointing, "gradient_checkpointing"),
         (backend_of(config) is not None, "dynamo_backend"),
         (config.quantize != "none", "quantize"),
+        (bool(base.ragged_layers), "prompts of different lengths"),
     ):
         if asked:
             return False, why

@@ -45,7 +45,7 @@ class Written(NamedTuple):
     each: bool = False
 
 
-_ELSEWHERE = Written(())  # the numbers are in a tensor alone
+_ELSEWHERE = Written((), each=True)  # the numbers are in a tensor alone
 
 
 class SubjectIndex:

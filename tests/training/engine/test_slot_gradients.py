@@ -49,6 +49,7 @@ def inputs_of(base):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_they_are_those_of_the_stacked_step(family, checkpointing):
+    """Bug: a layer that sees each token of a prompt as a row (in Krea 2's text) showed the wrong people."""
     base = base_for(tiny_pipeline(family))
     torch.manual_seed(0)
     config = MetaLoraConfig(r=2, meta_r=4, lora_alpha=2, target_modules=TARGETS[family], init_weights=False)
@@ -67,10 +68,18 @@ def test_they_are_those_of_the_stacked_step(family, checkpointing):
     losses, gradient = slots(inputs)
     restore(base.denoiser, every=True)
     put_slots(base, down, 1)
-    rows = RowGradients(base, AdapterStack(base.denoiser, SUBJECTS))
-    assert rows.names == slots.names
-    rows.values.copy_(slots.values)
-    wanted_losses, wanted = rows(inputs)
+    if base.ragged_layers:  # prompts of different lengths cannot be stacked
+        alone = SlotGradients(base)
+        found = []
+        for person, values in enumerate(slots.values):
+            alone.values[0] = values
+            found.append(alone({name: part[2 * person :][:2] for name, part in inputs.items()}))
+        wanted_losses, wanted = (torch.cat(parts) for parts in zip(*found, strict=True))
+    else:
+        rows = RowGradients(base, AdapterStack(base.denoiser, SUBJECTS))
+        assert rows.names == slots.names
+        rows.values.copy_(slots.values)
+        wanted_losses, wanted = rows(inputs)
     torch.testing.assert_close(losses, wanted_losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6)
     assert gradient.norm(dim=1).min() > 0

@@ -58,7 +58,7 @@ class SlotGradients:
                 factor.copy_(part.view_as(factor))
         each = len(inputs["latents"]) // count
         # One index serves all layers of a model.
-        self._index.write(tuple(row for row in range(count) for _ in range(each)), device)
+        self._index.write(tuple(row for row in range(count) for _ in range(each)), device, each=True)
         text = text_in(inputs)
         with autocast(self._precision, device, adapter_casts=True):
             losses = self.base.loss(inputs["latents"], text, inputs["noise"], inputs["times"], inputs.get("mask"))

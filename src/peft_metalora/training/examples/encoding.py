@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -179,7 +180,16 @@ def encode_captions(base: Base, captions: Sequence[str], *, cache_dir: str | Non
         encoders = identity(*(getattr(base.pipeline, name, None) for name in base.encoder_names if name != "vae"))
         made_from = {"encoders": encoders, "length": base.max_sequence_length, "format": 1}
         parts = [cache.get({**made_from, "caption": one}, partial(base.encode_text, [one])) for one in captions]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: _join_text([part[name] for part in parts]) for name in parts[0]}
+
+
+def _join_text(parts: list[Tensor]) -> Tensor:
+    """Rows of several parts one below the other, sequences of families without a fixed length filled up with zeros."""
+    if parts[0].dim() > 1:
+        longest = max(part.shape[1] for part in parts)
+        ends = [0, 0] * (parts[0].dim() - 2)
+        parts = [F.pad(part, [*ends, 0, longest - part.shape[1]]) for part in parts]
+    return torch.cat(parts)
 
 
 def caption_of(photo: Photo, config: TrainingConfig) -> str:
