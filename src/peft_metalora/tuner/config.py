@@ -36,10 +36,9 @@ class MetaLoraConfig(PeftConfig):
     Down is `meta_r x d_in` and shared by all subjects of a domain, Mid `r x meta_r` and Up `d_out x r` belong to one
     subject. Source: arXiv 2503.22352 (method); slots, starts and fingerprints are ours.
 
-    Example:
-
-    >>> MetaLoraConfig(r=2, meta_r=16, target_modules=["to_q", "to_v"]).stage
-    'meta'
+    Examples:
+        >>> MetaLoraConfig(r=2, meta_r=16, target_modules=["to_q", "to_v"]).stage
+        'meta'
 
     Raises:
         ConfigError: a rank, scale, probability, stage, start or pattern that cannot be.
