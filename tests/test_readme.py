@@ -92,8 +92,8 @@ def test_a_person_is_read_and_drawn(here):
 
 def test_the_service_does_what_it_is_asked(home, here):
     """The requests are those of curl, sent to a service in this process."""
-    lines = [line for block in blocks("bash") for line in block.split("\n") if line.startswith("printf")]
-    subprocess.run(["bash", "-c", *lines], check=True, env={**os.environ, **yours()})
+    lines = [line for block in blocks("bash") for line in block.split("\n") if line.startswith(("mkdir", "printf"))]
+    subprocess.run(["bash", "-ec", "\n".join(lines)], check=True, env={**os.environ, **yours()})
     requests = [words for words in command_lines() if words[0] == "curl"]
 
     async def ask():
