@@ -51,7 +51,8 @@ bench: .venv/.installed
 	.venv/bin/python benchmarks/evaluation.py --small --output build/evaluation
 
 report: .venv/.installed
-	rm -rf build/people build/report
+	rm -rf build/people build/report build/rank-4
+	.venv/bin/python benchmarks/embedded_down.py --output build/rank-4
 	.venv/bin/metalora demo-data build/people --split held-out --subjects 4 --images_per_subject 5 --conditions
 	.venv/bin/metalora evaluate --config benchmarks/report.yaml
 	mkdir -p docs/results/report

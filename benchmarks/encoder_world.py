@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from embedded_down import of_rank
 from factor_reader import FactorReader
 from known_truth import STRANGERS, mark_shown, same_scenes, strangers, write_people
 from PIL import Image
@@ -33,7 +34,6 @@ from peft_metalora.training.encoder_training import Reads
 from peft_metalora.training.engine.stacked import AdapterStack
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
-from peft_metalora.tuner.down import DownSource
 
 SECOND, CHANCE, FACTORS, MARK = "second_r_facesim", "copied_by_chance", "factor_distance", "mark"
 _RENDERED = 1024  # images drawn together on a GPU
@@ -345,22 +345,6 @@ def among_themselves(vectors: Tensor) -> list[float]:
     similar, count = vectors @ vectors.mT, vectors.shape[1]
     found = (similar.sum((1, 2)) - similar.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
     return [round(value, 4) for value in found.tolist()]
-
-
-def of_rank(down: DownSource, r: int) -> DownSource:
-    """The Down with starts of a lower rank: the first rows of Mid and columns of Up."""
-    if r == down.config.r:
-        return down
-    cuts: dict[str, Callable[[Tensor], Tensor]] = {
-        "metalora_down": lambda tensor: tensor,
-        "metalora_mid_init": lambda tensor: tensor[:r],
-        "metalora_mid": lambda tensor: tensor[:, :r],
-        "metalora_up": lambda tensor: tensor[:, :, :r],
-    }
-    tensors = {name: cuts[name.rpartition(".")[2]](tensor).contiguous() for name, tensor in down.tensors.items()}
-    # The scale stays: lora_alpha / r.
-    config = dataclasses.replace(down.config, r=r, lora_alpha=down.config.lora_alpha / down.config.r * r)
-    return DownSource(config, tensors, down.fingerprint)
 
 
 def _make_worse(job: tuple[np.ndarray[Any, Any], tuple[str, ...], bool, int]) -> list[np.ndarray[Any, Any]]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from clock import now
+from embedded_down import embedded_down
 from origin import origin, write
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from peft_metalora import hub
 from peft_metalora.bases import base_for
 from peft_metalora.data import Photo, Subject, load_image, read_subjects
 from peft_metalora.data.degrade import DEGRADATIONS, degrade
-from peft_metalora.demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
+from peft_metalora.demo.embedded import BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
 from peft_metalora.demo.faces import turned_photo, write_dataset
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.scene import parse_caption
@@ -89,7 +90,7 @@ class Bench:
         ids = self.pipe._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
         self.pipe._prepare_latent_image_ids = lambda *_: ids
         self.embedder, self.judge = load_embedder().to(self.device), load_judge().to(self.device)
-        self.down = hub.load_down(str(ASSETS / "down"))
+        self.down = embedded_down()
         self.home = Path(tempfile.mkdtemp())
         self.config = PersonalizeConfig(
             pretrained_model_name_or_path=str(BASE),

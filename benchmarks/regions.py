@@ -19,17 +19,18 @@ import time
 from pathlib import Path
 
 import torch
+from embedded_down import embedded_down
 from origin import origin, write
 from PIL import Image
 
-from peft_metalora import enable_meta_lora, hub
+from peft_metalora import enable_meta_lora
 from peft_metalora.bases import base_for
 from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.data.images import png
-from peft_metalora.demo.embedded import BASE, RESOLUTION, load_base
+from peft_metalora.demo.embedded import BASE, DOWN, RESOLUTION, load_base
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.judges import load_embedder
-from peft_metalora.demo.run import DOWN, METHODS, STEPS
+from peft_metalora.demo.run import METHODS, STEPS
 from peft_metalora.demo.scoring import generate, to_pil
 from peft_metalora.demo.show_two_people import (
     ADAPTER,
@@ -75,7 +76,7 @@ def learn(base, people: list[Subject], steps: int, home: Path) -> None:
     )
     references = [Subject(person.name, [person.split()[0]]) for person in people]
     examples = encode_subjects(base, references, config, config.views_per_image)
-    run = personalize_many(base, examples, config, hub.load_down(str(DOWN)))
+    run = personalize_many(base, examples, config, embedded_down())
     for slot, person in enumerate(people):
         run.save(home / person.name, slot)
     run.remove()

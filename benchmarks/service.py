@@ -44,8 +44,7 @@ from PIL import Image
 from peft_metalora import enable_meta_lora, load_down
 from peft_metalora.bases import base_for
 from peft_metalora.checkpoint.space import CODE_SIZE
-from peft_metalora.demo.embedded import MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
-from peft_metalora.demo.run import DOWN
+from peft_metalora.demo.embedded import DOWN, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
 from peft_metalora.encoder import EncoderConfig, SubjectSpace, load_reader, make_encoder, save_reader
 
 PROMPT, STEPS = "a photo of a person, smiling", 4

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning rates of stage 2 on the embedded domain, chosen on the `tune` people, who are in no reported figure.
 
-    python benchmarks/sweep.py --down DIR --method meta-stored --lr 1e-3 --lr 3e-3 --output sweep.json
+    python benchmarks/sweep.py --method meta-stored --lr 1e-3 --lr 3e-3 --output sweep.json
 
 Every learning rate trains all people at once from one image each and scores them on the demo's prompts after several
 numbers of steps. `--method`: meta-stored, meta-mean, meta-fresh, or lora-<rank>.
@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from embedded_down import embedded_down
 from origin import origin, write
 from peft import LoraConfig
 
 from peft_metalora import hub
 from peft_metalora.bases import base_for
 from peft_metalora.data import Subject, load_image, read_subjects
-from peft_metalora.demo.embedded import ASSETS, BASE, RESOLUTION, load_base
+from peft_metalora.demo.embedded import BASE, RESOLUTION, load_base
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.judges import load_embedder, load_judge
 from peft_metalora.demo.scoring import PROMPTS, Scorer, generate
@@ -45,7 +46,8 @@ class MetaLoraRun:
         config = replace(
             config, learning_rate=lr, start=start, max_train_steps=max(args.at), train_batch_size=args.batch_size
         )
-        self.run = Personalization(base, examples, config, hub.load_down(str(args.down)))
+        down = embedded_down() if args.down is None else hub.load_down(str(args.down))
+        self.run = Personalization(base, examples, config, down)
         self.base = base
 
     def steps(self):
@@ -87,7 +89,7 @@ class LoraRun:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=BASE)
-    parser.add_argument("--down", type=Path, default=ASSETS / "down")
+    parser.add_argument("--down", type=Path, help="default: the embedded one at rank 4")
     parser.add_argument("--method", required=True)
     parser.add_argument("--lr", type=float, action="append", required=True)
     parser.add_argument("--at", type=int, nargs="+", default=[25, 50, 100, 150, 200, 300], help="steps to score after")

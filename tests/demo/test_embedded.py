@@ -7,12 +7,22 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from peft_metalora import enable_meta_lora
+from peft_metalora.data import load_image
 from peft_metalora.demo import faces
-from peft_metalora.demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, load_base
+from peft_metalora.demo.embedded import (
+    ASSETS,
+    BASE,
+    DOWN,
+    MAX_SEQUENCE_LENGTH,
+    RESOLUTION,
+    build_pipeline,
+    load_base,
+)
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.render import render
 from peft_metalora.demo.scene import captions, parse_caption, sample_scenes
-from peft_metalora.demo.scoring import generate, to_pil
+from peft_metalora.demo.scoring import PROMPTS, generate, to_pil
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +40,33 @@ def test_files_are_the_ones_that_were_measured():
 
 def test_base_is_at_most_16_mib():
     assert sum(path.stat().st_size for path in BASE.rglob("*.safetensors")) <= 16 * 2**20
+
+
+def test_all_assets_are_at_most_32_mib():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 32 * 2**20
+
+
+def test_the_down_reads_people_off_one_photo_each(tmp_path, coarse_images):
+    faces.write_dataset(tmp_path, "tune", 3, 4)
+    folders = sorted(tmp_path.iterdir())
+    pipe = enable_meta_lora(load_base())
+    for folder in folders:
+        pipe.read_subject(folder / "0.png", folder.name, down=DOWN, as_adapter=False)
+    prompts = PROMPTS[::3]
+    drawn = generate(
+        pipe,
+        prompts * len(folders),
+        [*range(len(prompts))] * len(folders),
+        subjects=[folder.name for folder in folders for _ in prompts],
+    )
+    embedder = load_embedder()
+    own = torch.stack(
+        [embedder.embed([load_image(folder / f"{n}.png") for n in range(1, 4)]).vectors for folder in folders]
+    )
+    shown = embedder.embed(drawn).vectors.view(len(folders), len(prompts), -1)
+    similar = torch.einsum("apd,bnd->ab", shown, own) / (len(prompts) * 3)
+    assert similar.diagonal().mean() > 0.6
+    assert similar.argmax(1).tolist() == [0, 1, 2], "each is nearest to their own other photos"
 
 
 def test_stock_diffusers_loads_it_without_being_told_a_dtype():

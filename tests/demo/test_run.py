@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The method on the embedded base: a learned person is recognised, and the demo writes what it says."""
 
+import contextlib
+import io
 import json
 
 import pytest
 import torch
 from PIL import Image
 
-from peft_metalora import hub
+from embedded_rank_4 import embedded_down
 from peft_metalora.bases import base_for
 from peft_metalora.cli import main
 from peft_metalora.data import load_image, read_subjects
 from peft_metalora.demo.embedded import BASE, RESOLUTION, load_base
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.judges import load_embedder, load_judge
-from peft_metalora.demo.run import DOWN, METHODS, run_demo
+from peft_metalora.demo.run import METHODS, run_demo
 from peft_metalora.demo.scoring import PROMPTS, Scorer, generate
+from peft_metalora.demo.sheet import GAP, LABELS, MARGIN, SCALE
 from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.training.stage_settings import PersonalizeConfig
@@ -47,7 +50,7 @@ def test_learned_person_is_recognised_beyond_what_random_adapters_reach(tmp_path
     base = base_for(pipe)
     person.photos[:] = [reference]
     examples = encode_subjects(base, [person], config, config.views_per_image, progress=False)
-    run = Personalization(base, examples, config, hub.load_down(str(DOWN)))
+    run = Personalization(base, examples, config, embedded_down())
     for _ in run.steps():
         pass
     pipe.transformer.eval()
@@ -69,28 +72,47 @@ def test_learned_person_is_recognised_beyond_what_random_adapters_reach(tmp_path
     assert learned - without > max(0.1, 2 * margin)
 
 
-def test_demo_writes_a_picture_and_an_object_for_every_method(tmp_path, capsys, coarse_images):
-    results = run_demo(tmp_path, person=1, steps=2)
-    assert json.loads((tmp_path / "demo.json").read_text()) == results
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo with two steps for every method that trains: its folder, its results, what it printed."""
+    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr("peft_metalora.demo.scoring.INFERENCE_STEPS", 4)
+        results = run_demo(folder, person=1, steps=2)
+    return folder, results, printed.getvalue()
+
+
+def test_demo_has_an_object_for_every_method(demo):
+    folder, results, printed = demo
+    assert json.loads((folder / "demo.json").read_text()) == results
     assert [result["method"] for result in results] == [method.name for method in METHODS]
     for result in results:
-        assert -1 <= result["r_facesim"] <= 1 and 0 <= result["prompt_adherence"] <= 1
-    lora, stored, mean = results[1:]
-    assert lora["steps"] == stored["steps"] == mean["steps"] == 2
-    assert stored["trainable_parameters"] == mean["trainable_parameters"]
-    # Two steps from Up = 0 draw nearly what the base draws; the mean subject is somebody else.
-    assert abs(stored["r_facesim"] - results[0]["r_facesim"]) < 0.1
-    with Image.open(tmp_path / "demo.png") as picture:
-        assert picture.width > 8 * RESOLUTION and picture.height > 5 * RESOLUTION
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000
-    with Image.open(tmp_path / "demo-two.png") as picture:
-        photos, regions, sums = (
-            picture.crop((150, picture.height - up, picture.width, picture.height - up + 128)) for up in (384, 256, 128)
-        )
-        assert photos.width > 3 * 4 * RESOLUTION and len({photos.tobytes(), regions.tobytes(), sums.tobytes()}) == 3
-        assert min(len(row.convert("RGB").getcolors(1 << 24)) for row in (photos, regions, sums)) > 1000
-    printed = capsys.readouterr().out
+        assert -1 <= result["r_facesim"] <= 1 and 0 <= result["prompt_adherence"] <= 1 and result["person"] == 1
+    base, lora, read, tuned = results
+    assert "steps" not in base and [result["steps"] for result in (lora, read, tuned)] == [2, 0, 2]
+    assert [result["trainable_parameters"] for result in (lora, read, tuned)] == [33_408, 0, 19_584]
+    assert lora["learning_rate"] == 1e-2 and tuned["learning_rate"] == 3e-4, "the product's default"
+    assert all(result["seconds"] > 0 for result in (lora, read, tuned))
     assert "R-FaceSim" in printed
+
+
+def test_the_person_is_there_in_zero_steps(demo):
+    base, lora, read, tuned = demo[1]
+    assert read["r_facesim"] > max(base["r_facesim"], lora["r_facesim"]) + 0.3
+    assert read["r_facesim"] > 0.5 and abs(tuned["r_facesim"] - read["r_facesim"]) < 0.05
+
+
+def test_demo_writes_its_pictures(demo):
+    folder, _, printed = demo
+    side = RESOLUTION * SCALE
+    for name, rows, width in (("demo.png", 4, side), ("demo-two.png", 3, 2 * side)):
+        with Image.open(folder / name) as picture:
+            left, bottom = MARGIN + LABELS, picture.height - MARGIN
+            last = picture.convert("RGB").crop((left, bottom - side, left + width, bottom))
+            before = picture.convert("RGB").crop((left, bottom - 2 * side - GAP, left + width, bottom - side - GAP))
+            assert picture.height > rows * side and picture.width > LABELS + 5 * side
+        assert last.tobytes() != before.tobytes()
+        assert min(len(row.getcolors(1 << 24)) for row in (last, before)) > 1000
     for way in ("a region each", "sum, weight 0.5 each"):
         (line,) = [line for line in printed.splitlines() if line.startswith(way)]
         right, wrong, swapped = map(float, line.removeprefix(way).split())

@@ -4,18 +4,15 @@
 from dataclasses import replace
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from peft_metalora import enable_meta_lora, hub
-from peft_metalora.bases import base_for
-from peft_metalora.data import Subject, load_image, read_subjects
+from peft_metalora import enable_meta_lora
+from peft_metalora.data import load_image, read_subjects
 from peft_metalora.demo import faces, two_people
-from peft_metalora.demo.embedded import BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, build_tokenizer, load_base
+from peft_metalora.demo.embedded import DOWN, MAX_SEQUENCE_LENGTH, RESOLUTION, build_tokenizer, load_base
 from peft_metalora.demo.judges import adherence, load_embedder, load_judge
 from peft_metalora.demo.make_two_people import train_two_people
 from peft_metalora.demo.render import render
-from peft_metalora.demo.run import DOWN
 from peft_metalora.demo.scene import captions, parse_caption, sample_scenes
 from peft_metalora.demo.scoring import generate
 from peft_metalora.demo.show_two_people import (
@@ -25,12 +22,7 @@ from peft_metalora.demo.show_two_people import (
     TWO_PEOPLE,
     draw_two,
     keep_apart,
-    sheet_of_two,
-    side_by_side,
 )
-from peft_metalora.training.examples.encoding import encode_subjects
-from peft_metalora.training.personalize import personalize_many
-from peft_metalora.training.stage_settings import PersonalizeConfig
 
 
 def people(n, seed=1):
@@ -120,30 +112,13 @@ def test_scores_tell_whose_face_a_half_shows():
     assert both.swapped.tolist() == [[0, 1]] * 3, "one person twice"
 
 
-def test_regions_keep_two_learned_people_apart_better_than_a_sum(tmp_path, coarse_images):
+def test_regions_keep_two_people_who_were_read_apart_better_than_a_sum(tmp_path, coarse_images):
     faces.write_dataset(tmp_path / "people", "held-out", [2, 3], 5)
     pair = read_subjects(tmp_path / "people")
-    config = PersonalizeConfig(
-        pretrained_model_name_or_path=str(BASE),
-        output_dir=str(tmp_path / "out"),
-        resolution=RESOLUTION,
-        learning_rate=3e-3,
-        start="mean",
-        max_train_steps=12,
-        views_per_image=8,
-    )
-    base = base_for(load_base())
-    references = [Subject(person.name, [person.split()[0]]) for person in pair]
-    examples = encode_subjects(base, references, config, config.views_per_image, progress=False)
-    run = personalize_many(base, examples, config, hub.load_down(str(DOWN)), progress=False)
-    for slot, name in enumerate(("left", "right")):
-        run.save(tmp_path / name, slot)
-    run.remove()
-    pipe = enable_meta_lora(base.pipeline)
+    pipe = enable_meta_lora(load_base())
     pipe.load_lora_weights(str(TWO_PEOPLE), adapter_name=ADAPTER)
-    pipe.load_meta_lora(DOWN, "down")
-    for name in ("left", "right"):
-        pipe.load_meta_lora(tmp_path / name)
+    for name, person in zip(("left", "right"), pair, strict=True):
+        pipe.read_subject(person.split()[0].path, name, down=DOWN)
     embedder = load_embedder()
     others = tuple(embedder.embed([load_image(photo.path) for photo in person.split()[1]]) for person in pair)
 
@@ -154,14 +129,3 @@ def test_regions_keep_two_learned_people_apart_better_than_a_sum(tmp_path, coars
 
     regions, sums = gap(None), gap(0.5)
     assert regions > 0.3 and regions > sums + 0.1
-
-
-def test_the_sheet_has_a_row_of_pictures_for_each_label():
-    red, blue = (Image.new("RGB", (RESOLUTION, RESOLUTION), colour) for colour in ("red", "blue"))
-    both, turned = side_by_side(red, blue), side_by_side(blue, red)
-    sheet = sheet_of_two([("one", [both]), ("two\nlines", [turned, both])], ["a\nheading", "b"])
-    with_one_less = sheet_of_two([("one", [both])], ["a\nheading", "b"])
-    assert sheet.height - with_one_less.height == 2 * RESOLUTION
-    assert sheet.width - with_one_less.width == 4 * RESOLUTION
-    colours = [sheet.getpixel((sheet.width - 300 + x, sheet.height - 64)) for x in (-180, -10, 100, 280)]
-    assert colours == [(0, 0, 255), (255, 0, 0), (255, 0, 0), (0, 0, 255)]

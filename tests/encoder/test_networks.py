@@ -214,6 +214,17 @@ class TestFiles:
         with pytest.raises(error, match=text):
             load_encoder(tmp_path, space, shrink)
 
+    def test_weights_may_be_kept_in_half_precision(self, tmp_path, space, encoder):
+        encoder.save(tmp_path / "whole", space)
+        codes = encoder.codes([photo(0), photo(1)])
+        rounded = encoder.half().fingerprint
+        encoder.save(tmp_path / "half", space)
+        whole, half = (load_encoder(tmp_path / kind, space, shrink) for kind in ("whole", "half"))
+        assert half.fingerprint == rounded != whole.fingerprint
+        read = half.codes([photo(0), photo(1)])
+        assert read.dtype == torch.float32 and not torch.equal(read, codes)
+        torch.testing.assert_close(read, codes, atol=0.02, rtol=0)
+
     def test_changed_weights_are_refused(self, tmp_path, space, encoder):
         encoder.save(tmp_path, space)
         other = make_encoder(CONFIG, shrink, seed=9)

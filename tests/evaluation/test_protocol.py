@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_metalora.bases import base_for, load_base
+from peft_metalora.bases import load_base
 from peft_metalora.cli import main
 from peft_metalora.data import read_subjects
-from peft_metalora.demo.embedded import ASSETS, BASE
-from peft_metalora.demo.embedded import load_base as load_demo
+from peft_metalora.demo.embedded import BASE, DOWN
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.errors import ConfigError
 from peft_metalora.evaluation.bench import Bench
@@ -177,10 +176,9 @@ def test_the_prompt_set_names_the_person_in_every_prompt() -> None:
 def test_a_person_who_is_read_is_drawn_before_the_first_step_and_stays_when_the_run_stops(
     people: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    down = teach_to_read(shutil.copytree(ASSETS / "down", tmp_path / "down"), base=base_for(load_demo()), resolution=64)
     settings = {"data": str(people), "output": str(tmp_path / "out"), "prompts": str(prompts), "device": "cpu"}
     settings |= {"num_inference_steps": 1, "views_per_image": 1, "train_batch_size": 1}
-    method = f"meta-lora:start=encoder,lr=1.0,down={down}"
+    method = "meta-lora:start=encoder,lr=1.0"
     evaluate(EvaluateConfig(**settings, method=[method, "base", "lora:r=1"], steps=[0, 2, 3]), progress=False)
     rows = {(row["method"], row["subject"], row["steps"]): row for row in results(tmp_path / "out")}
     assert {(name, steps) for name, _, steps in rows} == {
@@ -189,7 +187,7 @@ def test_a_person_who_is_read_is_drawn_before_the_first_step_and_stays_when_the_
     for person in ("held-out-0000", "held-out-0001"):
         read, stopped, later = ((tmp_path / "out" / rows[method, person, s]["file"]).read_bytes() for s in (0, 2, 3))
         assert read != stopped == later
-    face = teach_to_read(shutil.copytree(ASSETS / "down", tmp_path / "face"), source=f"face:{__name__}:judge")
+    face = teach_to_read(shutil.copytree(DOWN, tmp_path / "face"), source=f"face:{__name__}:judge")
     judged = {"embedder": f"{__name__}:judge", "face_model": f"{__name__}:judge", "steps": [0]}
     with pytest.raises(ConfigError, match="a judge that the encoder does not read through"):
         evaluate(EvaluateConfig(**settings, **judged, method=[f"meta-lora:start=encoder,down={face}"]), progress=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +12,16 @@ from peft.tuners.loha.layer import make_weight
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
-from peft_metalora import hub
+from embedded_rank_4 import BENCHMARKS, embedded_down
 from peft_metalora.bases import Base, load_base
-from peft_metalora.demo.embedded import ASSETS, BASE
+from peft_metalora.demo.embedded import BASE, DOWN
 from peft_metalora.evaluation.adapters import adapter_config
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, put_on, take_off, vmap_ready
+from peft_metalora.hub import load_down
 from peft_metalora.training.stage_settings import PersonalizeConfig
 from peft_metalora.tuner import DownSource
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = BENCHMARKS / "results"
 ALL = {**RIVALS, **{f"variant {name}": rival for name, rival in VARIANTS.items()}}
 CONFIG = PersonalizeConfig(pretrained_model_name_or_path=str(BASE), output_dir="none", resolution=64)
 
@@ -33,7 +33,17 @@ def base() -> Base:
 
 @pytest.fixture(scope="module")
 def down() -> DownSource:
-    return hub.load_down(str(ASSETS / "down"))
+    """At rank 4, as in the results."""
+    return embedded_down()
+
+
+def test_the_down_of_the_package_is_that_of_the_results_cut_to_rank_1(down: DownSource) -> None:
+    ours, cut = load_down(str(DOWN)), embedded_down(1)
+    assert (down.config.r, ours.config.r, cut.config.r) == (4, 1, 1)
+    assert down.fingerprint == ours.fingerprint == cut.fingerprint
+    assert {one.config.lora_alpha / one.config.r for one in (down, ours, cut)} == {1.0}
+    assert ours.tensors.keys() == cut.tensors.keys()
+    assert all(torch.equal(ours.tensors[name], cut.tensors[name]) for name in cut.tensors)
 
 
 def predict(base: Base) -> Tensor:

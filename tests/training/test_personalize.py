@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from peft_metalora import enable_meta_lora, errors, hub, load_subject
 from peft_metalora.bases import base_for
-from peft_metalora.demo.embedded import ASSETS, BASE
+from peft_metalora.demo.embedded import BASE, DOWN
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.errors import (
     ConfigError,
@@ -249,7 +249,8 @@ def test_a_learning_rate_that_destroys_ends_the_run(tmp_path):
     write_dataset(tmp_path / "people", "held-out", 1, 1)
     config = PersonalizeConfig(
         pretrained_model_name_or_path=str(BASE),
-        down=str(ASSETS / "down"),
+        down=str(DOWN),
+        start="stored",
         instance_data_dir=str(next((tmp_path / "people").glob("*/*.png"))),
         output_dir=str(tmp_path / "ann"),
         resolution=64,

@@ -43,9 +43,10 @@ class ReaderFiles:
 
 
 def encoder_fingerprint(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) of an encoder's settings and of every weight's name, shape, dtype and bytes."""
+    """sha256 (hex) of an encoder's settings and of every weight's name, shape and bytes in float32."""
     text = json.dumps(dict(settings), sort_keys=True)
-    return hashlib.sha256(f"{text}|{digest_of(weights)}".encode()).hexdigest()
+    exact = {name: tensor.detach().float() for name, tensor in weights.items()}
+    return hashlib.sha256(f"{text}|{digest_of(exact)}".encode()).hexdigest()
 
 
 def check_reader(folder: Path, config: MetaLoraConfig, down: DownSource) -> None:

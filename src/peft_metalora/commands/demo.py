@@ -11,7 +11,7 @@ from . import Done
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """The whole method on the embedded base: one held-out person, learned from one image in two ways."""
+    """The whole method on the embedded base: one held-out person, from one photo, trained on and read."""
 
     output_dir: str = setting("Folder for demo.png, demo-two.png and demo.json.", ".")
 

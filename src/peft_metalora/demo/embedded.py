@@ -21,6 +21,7 @@ from .scene import VOCABULARY
 
 ASSETS = Path(__file__).parent / "assets"
 BASE = ASSETS / "base"
+DOWN = ASSETS / "down"
 BASE_NAME = "peft_metalora/demo-base"
 RESOLUTION = 64
 MAX_SEQUENCE_LENGTH = 24

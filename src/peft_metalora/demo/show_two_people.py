@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ..metrics import Embeddings
@@ -33,9 +33,6 @@ ASKED = (
 )
 """What the prompts say of the left person, of the right one, and of the wall."""
 PROMPTS = tuple(f"a photo of a person, {left}, a person, {right}, {wall}" for left, right, wall in ASKED)
-
-_SCALE = 2  # of a 64 px image in the picture
-_LABELS, _LINE = 150, 15  # px
 
 
 @dataclass(frozen=True)
@@ -92,24 +89,6 @@ def keep_apart(embedder: FaceEmbedder, images: Tensor, photos: tuple[Embeddings,
         1,
     )  # (n, half, person)
     return Apart(right=cosines.diagonal(dim1=1, dim2=2), wrong=cosines.flip(2).diagonal(dim1=1, dim2=2))
-
-
-def sheet_of_two(rows: Sequence[tuple[str, Sequence[Image.Image]]], heads: Sequence[str] = ()) -> Image.Image:
-    """A row of two-person pictures beside each label, under headings where there are any; labels may have lines."""
-    width, height = 2 * RESOLUTION * _SCALE, RESOLUTION * _SCALE
-    top = 8 + _LINE * max((head.count("\n") + 1 for head in heads), default=0)
-    count = max(len(images) for _, images in rows)
-    sheet = Image.new("RGB", (_LABELS + width * count + 4, top + height * len(rows)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for number, head in enumerate(heads):
-        draw.multiline_text((_LABELS + width * number, 4), head, "black", font)
-    for row, (label, images) in enumerate(rows):
-        y = top + height * row
-        draw.multiline_text((8, y + 8), label, "black", font)
-        for number, image in enumerate(images):
-            shown = image.resize((width - 4, height - 4), Image.Resampling.NEAREST)
-            sheet.paste(shown, (_LABELS + width * number, y))
-    return sheet
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:

@@ -172,7 +172,7 @@ class SubjectEncoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the configuration and of every weight's name, shape, dtype and bytes."""
+        """sha256 (hex) of the configuration and of every weight's name, shape and bytes in float32."""
         return encoder_fingerprint(dataclasses.asdict(self.config), self.state_dict())
 
     def save(self, folder: str | os.PathLike[str], space: SubjectSpace) -> None:
@@ -276,7 +276,8 @@ def load_encoder(
             f"{path}: expected the encoder {str(facts.get('encoder_fingerprint'))[:16]}…, found "
             f"{encoder.fingerprint[:16]}… in {ENCODER_FILE}. Fetch both files again, from one place."
         )
-    return encoder.eval().requires_grad_(False)
+    # Weights may be kept in half precision; photos are read in float32.
+    return encoder.float().eval().requires_grad_(False)
 
 
 _JSON: dict[type, Any] = {float: (int, float)}  # which writes 0.0 and 0 alike

@@ -135,9 +135,9 @@ def down_name(config: EvaluateConfig, method: Method) -> str:
     """
     name = method.options.get("down") or config.down
     if name is None and config.base == DEMO:
-        from ..demo.embedded import ASSETS
+        from ..demo.embedded import DOWN
 
-        name = str(ASSETS / "down")
+        name = str(DOWN)
     if name is None:
         raise ConfigError(f"method {method.text!r} needs a Down, found none: give `down`")
     return name

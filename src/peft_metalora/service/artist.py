@@ -372,12 +372,12 @@ def code_of(person: Person) -> SubjectCode:
 
 
 def _of_the_demo(config: ServeConfig) -> ServeConfig:
-    from ..demo.embedded import ASSETS, BASE, MAX_SEQUENCE_LENGTH, RESOLUTION
+    from ..demo.embedded import BASE, DOWN, MAX_SEQUENCE_LENGTH, RESOLUTION
 
     return replace(
         config,
         pretrained_model_name_or_path=str(BASE),
-        down=config.down or str(ASSETS / "down"),
+        down=config.down or str(DOWN),
         resolution=config.resolution or RESOLUTION,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         device="cpu",
