@@ -120,6 +120,12 @@ COMMANDS = {
         "commands.evaluate:run_evaluate",
         "metalora evaluate --data people --method base meta-lora:start=mean --output evaluation",
     ),
+    "likeness": Command(
+        "score pictures of a person, made by anything",
+        "commands.likeness:LikenessConfig",
+        "commands.likeness:run_likeness",
+        "metalora likeness ann-photos images --embedder dlib",
+    ),
     "info": Command(
         "say what a Down or a subject is, and whether they fit",
         "commands.info:InfoConfig",

@@ -12,11 +12,12 @@ import torch
 
 from peft_metalora.bases import load_base
 from peft_metalora.cli import main
-from peft_metalora.data import read_subjects
+from peft_metalora.data import load_image, read_subjects
 from peft_metalora.demo.embedded import BASE, DOWN
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.errors import ConfigError
-from peft_metalora.evaluation.bench import Bench
+from peft_metalora.evaluation import bench
+from peft_metalora.evaluation.bench import Bench, image_to_image
 from peft_metalora.evaluation.cells import read_cells
 from peft_metalora.evaluation.evaluation_settings import EvaluateConfig, Method
 from peft_metalora.evaluation.figures import summary
@@ -138,6 +139,44 @@ def test_an_image_that_is_not_there_is_a_miss(people: Path, prompts: Path, tmp_p
     evaluate(config, progress=False)
     figures = summary(read_cells(tmp_path / "out", ["none"]))["none"]
     assert figures["failed"].value == 1 and figures["r_facesim"].value == 0
+
+
+def test_images_are_edited_again_and_again(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"a photo of {{subject}}, facing {side}, smiling, in a red shirt" for side in ("left", "right", "right")]
+    (tmp_path / "prompts.yaml").write_text(json.dumps({"poses": texts}))
+    given = []
+
+    def watched(pipeline):
+        edit = image_to_image(pipeline)
+
+        class Watched:
+            def __call__(self, prompt, image, height, **options):
+                given.append((prompt, image, options["strength"]))
+                return edit(prompt=prompt, image=image, height=height, **options)
+
+        return Watched()
+
+    monkeypatch.setattr(bench, "image_to_image", watched)
+    arguments = ["evaluate", "--data", str(people), "--output", str(tmp_path / "out"), "--edits", "2"]
+    arguments += ["--prompts", str(tmp_path / "prompts.yaml"), "--edit_strength", "0.5", "--num_inference_steps", "2"]
+    assert main([*arguments, "--method", "base", "--device", "cpu"]) == 0
+    said = [text.format(subject="a person") for text in texts]
+    assert [(prompt, strength) for prompt, _, strength in given[:6]] == [
+        (said[number], 0.5) for number in (1, 2, 0, 2, 0, 1)
+    ]
+    cell = read_cells(tmp_path / "out", ["base"])[0]
+    drawn = [load_image(tmp_path / "out" / row["file"]) for row in cell["rows"]]
+    edited = {(row["edits"], row["number"]): load_image(tmp_path / "out" / row["file"]) for row in cell["edited"]}
+    assert sorted(edited) == [(count, number) for count in (1, 2) for number in (0, 1, 2)]
+    before = [*drawn, *(edited[1, number] for number in range(3))]
+    assert all(image.tobytes() == start.tobytes() for (_, image, _), start in zip(given[:6], before, strict=True))
+    assert all(edited[1, number].tobytes() != drawn[number].tobytes() for number in range(3))
+    table = (tmp_path / "out" / "report.md").read_text()
+    assert "| R-FaceSim | as drawn | after 1 | after 2 |" in table
+    # What is drawn and judged without edits stays one's own, and is there already.
+    given.clear()
+    assert main([*arguments, "--method", "base", "--device", "cpu"]) == 0
+    assert not given
 
 
 def test_axes_have_round_numbers() -> None:

@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from peft_metalora.errors import MetricInputError
-from peft_metalora.metrics import Embeddings, bootstrap, clip_i, clip_t, dino, face_sim, pose_copy, r_facesim
+from peft_metalora.metrics import (
+    Comparison,
+    Embeddings,
+    bootstrap,
+    clip_i,
+    clip_t,
+    copy_paste,
+    dino,
+    face_sim,
+    pose_copy,
+    r_facesim,
+    real_ceiling,
+)
 
 
 def seen(vectors: Tensor, found: list[bool] | None = None) -> Embeddings:
@@ -43,6 +57,35 @@ def test_photos_without_a_face_are_no_targets() -> None:
     assert r_facesim(seen(AXES[:1]), others).mean == 1
     with pytest.raises(MetricInputError, match="at least one of the other photos of the person, found none in 2"):
         r_facesim(seen(AXES[:1]), seen(AXES[:2], [False, False]))
+
+
+def at(*degrees: float) -> Embeddings:
+    angles = torch.tensor(degrees).deg2rad()
+    return seen(torch.stack([angles.cos(), angles.sin()], dim=1))
+
+
+def test_copy_paste_is_one_on_the_reference_and_minus_one_on_another_photo() -> None:
+    # Angles to the reference at 0 and the other photo at 40 degrees, by the formula of WithAnyone.
+    found = copy_paste(at(0, 40, 20, 10, 100), at(0), at(40))
+    torch.testing.assert_close(found, torch.tensor([1, -1, 0, 0.5, -1]), atol=2e-3, rtol=0)
+    two = copy_paste(at(0, 30), at(0), at(40, 60))
+    torch.testing.assert_close(two, torch.tensor([1, ((10 - 30) / 40 + (30 - 30) / 60) / 2]), atol=2e-3, rtol=0)
+    missed = copy_paste(seen(AXES[:2], [False, True]), seen(AXES[:1]), seen(AXES[1:2]))
+    assert missed.tolist() == pytest.approx([0, -1], abs=2e-3)
+    assert copy_paste(at(0), at(0), at(0)).tolist() == [0]  # photos that are one tell nothing apart
+
+
+def test_the_real_ceiling_is_the_mean_of_all_pairs() -> None:
+    assert real_ceiling(at(0, 60, 90)) == pytest.approx((0.5 + 0 + 3**0.5 / 2) / 3, abs=1e-6)
+    assert real_ceiling(seen(AXES[:3], [True, False, True])) == 0
+    assert math.isnan(real_ceiling(at(0)))
+
+
+def test_vectors_are_compared_as_their_embedder_says() -> None:
+    by_length = Comparison(lambda a, b: 1 - torch.cdist(a, b), torch.cdist)
+    one, other = (Embeddings(torch.tensor([[x, 0.0]]), torch.tensor([True]), compared=by_length) for x in (1, 1.25))
+    assert r_facesim(one, other).mean == pytest.approx(0.75)  # their cosine is 1
+    assert copy_paste(one, one, other).tolist() == [1]
 
 
 def people(number: int, photos: int, noise: float) -> Tensor:

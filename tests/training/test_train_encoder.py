@@ -230,7 +230,7 @@ def test_training_does_not_notice_that_it_is_looked_at(folders, tmp_path, monkey
 
 def test_the_score_is_that_of_a_person_who_is_read(folders, tmp_path, monkeypatch):
     write_people(tmp_path / "others", subjects=1, each=2)
-    monkeypatch.setattr(held_out, "load_embedder", lambda name: Brightness())
+    monkeypatch.setattr(held_out, "face_embedder", lambda name, setting: Brightness())
     looking = {"validation_steps": 3, "validation_data_dir": str(tmp_path / "others"), "validation_prompt": ["a photo"]}
     teach(config_of(folders, tmp_path / "out", **looking, validation_embedder="brightness", space_learning_rate=0.1))
     (line,) = (tmp_path / "out" / "validation" / "scores.jsonl").read_text().splitlines()

@@ -26,6 +26,7 @@ EXTRAS = {
     "data": "data sets of the Hub (--dataset_name)",
     "face": "R-FaceSim of photos of people, --face_crop insightface",
     "heic": "photos of iPhones",
+    "dlib": "likeness by a recogniser with free weights, --embedder dlib",
     "lpips": "diversity in evaluate (--lpips)",
     "serve": "the service on Ray",
 }

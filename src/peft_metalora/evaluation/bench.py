@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ _MADE_FROM = (
     "base", "down", "instance_prompt", "learning_rate", "train_batch_size", "views_per_image", "num_inference_steps",
     "mixed_precision", "subject_name",
 )  # fmt: skip
-_JUDGES = "base", "embedder", "face_pack", "clip_model", "dino_model", "dinov2_model", "lpips"
+_JUDGES = "base", "embedder", "match_threshold", "face_pack", "clip_model", "dino_model", "dinov2_model", "lpips"
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Bench:
             reference = bad_reference(config.data, subject, condition, home / "references")
         steps = sorted(set(config.steps)) if condition is None else [max(config.steps)]
         steps = [count for count in steps if count or method.reads]
+        edits = config.edits if condition is None else 0
         made_from = {
             "method": method.text,
             **{name: getattr(config, name) for name in _MADE_FROM},
@@ -107,6 +110,7 @@ class Bench:
             "resolution": config.side,
             "steps": steps,
             "caption": reference.caption,
+            **({"edits": [config.edits, config.edit_strength]} if edits else {}),
             "learned": hash_of(reference.path),
         }
         folder, key = home / method.folder / subject.name, self._key(made_from, subject)
@@ -117,7 +121,10 @@ class Bench:
             cell |= {"condition": condition.name, "strength": condition.strength}
         try:
             for stop in self._train(method, reference, steps):
-                cell["rows"] += self._score(folder, self._draw(stop.subject_name), subject, stop.steps)
+                images = self._draw(stop.subject_name)
+                cell["rows"] += self._score(folder, images, subject, stop.steps)
+                if edits and stop.steps == (0 if method.kind == "base" else max(steps)):
+                    cell["edited"] = self._edit(folder, images, subject, stop)
                 cell["points"].append({"steps": stop.steps, "seconds": round(stop.seconds, 3)})
                 cell["parameters"] = stop.parameters
         except TrainingError as error:
@@ -246,20 +253,9 @@ class Bench:
         self, folder: Path, images: Sequence[Image.Image | None], subject: Subject, steps: int
     ) -> list[dict[str, Any]]:
         """Write images and give a row each; None is an image that could not be made."""
-        reference, others = subject.split()
         there = {index: image for index, image in enumerate(images) if image is not None}
-        scores: list[dict[str, Any]] = []
-        if there:
-            try:
-                scores = self.judge.score(
-                    list(there.values()),
-                    [self.prompts[self._asked[index][0]].text for index in there],
-                    load_image(reference.path),
-                    [load_image(photo.path) for photo in others],
-                )
-            except MetricInputError as error:
-                raise MetricInputError(f"{subject.name}: {error}") from error
-        of_image = dict(zip(there, scores, strict=True))
+        asked = [self.prompts[self._asked[index][0]].text for index in there]
+        of_image = dict(zip(there, self._judged(subject, list(there.values()), asked) if there else [], strict=True))
         rows = []
         for index, (number, seed) in enumerate(self._asked):
             prompt = self.prompts[number]
@@ -272,11 +268,71 @@ class Bench:
             rows.append({**row, **of_image.get(index, {"found": False, "r_facesim": 0.0, "face_sim": 0.0})})
         return rows
 
+    def _judged(self, subject: Subject, images: list[Image.Image], prompts: list[str]) -> list[dict[str, Any]]:
+        reference, others = subject.split()
+        photos = [load_image(photo.path) for photo in others]
+        try:
+            return self.judge.score(images, prompts, load_image(reference.path), photos)
+        except MetricInputError as error:
+            raise MetricInputError(f"{subject.name}: {error}") from error
+
+    def _edit(self, folder: Path, drawn: Sequence[Image.Image], subject: Subject, stop: Stop) -> list[dict[str, Any]]:
+        """Edit the images of seed 0 again and again, each by the prompts that follow its own; a row for each edit."""
+        pipe, config = image_to_image(self.base.pipeline), self.config
+        sizes = {"height": config.side, "width": config.side} if "height" in signature(pipe.__call__).parameters else {}
+        if self.base.takes_sequence_length:
+            sizes["max_sequence_length"] = self.base.max_sequence_length
+        images, rows = list(drawn[:: config.seeds]), []
+        for count in range(1, config.edits + 1):
+            prompts = [self.prompts[(number + count) % len(images)] for number in range(len(images))]
+            with autocast(config.mixed_precision, self.base.device), torch.no_grad():
+                for number, prompt in enumerate(prompts):
+                    [images[number]] = pipe(
+                        prompt=prompt.about(stop.subject_name),
+                        image=images[number],
+                        strength=config.edit_strength,
+                        num_inference_steps=config.num_inference_steps,
+                        generator=torch.Generator().manual_seed(0),
+                        **sizes,
+                    ).images
+            scores = self._judged(subject, images, [prompt.text for prompt in prompts])
+            for number, (image, prompt, row) in enumerate(zip(images, prompts, scores, strict=True)):
+                path = folder / "edits" / f"{number:02d}-{count}.png"
+                write_bytes(path, png(image))
+                file = path.relative_to(self.output).as_posix()
+                rows.append({"edits": count, "prompt": prompt.text, "number": number, "file": file, **row})
+        return rows
+
+    def _real_ceiling(self, subject: Subject) -> float | None:
+        """R-FaceSim of the person's photos among themselves; None where there are no two with a face."""
+        reference, others = subject.split()
+        found = self.judge.real_ceiling(load_image(reference.path), [load_image(photo.path) for photo in others])
+        return None if math.isnan(found) else round(found, 4)
+
     def _finish(self, folder: Path, key: str, name: str, subject: Subject, cell: Cell) -> None:
         tags = read_tags(self.config.data).get(subject.name, {})
-        whole = {"key": key, "method": name, "subject": subject.name, "tags": tags, **cell}
+        about = {"method": name, "subject": subject.name, "tags": tags, "real_ceiling": self._real_ceiling(subject)}
+        whole = {"key": key, **about, **cell}
         # The images are there by now: what has a cell.json is complete.
         write_bytes(folder / "cell.json", (json.dumps(whole, indent=1) + "\n").encode())
+
+
+def image_to_image(pipeline: Any) -> Any:
+    """The pipeline of diffusers that edits images with the same models.
+
+    Raises:
+        ConfigError: there is none for this base.
+    """
+    from diffusers import AutoPipelineForImage2Image
+
+    try:
+        pipe: Any = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise ConfigError(
+            f"edits needs a base that diffusers edits images with, found {type(pipeline).__name__}: leave edits out"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _base_path(config: EvaluateConfig) -> str:

@@ -47,7 +47,7 @@ def is_complete(output: Path, folder: Path, key: str) -> bool:
     except MetaLoraError:
         return False
     return cell.get("key") == key and all(
-        row["file"] is None or (output / row["file"]).is_file() for row in cell["rows"]
+        row["file"] is None or (output / row["file"]).is_file() for row in (*cell["rows"], *cell.get("edited", []))
     )
 
 

@@ -66,10 +66,17 @@ class EvaluateConfig:
     learning_rate: float = setting("Learning rate of methods that name no lr.", 1e-3)
     train_batch_size: int = setting("Views in a batch.", 4)
     views_per_image: int = setting("Crops of a reference.", 32)
+    edits: int = setting(
+        "Also edit each image of seed 0 so many times, image to image with the next prompts: who is it afterwards?", 0
+    )
+    edit_strength: float = setting("How much an edit changes, above 0 and at most 1.", 0.6)
     resolution: int | None = setting("Height and width in pixels. Default: 512; 64 with base 'demo'.", None)
     num_inference_steps: int = setting("Steps of the sampler.", 20)
     embedder: str | None = setting(
-        "Face model: 'insightface', or module:function. Default: insightface; with base 'demo' its own.", None
+        "Face model: 'insightface', 'dlib', or module:function. Default: insightface; with base 'demo' its own.", None
+    )
+    match_threshold: float | None = setting(
+        "R-FaceSim from which on an image counts as a match. Default: the face model's, if it has one.", None
     )
     face_pack: str = setting("Models of insightface: antelopev2, buffalo_l, or a folder of ONNX files.", "antelopev2")
     face_providers: list[str] = setting(
@@ -102,6 +109,10 @@ class EvaluateConfig:
             raise ConfigError(f"steps must be one or more numbers of at least 0, found {self.steps}")
         if not (self.method or self.images or self.export_prompts):
             raise ConfigError("expected something to do, found none: give `method`, `images` or `export_prompts`")
+        if self.edits < 0 or not 0 < self.edit_strength <= 1:
+            raise ConfigError(
+                f"edits must be at least 0 and edit_strength in (0, 1], found {self.edits} and {self.edit_strength}"
+            )
         if self.lpips is not None and self.seeds < 2:
             raise ConfigError("lpips compares images of one prompt, which needs seeds of at least 2, found 1")
         if not self.subject_name.strip():

@@ -6,7 +6,9 @@ What could not be made and images without a face count as 0 in every mean, and a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +18,10 @@ from .cells import Cell
 
 LABELS = {
     "r_facesim": "R-FaceSim",
+    "real_ceiling": "real photos",
+    "match": "match rate",
     "face_sim": "FaceSim",
+    "copy_paste": "copy-paste",
     "pose_copy": "FaceSim - R-FaceSim",
     "pose_difference": "pose difference",
     "adherence": "adherence",
@@ -28,6 +33,12 @@ LABELS = {
     "coverage": "coverage",
     "failed": "failed",
 }
+
+_BINS = (
+    ("face_size", "By height of the face, as a share of the image's", (0.15, 0.3)),
+    ("pose_difference", "By distance of the head's pose from the reference's", (0.2, 0.5)),
+)
+"""Measure, title, and where to divide it."""
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, heads and rows."""
@@ -54,6 +65,9 @@ def summary(
             for name in LABELS
             if name in known
         }
+        ceilings = {cell["subject"]: cell["real_ceiling"] for cell in own if cell.get("real_ceiling") is not None}
+        if ceilings:
+            table[method]["real_ceiling"] = bootstrap(torch.tensor(list(ceilings.values())))
         if thresholds:
             table[method]["coverage"] = _coverage(rows, {name: at for name, at in thresholds.items() if name in known})
     return table
@@ -70,7 +84,49 @@ def tables(cells: Sequence[Cell], thresholds: Mapping[str, float] | None = None)
     for cell in cells:
         for tag, value in sorted(cell["tags"].items()):
             groups.setdefault((tag, value), []).append(cell)
-    return [(f"{tag}: {value}" if tag else "", *_table(some, thresholds)) for (tag, value), some in groups.items()]
+    found = [(f"{tag}: {value}" if tag else "", *_table(some, thresholds)) for (tag, value), some in groups.items()]
+    return found + [table for table in (*(_binned(cells, *one) for one in _BINS), edited_table(cells)) if table[2]]
+
+
+def _last_rows(cells: Sequence[Cell]) -> list[tuple[str, dict[str, Any]]]:
+    """Person and row of all images after the last step of one method."""
+    last = max(row["steps"] for cell in cells for row in cell["rows"])
+    return [(cell["subject"], row) for cell in cells for row in cell["rows"] if row["steps"] == last]
+
+
+def _binned(cells: Sequence[Cell], metric: str, title: str, edges: Sequence[float]) -> Table:
+    """R-FaceSim of the images with a face, by what else was measured of them; no rows where it was not."""
+    bounds = [0.0, *edges, math.inf]
+    names = [f"below {edges[0]:g}", *(f"{low:g} to {high:g}" for low, high in pairwise(edges)), f"from {edges[-1]:g}"]
+    rows = []
+    for method, own in by_method(cells).items():
+        seen = [(who, row) for who, row in _last_rows(own) if row["found"] and metric in row]
+        row = [method]
+        for low, high in pairwise(bounds):
+            some = [(who, row["r_facesim"]) for who, row in seen if low <= row[metric] < high]
+            scores = torch.tensor([score for _, score in some])
+            row.append(f"{bootstrap(scores, [who for who, _ in some])}, n = {len(some)}" if some else "")
+        rows += [row] if seen else []
+    return title, ["R-FaceSim", *names], rows
+
+
+def edited_table(cells: Sequence[Cell]) -> Table:
+    """R-FaceSim of the images that were edited, before and after each edit; no rows where nothing was."""
+    rows, most = [], 0
+    for method, own in by_method(cells).items():
+        edited = [(cell["subject"], row) for cell in own for row in cell.get("edited", [])]
+        if not edited:
+            continue
+        before = [(who, {**row, "edits": 0}) for who, row in _last_rows(own) if row["seed"] == 0]
+        counts = range(max(row["edits"] for _, row in edited) + 1)
+        most = max(most, counts[-1])
+        chains = [[(who, row) for who, row in (*before, *edited) if row["edits"] == count] for count in counts]
+        means = [
+            bootstrap(torch.tensor([row["r_facesim"] for _, row in one]), [who for who, _ in one]) for one in chains
+        ]
+        rows.append([method, *map(str, means)])
+    heads = ["as drawn", *(f"after {count}" for count in range(1, most + 1))]
+    return "Edited again and again", ["R-FaceSim", *heads], [row + [""] * (most + 2 - len(row)) for row in rows]
 
 
 def _table(cells: Sequence[Cell], thresholds: Mapping[str, float] | None) -> tuple[list[str], list[list[str]]]:

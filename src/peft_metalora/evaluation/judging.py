@@ -16,15 +16,17 @@ from ..metrics import (
     ClipEmbedder,
     DinoEmbedder,
     Embedder,
-    InsightFaceEmbedder,
     Lpips,
     clip_i,
     clip_t,
+    copy_paste,
     dino,
     distances_to_others,
+    face_embedder,
     face_sim,
     pose_difference,
     r_facesim,
+    real_ceiling,
 )
 from ..metrics.embedders import made_by
 from .evaluation_settings import DEMO, EvaluateConfig
@@ -41,11 +43,16 @@ class Judge(Protocol):
         """A dict for each image: found, r_facesim, face_sim, and what else this judge knows."""
         ...
 
+    def real_ceiling(self, reference: Image.Image, others: list[Image.Image]) -> float:
+        """R-FaceSim of the person's real photos among themselves."""
+        ...
+
 
 class FaceJudge:
     """Face embeddings, and what else there are models for.
 
     Args:
+        match_threshold: R-FaceSim from which on an image counts as the person; None: as the embedder says, if it does.
         clip: for clip_t and clip_i. dino, dinov2: DINO of either version. distance: for the diversity among seeds.
     """
 
@@ -56,20 +63,29 @@ class FaceJudge:
         dino: DinoEmbedder | None = None,
         dinov2: DinoEmbedder | None = None,
         distance: Distance | None = None,
+        *,
+        match_threshold: float | None = None,
     ) -> None:
         self.faces, self.clip, self.distance = faces, clip, distance
+        self._match = getattr(faces, "match_threshold", None) if match_threshold is None else match_threshold
         self.dinos = {name: one for name, one in (("dino", dino), ("dinov2", dinov2)) if one is not None}
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], reference: Image.Image, others: list[Image.Image]
     ) -> list[dict[str, Any]]:
         """A dict for each image: found, r_facesim, face_sim, and a figure of each further model."""
-        made, learned = self.faces.embed(images), self.faces.embed([reference])
+        made, learned, real = (self.faces.embed(some) for some in (images, [reference], others))
+        likeness = r_facesim(made, real)
         columns: dict[str, list[Any]] = {
             "found": made.found.tolist(),
-            "r_facesim": r_facesim(made, self.faces.embed(others)).per_image.tolist(),
+            "r_facesim": likeness.per_image.tolist(),
             "face_sim": face_sim(made, learned).per_image.tolist(),
+            "copy_paste": copy_paste(made, learned, real).tolist(),
         }
+        if self._match is not None:
+            columns["match"] = (likeness.found & (likeness.per_image >= self._match)).float().tolist()
+        if made.sizes is not None:
+            columns["face_size"] = made.sizes.tolist()
         if made.landmarks is not None and learned.landmarks is not None:
             # An image without a face has no pose: 0, as if it were copied.
             columns["pose_difference"] = pose_difference(made.landmarks, learned.landmarks).nan_to_num(0.0).tolist()
@@ -83,14 +99,20 @@ class FaceJudge:
             columns["diversity"] = _diversities(images, prompts, self.distance)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
+    def real_ceiling(self, reference: Image.Image, others: list[Image.Image]) -> float:
+        """Of the other photos among themselves; where there is but one, of it and the reference."""
+        return real_ceiling(self.faces.embed(others if len(others) > 1 else [reference, *others]))
+
 
 class DemoJudge(FaceJudge):
     """The embedded domain's scene judge besides, for `adherence` in [0, 1], and by default its face embedder."""
 
-    def __init__(self, faces: Embedder | None = None, *models: Any, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, faces: Embedder | None = None, *models: Any, device: str | torch.device = "cpu", **options: Any
+    ) -> None:
         from ..demo.judges import load_embedder, load_judge
 
-        super().__init__(faces or load_embedder().to(device), *models)
+        super().__init__(faces or load_embedder().to(device), *models, **options)
         self.scene = load_judge().to(device)
 
     def score(
@@ -120,15 +142,15 @@ def judge_for(config: EvaluateConfig) -> Judge:
         _distance(config.lpips, device) if config.lpips else None,
     )
     if config.base == DEMO:
-        return DemoJudge(_faces(config) if config.embedder else None, *models, device=device)
-    return FaceJudge(_faces(config), *models)
+        faces = _faces(config) if config.embedder else None
+        return DemoJudge(faces, *models, device=device, match_threshold=config.match_threshold)
+    return FaceJudge(_faces(config), *models, match_threshold=config.match_threshold)
 
 
 def _faces(config: EvaluateConfig) -> Embedder:
-    if config.embedder in (None, "insightface"):
-        return InsightFaceEmbedder(config.face_pack, providers=config.face_providers or None)
-    embedder: Embedder = made_by(config.embedder, "embedder")
-    return embedder
+    return face_embedder(
+        config.embedder or "insightface", pack=config.face_pack, providers=config.face_providers or None
+    )
 
 
 def _distance(name: str, device: torch.device) -> Distance:

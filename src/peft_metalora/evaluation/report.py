@@ -61,7 +61,7 @@ def write_report(
     lines = []
     for cell in (*cells, *bad):
         named = {name: cell[name] for name in ("method", "subject", "condition", "strength") if name in cell}
-        for row in cell["rows"]:
+        for row in (*cell["rows"], *cell.get("edited", [])):
             lines.append(json.dumps({**named, **row, "covers": reaches(row, thresholds)}) + "\n")
     write_bytes(output / "results.jsonl", "".join(lines).encode())
     write_bytes(output / "report.md", _markdown(cells, bad, thresholds).encode())

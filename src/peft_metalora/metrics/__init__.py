@@ -2,7 +2,8 @@
 """Scores of images: is it the person, and does it do what the prompt says? Embedders give vectors, scores compare."""
 
 from .detectors import Face, FaceDetector, InsightFaceDetector
-from .embedders import ClipEmbedder, DinoEmbedder, Embedder, Embeddings, InsightFaceEmbedder
+from .dlib_faces import DlibEmbedder
+from .embedders import ClipEmbedder, Comparison, DinoEmbedder, Embedder, Embeddings, InsightFaceEmbedder, face_embedder
 from .perceptual import Lpips
 from .scores import (
     Interval,
@@ -10,6 +11,7 @@ from .scores import (
     bootstrap,
     clip_i,
     clip_t,
+    copy_paste,
     coverage,
     dino,
     distances_to_others,
@@ -19,11 +21,14 @@ from .scores import (
     pose_copy,
     pose_difference,
     r_facesim,
+    real_ceiling,
 )
 
 __all__ = [
     "ClipEmbedder",
+    "Comparison",
     "DinoEmbedder",
+    "DlibEmbedder",
     "Embedder",
     "Embeddings",
     "Face",
@@ -36,13 +41,16 @@ __all__ = [
     "bootstrap",
     "clip_i",
     "clip_t",
+    "copy_paste",
     "coverage",
     "dino",
     "distances_to_others",
     "diversity",
+    "face_embedder",
     "face_sim",
     "head_pose",
     "pose_copy",
     "pose_difference",
     "r_facesim",
+    "real_ceiling",
 ]

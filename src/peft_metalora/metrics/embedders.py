@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images to unit vectors, behind one small interface: ArcFace through insightface, CLIP, and DINO v1 and v2.
+"""Images to vectors, behind one small interface: ArcFace through insightface, CLIP, and DINO v1 and v2.
 
 A metric is its preprocessing, so it is written out here (resize, crop, mean and deviation) and does not change with
 the version of somebody's image processor. Networks are loaded when an embedder is made, never on import.
@@ -27,26 +27,54 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """How an embedder's vectors are compared: both functions take (n, d) and (m, d) and give (n, m).
+
+    Attributes:
+        similarity: 1 for equal vectors, less for others. distance: 0 for equal vectors, more for others.
+    """
+
+    similarity: Callable[[Tensor, Tensor], Tensor]
+    distance: Callable[[Tensor, Tensor], Tensor]
+
+
+def _cosines(first: Tensor, second: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(first, dim=-1) @ torch.nn.functional.normalize(second, dim=-1).T
+
+
+BY_ANGLE = Comparison(_cosines, lambda first, second: torch.acos(_cosines(first, second).clamp(-1, 1)))
+"""Cosine, and angle in radians."""
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """What an embedder saw in n images.
 
     Attributes:
-        vectors: (n, d) float32 of length 1, on the CPU; zeros where nothing was found.
+        vectors: (n, d) float32 on the CPU, as a rule of length 1; zeros where nothing was found.
         found: (n,) bool; a face embedder says False where it saw no face.
         landmarks: (n, 5, 2), x and y in pixels of eyes, nose and corners of the mouth (see `scores.head_pose`), nan
             where nothing was found; None from an embedder that has none.
+        sizes: (n,) height of the face as a share of the image's, 0 where nothing was found; None from an embedder that
+            does not know.
+        compared: how the vectors are compared.
     """
 
     vectors: Tensor
     found: Tensor
     landmarks: Tensor | None = None
+    sizes: Tensor | None = None
+    compared: Comparison = BY_ANGLE
 
     def __len__(self) -> int:
         return len(self.vectors)
 
 
 class Embedder(Protocol):
-    """Anything that turns images into unit vectors."""
+    """Anything that turns images into vectors.
+
+    It may have a number `match_threshold`, the similarity from which on two photos are taken for one person.
+    """
 
     def embed(self, images: Images) -> Embeddings:
         """Embed n images: RGB PIL images of any sizes, or a tensor (n, 3, h, w) in [0, 1]."""
@@ -98,14 +126,15 @@ class InsightFaceEmbedder:
         Raises:
             MetricInputError: no images, or a tensor of another shape than (n, 3, h, w) in [0, 1].
         """
-        pictures = _as_pil(images)
-        landmarks = torch.full((len(pictures), 5, 2), float("nan"))
+        pictures = as_pil(images)
+        landmarks, sizes = torch.full((len(pictures), 5, 2), float("nan")), torch.zeros(len(pictures))
         faces, rows = [], []
         for row, picture in enumerate(pictures):
             bgr = np.ascontiguousarray(np.asarray(picture)[:, :, ::-1])
             boxes, points = self._app.det_model.detect(bgr, max_num=1, metric="max")
             if len(boxes):
                 landmarks[row] = torch.from_numpy(np.asarray(points[0], dtype=np.float32))
+                sizes[row] = float(boxes[0][3] - boxes[0][1]) / picture.height
                 faces.append(self._align(bgr, points[0], image_size=self._recogniser.input_size[0]))
                 rows.append(row)
         vectors = torch.zeros(len(pictures), self.dim)
@@ -115,7 +144,7 @@ class InsightFaceEmbedder:
             vectors[rows[part]] = torch.nn.functional.normalize(seen, dim=-1)
         found = torch.zeros(len(pictures), dtype=torch.bool)
         found[rows] = True
-        return Embeddings(vectors, found, landmarks)
+        return Embeddings(vectors, found, landmarks, sizes)
 
 
 class ClipEmbedder:
@@ -156,7 +185,7 @@ class ClipEmbedder:
         device = self.model.device
         parts = [
             _features(self.model.get_image_features(pixel_values=batch.to(device)))
-            for batch in _batches(_as_pil(images), self.batch_size, self._size, self._size, _CLIP_MEAN, _CLIP_STD)
+            for batch in _batches(as_pil(images), self.batch_size, self._size, self._size, _CLIP_MEAN, _CLIP_STD)
         ]
         return _all_found(torch.cat(parts))
 
@@ -222,13 +251,13 @@ class DinoEmbedder:
         parts = [
             _features(self.model(pixel_values=batch.to(device)).last_hidden_state[:, 0])
             for batch in _batches(
-                _as_pil(images), self.batch_size, self._resize, self._crop, _IMAGENET_MEAN, _IMAGENET_STD
+                as_pil(images), self.batch_size, self._resize, self._crop, _IMAGENET_MEAN, _IMAGENET_STD
             )
         ]
         return _all_found(torch.cat(parts))
 
 
-def _as_pil(images: Images) -> list[Image.Image]:
+def as_pil(images: Images) -> list[Image.Image]:
     """The images as RGB; a tensor is checked at the door and rounded to 8 bits, as a saved file would be."""
     if len(images) == 0:
         raise MetricInputError("expected at least one image, found none")
@@ -286,6 +315,25 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
         raise EmbedderUnavailableError(
             f"expected the weights of {name!r}, found none ({error}): give a repository or a folder that can be read"
         ) from error
+
+
+def face_embedder(name: str, setting: str = "embedder", **options: Any) -> Embedder:
+    """'insightface', 'dlib', or `module:function` that returns an embedder.
+
+    Args:
+        setting: that named it. options: of `InsightFaceEmbedder`.
+
+    Raises:
+        ConfigError: there is no such function. EmbedderUnavailableError: a package or its weights are missing.
+    """
+    if name == "insightface":
+        return InsightFaceEmbedder(**options)
+    if name == "dlib":
+        from .dlib_faces import DlibEmbedder
+
+        return DlibEmbedder()
+    embedder: Embedder = made_by(name, setting, "'insightface', 'dlib'")
+    return embedder
 
 
 def made_by(name: str, setting: str, ours: str = "'insightface'") -> Any:

@@ -17,13 +17,15 @@ from torch import Tensor
 from ..errors import MetricInputError
 from .embedders import Embeddings
 
+_APART = 1e-3  # two photos nearer than this are one
+
 
 @dataclass(frozen=True)
 class Similarity:
     """Scores of n generated images.
 
     Attributes:
-        per_image: (n,) float32 cosines; 0 where nothing was found.
+        per_image: (n,) float32 similarities, cosines as a rule; 0 where nothing was found.
         found: (n,) bool.
     """
 
@@ -66,7 +68,7 @@ def r_facesim(generated: Embeddings, others: Embeddings) -> Similarity:
     Raises:
         MetricInputError: no other photo has a face, or the vectors differ in length.
     """
-    return _mean_cosine(generated, others, "other photos of the person")
+    return _mean_similarity(generated, others, "other photos of the person")
 
 
 def face_sim(generated: Embeddings, reference: Embeddings) -> Similarity:
@@ -79,7 +81,7 @@ def face_sim(generated: Embeddings, reference: Embeddings) -> Similarity:
     Raises:
         MetricInputError: no face in the reference, or the vectors differ in length.
     """
-    return _mean_cosine(generated, reference, "reference")
+    return _mean_similarity(generated, reference, "reference")
 
 
 def pose_copy(generated: Embeddings, reference: Embeddings, others: Embeddings) -> Tensor:
@@ -92,6 +94,38 @@ def pose_copy(generated: Embeddings, reference: Embeddings, others: Embeddings) 
         MetricInputError: as `face_sim` and `r_facesim`.
     """
     return face_sim(generated, reference).per_image - r_facesim(generated, others).per_image
+
+
+def copy_paste(generated: Embeddings, reference: Embeddings, others: Embeddings) -> Tensor:
+    """Whether an image repeats the reference, (n,) float32 in [-1, 1]: 1 is the reference again, -1 another photo.
+
+    The copy-paste metric of MultiID-Bench (WithAnyone, https://arxiv.org/abs/2510.14975): with angles t between
+    embeddings, `(t(image, other) - t(image, reference)) / t(other, reference)`, here a mean over the other photos.
+    Unlike `pose_copy` it is normalised by how far the person's own photos lie apart. Misses are 0.
+
+    Raises:
+        MetricInputError: as `face_sim` and `r_facesim`.
+    """
+    r_facesim(generated, others), face_sim(generated, reference)  # the same checks
+    real, learned = others.vectors[others.found], reference.vectors[reference.found]
+    distance = generated.compared.distance
+    to_real, to_learned = distance(generated.vectors, real), distance(generated.vectors, learned).mean(1, keepdim=True)
+    apart = distance(real, learned).mean(1).clamp(min=_APART)
+    copied = ((to_real - to_learned) / apart).clamp(-1, 1).mean(1)
+    return torch.where(generated.found, copied, torch.zeros_like(copied))
+
+
+def real_ceiling(photos: Embeddings) -> float:
+    """What a person's real photos reach among themselves: the mean similarity of all pairs; nan with fewer than two.
+
+    Above it an image is more like the photos than they are like each other, which is copying.
+
+    Args:
+        photos: as `r_facesim` takes them as `others`, of which it is the ceiling; those without a face are not used.
+    """
+    vectors = photos.vectors[photos.found]
+    first, second = torch.triu_indices(len(vectors), len(vectors), 1)
+    return float(photos.compared.similarity(vectors, vectors)[first, second].mean())
 
 
 def head_pose(landmarks: Tensor) -> Tensor:
@@ -202,7 +236,7 @@ def clip_i(generated: Embeddings, reference: Embeddings) -> Similarity:
     Raises:
         MetricInputError: no reference, or the vectors differ in length.
     """
-    return _mean_cosine(generated, reference, "reference")
+    return _mean_similarity(generated, reference, "reference")
 
 
 def dino(generated: Embeddings, reference: Embeddings) -> Similarity:
@@ -211,7 +245,7 @@ def dino(generated: Embeddings, reference: Embeddings) -> Similarity:
     Raises:
         MetricInputError: no reference, or the vectors differ in length.
     """
-    return _mean_cosine(generated, reference, "reference")
+    return _mean_similarity(generated, reference, "reference")
 
 
 def bootstrap(
@@ -252,8 +286,8 @@ def bootstrap(
     return Interval(float(means.mean()), low, high)
 
 
-def _mean_cosine(images: Embeddings, targets: Embeddings, what: str) -> Similarity:
-    """For each image the mean cosine to the targets that were found."""
+def _mean_similarity(images: Embeddings, targets: Embeddings, what: str) -> Similarity:
+    """For each image the mean similarity to the targets that were found."""
     if images.vectors.ndim != 2 or images.vectors.shape[1:] != targets.vectors.shape[1:]:
         raise MetricInputError(
             f"expected embeddings of one length, found {tuple(images.vectors.shape)} and "
@@ -264,11 +298,11 @@ def _mean_cosine(images: Embeddings, targets: Embeddings, what: str) -> Similari
         raise MetricInputError(
             f"expected a face in at least one of the {what}, found none in {len(targets.found)}: choose other photos"
         )
-    return _with_misses((_unit(images.vectors) @ _unit(kept).T).mean(1), images.found)
+    return _with_misses(images.compared.similarity(images.vectors.float(), kept.float()).mean(1), images.found)
 
 
-def _with_misses(cosines: Tensor, found: Tensor) -> Similarity:
-    return Similarity(torch.where(found, cosines, torch.zeros_like(cosines)), found)
+def _with_misses(scores: Tensor, found: Tensor) -> Similarity:
+    return Similarity(torch.where(found, scores, torch.zeros_like(scores)), found)
 
 
 def _unit(vectors: Tensor) -> Tensor:

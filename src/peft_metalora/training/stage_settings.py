@@ -233,8 +233,8 @@ class HeldOutConfig(TrainingConfig):
         None,
     )
     validation_embedder: str | None = setting(
-        "Score by R-FaceSim with this face model: 'insightface', or module:function. Default: score by the loss on "
-        "what is not learned from.",
+        "Score by R-FaceSim with this face model: 'insightface', 'dlib', or module:function. Default: score by the "
+        "loss on what is not learned from.",
         None,
     )
     validation_prompt: list[str] = setting(
@@ -443,8 +443,8 @@ class PersonalizeConfig(StageConfig):
         "Other photos of the subject, for the score; never trained on. Default: crops that are not trained on.", None
     )
     validation_embedder: str | None = setting(
-        "Score by R-FaceSim on validation_data_dir with this face model: 'insightface', or module:function. Default: "
-        "score by the loss, which needs no other model.",
+        "Score by R-FaceSim on validation_data_dir with this face model: 'insightface', 'dlib', or "
+        "module:function. Default: score by the loss, which needs no other model.",
         None,
     )
     validation_prompt: list[str] = setting(

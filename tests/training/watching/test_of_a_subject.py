@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from peft_metalora import hub
 from peft_metalora.errors import ConfigError
+from peft_metalora.metrics import face_embedder
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.watching import of_a_subject as validation
 from peft_metalora.training.watching.of_a_subject import BestStep
-from peft_metalora.training.watching.validation_scores import HeldOutLoss, load_embedder
+from peft_metalora.training.watching.validation_scores import HeldOutLoss
 from training_tiny import Brightness, personal_config, tiny_base, tiny_examples
 
 
@@ -85,7 +86,7 @@ def test_score_of_a_face_model_on_other_photos(place, tmp_path, monkeypatch):
     seen = []
     original = BestStep.offer
     monkeypatch.setattr(BestStep, "offer", lambda self, step, score: (seen.append(score), original(self, step, score)))
-    monkeypatch.setattr(validation, "load_embedder", lambda name: Brightness())
+    monkeypatch.setattr(validation, "face_embedder", lambda name, setting: Brightness())
     config = config_for(
         place,
         tmp_path / "a",
@@ -112,5 +113,5 @@ def test_settings_that_cannot_be():
         personal_config(patience=2)
     with pytest.raises(ConfigError, match="validation_embedder needs photos and prompts"):
         personal_config(validation_embedder="insightface", validation_steps=2)
-    with pytest.raises(ConfigError, match="'insightface' or module:function"):
-        load_embedder("no_such_module:f")
+    with pytest.raises(ConfigError, match="'insightface', 'dlib' or module:function"):
+        face_embedder("no_such_module:f", "validation_embedder")

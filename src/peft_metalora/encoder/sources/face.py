@@ -13,15 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import NoFaceError
-from ...metrics.embedders import Embedder, InsightFaceEmbedder, made_by
+from ...metrics import face_embedder
 from .source import Still
 
 
 class FaceSource(Still):
-    """The unit vector of the largest face.
+    """The vector of the largest face.
 
     Args:
-        detail: `module:function` that returns an embedder of faces; none: insightface's antelopev2.
+        detail: as `face_embedder` takes it; none: insightface's antelopev2.
         resolution, encode_images: not needed.
 
     Raises:
@@ -32,7 +32,7 @@ class FaceSource(Still):
         self, detail: str, *, resolution: int = 0, encode_images: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.name = f"face:{detail}" if detail else "face"
-        self._embedder: Embedder = made_by(detail, "what follows face:", "empty") if detail else InsightFaceEmbedder()
+        self._embedder = face_embedder(detail or "insightface", "what follows face:")
         blank = Image.new("RGB", (64, 64))
         self.feature_shape: tuple[int, ...] = tuple(self._embedder.embed([blank]).vectors.shape[1:])
 

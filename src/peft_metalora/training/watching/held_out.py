@@ -16,12 +16,13 @@ from ...data import Photo, Subject, read_subjects
 from ...data.images import png
 from ...errors import ConfigError, CorruptFileError
 from ...files import write_bytes
+from ...metrics import face_embedder
 from ..engine.processes import Processes
 from ..examples.batches import Examples
 from ..examples.encoding import encode_subjects
 from ..stage_settings import VALIDATION_FOLDER, HeldOutConfig, MetaTrainConfig
 from .tracking import Trackers
-from .validation_scores import FaceScore, HeldOutLoss, Painter, load_embedder
+from .validation_scores import FaceScore, HeldOutLoss, Painter
 
 SCORES_FILE = "scores.jsonl"
 VIEWS = 8  # of a reference to learn from, and of each subject's other photos in all to score on
@@ -104,7 +105,7 @@ class Watch:
         self._losses = [HeldOutLoss(base, examples, seed=config.seed) for examples in held.scored]
         self._faces: list[FaceScore] = []
         if config.validation_embedder is not None:
-            embedder = load_embedder(config.validation_embedder)
+            embedder = face_embedder(config.validation_embedder, "validation_embedder")
             self._faces = [FaceScore(photos, embedder) for photos in held.others]
         self._records = _records(self.folder / SCORES_FILE, done) if done else []
         self._scores: list[float] = []

@@ -22,6 +22,7 @@ from ...bases.precision import autocast
 from ...data import Photo, Subject, read_photos
 from ...data.images import png
 from ...files import write_bytes
+from ...metrics import face_embedder
 from ...tuner import set_slots
 from ..engine.compiling import eagerly
 from ..examples.batches import Examples
@@ -29,7 +30,7 @@ from ..examples.encoding import encode_subjects
 from ..stage_2 import Personalization
 from ..stage_settings import VALIDATION_FOLDER, PersonalizeConfig
 from .tracking import Trackers
-from .validation_scores import FaceScore, HeldOutLoss, Painter, load_embedder
+from .validation_scores import FaceScore, HeldOutLoss, Painter
 
 # Relative rise that counts as one, so that a plateau ends the run.
 _MIN_RISE = 1e-3
@@ -91,7 +92,7 @@ class Validation:
         self.loss = HeldOutLoss(run.base, examples, seed=config.seed)
         self.faces = None
         if config.validation_embedder is not None:
-            self.faces = FaceScore(photos, load_embedder(config.validation_embedder))
+            self.faces = FaceScore(photos, face_embedder(config.validation_embedder, "validation_embedder"))
         self.best = BestStep(run.parameters, config.patience)
 
     def look(self, step: int) -> bool:

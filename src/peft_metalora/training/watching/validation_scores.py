@@ -11,8 +11,7 @@ from PIL import Image
 
 from ...bases import Base
 from ...data import Photo
-from ...metrics import Embedder, InsightFaceEmbedder, r_facesim
-from ...metrics.embedders import made_by
+from ...metrics import Embedder, r_facesim
 from ..examples.batches import Examples
 
 
@@ -79,13 +78,3 @@ class Painter:
             generator = torch.Generator().manual_seed(self.seed)
             images += self.base.pipeline(prompt=prompt, generator=generator, **self._options).images
         return images
-
-
-def load_embedder(name: str) -> Embedder:
-    """'insightface', or `module:function` that returns an embedder.
-
-    Raises:
-        ConfigError: there is no such function. EmbedderUnavailableError: insightface or its weights are missing.
-    """
-    embedder: Embedder = InsightFaceEmbedder() if name == "insightface" else made_by(name, "validation_embedder")
-    return embedder
