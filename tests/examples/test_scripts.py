@@ -41,3 +41,16 @@ def test_a_down_then_a_person_then_their_picture(monkeypatch, tmp_path):
     start(monkeypatch, "personalize_and_draw.py", *given, "--output", tmp_path / "bob", "--steps", 3)
     (other,) = (tmp_path / "bob").glob("*.png")
     assert ImageChops.difference(Image.open(other).convert("RGB"), drawn).getbbox() is not None
+
+
+def test_a_script_to_learn_from_is_read_in_one_screen_or_two():
+    scripts = [path for path in EXAMPLES.glob("*.py") if path.name != "make_people.py"]  # a tool, not a lesson
+    assert len(scripts) > 2 and [path.name for path in scripts if len(path.read_text().splitlines()) > 60] == []
+
+
+def test_the_table_of_examples_is_whole():
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    found = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("notebooks/*.ipynb")]
+    names = [path.relative_to(EXAMPLES).as_posix() for path in found]
+    folders = [f"{path.name}/" for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "notebooks"]
+    assert [name for name in names + folders if f"`{name}`" not in table and "__pycache__" not in name] == []
