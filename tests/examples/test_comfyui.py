@@ -18,12 +18,9 @@ from PIL import Image
 
 from artefacts_tiny import write_pair
 from host_loaders import comfyui_names, load_by_comfyui, original_weights, patched, places
-from peft_metalora import enable_meta_lora, errors, load_down
-from peft_metalora.bases import base_for
-from peft_metalora.checkpoint.space import SubjectSpace
-from peft_metalora.demo.embedded import ASSETS, load_base
+from peft_metalora import enable_meta_lora, errors
+from peft_metalora.demo.embedded import DOWN, load_base
 from peft_metalora.demo.faces import write_dataset
-from peft_metalora.encoder import EncoderConfig, make_encoder, save_reader
 
 FOLDER = Path(__file__).parents[2] / "examples" / "comfyui"
 
@@ -55,12 +52,7 @@ def here(tmp_path_factory):
     home = tmp_path_factory.mktemp("ComfyUI")
     pipe = enable_meta_lora(load_base())
     down = home / "models" / "metalora" / "faces"
-    shutil.copytree(ASSETS / "down", down)
-    space = SubjectSpace.around(load_down(down), 5)
-    with torch.no_grad():
-        space.basis.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    encoder = make_encoder(EncoderConfig(resolution=64, code_size=5, width=8, hidden=4), base_for(pipe).encode_images)
-    save_reader(down, space.rounded(), encoder, overwrite=True)
+    shutil.copytree(DOWN, down)
     write_dataset(home / "people", "held-out", 2, 1)
 
     transformer, vae = pipe.transformer, pipe.vae
