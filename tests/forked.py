@@ -6,15 +6,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
+from multiprocessing import forkserver as server
 from multiprocessing.context import ForkServerContext
 from typing import Any
+from unittest import mock
 
 
 def forkserver() -> ForkServerContext:
-    """Where fresh processes of training come from; one server a test session."""
+    """Where fresh processes come from; one server a test session, with what `preloaded` imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_metalora.training.meta_train", "peft_metalora.training.train_encoder"])
+    context.set_forkserver_preload(["preloaded"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # by which alone it finds modules
+        server.ensure_running()
     return context
 
 

@@ -7,7 +7,6 @@ there, whole, and the same job, started again, must end as if nothing had happen
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import re
@@ -18,10 +17,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import huggingface_hub
 import torch
@@ -29,6 +26,7 @@ from safetensors.torch import load_file
 
 from artefacts_tiny import with_down, with_subject
 from fake_hub import TOKEN, FakeHub, point_at
+from forked import forkserver
 from peft_metalora import MetaLoraError, hub, load_down, load_subject, save_down, save_subject
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
@@ -183,11 +181,7 @@ class Killer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # A server that has imported all forks a process for each job. It finds modules by PYTHONPATH alone.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["killing"])
-        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-            forkserver.ensure_running()
+        self.context = forkserver()
         self._whole: dict[str, tuple[float, int]] = {}
         save_tiny_flux(folder / "base")
         write_people(folder / "people")
