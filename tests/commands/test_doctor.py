@@ -43,7 +43,7 @@ def test_what_is_needed_and_missing_is_bad(capsys, monkeypatch):
 
 def test_what_only_some_need_is_a_note(capsys, monkeypatch):
     version = doctor._version
-    gone = {"onnxruntime": None, "deepspeed": None}
+    gone = {"insightface": "2.1", "onnxruntime": None, "deepspeed": None}
     monkeypatch.setattr(
         doctor, "_version", lambda name: gone.get(name, version(name)) if name in gone else version(name)
     )

@@ -32,6 +32,7 @@ def drawn(people, output, **changes):
 
 
 def test_it_draws_the_same_from_weights_that_wait(people, tmp_path):
+    pytest.importorskip("torchao")
     there = drawn(people, tmp_path / "there", quantize="int8")
     waiting = drawn(people, tmp_path / "waiting", quantize="int8", offload="model")
     assert np.abs(there - waiting).max() <= 1

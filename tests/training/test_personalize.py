@@ -325,6 +325,7 @@ def test_nobody_elses_output_is_replaced_unasked_and_that_before_any_work(place,
 
 def test_replacing_somebody_leaves_nothing_of_them(place, tmp_path):
     """Bug: checkpoints, validation pictures, logs and the card of the older person stayed beside the newer."""
+    pytest.importorskip("tensorboard")
     people, out = place / "people", tmp_path / "out"
     held = {"validation_data_dir": str(people / "person-0"), "validation_steps": 1, "validation_prompt": "a photo"}
     config = file_config(place, out, instance_data_dir=str(people / "person-0"), **held, report_to="tensorboard")
