@@ -108,6 +108,13 @@ COMMANDS = {
         "metalora generate --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\\n"
         '    --subject ann --prompt "a photo of a person, laughing, on a beach" --output_dir images',
     ),
+    "estimate": Command(
+        "say what a command would take: memory, time, disk",
+        "commands.estimate:EstimateConfig",
+        "commands.estimate:run_estimate",
+        "metalora estimate personalize --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --down faces \\\n"
+        "    --instance_data_dir ann.jpg --output_dir ann --quantize nf4 --gradient_checkpointing",
+    ),
     "serve": Command(
         "serve images of many people over HTTP",
         "service.serve_settings:ServeConfig",
@@ -167,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         its usage, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    estimating = arguments[:1] == ["estimate"] and len(arguments) > 1 and not arguments[1].startswith("-")
+    if estimating:
+        arguments = arguments[1:]
     name = next((text for text in arguments if not text.startswith("-")), None)
     parser = build_parser([name] if name in COMMANDS else [])
     if not arguments:
@@ -186,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = make_config(command.config_class(), file, given)
         quiet = nullcontext() if verbose else _named("commands.noise:quiet")()
         with quiet, redirect_stdout(sys.stderr) if as_json else nullcontext():
-            done = command.run(config)
+            done = _named(COMMANDS["estimate"].function)(config) if estimating else command.run(config)
     except MetaLoraError as error:
         message = " ".join(str(error).split())
         if file is None or not message.startswith(f"{file}:"):  # in the file they are keys
@@ -196,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_out_of_memory(error):
             raise
         found = str(error).strip().partition("\n")[0].rstrip(".") or "none left"
-        try_this = ", ".join([*_named("bases.memory:lighter")(config), "a device with more memory"])
+        try_this = _named("commands.estimate:advice")(config)
         message = f"expected enough memory, found: {found}. What takes less, most of it first: {try_this}"
         return _failed(message, OUT_OF_MEMORY, type(error).__name__, as_json)
     except KeyboardInterrupt:
@@ -319,7 +329,8 @@ def _add_flag(parser: argparse.ArgumentParser, one: Field[Any], hint: Any) -> No
     # argparse formats help with %.
     help_text = (one.metadata["help"] + suffix).replace("%", "%%")
     if "positional" in one.metadata:
-        nargs = "*" if is_list else "?"
+        rest = one.metadata["positional"].endswith("...")  # the flags of another command, too
+        nargs = argparse.REMAINDER if rest else "*" if is_list else "?"
         parser.add_argument(one.name, nargs=nargs, metavar=one.metadata["positional"], help=help_text)
         return
     if kind is bool:

@@ -35,9 +35,10 @@ REVISION = "Revision of the base model's repository.", None
 DOWN_REVISION = "Revision of the Down's repository.", None
 LOCAL_FILES_ONLY = "Never ask the network.", False
 PRECISION = (
-    "Precision of the base model and of the arithmetic; 'auto' is bf16 on a GPU and 'no' (float32) on a CPU.",
+    "Precision of the base model and of the arithmetic; 'auto' is bf16 on a GPU and 'no' (float32) on a CPU; fp16 is "
+    "for cards without bf16.",
     "auto",
-    ("auto", "no", "bf16"),
+    ("auto", "no", "bf16", "fp16"),
 )
 DEVICE = "Device. Default: a GPU when there is one.", None
 READ_FACE_CROP = (

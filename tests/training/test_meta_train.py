@@ -113,6 +113,22 @@ def test_groups_are_seen_equally_often_and_the_run_goes_on_where_it_was():
         make(shards=2, bucket_size=4)
 
 
+def test_a_run_in_float16_is_the_run_in_float32():
+    downs = []
+    for dtype, precision in ((torch.float32, "no"), (torch.float16, "fp16")):
+        base = tiny_base()
+        base.pipeline.to(dtype)
+        # Not Adam, whose steps are as large for a gradient that rounding made.
+        config = meta_config(mixed_precision=precision, optimizer="SGD", learning_rate=0.1)
+        run = MetaTraining(base, tiny_examples(tiny_base()), config)
+        losses = [step.loss for step in run.steps()]
+        downs.append(torch.cat([tensor.flatten() for name, tensor in run.down().tensors.items() if "down" in name]))
+        assert len(losses) == 4 and (run.scale is None) == (precision == "no")
+    assert run.state_dict()["scale"] == {"value": run.scale.value, "good": run.scale.good} and run.scale.good > 0
+    torch.testing.assert_close(downs[1], downs[0], rtol=1e-2, atol=1e-3)
+    assert not torch.equal(*downs)
+
+
 def test_more_training_of_the_same_run_lowers_the_loss(base):
     config = meta_config(max_train_steps=60, warmup_steps=5, learning_rate=0.02, subjects_per_batch=3)
     losses = meta_train_on(base, tiny_examples(base), config, progress=False).losses

@@ -28,6 +28,7 @@ from peft_metalora.errors import (
 )
 from peft_metalora.hub.cards import model_card
 from peft_metalora.training import personalize as personalize_module
+from peft_metalora.training.engine.state import read_state
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.personalize import personalize, personalize_many
 from peft_metalora.training.stage_2 import Personalization
@@ -121,6 +122,28 @@ def test_bfloat16_without_autocast_is_as_near_to_float32_as_with_it(base, down):
     native, autocast = ((gradient("bf16", native) - exact).norm() / exact.norm() for native in (True, False))
     assert 0 < native < 0.1
     assert native < 1.5 * autocast
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "lora", "rank": 2}], ids=["meta-lora", "lora"])
+def test_a_run_in_float16_is_the_run_in_float32(place, tmp_path, settings):
+    factors = {}
+    for precision in ("no", "fp16"):
+        # Not Adam, whose steps are as large for a gradient that rounding made.
+        settings |= {"optimizer": "SGD", "learning_rate": 0.1, "checkpointing_steps": 2}
+        config = file_config(place, tmp_path / precision, mixed_precision=precision, **settings).settled(False)
+        personalize(config, progress=False)
+        stored = read_state(replace(config, resume_from_checkpoint="checkpoint-2"))
+        factors[precision] = torch.cat([one.flatten() for one in stored["run"]["parameters"]])
+    scale = stored["run"]["scale"]
+    assert scale["value"] <= 2.0**16 and scale["good"] == 2
+    torch.testing.assert_close(factors["fp16"], factors["no"], rtol=1e-2, atol=1e-3)
+    assert not torch.equal(factors["fp16"], factors["no"])
+    # One that goes on from there takes up the scale, too.
+    start = str(tmp_path / "fp16" / "checkpoint-2")
+    personalize(replace(config, output_dir=str(tmp_path / "on"), resume_from_checkpoint=start), progress=False)
+    for file in (tmp_path / "fp16").glob("*.safetensors"):
+        resumed, whole = load_file(tmp_path / "on" / file.name), load_file(file)
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("start", ["stored", "mean"])

@@ -160,7 +160,9 @@ def teach(config):
         train_encoder(config, progress=False)
 
 
-@pytest.mark.parametrize("way", [{}, BY_SLOTS], ids=["stacked", "slots"])
+@pytest.mark.parametrize(
+    "way", [{}, BY_SLOTS, {"mixed_precision": "fp16"}], ids=["stacked", "slots", "slots in float16"]
+)
 def test_resumed_in_the_middle_equals_uninterrupted(folders, tmp_path, way):
     settings = {"max_train_steps": 6, "gradient_accumulation_steps": 2, **way}
     teach(config_of(folders, tmp_path / "whole", **settings, checkpointing_steps=2))
@@ -281,10 +283,12 @@ def test_a_loss_that_is_no_number_stops_the_run(folders, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("way", [{}, BY_SLOTS], ids=["stacked", "slots"])
-def test_a_base_in_bfloat16_teaches_the_same(folders, tmp_path, way):
+@pytest.mark.parametrize(
+    ("way", "half"), [({}, "bf16"), (BY_SLOTS, "bf16"), (BY_SLOTS, "fp16")], ids=["stacked", "slots", "float16"]
+)
+def test_a_base_in_half_precision_teaches_the_same(folders, tmp_path, way, half):
     losses = []
-    for precision in ("no", "bf16"):
+    for precision in ("no", half):
         config = config_of(folders, tmp_path / precision, mixed_precision=precision, checkpointing_steps=3, **way)
         teach(config)
         config.resume_from_checkpoint = "checkpoint-3"

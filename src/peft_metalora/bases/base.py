@@ -242,7 +242,14 @@ class Base(ABC):
         device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or next(vae.parameters()).device
         dtype = next(vae.parameters()).dtype
         size = batch_size or min(16, max(1, 2**20 // (pixels.shape[-2] * pixels.shape[-1])))
-        parts = [_finite(self.latents_of(part.to(device, dtype)).cpu(), "the VAE") for part in pixels.split(size)]
+        overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)  # as SDXL's does
+        if overflows:
+            dtype = vae.float().dtype
+        try:
+            parts = [_finite(self.latents_of(part.to(device, dtype)).cpu(), "the VAE") for part in pixels.split(size)]
+        finally:
+            if overflows:
+                vae.half()
         return torch.cat(parts).float()
 
     def latents_of(self, pixels: Tensor) -> Tensor:

@@ -166,15 +166,15 @@ def _recipe(asked: Memory, hull: nn.Module, dtype: torch.dtype) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=list(_outside_of_blocks(hull)) or None,
+            llm_int8_skip_modules=list(outside_of_blocks(hull)) or None,
         )
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     recipe = Int8WeightOnlyConfig() if asked.quantize == "int8" else Float8WeightOnlyConfig()
-    return library.TorchAoConfig(recipe, modules_to_not_convert=list(_outside_of_blocks(hull)) or None)
+    return library.TorchAoConfig(recipe, modules_to_not_convert=list(outside_of_blocks(hull)) or None)
 
 
-def _outside_of_blocks(hull: nn.Module) -> Iterator[str]:
+def outside_of_blocks(hull: nn.Module) -> Iterator[str]:
     """Names of a denoiser's parts around its blocks, which are small and coarse rounding would show in every pixel.
 
     Only names that no module in a block ends in: quantisers compare parts of paths.

@@ -52,6 +52,7 @@ class Parts:
         memory: Memory | None = None,
     ) -> None:
         self.name, self.memory = str(name_or_path), memory or Whole()
+        self.revision = revision
         self.quantized: tuple[str, ...] = ()
         self._source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
         self._dtype = dtype

@@ -113,7 +113,7 @@ def _machine() -> Iterator[Finding]:
     for number in range(count):
         free, total = torch.cuda.mem_get_info(number)
         properties = torch.cuda.get_device_properties(number)
-        bf16 = "bf16" if properties.major >= 8 else "no bf16: --mixed_precision no"
+        bf16 = "bf16" if properties.major >= 8 else "no bf16: --mixed_precision fp16"
         told = f"{properties.name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free, {bf16}"
         yield Finding(f"device cuda:{number}", "ok", told)
     if torch.backends.mps.is_available():

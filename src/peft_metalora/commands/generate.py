@@ -60,7 +60,7 @@ class GenerateConfig:
     max_sequence_length: int | None = setting(
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
     )
-    mixed_precision: str = setting(*PRECISION[:2], choices=(*PRECISION[2], "fp16"))
+    mixed_precision: str = setting(*PRECISION)
     quantize: str = setting(*QUANTIZE)
     offload: str = setting(*OFFLOAD)
     local_files_only: bool = setting(*LOCAL_FILES_ONLY)
@@ -109,23 +109,32 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     from ..bases.precision import choose_device, choose_dtype
     from ..checkpoint.base_model import base_to_load
     from ..checkpoint.config_file import read_config
-    from ..data.images import load_image, png
+    from ..data import read_photos
+    from ..data.images import png
+    from ..encoder.reader import no_encoder
     from ..files import require_writable, write_bytes
     from ..hub.loading import HubOptions, folder_of, load
+    from ..metrics.face_crop import load_detector
     from ..pipelines.loader import enable_meta_lora
     from ..tuner import DownSource
 
     hub: HubOptions = {"local_files_only": config.local_files_only}
-    base_name, revision = config.pretrained_model_name_or_path, None
-    if not base_name:
-        first = next(iter([*config.subject, str(config.down)]))
-        base_name, revision = base_to_load(None, None, read_config(folder_of(first, **hub)), first)
     device = choose_device(config.device)
     require_supported(config, "draw", *([CPU] if device.type == "cpu" else []))
     require_writable(config.output_dir)
     for photo in config.photo:
+        found = read_photos(photo)
         if not Path(photo).is_dir():
-            load_image(photo)
+            found[0].load()
+    if config.face_crop is not None:
+        load_detector(config.face_crop)
+    named = [*config.subject, *([] if config.down is None else [config.down])]
+    configs = [read_config(folder_of(name, **hub)) for name in named]
+    if config.down is not None and configs[-1].encoder_fingerprint is None:
+        raise no_encoder(config.down)
+    base_name, revision = config.pretrained_model_name_or_path, None
+    if not base_name:
+        base_name, revision = base_to_load(None, None, configs[0], named[0])
     base = open_base(
         base_name,
         revision=revision,
@@ -136,9 +145,9 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     )
     downs: dict[str, DownSource] = {}
     # What does not fit is refused before weights of the base are read.
-    for name in [*config.subject, *([] if config.down is None else [config.down])]:
-        found = load(name, model=base.denoiser, known_down=downs.get, **hub)
-        down = found if isinstance(found, DownSource) else found.down
+    for name in named:
+        source = load(name, model=base.denoiser, known_down=downs.get, **hub)
+        down = source if isinstance(source, DownSource) else source.down
         downs[down.fingerprint] = down
     del downs
     base.load(device)

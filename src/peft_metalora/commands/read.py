@@ -88,6 +88,7 @@ def run_read(config: ReadConfig) -> Done:
     from ..encoder.reader import load_reader, no_encoder
     from ..files import require_apart, require_writable
     from ..hub.loading import HubOptions, folder_of, load_down
+    from ..metrics.face_crop import load_detector
 
     inputs = {f"photos[{number}]": path for number, path in enumerate(config.photos)}
     require_apart(config.output_dir, down=config.down, data=config.data, **inputs)
@@ -106,9 +107,12 @@ def run_read(config: ReadConfig) -> Done:
     if down.config.encoder_fingerprint is None:
         raise no_encoder(config.down)
     chosen = config.data is None and not any(map(os.path.isdir, config.photos))
-    if chosen:  # one that cannot be decoded is noticed before the base is opened
-        for photo in people[0].photos:
-            photo.load()
+    # What is wrong with photos, reader or detector is noticed before the base is opened.
+    for photo in people[0].photos if chosen else ():
+        photo.load()
+    if config.face_crop is not None:
+        load_detector(config.face_crop)
+    reading = folder_of(config.down, READER_FILES, **options)
     device = choose_device(config.device)
     asked = config.pretrained_model_name_or_path
     base_name, revision = base_to_load(asked, config.revision, down.config, config.down)
@@ -120,7 +124,7 @@ def run_read(config: ReadConfig) -> Done:
     )
     check_fits(base.denoiser, down, name=config.down)
     base.place(device, encoders=False, denoiser=False, vae=True)
-    reader = load_reader(folder_of(config.down, READER_FILES, **options), down, base.encode_images, config.face_model)
+    reader = load_reader(reading, down, base.encode_images, config.face_model)
     reader.encoder.to(device)
     sight = reader.encoder.sight(config.face_crop, config.face_margin, config.face_align)
     photos = [person.photos for person in people]

@@ -71,6 +71,7 @@ class Bench:
     def base(self) -> Base:
         """The base model, loaded when a cell needs it."""
         if self._base is None:
+            self._check()
             config, device = self.config, choose_device(self.config.device)
             self._base = load_base(
                 _base_path(config),
@@ -82,6 +83,14 @@ class Bench:
             self._base.pipeline.set_progress_bar_config(disable=True)
             self._base.place(device, encoders=True)
         return self._base
+
+    def _check(self) -> None:
+        """Have the judge and the Downs of all methods there before the base is opened."""
+        _ = self.judge
+        for method in map(Method.parse, self.config.method):
+            down = self.down(method)
+            if down is not None and method.reads and down.config.encoder_fingerprint is None:
+                raise no_encoder(down_name(self.config, method))
 
     @property
     def judge(self) -> Judge:
@@ -116,6 +125,7 @@ class Bench:
         folder, key = home / method.folder / subject.name, self._key(made_from, subject)
         if is_complete(self.output, folder, key):
             return
+        _ = self.base  # whatever is missing is told before anything is written
         cell: Cell = {"rows": [], "points": [], "failure": None, "reference": self._show(subject, reference)}
         if condition is not None:
             cell |= {"condition": condition.name, "strength": condition.strength}
@@ -203,12 +213,9 @@ class Bench:
         """What reads for a method's Down, loaded once.
 
         Raises:
-            ArtefactNotFoundError: the Down has no encoder. ConfigError: it sees with the eyes of the judge.
-            As `load_reader`.
+            ConfigError: it sees with the eyes of the judge. As `load_reader`.
         """
         name = down_name(self.config, method)
-        if down.config.encoder_fingerprint is None:
-            raise no_encoder(name)
         if name not in self._readers:
             folder = folder_of(name, READER_FILES, local_files_only=self.config.local_files_only)
             self._readers[name] = load_reader(folder, down, self.base.encode_images, self.config.face_model)

@@ -67,7 +67,7 @@ class EvaluateConfig:
     train_batch_size: int = setting("Views in a batch.", 4)
     views_per_image: int = setting("Crops of a reference.", 32)
     edits: int = setting(
-        "Also edit each image of seed 0 so many times, image to image with the next prompts: who is it afterwards?", 0
+        "Also edit each image of seed 0 so many times, image to image with the next prompts, to see who it is then.", 0
     )
     edit_strength: float = setting("How much an edit changes, above 0 and at most 1.", 0.6)
     resolution: int | None = setting("Height and width in pixels. Default: 512; 64 with base 'demo'.", None)

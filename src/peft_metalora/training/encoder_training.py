@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -176,7 +176,8 @@ class EncoderTraining:
         recorded = record and device.type == "cuda"
         self._gradients = Recorded(gradients, recorded)
         self._read = _OneLate(processes.later) if recorded else processes.later
-        self._batches = 0  # since the start
+        self.scale = gradients.scale if isinstance(gradients, SlotGradients) else None
+        self._batches = self._batches_of_steps = 0
         self.losses: list[float] = []
 
     def steps(self) -> Iterator[Step]:
@@ -186,7 +187,7 @@ class EncoderTraining:
             TrainingError: a loss or a gradient is not finite, or the run has destroyed what it learns.
         """
         sanity = sanity_of(self.base, self.examples, losses=self.losses)
-        self._batches = len(self.losses) * self.config.accumulation
+        self._batches = self._batches_of_steps  # without those of a step that was interrupted
         for step in training_steps(
             self._loss,
             self.optimizer,
@@ -196,9 +197,11 @@ class EncoderTraining:
             clip=self._sum_gradients,
             read=self._read,
             share=self.processes.sum_,
+            scale=self.scale,
             done=len(self.losses),
         ):
             self.losses.append(step.loss)
+            self._batches_of_steps = self._batches
             sanity.see(step)
             yield step
         self.space.requires_grad_(False)
@@ -235,6 +238,8 @@ class EncoderTraining:
             "encoder": dict(self.encoder.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scale": None if self.scale is None else asdict(self.scale),
+            "batches": self._batches_of_steps,
             "generator": self._generator.get_state(),
             "losses": self.losses,
         }
@@ -250,8 +255,11 @@ class EncoderTraining:
         self.encoder.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         restore_scheduler(self.scheduler, state["scheduler"])
+        if self.scale is not None:
+            self.scale.load_state_dict(state["scale"])
         self._generator.set_state(state["generator"].cpu())
         self.losses = [float(loss) for loss in state["losses"]]
+        self._batches_of_steps = int(state.get("batches", len(self.losses) * self.config.accumulation))
 
 
 class _Known(torch.autograd.Function):

@@ -87,7 +87,7 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     progress = progress and processes.is_main
     trackers = Trackers(config, processes)
     look = partial(_encode_more, subjects, others, config, teaching, progress)
-    base, examples, more, origin = prepare(config, subjects, device, processes, look, progress=progress)
+    base, examples, more, origin = prepare(config, subjects, device, processes, look, held=others, progress=progress)
     assert more is not None
     (held, material), went_on = more, _checkpoint_of_second_phase(config)
     if went_on is None:

@@ -32,9 +32,9 @@ from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject, name_of
 from .injecting import saying_what_is_left
 from .preparing import check_places, make_room, prepare
-from .stage_2 import Personalization, called
+from .stage_2 import Personalization, called, check_rank
 from .stage_settings import PersonalizeConfig
-from .watching.of_a_subject import Validation, held_out
+from .watching.of_a_subject import Validation, held_out, looked_at
 from .watching.tracking import Trackers
 
 
@@ -88,8 +88,13 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         processes.wait()
         return Path(config.output_dir)
     trackers = Trackers(config, processes)
-    look = partial(_beside, subject, config, down, folder, processes, device)
-    base, examples, beside, origin = prepare(config, [subject], device, processes, look, down=down, progress=progress)
+    if down is not None:
+        check_rank(config, down)
+    held = [looked_at(subject, config)] if config.validation_steps else []
+    look = partial(_beside, subject, held, config, down, folder, processes, device)
+    base, examples, beside, origin = prepare(
+        config, [subject], device, processes, look, down=down, held=held, progress=progress
+    )
     others, read = beside or (None, [])
     run = Personalization(base, examples, config, down, processes, read)
     validation = Validation(run, *others, trackers) if others is not None else None
@@ -158,6 +163,7 @@ def _down_of(config: PersonalizeConfig) -> tuple[DownSource | None, Path | None]
 
 def _beside(
     subject: Subject,
+    held: Sequence[Subject],
     config: PersonalizeConfig,
     down: DownSource | None,
     folder: Path | None,
@@ -167,7 +173,7 @@ def _beside(
     examples: Examples,
 ) -> tuple[tuple[list[Photo], Examples] | None, list[CodeSource]]:
     """What is needed beside the examples: what validation looks at, and the subject as it is read."""
-    others = held_out(base, examples, subject=subject, config=config) if config.validation_steps else None
+    others = held_out(base, held[0], config) if held else None
     if down is None or folder is None:
         return others, []
     assert examples.photo is not None

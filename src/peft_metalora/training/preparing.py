@@ -19,12 +19,15 @@ from ..checkpoint.base_model import check_fits
 from ..data import Subject
 from ..errors import ConfigError, NoImagesError, UnreadableImageError
 from ..files import require_apart, require_writable
+from ..metrics import face_embedder
+from ..metrics.face_crop import load_detector
 from ..tuner import DownSource
 from .engine.compiling import backend_of
+from .engine.optimizers import optimizer_class, optimizer_options
 from .engine.origin import BaseDigest, Origin, photos_of
 from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
-from .engine.state import checkpoint_folders
+from .engine.state import checkpoint_folders, state_file
 from .examples.batches import Examples
 from .examples.encoding import caption_of, encode_subjects
 from .examples.views import shapes_of
@@ -34,6 +37,7 @@ from .stage_settings import (
     VALIDATION_FOLDER,
     MetaTrainConfig,
     PersonalizeConfig,
+    StageConfig,
     TrainEncoderConfig,
     TrainingConfig,
 )
@@ -82,13 +86,30 @@ def make_room(config: TrainingConfig, stage: str | None, subject_name: str | Non
             shutil.rmtree(place, ignore_errors=True)
 
 
-def check_photos(config: TrainingConfig, subjects: Sequence[Subject]) -> None:
-    """Check before anything is loaded that photos have captions and, of one subject, that a photo can be decoded.
+def _check_helpers(
+    config: MetaTrainConfig | PersonalizeConfig | TrainEncoderConfig, device: torch.device, processes: Processes
+) -> None:
+    """Check that what else a run needs is there: detector, judge, optimiser, and the checkpoint to go on from.
+
+    Raises:
+        As `load_detector`, `face_embedder`, `optimizer_options` and `state_file`.
+    """
+    state_file(config, processes)
+    if isinstance(config, StageConfig):
+        optimizer_options(optimizer_class(config.optimizer), config, device)
+    if config.face_crop is not None:
+        load_detector(config.face_crop)
+    if config.validation_embedder is not None:
+        face_embedder(config.validation_embedder, "validation_embedder")
+
+
+def _check_photos(config: TrainingConfig, subjects: Sequence[Subject], held: Sequence[Subject]) -> None:
+    """Check that photos have captions and, of one subject, that a photo can be decoded.
 
     Raises:
         NoCaptionError, ConfigError: as `caption_of`. UnreadableImageError, NoImagesError: no photo can be.
     """
-    for subject in subjects:
+    for subject in (*subjects, *held):
         for photo in subject.photos:
             caption_of(photo, config)
     if len(subjects) != 1:  # minutes, of many
@@ -111,6 +132,7 @@ def prepare(
     encode_more: Callable[[Base, Examples], _More] | None,
     *,
     down: DownSource | None = None,
+    held: Sequence[Subject] = (),
     progress: bool = True,
 ) -> tuple[Base, Examples, _More | None, Origin]:
     """Load the base in the precision for `device`, part by part, and encode the subjects on it.
@@ -121,14 +143,18 @@ def prepare(
     Args:
         encode_more: called while VAE and text encoders are there, for what is needed beside the examples.
         down: that the base has to fit, which is seen before any weight is loaded.
+        held: whom validation looks at, for `encode_more`.
 
     Returns:
         The base, its examples, what `encode_more` gave, and, if there are to be checkpoints, what all is made from.
 
     Raises:
-        As `require_supported`, `check_photos`, `open_base`, `check_fits`, `encode_subjects` and `shard`.
+        As `require_supported`, `_check_photos`, `_check_helpers`, `open_base`, `check_fits`, `encode_subjects` and
+        `shard`.
     """
     whole = not wants_shards(processes, config)
+    if not whole and config.mixed_precision == "fp16":
+        raise ConfigError("mixed_precision 'fp16' needs a base that is whole on each device, found one that is divided")
     draws = bool(config.validation_steps and config.validation_prompt)
     circumstances = {
         CPU: device.type == "cpu",
@@ -138,7 +164,8 @@ def prepare(
         UNCHECKPOINTED: not config.gradient_checkpointing,
     }
     require_supported(config, "train", *(name for name, holds in circumstances.items() if holds))
-    check_photos(config, subjects)
+    _check_photos(config, subjects, held)
+    _check_helpers(config, device, processes)
     base = open_base(
         config.pretrained_model_name_or_path,
         revision=config.revision,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ..tuner import placing as injection
 from ..tuner.down import DOWN, DOWN_PARTS, MID, MID_INIT, UP
 from ..tuner.on_model import meta_lora_layers
 from .engine.compiling import uncompile
-from .engine.loop import Step, training_steps
+from .engine.loop import LossScale, Step, training_steps
 from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options, restore_scheduler
 from .engine.processes import ALONE, Processes
 from .engine.replay import ReplayedLoss, named, text_in, why_not_recorded
@@ -159,6 +159,7 @@ class MetaTraining:
             **options,
         )
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
+        self.scale = LossScale.of(config.mixed_precision)
         self._index = self._layers[0].subject_index  # of all layers
         self._replayed = ReplayedLoss(
             self._loss_of,
@@ -202,6 +203,7 @@ class MetaTraining:
                 clip=self._finish_gradients,
                 read=self.processes.later,
                 share=self.processes.sum_,
+                scale=self.scale,
                 done=len(self.losses),
             )
             set_warmup(denoiser, len(self.losses) - first < config.warmup_steps, _TRAINING)
@@ -265,6 +267,7 @@ class MetaTraining:
             "factors": self._factors(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scale": None if self.scale is None else asdict(self.scale),
             "generator": self._generator.get_state(),
             "sampler": self.sampler.state_dict(),
             "bucket": self._number,
@@ -287,6 +290,8 @@ class MetaTraining:
                 total.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         restore_scheduler(self.scheduler, state["scheduler"])
+        if self.scale is not None:
+            self.scale.load_state_dict(state["scale"])
         self._generator.set_state(state["generator"])
         self._number, self._open = range(len(self.buckets))[state["bucket"]], True
         self._bucket = self.buckets[self._number]

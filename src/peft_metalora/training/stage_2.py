@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ..tuner import DownSource, write_subject
 from ..tuner.down import given, subject_config
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.subject_index import SubjectIndex
-from .engine.loop import Step, training_steps
+from .engine.loop import LossScale, Step, training_steps
 from .engine.optimizers import make_scheduler, optimizer_class, optimizer_options, restore_scheduler
 from .engine.processes import ALONE, Processes
 from .engine.replay import ReplayedLoss, named, text_in, why_not_recorded
@@ -47,6 +47,16 @@ from .prior import distance_from_base
 from .stage_settings import PersonalizeConfig
 
 _ADAPTER = "default"
+
+
+def check_rank(config: PersonalizeConfig, down: DownSource) -> None:
+    """Raise ConfigError for another rank than the Down's, but in a control."""
+    own = down.config.r
+    if config.rank is not None and config.rank != own and config.start != "fresh":
+        raise ConfigError(
+            f"rank must be the Down's, {own}, for start={config.start!r}, found {config.rank}: leave `rank` out, or "
+            "use start='fresh' (the control)"
+        )
 
 
 class Personalization:
@@ -121,6 +131,7 @@ class Personalization:
             why_not=why_not_recorded(base, config, processes, asks),
         )
         self.scheduler = make_scheduler(self.optimizer, config, config.max_train_steps)
+        self.scale = LossScale.of(config.mixed_precision)
         # Every subject has the stream that it would have alone.
         self._generators = [torch.Generator().manual_seed(config.seed) for _ in range(self.num_subjects)]
         self.steps_done = 0
@@ -145,13 +156,8 @@ class Personalization:
         if self.down is None:
             raise ConfigError("method 'meta-lora' needs a Down, found none: give down=, or method 'lora'")
         check_fits(self.base.denoiser, self.down, name=config.down or "this Down")
-        own = self.down.config.r
+        check_rank(config, self.down)
         reads = config.start == "encoder"
-        if config.rank is not None and config.rank != own and config.start != "fresh":
-            raise ConfigError(
-                f"rank must be the Down's, {own}, for start={config.start!r}, found {config.rank}: leave `rank` "
-                "out, or use start='fresh' (the control)"
-            )
         adapter = subject_config(
             self.down,
             r=config.rank,
@@ -214,6 +220,7 @@ class Personalization:
             clip=self._finish_gradients,
             read=self.processes.later,
             share=self.processes.sum_,
+            scale=self.scale,
             done=self.steps_done,
         ):
             self.steps_done = step.number
@@ -299,6 +306,7 @@ class Personalization:
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scale": None if self.scale is None else asdict(self.scale),
             "generators": [generator.get_state() for generator in self._generators],
             "steps": self.steps_done,
         }
@@ -315,6 +323,8 @@ class Personalization:
                 parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         restore_scheduler(self.scheduler, state["scheduler"])
+        if self.scale is not None:
+            self.scale.load_state_dict(state["scale"])
         for generator, value in zip(self._generators, state["generators"], strict=True):
             generator.set_state(value)
         self.steps_done = state["steps"]

@@ -94,7 +94,9 @@ def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
         held = hold_out(base, others, config) if others else None
         return material_of(base, examples, subjects, held, config, progress=progress)
 
-    base, _, material, origin = prepare(config, subjects, device, processes, look, down=down, progress=progress)
+    base, _, material, origin = prepare(
+        config, subjects, device, processes, look, down=down, held=others, progress=progress
+    )
     assert material is not None
     save = partial(save_with_reader, config.output_dir, down, overwrite=config.overwrite)
     teach(base, down, material, config, config, origin, processes, save, progress=progress)
@@ -283,6 +285,7 @@ def stacks(base: Base, config: TrainEncoderConfig, processes: Processes) -> tupl
         (backend_of(config) is not None, "dynamo_backend"),
         (config.quantize != "none", "quantize"),
         (bool(base.ragged_layers), "prompts of different lengths"),
+        (config.mixed_precision == "fp16", "gradients in float16 are scaled"),
     ):
         if asked:
             return False, why

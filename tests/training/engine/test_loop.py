@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peft_metalora.errors import MetaLoraError, TrainingError
-from peft_metalora.training.engine.loop import Sanity, Step, training_steps
+from peft_metalora.training.engine.loop import LossScale, Sanity, Step, training_steps
 from peft_metalora.training.engine.slot_optimizer import SlotOptimizer
 
 TARGET = torch.tensor([1.0, -2.0, 0.5])
@@ -67,6 +67,56 @@ def test_stops_before_a_bad_loss_reaches_the_weights():
     with pytest.raises(MetaLoraError, match="finite loss, found nan in step 2: lower the learning rate"):
         next(steps)
     assert torch.equal(weight, kept)
+
+
+class _Overflows(torch.autograd.Function):
+    """The number itself; its gradient is infinite where the loss was scaled beyond `limit`."""
+
+    @staticmethod
+    def forward(ctx, number, limit):
+        ctx.limit = limit
+        return number.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.where(grad > ctx.limit, torch.inf, grad), None
+
+
+def test_a_step_that_overflows_in_float16_is_done_again_with_half_the_scale():
+    """Bug: a run in float16 ended, or its weights were moved by infinity."""
+    weight, loss = problem()
+    seen, scale = [], LossScale(2.0**16, good=5)
+
+    def watched():
+        seen.append(weight.detach().clone())
+        return _Overflows.apply(loss(), 2.0**14)
+
+    steps = list(training_steps(watched, torch.optim.SGD([weight], lr=0.1), steps=3, scale=scale))
+    assert [step.number for step in steps] == [1, 2, 3] and len(seen) == 5
+    assert not torch.stack(seen[:3]).any() and seen[3].any()
+    assert (scale.value, scale.good) == (2.0**14, 3)
+    expected, batches = torch.zeros(3, requires_grad=True), iter(DATA[2:])
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(error(expected, next(batches)), expected)
+        expected = (expected - 0.1 * gradient).detach().requires_grad_()
+    torch.testing.assert_close(weight, expected)
+
+
+def test_a_gradient_that_is_infinite_at_any_scale_stops_the_run():
+    weight, loss = problem()
+    steps = training_steps(
+        lambda: _Overflows.apply(loss(), 0.0), torch.optim.SGD([weight], lr=0.1), steps=2, scale=LossScale()
+    )
+    with pytest.raises(TrainingError, match="expected finite gradients, found NaN or infinity in step 1"):
+        next(steps)
+    assert not weight.any()
+
+
+def test_the_scale_grows_when_nothing_overflowed_for_long_and_is_only_for_float16():
+    scale = LossScale(4.0, good=1999)
+    scale.see(False)
+    assert (scale.value, scale.good) == (8.0, 0)
+    assert [LossScale.of(precision) for precision in ("auto", "no", "bf16")] == [None] * 3
 
 
 def test_a_loss_is_waited_for_after_all_that_a_gpu_can_do_meanwhile_and_before_the_weights_move():

@@ -5,7 +5,8 @@ It knows optimisers, accumulation, clipping and learning-rate schedules, and not
 loss is comes in as a function. Each step is yielded once; logging, saving and stopping live in the caller's `for`.
 
 No step moves the weights by a gradient that is not finite. A fused optimiser is told on the device, as PyTorch's
-gradient scaler tells it, and the host, which need not wait, hears of it in the next step; any other waits.
+gradient scaler tells it, and the host, which need not wait, hears of it in the next step; any other waits. In float16
+gradients that are not finite are no error but a scale that was too large: the step is done again with half of it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,41 @@ class Step:
     seconds: float
 
 
+@dataclass
+class LossScale:
+    """What a loss is multiplied with before the backward pass, and gradients are divided by after it, in float16.
+
+    Without it most gradients there are smaller than the smallest number. As PyTorch's gradient scaler has it, which
+    knows one process and one optimiser at a time: half after a step that overflowed, twice after many that did not.
+
+    Attributes:
+        value: the factor. good: steps since it last changed.
+    """
+
+    value: float = 2.0**16
+    good: int = 0
+
+    @classmethod
+    def of(cls, mixed_precision: str) -> LossScale | None:
+        """The one of a run that starts; None: its precision needs none."""
+        return cls() if mixed_precision == "fp16" else None
+
+    def see(self, overflowed: bool) -> None:
+        """Take in whether a step did."""
+        self.good = 0 if overflowed else self.good + 1
+        if overflowed:
+            self.value /= 2
+        elif self.good == _GROWTH:
+            self.value, self.good = 2 * self.value, 0
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `dataclasses.asdict` gave."""
+        self.value, self.good = float(state["value"]), int(state["good"])
+
+
+_GROWTH = 2000
+
+
 def training_steps(
     compute_loss: Callable[[], torch.Tensor],
     optimizer: Optimizer,
@@ -53,6 +89,7 @@ def training_steps(
     clip: Callable[[], Any] | None = None,
     read: Callable[[torch.Tensor], Callable[[], float]] = ALONE.later,
     share: Callable[[Sequence[torch.Tensor]], Any] = ALONE.sum_,
+    scale: LossScale | None = None,
     done: int = 0,
 ) -> Iterator[Step]:
     """Run steps `done + 1` to `steps` and yield each when it is finished.
@@ -64,34 +101,46 @@ def training_steps(
         read: starts to read a loss and returns what waits for its value (`Processes.later`); asked for before the
             optimiser moves, when a GPU still has the backward pass to do.
         share: sums tensors over the processes in place, so that all of them stop at what one of them finds.
+        scale: of the loss, for a base in float16.
         done: steps that were finished before (resume).
 
     Raises:
-        TrainingError: a loss or a gradient is not finite; the weights are those of the last good step.
+        TrainingError: a loss or a gradient is not finite (with `scale`, at any); the weights are those of the last
+            good step.
     """
     on_device = bool(optimizer.defaults.get("fused"))
     is_bad: Callable[[], float] = float  # of the step before: 0.0
     for number in range(done + 1, steps + 1):
         start = time.perf_counter()
-        parts = []
-        optimizer.zero_grad(set_to_none=True)
-        for _ in range(accumulation):
-            loss = compute_loss() / accumulation
-            parts.append(read(loss))
-            loss.backward()
-        bad = _not_finite(optimizer)
-        share([bad])
-        if clip is not None:
-            clip()
-        total = sum(part() for part in parts)
-        if is_bad():
-            raise _bad_gradient(number - 1)
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"expected a finite loss, found {total} in step {number}: lower the learning rate, or train in "
-                "float32. The weights are those of the step before.",
-                number - 1,
-            )
+        while True:
+            factor = 1.0 if scale is None else scale.value
+            parts = []
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(accumulation):
+                loss = compute_loss() / accumulation
+                parts.append(read(loss))
+                (loss * factor if scale is not None else loss).backward()
+            bad = _not_finite(optimizer, 1 / factor)
+            share([bad])
+            if clip is not None:
+                clip()
+            total = sum(part() for part in parts)
+            if is_bad():
+                raise _bad_gradient(number - 1)
+            if not math.isfinite(total):
+                raise TrainingError(
+                    f"expected a finite loss, found {total} in step {number}: lower the learning rate, or train in "
+                    "float32. The weights are those of the step before.",
+                    number - 1,
+                )
+            if scale is None:
+                break
+            overflowed = bool(bad.item())
+            scale.see(overflowed)
+            if not overflowed:
+                break
+            if scale.value < 1:
+                raise _bad_gradient(number)
         if on_device:
             optimizer.found_inf = bad.clamp(max=1)  # type: ignore[attr-defined]
             is_bad = ALONE.later(bad)
@@ -106,10 +155,10 @@ def training_steps(
         raise _bad_gradient(steps)
 
 
-def _not_finite(optimizer: Optimizer) -> torch.Tensor:
-    """1.0 if any gradient is not, else 0.0, on the device: the check of PyTorch's gradient scaler, with a scale of 1.
+def _not_finite(optimizer: Optimizer, factor: float) -> torch.Tensor:
+    """1.0 if any gradient is not, else 0.0, on the device; all are multiplied by a factor.
 
-    A norm of them all would take the host ten times as long.
+    It is the kernel of PyTorch's gradient scaler. A norm of them all would take the host ten times as long.
     """
     parameters = [one for group in optimizer.param_groups for one in group["params"]]
     found = torch.zeros((), device=parameters[0].device)
@@ -118,7 +167,7 @@ def _not_finite(optimizer: Optimizer) -> torch.Tensor:
         if parameter.grad is not None:
             grads.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for alike in grads.values():
-        torch._amp_foreach_non_finite_check_and_unscale_(alike, found, torch.ones_like(found))
+        torch._amp_foreach_non_finite_check_and_unscale_(alike, found, torch.full_like(found, factor))
     return found
 
 

@@ -249,6 +249,8 @@ def why_not_recorded(base: Base, config: StageConfig, processes: Processes, furt
         reason = "the base's blocks are compiled"
     elif wants_shards(processes, config):
         reason = "the base is divided over processes"
+    elif config.mixed_precision == "fp16":
+        reason = "the scale of gradients in float16 changes"
     elif base.ragged_layers:
         reason = "the host looks how long each prompt is"
     elif any(_has_hooks(module) for module in modules):

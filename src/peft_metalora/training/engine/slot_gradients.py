@@ -15,6 +15,7 @@ from ...bases.precision import autocast
 from ...errors import AdapterNotFoundError
 from ...tuner.down import MID, UP
 from ...tuner.on_model import meta_lora_layers
+from .loop import LossScale
 from .replay import text_in
 
 
@@ -28,6 +29,7 @@ class SlotGradients:
 
     Attributes:
         values: (S, N) float32, the subjects of the next call, to be written in place.
+        scale: of the loss, in float16; whoever steps by the gradients says how it went.
         names: of the factors, in the order in which `values` holds their numbers; as a subject's file has them.
 
     Raises:
@@ -36,6 +38,7 @@ class SlotGradients:
 
     def __init__(self, base: Base, adapter_name: str = "default", mixed_precision: str = "no") -> None:
         self.base, self._precision = base, mixed_precision
+        self.scale = LossScale.of(mixed_precision)
         layers = [layer for _, layer in meta_lora_layers(base.denoiser) if adapter_name in layer.metalora_mid]
         if not layers:
             raise AdapterNotFoundError(f"expected a Meta-LoRA adapter {adapter_name!r} on the denoiser, found none")
@@ -67,9 +70,10 @@ class SlotGradients:
             factor.grad = None
         # No row depends on another's numbers, so that the gradient of the sum is each one's own. Not by autograd.grad:
         # streamed blocks are checkpointed in the reentrant way, which knows nothing of it.
-        rows.sum().backward()
+        (rows.sum() if self.scale is None else rows.sum() * self.scale.value).backward()
         gradients = [factor.grad for factor in self._factors]
-        return rows.detach(), torch.cat([one.flatten(1) for one in gradients if one is not None], dim=1).float()
+        joined = torch.cat([one.flatten(1) for one in gradients if one is not None], dim=1).float()
+        return rows.detach(), joined if self.scale is None else joined / self.scale.value
 
     @torch.no_grad()
     def show(self, subject: Tensor) -> None:

@@ -118,16 +118,10 @@ def read_state(
         ArtefactNotFoundError: no state in the folder. CorruptFileError: it cannot be read.
         ConfigError: the run that wrote it had other settings, another origin or another number of processes.
     """
-    folder = _wanted_folder(config, processes)
-    if folder is None:
+    path = state_file(config, processes)
+    if path is None:
         return None
-    own = folder / _file_name(processes)
-    path = own if own.is_file() else folder / STATE_FILE
-    if not path.is_file():
-        raise ArtefactNotFoundError(
-            f"expected {own.name} in {folder}, found none: give a checkpoint folder of this run, its name in "
-            "output_dir, or 'latest'"
-        )
+    folder, own = path.parent, path.with_name(_file_name(processes))
     content = _read(path)
     with understanding(path):
         count, before = content["processes"], dict(content["config"])
@@ -145,6 +139,25 @@ def read_state(
     for kind, hashes in (origin or {}).items():
         _check_origin(folder, kind, origin_before.get(kind, []), hashes)
     return state
+
+
+def state_file(config: TrainingConfig, processes: Processes = ALONE) -> Path | None:
+    """The file that `resume_from_checkpoint` means for this process: its own, or else the main one's.
+
+    Raises:
+        ArtefactNotFoundError: neither is in the folder.
+    """
+    folder = _wanted_folder(config, processes)
+    if folder is None:
+        return None
+    own = folder / _file_name(processes)
+    path = own if own.is_file() else folder / STATE_FILE
+    if not path.is_file():
+        raise ArtefactNotFoundError(
+            f"expected {own.name} in {folder}, found none: give a checkpoint folder of this run, its name in "
+            "output_dir, or 'latest'"
+        )
+    return path
 
 
 @contextmanager

@@ -123,11 +123,15 @@ class Validation:
             self.run.steps_done = self.best.step
 
 
-def held_out(base: Base, _: Examples, *, subject: Subject, config: PersonalizeConfig) -> tuple[list[Photo], Examples]:
-    """Photos that are not trained on, or without them the trained photos, and views that no step sees."""
+def looked_at(subject: Subject, config: PersonalizeConfig) -> Subject:
+    """The subject with photos that are not trained on, or without them the trained photos."""
     photos = read_photos(config.validation_data_dir) if config.validation_data_dir else subject.photos
+    return Subject("held out", photos)
+
+
+def held_out(base: Base, held: Subject, config: PersonalizeConfig) -> tuple[list[Photo], Examples]:
+    """The photos of `looked_at`, and views that no step sees."""
     # Another seed gives other crops.
     other = replace(config, seed=config.seed + 1)
-    views = max(1, 8 // len(photos))
-    people = [Subject("held out", photos)]
-    return photos, encode_subjects(base, people, other, views, progress=False, skip_unreadable=True)
+    views = max(1, 8 // len(held.photos))
+    return held.photos, encode_subjects(base, [held], other, views, progress=False, skip_unreadable=True)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever can be refused is, before a base is opened: not even its configurations are read, or fetched."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from peft_metalora.bases.parts import Parts
+from peft_metalora.cli import main
+from training_tiny import save_tiny_down, teach_to_read, write_people
+
+SHORT = ["--device", "cpu"]
+BASE = ["--pretrained_model_name_or_path", "{home}/base"]
+NO_CAPTION = "expected a caption for "
+MANY = ["--train_data_dir", "{home}/people", "--output_dir", "{out}"]
+ONE = ["--instance_data_dir", "{home}/people/person-0", "--output_dir", "{out}", "--down", "{home}/down"]
+READ = ["--photos", "{home}/people/person-0", "--output_dir", "{out}", "--down", "{home}/reading"]
+DRAW = ["--prompt", "a photo", "--output_dir", "{out}"]
+PHOTO = ["--photo", "{home}/ann.png"]
+VALIDATION = ["--validation_steps", "1", "--validation_subjects", "1", "--validation_prompt", "a photo"]
+JUDGED = ["--data", "{home}/people", "--output", "{out}", "--base", "{home}/base", "--embedder", "training_tiny:Bright"]
+JUDGED += ["--method", "base"]
+ENCODER = ["train-encoder", "--down", "{home}/down"]
+REFUSED = {
+    "meta-train: no caption": (["meta-train", *BASE, *MANY, "--train_data_dir", "{home}/silent"], NO_CAPTION),
+    "meta-train: no caption of somebody held out": (
+        ["meta-train", *BASE, *MANY, "--validation_steps", "1", "--validation_data_dir", "{home}/silent"],
+        NO_CAPTION,
+    ),
+    "meta-train: output": (["meta-train", *BASE, *MANY, "--output_dir", "{home}/ann"], "found a subject"),
+    "meta-train: cell": (["meta-train", *BASE, *MANY, "--quantize", "nf4"], "needs a GPU"),
+    "meta-train: detector": (["meta-train", *BASE, *MANY, "--face_crop", "nobody:Such"], "nobody:Such"),
+    "meta-train: judge": (
+        ["meta-train", *BASE, *MANY, *VALIDATION, "--validation_embedder", "nobody:Such"],
+        "nobody:Such",
+    ),
+    "meta-train: optimiser": (["meta-train", *BASE, *MANY, "--optimizer", "Such"], "found 'Such'"),
+    "meta-train: checkpoint": (
+        ["meta-train", *BASE, *MANY, "--resume_from_checkpoint", "{home}/nowhere"],
+        "expected training_state.safetensors in {home}/nowhere, found none",
+    ),
+    "train-encoder: no caption": ([*ENCODER, *MANY, "--train_data_dir", "{home}/silent"], NO_CAPTION),
+    "train-encoder: Down": ([*ENCODER, *MANY, "--down", "{home}/nowhere"], "{home}/nowhere"),
+    "train-encoder: output": ([*ENCODER, *MANY, "--output_dir", "{home}/ann"], "found a subject"),
+    "train-encoder: cell": ([*ENCODER, *MANY, "--quantize", "nf4"], "needs a GPU"),
+    "train-encoder: eyes": ([*ENCODER, *MANY, "--encoder", "ears"], "'ears'"),
+    "personalize: no caption": (["personalize", *ONE, "--instance_data_dir", "{home}/ann.png"], NO_CAPTION),
+    "personalize: no photo": (
+        ["personalize", *ONE, "--instance_data_dir", "{home}/none.png", "--instance_prompt", "a photo"],
+        "none.png",
+    ),
+    "personalize: Down": (["personalize", *ONE, "--down", "{home}/nowhere"], "{home}/nowhere"),
+    "personalize: a Down that cannot read": (["personalize", *ONE, "--start", "encoder"], "a Down with an encoder"),
+    "personalize: output": (["personalize", *ONE, "--output_dir", "{home}/ann"], "--overwrite to replace it"),
+    "personalize: cell": (["personalize", *ONE, "--quantize", "nf4"], "needs a GPU"),
+    "personalize: optimiser": (["personalize", *ONE, "--optimizer", "Such"], "found 'Such'"),
+    "personalize: rank": (["personalize", *ONE, "--rank", "3"], "--rank must be the Down's, 2"),
+    "read: no photo": (["read", *READ, "--photos", "{home}/none.png"], "none.png"),
+    "read: Down": (["read", *READ, "--down", "{home}/nowhere"], "{home}/nowhere"),
+    "read: a Down that cannot": (["read", *READ, "--down", "{home}/down"], "a Down with an encoder"),
+    "read: output": (["read", *READ, "--output_dir", "{home}/ann"], "--overwrite to replace it"),
+    "read: detector": (["read", *READ, "--face_crop", "nobody:Such"], "nobody:Such"),
+    "generate: subject": (["generate", *BASE, *DRAW, "--subject", "{home}/nowhere"], "{home}/nowhere"),
+    "generate: Down": (
+        ["generate", *BASE, *DRAW, *PHOTO, "--down", "{home}/nowhere"],
+        "{home}/nowhere",
+    ),
+    "generate: a Down that cannot read": (
+        ["generate", *BASE, *DRAW, *PHOTO, "--down", "{home}/down"],
+        "a Down with an encoder",
+    ),
+    "generate: no photo in a folder": (
+        ["generate", *BASE, *DRAW, "--photo", "{home}/empty", "--down", "{home}/reading"],
+        "{home}/empty",
+    ),
+    "generate: output": (["generate", *BASE, *DRAW, "--output_dir", "{home}/ann.png"], "ann.png"),
+    "generate: cell": (["generate", *BASE, *DRAW, "--offload", "sequential"], "accelerate brings layers to a GPU only"),
+    "generate: detector": (
+        ["generate", *BASE, *DRAW, *PHOTO, "--down", "{home}/reading", "--face_crop", "nobody:Such"],
+        "nobody:Such",
+    ),
+    "evaluate: nobody": (["evaluate", *JUDGED, "--data", "{home}/empty"], "{home}/empty"),
+    "evaluate: Down": (["evaluate", *JUDGED, "--method", "meta-lora:down={home}/nowhere"], "{home}/nowhere"),
+    "evaluate: no Down": (["evaluate", *JUDGED, "--method", "meta-lora"], "needs a Down"),
+    "evaluate: a Down that cannot read": (
+        ["evaluate", *JUDGED, "--steps", "0", "--method", "meta-lora:down={home}/down,start=encoder"],
+        "a Down with an encoder",
+    ),
+    "evaluate: judge": (["evaluate", *JUDGED, "--embedder", "nobody:Such"], "nobody:Such"),
+    "evaluate: output": (["evaluate", *JUDGED, "--output", "{home}/ann.png"], "ann.png"),
+    "evaluate: cell": (["evaluate", *JUDGED, "--offload", "model"], "take turns"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """People with captions and without, a Down, one that reads, Ann; nobody writes into them."""
+    folder = tmp_path_factory.mktemp("refusals")
+    write_people(folder / "people")
+    write_people(folder / "silent", subjects=2)
+    for place in (folder / "silent").iterdir():
+        (place / "metadata.jsonl").unlink()
+    save_tiny_down(folder, "down", "reading")
+    teach_to_read(folder / "reading")
+    (folder / "empty").mkdir()
+    Image.new("RGB", (24, 24), "grey").save(folder / "ann.png")
+    arguments = ["personalize", *ONE, "--instance_data_dir", "{home}/people/person-1", "--max_train_steps", "1"]
+    given = [one.format(home=folder, out=folder / "ann") for one in [*arguments, *SHORT, "--resolution", "16"]]
+    assert main(given) == 0
+    return folder
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_in_a_sentence_and_no_base_is_opened(home, case, tmp_path, monkeypatch, capsys):
+    """Bug: a missing caption, a Down that cannot read or a detector that is not there cost a download of 30 GB."""
+    arguments, message = REFUSED[case]
+    monkeypatch.setattr(Parts, "pipeline", lambda *_: pytest.fail("a base is opened"))
+    before = sorted(home.rglob("*"))
+    out = tmp_path / "out"
+    assert main([one.format(home=home, out=out) for one in [*arguments, *SHORT]]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message.format(home=home) in error
+    assert not out.exists() and sorted(home.rglob("*")) == before
