@@ -121,6 +121,12 @@ COMMANDS = {
         "commands.serve:run_serve",
         "metalora serve --demo --people people",
     ),
+    "app": Command(
+        "open a page in the browser: people from photos",
+        "app.app_settings:AppConfig",
+        "commands.app:run_app",
+        "metalora app --demo",
+    ),
     "evaluate": Command(
         "compare methods on a folder of people",
         "evaluation.evaluation_settings:EvaluateConfig",

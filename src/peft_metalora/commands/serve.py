@@ -42,7 +42,7 @@ def serving(config: ServeConfig) -> Iterator[threading.Thread]:
     """
     tenants = None if config.tokens is None else Tenants.read(config.tokens)
     config = _checked(config)
-    with _listening(config) as listening:
+    with listening_at(config.host, config.port) as listening:
         try:
             from ..service.on_ray import running
         except ImportError as error:
@@ -53,18 +53,23 @@ def serving(config: ServeConfig) -> Iterator[threading.Thread]:
             yield answering
 
 
-def _listening(config: ServeConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+def listening_at(host: str, port: int) -> socket.socket:
+    """A socket that listens there; raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(
-            f"expected a free port {config.port} on {config.host}, found: {error.strerror}. Give another port"
+            f"expected a free port {port} on {host}, found: {error.strerror}. Give another port"
         ) from error
 
 
 def _checked(config: ServeConfig) -> ServeConfig:
     """The settings with absolute paths, once what can be known before Ray starts is known."""
+    if config.demo:
+        from ..demo.embedded import of_the_demo
+
+        config = of_the_demo(config)
     place = Place(config.people)
     if config.ray_address is not None and os.environ.get("RAY_AUTH_MODE") != "token":
         raise ConfigError(

@@ -9,7 +9,9 @@ weights; `make_base.py` trains it; `load_base` loads the committed one. Images a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -148,3 +150,15 @@ def load_base(folder: str | Path = BASE) -> FluxPipeline:
     pipe = FluxPipeline.from_pretrained(str(folder), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def of_the_demo(config: Any) -> Any:
+    """Settings of a command with what the embedded base is: where it lies, its Down if none is named, its sizes."""
+    return replace(
+        config,
+        pretrained_model_name_or_path=str(BASE),
+        down=config.down or str(DOWN),
+        resolution=config.resolution or RESOLUTION,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        device="cpu",
+    )

@@ -80,13 +80,14 @@ class Sight:
             content: of the photo's file, where it has been read already.
         """
         if isinstance(photo, Photo):
-            seen = open_photo(photo, lambda image: self._region(image, photo.path), content)
+            seen = open_photo(photo, lambda image: self.region(image, photo.path), content)
             if seen.mask is None:
                 return seen.image
             return Image.composite(seen.image, Image.new("RGB", seen.image.size, (_GREY,) * 3), seen.mask)
         image = photo.convert("RGB")
-        region = self._region(image, name)
+        region = self.region(image, name)
         return image if region is None else region.cut(image)
 
-    def _region(self, image: Image.Image, name: str | os.PathLike[str]) -> Region | None:
+    def region(self, image: Image.Image, name: str | os.PathLike[str]) -> Region | None:
+        """The part of an image that is used; None: all of it. Raises NoFaceError."""
         return None if self._faces is None else face_region(self._faces, image, name)

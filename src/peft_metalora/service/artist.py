@@ -330,7 +330,7 @@ async def make_artist(config: ServeConfig) -> Artist:
 
 
 def load_copy(config: ServeConfig, use: str, *circumstances: str) -> tuple[Base, ServeConfig]:
-    """A copy of the base on its device, and the settings with what the demo's base is and where the base lies.
+    """A copy of the base on its device, and the settings with where the base lies.
 
     Args:
         use, circumstances: as `require_supported` takes them.
@@ -338,8 +338,6 @@ def load_copy(config: ServeConfig, use: str, *circumstances: str) -> tuple[Base,
     Raises:
         As `make_artist`.
     """
-    if config.demo:
-        config = _of_the_demo(config)
     device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.replicas))
@@ -369,16 +367,3 @@ def code_of(person: Person) -> SubjectCode:
     """The code of somebody, as the index has it."""
     numbers = torch.from_numpy(np.frombuffer(person.code or b"", np.float32).copy())
     return SubjectCode(numbers, person.down, person.space)
-
-
-def _of_the_demo(config: ServeConfig) -> ServeConfig:
-    from ..demo.embedded import BASE, DOWN, MAX_SEQUENCE_LENGTH, RESOLUTION
-
-    return replace(
-        config,
-        pretrained_model_name_or_path=str(BASE),
-        down=config.down or str(DOWN),
-        resolution=config.resolution or RESOLUTION,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        device="cpu",
-    )

@@ -131,6 +131,11 @@ class Place:
             for name, content in files.items():
                 (stage / name).write_bytes(content)
 
+    def move_files(self, person: Person, to: Person) -> None:
+        """Move the files of somebody, if there are any, to where those of somebody else are."""
+        if self.fs.exists(self.folder(person)):
+            self.fs.mv(self.folder(person), self.folder(to), recursive=True)
+
     def remove_files(self, person: Person) -> None:
         """Remove the files of somebody, if there are any."""
         if self.fs.exists(self.folder(person)):
@@ -196,6 +201,19 @@ class People:
             self.place.write_files(person, files)
         self._looked[person.uid] = time.monotonic(), self.place.stamp(person)
         self._write(person)
+        return person
+
+    def rename(self, before: Person, name: str) -> Person:
+        """Call somebody by a name that nobody has; WriteFailedError: they are who they were, or are under both names.
+
+        The new name is entered first: of a rename that ends in the middle nothing is without a name to delete it by.
+        """
+        person = replace(before, name=name)
+        self._write(person)
+        with self._writing():
+            self.place.move_files(before, person)
+        self._looked.pop(person.uid, None)
+        self._write(before, gone=True)
         return person
 
     def remove(self, person: Person) -> None:

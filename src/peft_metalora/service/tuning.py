@@ -12,13 +12,14 @@ from pathlib import Path
 
 from ..bases import Base
 from ..checkpoint.reader_files import READER_FILES
-from ..checkpoint.space import CodeSource, load_space
+from ..checkpoint.space import CodeSource, SubjectSpace, load_space
 from ..data import Photo, Subject
 from ..errors import MetaLoraError
 from ..hub.loading import folder_of, load_down
 from ..training.examples.encoding import encode_subjects
 from ..training.stage_2 import Personalization
 from ..training.stage_settings import PersonalizeConfig
+from ..tuner import DownSource
 from ..tuner.down import subject_config
 from .artist import code_of, hub_of, load_copy
 from .people import Person
@@ -55,7 +56,7 @@ class Tuner:
                 steps = run.steps()
                 while (step := await to_its_end(next, steps, None)) is not None:
                     yield step.number
-                files = await to_its_end(_files_of, run, person)
+                files = await to_its_end(files_of, run, person)
             except MetaLoraError as error:
                 raise RefusedError(422, f"expected photos to learn from, found {type(error).__name__}") from error
             finally:
@@ -65,26 +66,45 @@ class Tuner:
             yield files
 
     def _begin(self, photos: Sequence[bytes], person: Person, prompt: str | None) -> Personalization:
-        """From who was read; `_run` is what there is to take off, whoever waits for it."""
-        config = PersonalizeConfig(
-            pretrained_model_name_or_path=str(self._config.pretrained_model_name_or_path),
-            output_dir="unused",
-            down=self._config.down,
-            instance_prompt=prompt or _PROMPT,
-            resolution=self._config.resolution or 512,
-            max_train_steps=self._config.tune_steps,
-            mixed_precision=self._config.mixed_precision,
-        )
-        seen = [Photo(Path(f"photo {number}"), content=partial(bytes, photo)) for number, photo in enumerate(photos, 1)]
-        examples = encode_subjects(
-            self._base, [Subject(person.name, seen)], config, config.views_per_image, progress=False
-        )
-        read = CodeSource(subject_config(self._down), code_of(person), self._space, self._down)
-        self._run = Personalization(self._base, examples, config, self._down, read=[read])
+        """`_run` is what there is to take off, whoever waits for it."""
+        self._run = begin(self._base, self._config, self._down, self._space, person, photos, prompt)
         return self._run
 
 
-def _files_of(run: Personalization, person: Person) -> dict[str, bytes]:
+def begin(
+    base: Base,
+    config: ServeConfig,
+    down: DownSource,
+    space: SubjectSpace,
+    person: Person,
+    photos: Sequence[bytes],
+    prompt: str | None,
+) -> Personalization:
+    """Stage 2 of a person from who was read, ready for its first step.
+
+    Args:
+        base: without adapters. config: with the steps at most. prompt: of the photos.
+
+    Raises:
+        As `encode_subjects` and `Personalization`.
+    """
+    settings = PersonalizeConfig(
+        pretrained_model_name_or_path=str(config.pretrained_model_name_or_path),
+        output_dir="unused",
+        down=config.down,
+        instance_prompt=prompt or _PROMPT,
+        resolution=config.resolution or 512,
+        max_train_steps=config.tune_steps,
+        mixed_precision=config.mixed_precision,
+    )
+    seen = [Photo(Path(f"photo {number}"), content=partial(bytes, photo)) for number, photo in enumerate(photos, 1)]
+    examples = encode_subjects(base, [Subject(person.name, seen)], settings, settings.views_per_image, progress=False)
+    read = CodeSource(subject_config(down), code_of(person), space, down)
+    return Personalization(base, examples, settings, down, read=[read])
+
+
+def files_of(run: Personalization, person: Person) -> dict[str, bytes]:
+    """The files of the subject that a run has learned."""
     with tempfile.TemporaryDirectory() as folder:
         saved = run.save(Path(folder) / "subject", subject_name=person.name)
         return {file.name: file.read_bytes() for file in saved.iterdir()}

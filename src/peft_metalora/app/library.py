@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is there: the people of a user, kept as `metalora serve` keeps those of a tenant; and photos that were asked for.
+
+    index/, people/                 as `service.people` has them
+    photos/<tenant>/<name>/1 ...    photos of somebody, where whoever brought them in ticked that box
+
+One library is shared by all tabs and users of a name: what one changes, the other finds changed.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.artefacts import save_read_subject
+from ..checkpoint.space import CodeSource
+from ..errors import ConfigError, OutputExistsError, WriteFailedError
+from ..hub.publishing import push_subject
+from ..lora.export import export_subject
+from ..service.people import People, Person, Place
+from ..service.tenants import NAME
+from .studio import Studio
+
+MOST_SHOWN = 1000
+
+
+class Library:
+    """The people of all users. Methods may be called in any thread.
+
+    Raises:
+        As `People`.
+    """
+
+    def __init__(self, place: Place, studio: Studio) -> None:
+        if place.read_only:
+            raise ConfigError(
+                "expected a place for people where they can be deleted for good, found one with a history: give "
+                "people=<a folder>"
+            )
+        self._place, self._people, self._studio = place, People(place), studio
+        self._change = threading.Lock()
+
+    def people(self, tenant: str) -> list[Person]:
+        """Everybody of a user, in order of their names."""
+        return self._people.page(tenant, limit=MOST_SHOWN)
+
+    def person(self, tenant: str, name: str | None) -> Person:
+        """Somebody of a user; raises ConfigError."""
+        found = self._people.find(tenant, name) if name else None
+        if found is None:
+            raise ConfigError(f"expected somebody of your library, found {repr(name) if name else 'nobody chosen'}")
+        return found
+
+    def require_new(self, tenant: str, name: str) -> None:
+        """Raises ConfigError of a name that cannot be, OutputExistsError of one that is taken."""
+        if not re.fullmatch(NAME, name or ""):
+            raise ConfigError(
+                f"expected a name of up to 64 letters, digits, '_' and '-', found {name!r:.80}: give another name"
+            )
+        if self._people.find(tenant, name) is not None:
+            raise OutputExistsError(f"expected a new name, found {name}, which is taken: give another, or delete them")
+
+    def enrol(self, person: Person, photos: Sequence[bytes] = ()) -> Person:
+        """Keep somebody whom nobody knows yet, as a code.
+
+        Args:
+            photos: those to be kept.
+
+        Raises:
+            ConfigError, OutputExistsError: as `require_new`. WriteFailedError: nobody was added.
+        """
+        with self._change:
+            self.require_new(person.tenant, person.name)
+            self._write_photos(person, photos)
+            own: dict[str, Any] = {"down": person.down, "space": person.space, "consent": person.consent}
+            try:
+                return self._people.put_code(person.tenant, person.name, person.code or b"", **own)
+            except BaseException:
+                self._remove_photos(person)
+                raise
+
+    def polished(self, person: Person, files: dict[str, bytes]) -> Person:
+        """Keep somebody as they are after polishing.
+
+        Raises:
+            ConfigError: they have changed, or have gone, meanwhile. WriteFailedError. They stay what they are.
+        """
+        with self._change:
+            if self._people.entry(person.tenant, person.name) != person:
+                raise ConfigError(f"expected {person.name} as they were, found that they have changed meanwhile")
+            return self._people.put_files(person, files)
+
+    def rename(self, tenant: str, name: str | None, to: str) -> Person:
+        """Call somebody by another name; raises as `person` and `require_new`, and WriteFailedError."""
+        with self._change:
+            person = self.person(tenant, name)
+            self.require_new(tenant, to)
+            renamed = self._people.rename(person, to)
+            if self._place.fs.exists(self._photos_at(person)):
+                self._place.fs.mv(self._photos_at(person), self._photos_at(renamed), recursive=True)
+            return renamed
+
+    def delete(self, tenant: str, name: str | None) -> Person:
+        """Delete somebody, their photos first; raises as `person`, and WriteFailedError: delete again."""
+        with self._change:
+            person = self.person(tenant, name)
+            self._remove_photos(person)
+            self._people.remove(person)
+            return person
+
+    # Files of somebody
+
+    def photos(self, person: Person) -> list[bytes]:
+        """The photos that were kept; none where nobody asked for that."""
+        folder = self._photos_at(person)
+        if not self._place.fs.exists(folder):
+            return []
+        paths = sorted(self._place.fs.ls(folder, detail=False))
+        return [self._place.fs.cat_file(path) for path in paths]
+
+    def export(self, person: Person, folder: Path, format: str) -> Path:
+        """Write somebody as an ordinary LoRA into a folder of their own; raises as `export_subject`."""
+        return export_subject(self._studio.subject(person), folder / f"{person.name}.safetensors", format)
+
+    def push(self, person: Person, repo_id: str, down: str | None) -> str:
+        """Publish somebody, for nobody but their owner to see; returns the commit.
+
+        Args:
+            down: repository of the Down, where the page has it from a folder.
+
+        Raises:
+            As `push_subject`.
+        """
+        with tempfile.TemporaryDirectory() as made:
+            if person.code is None:
+                with self._place.files(person) as files:
+                    return push_subject(files, repo_id, private=True, down=down)
+            source = self._studio.subject(person)
+            assert isinstance(source, CodeSource)
+            saved = save_read_subject(Path(made) / person.name, source)
+            return push_subject(saved, repo_id, private=True, down=down)
+
+    def _photos_at(self, person: Person) -> str:
+        return f"{self._place.root}/photos/{person.tenant}/{person.name}"
+
+    def _write_photos(self, person: Person, photos: Sequence[bytes]) -> None:
+        self._remove_photos(person)
+        try:
+            for number, photo in enumerate(photos, 1):
+                self._place.write(f"{self._photos_at(person)}/{number:03}", photo)
+        except (OSError, WriteFailedError) as error:
+            self._remove_photos(person)
+            raise WriteFailedError(
+                f"expected to be able to keep the photos of {person.name}, found: {error}"
+            ) from error
+
+    def _remove_photos(self, person: Person) -> None:
+        if self._place.fs.exists(self._photos_at(person)):
+            self._place.fs.rm(self._photos_at(person), recursive=True)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `metalora app` does: refuses what cannot be before the base is loaded, and answers until Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..app.app_settings import AppConfig
+from ..errors import ConfigError
+from ..files import require_writable
+from ..service.people import Place
+from ..service.tenants import Tenants
+from . import Done
+from .serve import listening_at
+
+
+def run_app(config: AppConfig) -> Done:
+    """Answer until Ctrl-C or SIGTERM; raises as `opened`."""
+    with opened(config) as (server, listening):
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        print(f"the page is at http://{host}:{config.port}", flush=True)
+        server.run(sockets=[listening])
+    return Done("the page is closed", {"people": config.people, "host": config.host, "port": config.port})
+
+
+@contextmanager
+def opened(config: AppConfig) -> Iterator[tuple[Any, Any]]:
+    """A server of the page and the socket that it listens on, for as long as the block lasts.
+
+    Raises:
+        ConfigError: settings, a folder, a file or a port that cannot be; or the extra is not installed.
+        ArtefactNotFoundError, HubError: there is no such Down, or it reads no photos.
+        As `open_studio`.
+    """
+    tenants = None if config.tokens is None else Tenants.read(config.tokens)
+    copy = config.copy()
+    if config.demo:
+        from ..demo.embedded import of_the_demo
+
+        copy = of_the_demo(copy)
+    if "://" not in config.people:
+        require_writable(config.people)
+        Path(config.people).mkdir(mode=0o700, parents=True, exist_ok=True)
+    place = Place(config.people)
+    try:
+        from ..app.opening import serving_page
+    except ImportError as error:
+        raise ConfigError(f"expected Gradio, found no {error.name}: pip install 'peft-metalora[app]'") from error
+    from ..app.studio import open_studio
+
+    with (
+        listening_at(config.host, config.port) as listening,
+        serving_page(open_studio(copy, place), place, copy, tenants) as server,
+    ):
+        yield server, listening

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the page does, without a browser: who is read, drawn, polished, kept and deleted, and what is refused."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from app_tiny import photo
+from fake_hub import TOKEN
+from peft_metalora import load_subject
+from peft_metalora.app import polishing
+from peft_metalora.app.hardware import RECIPES, machine
+from peft_metalora.app.page import BOXES, CONSENT, Visit
+from peft_metalora.errors import (
+    ConfigError,
+    MissingDownError,
+    NoImagesError,
+    OutputExistsError,
+    UnreadableImageError,
+)
+from peft_metalora.hub import push_down
+
+PROMPT = "a photo of a person"
+
+
+class TestReading:
+    def test_who_is_read_is_there_at_once_and_no_photo_is_kept(self, tried):
+        app, visit = tried(), Visit()
+        files = app.files(photo(1), photo(2, (60, 40)))
+        seen = app.page.drop(visit, True, files)
+        assert [one.photo.size for one in seen] == [(40, 40), (60, 40)]
+        assert all(one.square.size == (16, 16) and one.region is None for one in seen)
+        assert not any(Path(file).exists() for file in files)
+        person = app.page.read("local", visit, True, "ann", False)
+        assert person.consent == CONSENT and app.kept() == []
+        ann, base = app.page.draw("local", "ann", PROMPT, 3, 1)
+        assert np.asarray(ann).tobytes() != np.asarray(base).tobytes()
+        plain = app.studio.base.pipeline(
+            PROMPT,
+            width=16,
+            height=16,
+            num_inference_steps=1,
+            max_sequence_length=8,
+            generator=torch.Generator().manual_seed(3),
+        ).images[0]
+        assert np.asarray(base).tobytes() == np.asarray(plain).tobytes()
+        assert app.studio._table.names() == []  # between two pictures the copy knows nobody
+
+    def test_photos_are_kept_where_that_is_ticked_and_go_with_the_person(self, tried):
+        app = tried()
+        app.enrol("ann", 1, keep=True)
+        assert app.kept() == ["photos/local/ann/001"]
+        assert (app.folder / "people/photos/local/ann/001").read_bytes() == photo(1)
+        app.page.delete("local", Visit(), "ann")
+        assert app.kept() == [] and app.library.people("local") == []
+
+    @pytest.mark.parametrize(
+        "consent, contents, limits, error, says",
+        [
+            (False, [photo()], {}, ConfigError, "not ticked"),
+            (True, [b"no image"], {}, UnreadableImageError, "photo 1"),
+            (True, [photo(), photo()[:60]], {}, UnreadableImageError, "photo 2"),
+            (True, [photo()] * 3, {"max_photos": 2}, ConfigError, "at most 2 photos"),
+            (True, [photo(size=(200, 100))], {"max_megapixels": 0.01}, UnreadableImageError, "200 x 100"),
+            (True, [photo(size=(200, 100))], {"max_body_mb": 0.01}, UnreadableImageError, "MB"),
+        ],
+    )
+    def test_what_cannot_be_read_changes_nothing_and_leaves_no_file(
+        self, tried, consent, contents, limits, error, says
+    ):
+        app, visit = tried(**limits), Visit(photos=[b"as before"], name="ann")
+        files = app.files(*contents)
+        with pytest.raises(error, match=says):
+            app.page.drop(visit, consent, files)
+        assert visit == Visit(photos=[b"as before"], name="ann")
+        assert not any(Path(file).exists() for file in files)
+
+    def test_nobody_is_read_without_consent_photos_and_a_free_name(self, tried):
+        app, visit = tried(), Visit()
+        with pytest.raises(NoImagesError, match="drop one"):
+            app.page.read("local", visit, True, "ann", False)
+        app.page.drop(visit, True, app.files(photo()))
+        with pytest.raises(ConfigError, match="not ticked"):
+            app.page.read("local", visit, False, "ann", False)
+        for name in ("", "../ann", "a" * 65, "ann bee"):
+            with pytest.raises(ConfigError, match="letters"):
+                app.page.read("local", visit, True, name, True)
+        app.page.read("local", visit, True, "ann", False)
+        with pytest.raises(OutputExistsError, match="taken"):
+            app.page.read("local", visit, True, "ann", True)
+        assert [one.name for one in app.library.people("local")] == ["ann"] and app.kept() == []
+
+    def test_users_have_libraries_of_their_own(self, tried):
+        app = tried()
+        app.enrol("ann", 1, tenant="acme")
+        app.enrol("ann", 2, tenant="other")
+        assert (app.draw("ann", tenant="acme") != app.draw("ann", tenant="other")).any()
+        with pytest.raises(ConfigError, match="somebody of your library"):
+            app.draw("ann")
+
+
+class TestPictures:
+    def test_tabs_that_draw_at_once_get_each_their_own(self, tried):
+        app = tried()
+        names = ["ann", "bob", "cleo"]
+        for number, name in enumerate(names):
+            app.enrol(name, number)
+        alone, together = {name: app.draw(name, 7) for name in names}, {}
+        threads = [
+            threading.Thread(target=lambda name=name: together.update({name: app.draw(name, 7)})) for name in names
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all((alone[name] == together[name]).all() for name in names)
+        assert (alone["ann"] != alone["bob"]).any()
+
+    def test_somebody_between_two_can_be_drawn_and_kept(self, tried):
+        app = tried()
+        app.enrol("ann", 1), app.enrol("bob", 2)
+        whole = app.page.blend("local", ["ann", "bob"], 0.0, PROMPT, 0, 1)[0]
+        assert (np.asarray(whole) == app.draw("ann")).all()
+        half = app.page.blend("local", ["ann", "bob"], 0.5, PROMPT, 0, 1)[0]
+        kept = app.page.keep_blend("local", ["ann", "bob"], 0.5, "child")
+        assert (app.draw("child") == np.asarray(half)).all() and (app.draw("child") != app.draw("ann")).any()
+        assert kept.consent == f"ann: {CONSENT}; bob: {CONSENT}"
+        with pytest.raises(ConfigError, match="twice"):
+            app.page.blend("local", ["ann", "ann"], 0.5, PROMPT, 0, 1)
+
+    def test_two_people_stand_in_their_boxes(self, tried):
+        app = tried()
+        app.enrol("ann", 1), app.enrol("bob", 2)
+        one = app.page.two("local", ["ann", "bob"], BOXES, PROMPT, 0, 1)[0]
+        other = app.page.two("local", ["bob", "ann"], BOXES, PROMPT, 0, 1)[0]
+        assert (np.asarray(one) != np.asarray(other)).any()
+        with pytest.raises(ConfigError, match="box for bob"):
+            app.page.two("local", ["ann", "bob"], [BOXES[0], [120, 0, 140, 50]], PROMPT, 0, 1)
+
+    @pytest.mark.parametrize(
+        "prompt, seed, steps, says",
+        [(" ", 0, 1, "a prompt"), ("x" * 2001, 0, 1, "a prompt"), ("x", -1, 1, "a seed"), ("x", 0, 51, "steps")],
+    )
+    def test_wishes_have_bounds(self, tried, prompt, seed, steps, says):
+        app = tried()
+        app.enrol("ann")
+        with pytest.raises(ConfigError, match=says):
+            app.page.draw("local", "ann", prompt, seed, steps)
+
+
+class TestPolishing:
+    def test_it_tells_loss_and_pictures_and_the_person_changes_at_its_end(self, tried):
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit)
+        before, base = app.draw("ann"), np.asarray(app.page.draw("local", "ann", PROMPT, 1, 1)[1])
+        work = [*app.page.polish("local", visit, "ann", PROMPT, 4, 0)][-1]
+        assert work.done and work.said == "ann is polished, in 4 steps" and len(work.losses) == 4
+        assert [step for step, _ in work.pictures] == [1, 2, 3, 4]
+        after = app.draw("ann")
+        assert (after != before).any() and (after == np.asarray(work.pictures[-1][1])).all()
+        app.studio._plain.clear()
+        assert (np.asarray(app.page.draw("local", "ann", PROMPT, 1, 1)[1]) == base).all()
+        assert app.library.person("local", "ann").code is None
+        app.enrol("bob", 2)
+        with pytest.raises(ConfigError, match="ann, who was polished"):
+            app.page.blend("local", ["ann", "bob"], 0.5, PROMPT, 0, 1)
+        again = [*app.page.polish("local", visit, "ann", PROMPT, 1, 0)][-1]
+        assert "found ann, who was polished" in again.said and (app.draw("ann") == after).all()
+
+    def test_who_is_cancelled_is_who_they_were(self, tried):
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit)
+        before = app.draw("ann")
+        states = app.page.polish("local", visit, "ann", PROMPT, 8, 0)
+        work = next(states)
+        work.cancel()
+        assert [*states][-1].said == "cancelled: ann is who they were"
+        assert (app.draw("ann") == before).all() and app.library.person("local", "ann").code is not None
+
+    def test_a_tab_that_is_closed_cancels_its_own(self, tried):
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit)
+        states = app.page.polish("local", visit, "ann", PROMPT, 8, 0)
+        work = next(states)
+        states.close()
+        while not work.done:
+            work.wait(1)
+        assert work.said == "cancelled: ann is who they were" and app.studio.polishing == ""
+        visit.leave()
+        assert visit.photos == []
+
+    def test_who_is_deleted_meanwhile_stays_deleted(self, tried):
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit)
+        states = app.page.polish("local", visit, "ann", PROMPT, 8, 0)
+        next(states)
+        app.library.delete("local", "ann")
+        assert "is who they were: expected ann as they were" in [*states][-1].said
+        assert app.library.people("local") == [] and app.kept() == []
+
+    def test_it_needs_photos_of_that_person(self, tried):
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, keep=True), app.enrol("bob", 2, visit)
+        with pytest.raises(NoImagesError, match="photos of bob"):
+            next(app.page.polish("local", Visit(), "bob", PROMPT, 2, 0))
+        assert [*app.page.polish("local", Visit(), "ann", PROMPT, 1, 0)][-1].said == "ann is polished, in 1 steps"
+
+    def test_a_failure_is_told_in_a_sentence_and_the_base_draws_on(self, tried, monkeypatch):
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit)
+        before = app.draw("ann")
+
+        def fails(*_, **__):
+            raise OSError("no disk")
+
+        monkeypatch.setattr("peft_metalora.app.studio.files_of", fails)
+        monkeypatch.setattr(polishing.log, "exception", lambda *_: None)
+        work = [*app.page.polish("local", visit, "ann", PROMPT, 1, 0)][-1]
+        assert work.said.startswith("ann is who they were: polishing failed")
+        assert (app.draw("ann") == before).all()
+
+    def test_a_base_that_waits_elsewhere_cannot_be_trained_on(self, tried):
+        app, visit = tried(offload="model"), Visit()
+        app.enrol("ann", 1, visit)
+        with pytest.raises(ConfigError, match="without it"):
+            next(app.page.polish("local", visit, "ann", PROMPT, 1, 0))
+
+
+class TestLibrary:
+    def test_a_rename_keeps_the_person_their_files_and_photos(self, tried):
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit, keep=True)
+        [*app.page.polish("local", visit, "ann", PROMPT, 1, 0)]
+        before, uid = app.draw("ann"), app.library.person("local", "ann").uid
+        assert app.library.rename("local", "ann", "anna").uid == uid
+        assert [one.name for one in app.library.people("local")] == ["anna"]
+        assert (app.draw("anna") == before).all() and not [name for name in app.kept() if "/ann/" in name]
+        assert app.library.photos(app.library.person("local", "anna")) == [photo(1)]
+        app.enrol("bob", 2)
+        with pytest.raises(OutputExistsError, match="taken"):
+            app.library.rename("local", "anna", "bob")
+
+    @pytest.mark.parametrize("tool, key", [("diffusers", "transformer."), ("ComfyUI", "diffusion_model.")])
+    def test_an_export_is_the_persons_and_goes_with_them(self, tried, tool, key):
+        app = tried()
+        app.enrol("ann", 1)
+        file = app.page.export("local", "ann", tool)
+        with safe_open(file, "pt") as found:
+            assert all(name.startswith(key) for name in found.keys())  # noqa: SIM118
+        app.page.delete("local", Visit(), "ann")
+        assert not Path(file).exists()
+
+    def test_a_push_is_private(self, tried, server):
+        app = tried()
+        app.enrol("ann", 1)
+        with pytest.raises(MissingDownError):
+            app.page.push("local", "ann", "me/ann", "")
+        push_down(app.config.down, "me/down", token=TOKEN)
+        assert "private" in app.page.push("local", "ann", " me/ann ", "me/down")
+        assert server.repos["me/ann"].private
+        source = load_subject("me/ann")
+        assert source.down.fingerprint == app.studio.down.fingerprint
+
+    def test_photos_that_cannot_be_kept_leave_nobody(self, tried, monkeypatch):
+        app, visit = tried(), Visit()
+        app.page.drop(visit, True, app.files(photo()))
+
+        def full(*_):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(app.place, "write", full)
+        with pytest.raises(OSError, match="disk full"):
+            app.page.read("local", visit, True, "ann", True)
+        monkeypatch.undo()
+        assert app.kept() == [] and app.library.people("local") == []
+
+
+def test_the_machines_table_says_what_the_recipes_say(tried):
+    app = tried()
+    folder = Path(__file__).parents[2] / "examples" / "recipes"
+    assert {name for name, _, _ in RECIPES} == {path.stem for path in folder.glob("*.yaml")}
+    for name, card, does in RECIPES:
+        first = (folder / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        assert f"cards of {card} GB" in first and first[2:].casefold().startswith(does.partition(" at ")[0].casefold())
+    app.enrol("ann"), app.draw("ann")
+    assert "the last one took" in machine(app.studio) and "--quantize none" in machine(app.studio)
