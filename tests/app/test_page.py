@@ -173,6 +173,14 @@ class TestPolishing:
         again = [*app.page.polish("local", visit, "ann", PROMPT, 1, 0)][-1]
         assert "found ann, who was polished" in again.said and (app.draw("ann") == after).all()
 
+    def test_the_last_picture_is_of_who_they_are_then(self, tried):
+        """Bug: where a person had moved far enough before the last step, no picture showed who was kept."""
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit)
+        work = [*app.page.polish("local", visit, "ann", PROMPT, 8, 0)][-1]
+        steps = len(work.losses)
+        assert work.pictures[-1][0] == steps and (app.draw("ann") == np.asarray(work.pictures[-1][1])).all()
+
     def test_who_is_cancelled_is_who_they_were(self, tried):
         app, visit = tried(), Visit()
         app.enrol("ann", 1, visit)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas
 from PIL import Image
 
 from ..data.images import size_of
@@ -251,7 +250,10 @@ STYLE = """
 .strip img { display: block; height: 128px !important; } .strip figcaption { font-size: 12px; opacity: .75; }
 .crop { position: relative; display: inline-block; }
 .crop i { position: absolute; border: 2px solid #f59e0b; box-sizing: border-box; }
-.drawn img { width: 100% !important; height: auto !important; }
+.drawn .image-container { padding-top: 30px; } .drawn button:has(.image-frame), .drawn .image-frame { width: 100%; }
+.drawn .image-frame img { width: 100% !important; height: auto !important; object-fit: contain !important; }
+.curve { margin: 0; } .curve svg { width: 100%; max-width: 480px; }
+.curve polyline { fill: none; stroke: #ea580c; stroke-width: 2; }
 footer { display: none !important; }
 """
 _FIELD = """<div class="field">${value.map((b, i) => `<div class="box b${i}" data-n="${i}"
@@ -324,7 +326,7 @@ def make_blocks(page: Page) -> gr.Blocks:
         with gr.Tab("Pictures", id="pictures"), gr.Row():
             with gr.Column():
                 who = _who("Who", "who")
-                prompt, seed, steps = _wishes(config, "prompt")
+                prompt, seed, steps = _wishes(config, "prompt", PROMPT)
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
                 with gr.Accordion("Somebody between two", open=False):
                     other = _who("And", "other")
@@ -364,7 +366,7 @@ def make_blocks(page: Page) -> gr.Blocks:
                     cancel = gr.Button("Cancel", elem_id="cancel-polish")
                 polish_said = _said("polish-said")
             with gr.Column():
-                losses = gr.LinePlot(x="step", y="loss", label="Loss", height=260, elem_id="losses")
+                losses = gr.HTML(elem_id="losses")
                 way = gr.HTML(elem_id="way")
         with gr.Tab("Library", id="library") as library_tab:
             people = gr.HTML(elem_id="people")
@@ -375,7 +377,7 @@ def make_blocks(page: Page) -> gr.Blocks:
             with gr.Row(equal_height=True):
                 tool = gr.Dropdown([*TOOLS], value="ComfyUI", label="For", elem_id="tool")
                 export = gr.Button("Export", scale=0, min_width=160, elem_id="export")
-                exported = gr.File(label="A file of the person", interactive=False, elem_id="exported")
+                exported = gr.File(label="A file of the person", interactive=False, visible=False, elem_id="exported")
             with gr.Row(equal_height=True):
                 repo = gr.Textbox(label="Private repository on the Hub (owner/name)", elem_id="repo")
                 down = gr.Textbox(label="The Down's repository, if the page has it from a folder", elem_id="down")
@@ -461,11 +463,8 @@ def make_blocks(page: Page) -> gr.Blocks:
         # Polish
         def on_polish(tenant: str, visit: Visit, name: str, prompt: str, steps: float) -> Iterator[list[Any]]:
             for work in page.polish(tenant, visit, name, prompt, steps, 0):
-                found = [*work.losses]
-                # The plot of no step at all is an error in the browser.
-                numbers = pandas.DataFrame({"step": range(1, len(found) + 1), "loss": found}) if found else gr.skip()
                 drawn = _strip([(f"step {step}", picture) for step, picture in [*work.pictures]])
-                yield [numbers, drawn, *(gr.skip() for _ in library), work.said]
+                yield [_curve([*work.losses]), drawn, *(gr.skip() for _ in library), work.said]
             yield [gr.skip(), gr.skip(), *known(tenant), gr.skip()]
 
         own: dict[str, Any] = {"concurrency_id": "polish", "concurrency_limit": 1, "show_progress": "hidden"}
@@ -488,7 +487,8 @@ def make_blocks(page: Page) -> gr.Blocks:
         on(rename.click, on_rename, [chosen, new_name], [*library, library_said])
 
         def on_export(tenant: str, name: str | None, tool: str) -> list[Any]:
-            return [page.export(tenant, name, tool), f"{name} for {tool}: here is the file"]
+            file = page.export(tenant, name, tool)
+            return [gr.update(value=file, visible=True), f"{name} for {tool}: here is the file"]
 
         on(export.click, on_export, [chosen, tool], [exported, library_said])
         on(push.click, lambda *given: [page.push(*given)], [chosen, repo, down], [library_said])
@@ -499,7 +499,7 @@ def make_blocks(page: Page) -> gr.Blocks:
             gone = page.delete(tenant, visit, name).name
             left = page.library.people(tenant)
             emptied = [gr.update(choices=[person.name for person in left], value=None) for _ in choices]
-            return [None, False, *emptied, _table(left), f"{gone} is deleted"]
+            return [gr.update(value=None, visible=False), False, *emptied, _table(left), f"{gone} is deleted"]
 
         on(delete.click, on_delete, [visit, chosen, sure], [exported, sure, *library, library_said])
     blocks.queue(max_size=config.queue, api_open=False)
@@ -529,7 +529,7 @@ def _pictures(of: str) -> list[gr.Image]:
         ]
 
 
-def _wishes(config: ServeConfig, elem_id: str, value: str = PROMPT) -> tuple[gr.Textbox, gr.Number, gr.Slider]:
+def _wishes(config: ServeConfig, elem_id: str, value: str) -> tuple[gr.Textbox, gr.Number, gr.Slider]:
     prompt = gr.Textbox(label="Prompt", value=value, elem_id=elem_id, max_length=config.max_prompt)
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
@@ -594,6 +594,19 @@ def _strip(pictures: Sequence[tuple[str, Image.Image]]) -> str:
     return f'<div class="strip">{"".join(figures)}</div>'
 
 
+def _curve(losses: Sequence[float]) -> str:
+    """The loss of each step, from the lowest to the highest."""
+    if not losses:
+        return ""
+    low, high, width, height = min(losses), max(losses), 400, 140
+    across, up = width / max(1, len(losses) - 1), height / ((high - low) or 1)
+    points = " ".join(f"{number * across:.1f},{(high - loss) * up:.1f}" for number, loss in enumerate(losses))
+    return (
+        f'<figure class="curve"><figcaption>loss {losses[-1]:.4f}, from {low:.4f} to {high:.4f} in {len(losses)} steps'
+        f'</figcaption><svg viewBox="-4 -4 {width + 8} {height + 8}"><polyline points="{points}"/></svg></figure>'
+    )
+
+
 def _crops(seen: Sequence[Seen]) -> str:
     """Each photo with the part that is used, and beside it what is read."""
     figures = []
@@ -605,10 +618,9 @@ def _crops(seen: Sequence[Seen]) -> str:
             place = "left:{:.2f}%;top:{:.2f}%;width:{:.2f}%;height:{:.2f}%".format(*shares)
             mark = f'<i style="{place};transform:rotate({math.degrees(one.region.angle):.1f}deg)"></i>'
         figures.append(
-            f'<figure><span class="crop"><img src="{_inline(one.photo)}">{mark}</span>'
-            f"<figcaption>photo {number}</figcaption></figure>"
-            f'<figure><img src="{_inline(one.square)}">'
-            "<figcaption>what is read of it</figcaption></figure>"
+            f'<figure><span class="crop"><img src="{_inline(one.photo)}">{mark}</span> '
+            f'<span class="crop"><img src="{_inline(one.square)}"></span>'
+            f"<figcaption>photo {number}, and what is read of it</figcaption></figure>"
         )
     return f'<div class="strip">{"".join(figures)}</div>'
 

@@ -79,9 +79,10 @@ class Polishing:
             if isinstance(found, dict):
                 self._library.polished(self._person, found)
                 return f"{name} is polished, in {len(self.losses)} steps"
-            self.losses.append(found.loss)
             if found.picture is not None:
                 self.pictures.append((found.step, found.picture))
-            self.said = f"{name}: step {found.step} of {self._steps}, loss {found.loss:.4f}"
+            if found.loss is not None:
+                self.losses.append(found.loss)
+                self.said = f"{name}: step {found.step} of {self._steps}, loss {found.loss:.4f}"
             self._news.set()
         raise RuntimeError("no files came")

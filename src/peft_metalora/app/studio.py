@@ -68,10 +68,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Look:
-    """A step of polishing that is done: its loss, and the picture that was drawn after it, if one was."""
+    """A step of polishing that is done: its loss, or the picture that was drawn after it."""
 
     step: int
-    loss: float
+    loss: float | None = None
     picture: Image.Image | None = None
 
 
@@ -261,7 +261,7 @@ class Studio:
     def polish(
         self, person: Person, photos: Sequence[bytes], prompt: str, steps: int, *, every: int, seed: int = 0
     ) -> Generator[Look | dict[str, bytes], None, None]:
-        """Train somebody from who was read (stage 2); yields each step, and at the end the files of a subject.
+        """Train somebody from who was read (stage 2); yields steps, pictures, and at the end the files of a subject.
 
         Everybody else waits until the iterator has ended or is closed.
 
@@ -288,8 +288,11 @@ class Studio:
                     try:
                         order = Order(prompt, seed=seed, steps=self.config.num_inference_steps)
                         for step in run.steps():
-                            drawn = step.number % every == 0 or step.number == steps
-                            yield Look(step.number, step.loss, self._draw(order) if drawn else None)
+                            yield Look(step.number, step.loss)
+                            if step.number % every == 0:
+                                yield Look(step.number, picture=self._draw(order))
+                        if run.steps_done % every:
+                            yield Look(run.steps_done, picture=self._draw(order))
                         files = files_of(run, person)
                     finally:
                         run.remove()

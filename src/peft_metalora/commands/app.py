@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,15 @@ from .serve import listening_at
 
 def run_app(config: AppConfig) -> Done:
     """Answer until Ctrl-C or SIGTERM; raises as `opened`."""
-    with opened(config) as (server, listening):
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        print(f"the page is at http://{host}:{config.port}", flush=True)
-        server.run(sockets=[listening])
+    try:
+        # What ends the process would leave the page's temporary folder behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with opened(config) as (server, listening):
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            print(f"the page is at http://{host}:{config.port}", flush=True)
+            server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass
     return Done("the page is closed", {"people": config.people, "host": config.host, "port": config.port})
 
 

@@ -23,6 +23,7 @@ from . import Done
 
 DISTRIBUTION = "peft-metalora"
 EXTRAS = {
+    "app": "the page in a browser (metalora app)",
     "data": "data sets of the Hub (--dataset_name)",
     "face": "R-FaceSim of photos of people, --face_crop insightface",
     "heic": "photos of iPhones",
