@@ -14,8 +14,6 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 
-torch.set_num_threads(1)
-
 if not torch.cuda.is_available():  # read when Triton is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -24,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First what waits for other processes, so that nobody waits for it at the end."""
     waiting = {"test_on_ray.py", "test_processes.py", "test_state.py"}
     items.sort(key=lambda item: item.path.name not in waiting)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One thread, though a copy of the service in this process asks for all: two wait for a core ten times as long."""
+    torch.set_num_threads(1)
 
 
 _frozen = 0
