@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import socket
 
@@ -13,11 +14,19 @@ import torch
 from PIL import Image
 
 from peft_metalora.cli import main
+from peft_metalora.demo.faces import write_dataset
+from peft_metalora.demo.judges import load_embedder
 from peft_metalora.errors import ConfigError
 from peft_metalora.service.artist import make_artist
 from peft_metalora.service.people import Person
 from peft_metalora.service.tasks import Task
-from service_tiny import settings
+from service_tiny import Pool, Service, settings
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """A copy takes its share of the cores for the whole process: here that would be all tests after it."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,7 @@ def test_a_start_that_cannot_be_is_a_sentence(tmp_path, capsys, monkeypatch):
             assert said in capsys.readouterr().err
 
 
-def test_however_a_copy_holds_its_base_it_draws_the_same_people(home, tmp_path, run, monkeypatch):
+def test_however_a_copy_holds_its_base_it_draws_the_same_people(home, tmp_path, run, monkeypatch, one_thread):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
     code = torch.randn(6, generator=torch.Generator().manual_seed(1)).numpy().tobytes()
@@ -78,3 +87,25 @@ def test_however_a_copy_holds_its_base_it_draws_the_same_people(home, tmp_path, 
     for way, found in zip(ways[1:], others, strict=True):
         assert np.abs(found - plain).max() <= (24 if "quantize" in way else 1), way
     assert [type(model).__name__ for model in compiled] == ["FluxTransformer2DModel"]
+
+
+def test_the_demo_draws_who_was_read_off_a_photo(tmp_path, run, one_thread):
+    folders = sorted(write_dataset(tmp_path / "photos", "held-out", 2, 2).iterdir())
+    (tmp_path / "people").mkdir()
+    demo = {"demo": True, "down": None, "resolution": None, "max_resolution": 64, "num_inference_steps": 4}
+
+    async def work():
+        pool = Pool([await make_artist(settings(tmp_path, tmp_path / "people", **demo))])
+        pool.offer = pool.artists[0].offer
+        service = Service(tmp_path, tmp_path / "people", pool=pool, **demo)
+        drawn = []
+        for folder in folders:
+            photo = base64.b64encode((folder / "0.png").read_bytes()).decode()
+            body = {"name": folder.name, "photos": [photo], "consent": "said yes"}
+            assert (await service.ask("POST", "/subjects", body)).status == 201
+            drawn.append(Image.open(io.BytesIO((await service.draw(folder.name)).body)))
+        return drawn
+
+    embedder = load_embedder()
+    drawn, others = embedder.embed(run(work())), embedder.embed([Image.open(folder / "1.png") for folder in folders])
+    assert (drawn.vectors @ others.vectors.T).argmax(1).tolist() == [0, 1], "each is nearest to their own other photo"

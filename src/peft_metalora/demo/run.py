@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -58,8 +59,8 @@ class Method:
 METHODS = (
     Method("base", "Base model", None),
     Method("lora_r1", "LoRA, rank 1", {"method": "lora", "rank": 1, "learning_rate": 1e-2, "max_train_steps": STEPS}),
-    Method("encoder", "Read", {"start": "encoder", "max_train_steps": 0}),
-    Method("encoder_tuned", "Read and tuned", {"start": "encoder"}),
+    Method("encoder", "Meta-LoRA, read", {"start": "encoder", "max_train_steps": 0}),
+    Method("encoder_tuned", "Then tuned", {"start": "encoder"}),
 )
 """The LoRA's rate: of highest R-FaceSim after `STEPS` on the `tune` people (`benchmarks/sweep.py`, docs/demo.md)."""
 
@@ -78,7 +79,15 @@ def run_demo(output_dir: str | Path, *, person: int = 0, steps: int | None = Non
     Raises:
         WriteFailedError: the folder cannot be written; nothing is there then.
     """
-    output = Path(output_dir)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are small: on a busy machine threads would wait for each other for minutes
+    try:
+        return _run(Path(output_dir), person, steps)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(output: Path, person: int, steps: int | None) -> list[dict[str, Any]]:
     scorer = Scorer(load_embedder(), load_judge())
     pipe = enable_meta_lora(load_base())
     drawn: dict[str, list[Image.Image]] = {}
@@ -152,7 +161,7 @@ def _two_people(
     pairs = [side_by_side(left, right) for left, right in zip(*photos, strict=True)]
     heads = ["these two photos were read", "other photos of both", ""]
     rows = [Row("Two people", pairs[:_PAIR_COLUMNS], heads)]
-    asked = ["\n".join(words) for words in ASKED[:_PAIR_COLUMNS]]
+    asked = [f"left: {left}\nright: {right}\n{wall}" for left, right, wall in ASKED[:_PAIR_COLUMNS]]
     others = embedder.embed(photos[0][1:]), embedder.embed(photos[1][1:])
     found = {}
     for label, weight in (("a region each", None), ("sum, weight 0.5 each", 0.5)):
@@ -245,12 +254,12 @@ def _picture(
     """The photo and others of the person on top, then a row for each method under the prompts it was given."""
     rows = [
         Row(
-            f"One person\nreal photos:\nR-FaceSim {alike:.2f}",
+            f"The person\nreal photos:\nR-FaceSim {alike:.2f}",
             [reference, *others[: _COLUMNS - 1]],
-            ["the one photo", "other photos of the person, which no method has seen"],
+            ["the one photo that is used", "other photos of the person, which no method has seen"],
         )
     ]
-    asked = ["\n".join(_ARTICLE.sub("", words) for words in prompt.split(", ")[1:]) for prompt in PROMPTS[:_COLUMNS]]
+    asked = [_heading(prompt) for prompt in PROMPTS[:_COLUMNS]]
     labels = {method.name: method.label for method in METHODS}
     for result in results:
         if "steps" not in result:
@@ -260,3 +269,9 @@ def _picture(
         rows.append(Row(f"{labels[name]}\n{notes}", drawn[name][:_COLUMNS], asked))
         asked = []
     return sheet(rows)
+
+
+def _heading(prompt: str) -> str:
+    """What a prompt asks for, in a few short lines."""
+    _, yaw, expression, *rest = prompt.split(", ")
+    return "\n".join([f"{yaw}, {expression}", *(_ARTICLE.sub("", clause) for clause in rest)])
