@@ -10,10 +10,15 @@ import numpy as np
 from PIL import Image
 
 from peft_metalora.app.app_settings import AppConfig
+from peft_metalora.app.hardware import Held
 from peft_metalora.app.library import Library
 from peft_metalora.app.page import Page, Visit
 from peft_metalora.app.studio import Studio
 from peft_metalora.service.people import Place
+
+
+def estimates() -> list[Held]:
+    return [Held("none", "none", 1.0, 3.0), Held("none", "model", 0.5, None)]
 
 
 class Tried:
@@ -27,7 +32,7 @@ class Tried:
         self.folder, self.place = folder, Place(self.config.people)
         self.studio = Studio(base, self.place, self.config)
         self.library = Library(self.place, self.studio)
-        self.page = Page(self.studio, self.library, self.config, folder / "exports")
+        self.page = Page(self.studio, self.library, self.config, folder / "exports", estimates)
 
     def files(self, *contents: bytes) -> list[str]:
         """Photos as an upload leaves them."""

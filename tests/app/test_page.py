@@ -15,8 +15,9 @@ from app_tiny import photo
 from fake_hub import TOKEN
 from peft_metalora import load_subject
 from peft_metalora.app import polishing
-from peft_metalora.app.hardware import RECIPES, machine
+from peft_metalora.app.hardware import Held, _fits, machine
 from peft_metalora.app.page import BOXES, CONSENT, Visit
+from peft_metalora.commands.app import _estimates_of
 from peft_metalora.errors import (
     ConfigError,
     MissingDownError,
@@ -289,12 +290,24 @@ class TestLibrary:
         assert app.kept() == [] and app.library.people("local") == []
 
 
-def test_the_machines_table_says_what_the_recipes_say(tried):
+def test_the_machine_says_how_the_base_is_held_and_what_other_settings_would_take(tried):
     app = tried()
-    folder = Path(__file__).parents[2] / "examples" / "recipes"
-    assert {name for name, _, _ in RECIPES} == {path.stem for path in folder.glob("*.yaml")}
-    for name, card, does in RECIPES:
-        first = (folder / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        assert f"cards of {card} GB" in first and first[2:].casefold().startswith(does.partition(" at ")[0].casefold())
+    assert "nothing was drawn yet" in machine(app.studio, app.page.estimates)
     app.enrol("ann"), app.draw("ann")
-    assert "the last one took" in machine(app.studio) and "--quantize none" in machine(app.studio)
+    said = machine(app.studio, app.page.estimates)
+    assert "the last one took" in said and "`--quantize none --offload none`, on `cpu`" in said
+    assert "| `--quantize none --offload none` | 1.0 GiB | 3.0 GiB | there is none |" in said
+    assert "| `--quantize none --offload model` | 0.5 GiB | not in the page | there is none |" in said
+
+
+@pytest.mark.parametrize("memory, says", [(0.5, "too much"), (2.0, "fits, but for polishing"), (3.0, "fits")])
+def test_what_fits_a_card(memory, says):
+    assert _fits(Held("none", "none", 1.0, 3.0), memory) == says
+
+
+def test_estimates_are_of_what_goes_together(app_home, tried):
+    app = tried()
+    found = {(one.quantize, one.offload): one for one in _estimates_of(app.config, app.studio.side)()}
+    assert ("none", "sequential") in found and ("nf4", "group") not in found
+    assert all((one.polishing is None) == (one.offload != "none") for one in found.values())
+    assert found["none", "none"].polishing > found["none", "sequential"].drawing > 0

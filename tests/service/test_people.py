@@ -47,6 +47,36 @@ def test_codes_and_files_are_there_at_the_next_start(place):
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == FILES
 
 
+def test_a_rename_keeps_who_it_is_and_their_files(place):
+    people = People(place)
+    ann = people.put_files(people.put_code("acme", "ann", CODE, **OWN), FILES)
+    bob = people.put_code("acme", "bob", CODE, **OWN)
+    anna, bert = people.rename(ann, "anna"), people.rename(bob, "bert")
+    assert (anna.uid, anna.consent, anna.enrolled) == (ann.uid, ann.consent, ann.enrolled) and bert.code == CODE
+    for each in (people, People(place)):
+        assert [one.name for one in each.page("acme")] == ["anna", "bert"]
+        assert each.find("acme", "anna").uid == ann.uid and each.find("acme", "ann") is None
+    assert paths(place)[-2:] == [f"people/acme/anna/{name}" for name in sorted(FILES)]
+
+
+def test_a_rename_that_ends_in_the_middle_leaves_nothing_without_a_name(place, monkeypatch):
+    people = People(place)
+    ann = people.put_files(people.put_code("acme", "ann", CODE, **OWN), FILES)
+
+    def refuses(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(place, "move_files", refuses)
+    with pytest.raises(WriteFailedError, match="disk full"):
+        people.rename(ann, "anna")
+    monkeypatch.undo()
+    again = People(place)
+    assert again.find("acme", "ann").uid == ann.uid
+    for name in ("ann", "anna"):
+        again.remove(again.entry("acme", name))
+    assert b"numbers" not in contents(place) and len(People(place)) == 0
+
+
 def test_a_start_reads_the_index_and_walks_no_folder(place, monkeypatch):
     people = People(place)
     for number in range(20):

@@ -21,6 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from ..service.people import Place
 from ..service.serve_settings import LOOPBACK, ServeConfig
 from ..service.tenants import OPERATOR, Tenants
+from .hardware import Estimates
 from .library import Library
 from .page import STYLE, Page, make_blocks
 from .studio import Studio
@@ -30,7 +31,7 @@ _FOLDER = "GRADIO_TEMP_DIR"
 
 @contextmanager
 def serving_page(
-    studio: Studio, place: Place, config: ServeConfig, tenants: Tenants | None
+    studio: Studio, place: Place, config: ServeConfig, tenants: Tenants | None, estimates: Estimates
 ) -> Iterator[uvicorn.Server]:
     """A server whose `run(sockets=[...])` answers; for as long as the block lasts there is a folder for its files.
 
@@ -42,7 +43,7 @@ def serving_page(
     """
     library = Library(place, studio)
     with tempfile.TemporaryDirectory(prefix="metalora-app-") as folder, _gradio_keeps_files_in(folder):
-        blocks = make_blocks(Page(studio, library, config, Path(folder) / "exports"))
+        blocks = make_blocks(Page(studio, library, config, Path(folder) / "exports", estimates))
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         if tenants is None:
             # A page of the web whose name was turned to this address (DNS rebinding) gives itself away by the name.

@@ -26,7 +26,7 @@ from ..errors import ConfigError, MetaLoraError, NoImagesError, UnreadableImageE
 from ..service.people import Person
 from ..service.serve_settings import ServeConfig
 from ..service.tenants import LOCAL
-from .hardware import machine
+from .hardware import Estimates, machine
 from .library import Library
 from .polishing import Polishing
 from .studio import Order, Seen, Studio
@@ -70,13 +70,16 @@ class Page:
     """What can be done on the page, without the page.
 
     Args:
-        folder: where files to download lie; it goes with the page.
+        folder: where files to download lie; it goes with the page. estimates: what settings would take.
 
     Methods raise MetaLoraError with what to tell the user, and have changed nothing then.
     """
 
-    def __init__(self, studio: Studio, library: Library, config: ServeConfig, folder: Path) -> None:
+    def __init__(
+        self, studio: Studio, library: Library, config: ServeConfig, folder: Path, estimates: Estimates
+    ) -> None:
         self.studio, self.library, self.config = studio, library, config
+        self.estimates = estimates
         self._folder = folder
 
     # Somebody new
@@ -414,7 +417,7 @@ def make_blocks(page: Page) -> gr.Blocks:
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         on(blocks.load, known, None, [*library, library_said])
         on(library_tab.select, known, None, [*library, library_said])
-        machine_tab.select(lambda: machine(studio), None, hardware, **hidden)
+        machine_tab.select(lambda: machine(studio, page.estimates), None, hardware, **hidden)
 
         # Somebody new
         consent.change(lambda yes: gr.update(interactive=yes), consent, drop, **hidden)

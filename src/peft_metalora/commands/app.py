@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..app.app_settings import AppConfig
-from ..errors import ConfigError
+from ..bases.memory import OFFLOADS, QUANTIZERS, Whole, require_supported
+from ..errors import ConfigError, MetaLoraError
 from ..files import require_writable
 from ..service.people import Place
+from ..service.serve_settings import ServeConfig
 from ..service.tenants import Tenants
 from . import Done
 from .serve import listening_at
@@ -57,8 +61,39 @@ def opened(config: AppConfig) -> Iterator[tuple[Any, Any]]:
         raise ConfigError(f"expected Gradio, found no {error.name}: pip install 'peft-metalora[app]'") from error
     from ..app.studio import open_studio
 
-    with (
-        listening_at(config.host, config.port) as listening,
-        serving_page(open_studio(copy, place), place, copy, tenants) as server,
-    ):
-        yield server, listening
+    with listening_at(config.host, config.port) as listening:
+        studio = open_studio(copy, place)
+        estimates = _estimates_of(studio.config, studio.side)
+        with serving_page(studio, place, copy, tenants, estimates) as server:
+            yield server, listening
+
+
+def _estimates_of(config: ServeConfig, side: int) -> Callable[[], list[Any]]:
+    """What each way to hold the base would take, reckoned when somebody looks and once for all."""
+
+    @functools.cache
+    def estimates() -> list[Any]:
+        from ..app.hardware import Held
+        from ..training.stage_settings import PersonalizeConfig
+        from .estimate import estimate
+        from .generate import GenerateConfig
+
+        named: dict[str, Any] = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
+        named |= {"down": config.down, "output_dir": "unused", "resolution": side, "local_files_only": True}
+        own: dict[str, Any] = {"max_sequence_length": config.max_sequence_length, "photo": ["unused"]}
+        found = []
+        for quantize, offload in itertools.product(QUANTIZERS, OFFLOADS):
+            held: dict[str, Any] = {"quantize": quantize, "offload": offload}
+            try:
+                require_supported(Whole(**held), "draw")
+                draw = estimate(GenerateConfig(prompt=["a photo"], **named, **own, **held)).gib
+            except MetaLoraError:  # not together, or a package is missing
+                continue
+            train = None
+            if offload == "none":  # text encoders and VAE stay meanwhile, as they do for pictures of validation
+                pictures: dict[str, Any] = {"validation_steps": 1, "validation_prompt": ["a photo"]}
+                train = estimate(PersonalizeConfig(**named, **held, **pictures)).phases["training"]
+            found.append(Held(quantize, offload, draw, train))
+        return found
+
+    return estimates

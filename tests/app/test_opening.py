@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page behind HTTP: who may open it, from where, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from app_tiny import estimates, photo
+from peft_metalora.app.app_settings import AppConfig
+from peft_metalora.app.opening import serving_page
+from peft_metalora.cli import main
+from peft_metalora.errors import ConfigError
+from peft_metalora.service.tenants import Tenants
+
+TOKENS = {"ann": ["token-of-ann-0123456789"], "bob": ["token-of-bob-0123456789"]}
+TOKENS["operator"] = ["token-of-the-operator-0123"]
+
+
+@contextmanager
+def client(app, tenants=None):
+    with (
+        serving_page(app.studio, app.place, app.config, tenants, estimates) as server,
+        TestClient(server.config.app, base_url="http://127.0.0.1:7860") as asking,
+    ):
+        yield asking
+
+
+def test_this_machine_alone_may_ask_by_its_own_name(tried):
+    with client(tried(max_body_mb=0.01)) as asking:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert folder.is_dir() and asking.get("/").status_code == 200
+        # A page of the web whose name was turned to this address.
+        assert asking.get("/config", headers={"host": "elsewhere.example"}).status_code == 400
+        sent = asking.post("/gradio_api/upload", files={"files": ("a.png", photo(size=(200, 100)))})
+        assert sent.status_code == 413
+        assert asking.get("/gradio_api/info").json()["named_endpoints"] == {}
+        assert asking.get(f"/gradio_api/file={__file__}").status_code == 403
+    assert not folder.exists() and "GRADIO_TEMP_DIR" not in os.environ
+
+
+def test_users_enter_with_their_own_token(tried):
+    with client(tried(), Tenants(TOKENS)) as asking:
+        assert asking.get("/config").status_code == 401
+        assert asking.post("/gradio_api/upload", files={"files": ("a.png", photo())}).status_code == 401
+        for user, token in (("ann", TOKENS["bob"][0]), ("ann", "no token"), ("operator", TOKENS["operator"][0])):
+            assert asking.post("/login", data={"username": user, "password": token}).status_code == 400
+        assert asking.get("/config").status_code == 401
+        assert asking.post("/login", data={"username": "ann", "password": TOKENS["ann"][0]}).status_code == 200
+        assert asking.get("/config").json()["username"] == "ann"
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"host": "0.0.0.0"}, "expected tokens"),
+        ({"port": 0}, "port"),
+        ({"demo": False}, "the Down"),
+        ({"max_photos": 0}, "max_photos"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        AppConfig(**{"demo": True, **changes})
+
+
+def test_a_port_that_is_taken_is_a_sentence_and_loads_nothing(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        people = str(tmp_path / "people")
+        assert main(["app", "--demo", "--people", people, "--port", port]) == 2
+    assert f"expected a free port {port}" in capsys.readouterr().err
