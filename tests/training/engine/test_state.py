@@ -27,7 +27,7 @@ from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.tuner.down import digest_of
 from training_tiny import meta_config, personal_config, tiny_base, tiny_examples
 
-KILLS = 10
+KILLS = 5
 
 
 def make_config(place, stage, output, **changes):
@@ -55,7 +55,7 @@ def test_resumed_in_the_middle_equals_uninterrupted(place, tmp_path, stage):
     run(make_config(place, stage, tmp_path / "parts", checkpointing_steps=1))
     whole, parts = result(tmp_path / "whole"), result(tmp_path / "parts")
     assert all(torch.equal(whole[file][name], parts[file][name]) for file in whole for name in whole[file])
-    for step in (1, 5, 6, 7, 11):  # 6 is the last step of the first bucket
+    for step in (1, 5, 6, 7, 11) if stage == "meta" else (1, 6, 11):  # 6 is the last step of the first bucket
         again = tmp_path / f"again-{step}"
         folder = str(tmp_path / "parts" / f"checkpoint-{step}")
         run(make_config(place, stage, again, resume_from_checkpoint=folder))
