@@ -112,9 +112,9 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     from ..data import read_photos
     from ..data.images import png
     from ..encoder.reader import no_encoder
+    from ..encoder.sight import Sight
     from ..files import require_writable, write_bytes
     from ..hub.loading import HubOptions, folder_of, load
-    from ..metrics.face_crop import load_detector
     from ..pipelines.loader import enable_meta_lora
     from ..tuner import DownSource
 
@@ -126,8 +126,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         found = read_photos(photo)
         if not Path(photo).is_dir():
             found[0].load()
-    if config.face_crop is not None:
-        load_detector(config.face_crop)
+    Sight(config.face_crop)
     named = [*config.subject, *([] if config.down is None else [config.down])]
     configs = [read_config(folder_of(name, **hub)) for name in named]
     if config.down is not None and configs[-1].encoder_fingerprint is None:

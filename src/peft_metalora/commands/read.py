@@ -86,9 +86,9 @@ def run_read(config: ReadConfig) -> Done:
     from ..checkpoint.reader_files import READER_FILES
     from ..data import Subject, read_photos, read_subjects
     from ..encoder.reader import load_reader, no_encoder
+    from ..encoder.sight import Sight
     from ..files import require_apart, require_writable
     from ..hub.loading import HubOptions, folder_of, load_down
-    from ..metrics.face_crop import load_detector
 
     inputs = {f"photos[{number}]": path for number, path in enumerate(config.photos)}
     require_apart(config.output_dir, down=config.down, data=config.data, **inputs)
@@ -110,8 +110,7 @@ def run_read(config: ReadConfig) -> Done:
     # What is wrong with photos, reader or detector is noticed before the base is opened.
     for photo in people[0].photos if chosen else ():
         photo.load()
-    if config.face_crop is not None:
-        load_detector(config.face_crop)
+    Sight(config.face_crop)
     reading = folder_of(config.down, READER_FILES, **options)
     device = choose_device(config.device)
     asked = config.pretrained_model_name_or_path

@@ -238,7 +238,7 @@ class EncoderTraining:
             "encoder": dict(self.encoder.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "scale": None if self.scale is None else asdict(self.scale),
+            **({} if self.scale is None else {"scale": asdict(self.scale)}),
             "batches": self._batches_of_steps,
             "generator": self._generator.get_state(),
             "losses": self.losses,

@@ -20,7 +20,7 @@ from ..data import Subject
 from ..errors import ConfigError, NoImagesError, UnreadableImageError
 from ..files import require_apart, require_writable
 from ..metrics import face_embedder
-from ..metrics.face_crop import load_detector
+from ..metrics.face_crop import FaceCrop
 from ..tuner import DownSource
 from .engine.compiling import backend_of
 from .engine.optimizers import optimizer_class, optimizer_options
@@ -92,13 +92,13 @@ def _check_helpers(
     """Check that what else a run needs is there: detector, judge, optimiser, and the checkpoint to go on from.
 
     Raises:
-        As `load_detector`, `face_embedder`, `optimizer_options` and `state_file`.
+        As `FaceCrop`, `face_embedder`, `optimizer_options` and `state_file`.
     """
     state_file(config, processes)
     if isinstance(config, StageConfig):
         optimizer_options(optimizer_class(config.optimizer), config, device)
     if config.face_crop is not None:
-        load_detector(config.face_crop)
+        FaceCrop(config.face_crop, config.face_margin, config.face_align)
     if config.validation_embedder is not None:
         face_embedder(config.validation_embedder, "validation_embedder")
 

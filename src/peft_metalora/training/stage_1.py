@@ -267,7 +267,7 @@ class MetaTraining:
             "factors": self._factors(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "scale": None if self.scale is None else asdict(self.scale),
+            **({} if self.scale is None else {"scale": asdict(self.scale)}),
             "generator": self._generator.get_state(),
             "sampler": self.sampler.state_dict(),
             "bucket": self._number,

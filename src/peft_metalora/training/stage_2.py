@@ -306,7 +306,7 @@ class Personalization:
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "scale": None if self.scale is None else asdict(self.scale),
+            **({} if self.scale is None else {"scale": asdict(self.scale)}),
             "generators": [generator.get_state() for generator in self._generators],
             "steps": self.steps_done,
         }

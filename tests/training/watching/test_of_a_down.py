@@ -139,7 +139,9 @@ def test_some_subjects_of_the_training_data_are_held_out(place, tmp_path):
 
 def test_score_of_a_face_model(place, tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "face_embedder", lambda name, setting: Brightness())
-    settings = looking(place, validation_prompt=["a photo"], validation_embedder="brightness", validation_subjects=1)
+    settings = looking(
+        place, validation_prompt=["a photo"], validation_embedder="training_tiny:Brightness", validation_subjects=1
+    )
     meta_train(config_for(place, tmp_path / "a", **settings, max_train_steps=4), progress=False)
     found = records(tmp_path / "a")
     assert len(found) == 2

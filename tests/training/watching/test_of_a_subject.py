@@ -92,7 +92,7 @@ def test_score_of_a_face_model_on_other_photos(place, tmp_path, monkeypatch):
         tmp_path / "a",
         validation_data_dir=str(place / "people" / "person-0" / "1.png"),
         validation_prompt=["a photo", "a red shirt"],
-        validation_embedder="brightness",
+        validation_embedder="training_tiny:Brightness",
     )
     personalize(config, progress=False)
     assert len(seen) == 4
