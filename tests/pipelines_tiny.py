@@ -18,6 +18,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    Flux3DistilledModularPipeline,
+    Flux3ModularPipeline,
+    Flux3Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Krea2Pipeline,
@@ -44,6 +47,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
@@ -454,6 +458,62 @@ def tiny_krea2_pipeline(*, is_distilled: bool = False) -> Krea2Pipeline:
         text_encoder_select_layers=(1, 2),
         is_distilled=is_distilled,
     )
+
+
+class _Processor:
+    """What FLUX.3 calls its tokenizer: one inside of a processor."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.apply_chat_template = tokenizer.apply_chat_template
+
+
+@seeded
+def tiny_flux3_pipeline(*, flow_map: bool = False, window: int = 8) -> Flux3ModularPipeline:
+    """FLUX.3's format: a block of each kind; prompts are filled up to a multiple of `window` tokens, at most 16."""
+    tokenizer = chat_tokenizer(16)
+    tokenizer.chat_template = f"<|im_start|>{tokenizer.chat_template}"  # so that no prompt has no token
+    language = {**_TINY_LANGUAGE, "hidden_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config = Qwen3VLConfig(
+        text_config={**language, "num_hidden_layers": 32, "vocab_size": len(tokenizer)},
+        vision_config={
+            **_TINY_VISION,
+            "out_hidden_size": 8,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux3Transformer2DModel(
+        in_channels=16,
+        cond_in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8 * 8,
+        timestep_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        flow_map=flow_map,
+    )
+    cls = Flux3DistilledModularPipeline if flow_map else Flux3ModularPipeline
+    blocks: Any = cls().blocks
+    blocks.sub_blocks.pop("prompt_upsampler")  # a model of its own writes longer prompts
+    blocks.sub_blocks["text_encoder"].pad_multiple = window
+    pipe = cls(blocks)
+    text_encoder = Qwen3VLForConditionalGeneration(config)
+    pipe.update_components(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=_Processor(tokenizer))
+    return pipe
 
 
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {

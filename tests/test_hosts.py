@@ -92,6 +92,16 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("4caecec98547", "bases/base.py", "copied for speed"),
     "diffusers.models.transformers.transformer_z_image.SEQ_MULTI_OF":
         ("224fbed21594", "pipelines/regions.py", "copied: what tokens are filled up to"),
+    "diffusers.modular_pipelines.flux3.before_denoise.Flux3PrepareLatentsStep.__init__":
+        ("219b71812221", "bases/flux3.py", "copied: the scale of rows and columns"),
+    "diffusers.modular_pipelines.flux3.before_denoise.Flux3TextRoPEInputsStep._prepare_text_ids":
+        ("554de64a3495", "bases/flux3.py", "called"),
+    "diffusers.modular_pipelines.flux3.before_denoise._prepare_image_ids":
+        ("7f5585543f0d", "bases/flux3.py", "called"),
+    "diffusers.modular_pipelines.flux3.encoders.Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds":
+        ("98e7fcc708bb", "bases/flux3.py", "called"),
+    "diffusers.modular_pipelines.flux3.encoders.Flux3VaeEncoderStep._patchify_latents":
+        ("025495d9b9e2", "bases/flux3.py", "called"),
     "diffusers.pipelines.flux.pipeline_flux.FluxPipeline._pack_latents":
         ("ce215d0f8a42", "bases/flux1.py, demo/make_base.py", "called"),
     "diffusers.pipelines.flux.pipeline_flux.FluxPipeline._prepare_latent_image_ids":

@@ -46,6 +46,7 @@ BASE_LICENSES: dict[str, tuple[str, str | None, str | None]] = {
 _FAMILIES = {
     "FluxTransformer2DModel": "flux",
     "Flux2Transformer2DModel": "flux2",
+    "Flux3Transformer2DModel": "flux3",
     "Krea2Transformer2DModel": "krea2",
     "QwenImageTransformer2DModel": "qwen-image",
     "SD3Transformer2DModel": "sd3",

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from PIL import Image
 from torch import nn
 from typing_extensions import Unpack
@@ -57,7 +57,7 @@ from .readers import KEPT, readers_of
 from .saving import refuse_to_save, saved_in_parts
 from .table import down_known, drop_tables, tables_of
 
-Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline | ModularPipeline)
 Photo = str | os.PathLike[str] | Image.Image
 
 
@@ -65,8 +65,8 @@ def enable_meta_lora(pipe: Pipeline) -> Pipeline:
     """Give a pipeline object the methods of `MetaLoraLoaderMixin`; calling it again changes nothing.
 
     Args:
-        pipe: any diffusers pipeline with a denoiser: `pipe.transformer`, `pipe.unet`, or the only model that takes a
-            time.
+        pipe: any diffusers pipeline, modular ones too, with a denoiser: `pipe.transformer`, `pipe.unet`, or the only
+            model that takes a time.
 
     Returns:
         The same object, its class now a subclass of what it was, of the same name.

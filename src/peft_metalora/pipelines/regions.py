@@ -31,9 +31,10 @@ from .denoiser import named_denoiser
 _TEXT = {
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder"),
     *("txt_in", "txt_mlp", "context_refiner", "cap_embedder", "text_fusion", "encoder_hid_proj"),
+    *("txt_mode_blocks", "image_cond"),  # of FLUX.3, the second for reference images
 }
 _TRANSFORMERS = {
-    *("FluxTransformer2DModel", "Flux2Transformer2DModel"),
+    *("FluxTransformer2DModel", "Flux2Transformer2DModel", "Flux3Transformer2DModel"),
     *("QwenImageTransformer2DModel", "Krea2Transformer2DModel", "ZImageTransformer2DModel"),
 }
 _Z_IMAGE_MULTIPLE = 32  # image and text are filled up to this many tokens each
@@ -175,6 +176,11 @@ class _Layout:
         if self._class == "Krea2Transformer2DModel":
             return given["position_ids"][text:], text, 0
         ids = given["img_ids"]
+        if self._class == "Flux3Transformer2DModel":
+            # Rows and columns are scaled, and reference images stand behind in ids of their own.
+            rows, columns = (torch.unique(ids[:, axis], return_inverse=True)[1] for axis in (1, 2))
+            behind = given.get("image_cond_ids")
+            return torch.stack([torch.zeros_like(rows), rows, columns], 1), text, 0 if behind is None else len(behind)
         return ids[0] if ids.dim() == 3 else ids, text, 0
 
     def _packed(self, ids: Tensor, before: int, behind: int) -> dict[tuple[int, ...], Tensor]:
