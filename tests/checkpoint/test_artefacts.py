@@ -29,7 +29,7 @@ from artefacts_tiny import (
     write_pair,
 )
 from peft_metalora import MetaLoraConfig, checkpoint, errors, fingerprint, save_down, save_subject
-from peft_metalora.checkpoint.base_model import check_fits
+from peft_metalora.checkpoint.base_model import check_fits, with_twins
 from peft_metalora.checkpoint.untrusted import MAX_CONFIG_BYTES, read_tensors
 from peft_metalora.encoder import load_reader
 from peft_metalora.files import write_bytes, write_tensors
@@ -358,6 +358,26 @@ def test_a_base_of_another_name_is_refused(tmp_path):
     model.name_or_path = "a/other"
     with pytest.raises(errors.BaseModelMismatchError, match="a/one, found a/other"):
         check_fits(model, checkpoint.load_down(tmp_path / "faces"))
+
+
+def test_a_twin_that_a_down_says_it_fits_is_taken_and_told(tmp_path, caplog):
+    """Bug: what was trained on Raw was refused on Turbo."""
+    save_down(tmp_path / "faces", with_down(), "faces", base_model="a/raw", facts={"fits": ["a/turbo", 5, "/no repo"]})
+    down, model = checkpoint.load_down(tmp_path / "faces"), TinyModel()
+    model.name_or_path = "a/turbo"
+    check_fits(model, down, name="faces")
+    assert caplog.messages == ["faces was trained on a/raw and says that it fits a/turbo"]
+    model.name_or_path = "a/other"
+    with pytest.raises(errors.BaseModelMismatchError, match=r"found a/other.* or on a/turbo, which it says it fits\."):
+        check_fits(model, down)
+    edit_config(tmp_path / "faces", facts={"fits": "a/other"})
+    with pytest.raises(errors.BaseModelMismatchError, match="a/raw, found a/other"):
+        check_fits(model, checkpoint.load_down(tmp_path / "faces"))
+
+
+def test_known_twins_are_named_by_themselves():
+    assert with_twins("krea/Krea-2-Raw", ["a/b"]) == ["a/b", "krea/Krea-2-Turbo"]
+    assert with_twins("a/b", ["a/b"]) == with_twins(None) == []
 
 
 # Saving

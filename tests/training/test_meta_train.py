@@ -135,6 +135,14 @@ def test_more_training_of_the_same_run_lowers_the_loss(base):
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
 
 
+def test_a_down_says_which_bases_it_fits(base):
+    config = meta_config(pretrained_model_name_or_path="krea/Krea-2-Raw", fits=["me/mine"], max_train_steps=2)
+    result = meta_train_on(base, tiny_examples(base), config, progress=False)
+    assert result.facts["fits"] == ["krea/Krea-2-Turbo", "me/mine"]
+    with pytest.raises(ConfigError, match="fits must name repositories of the Hub, owner/name, found '/home/me/base'"):
+        meta_config(fits=["/home/me/base"])
+
+
 def test_writes_a_down_that_loads(tmp_path):
     people, model = write_people(tmp_path / "people"), save_tiny_flux(tmp_path / "base")
     config = meta_config(

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,14 @@ from .untrusted import TensorEntry
 PREFIX = "base_model.model."
 REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
+# Repositories of one architecture, of which one was distilled or tuned from another: adapters go from one to the other.
+_TWINS = (
+    {"black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.2-klein-4B"},
+    {"black-forest-labs/FLUX.2-klein-base-9B", "black-forest-labs/FLUX.2-klein-9B"},
+    {"krea/Krea-2-Raw", "krea/Krea-2-Turbo"},
+    {"Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo"},
+)
+
 
 class _Down(Protocol):
     """A Down that has been read, or one of which only the header has."""
@@ -34,16 +43,22 @@ class _Down(Protocol):
 def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> None:
     """Check that a Down was made for this base model: its modules are there, with these inputs and outputs.
 
-    The model's name is compared as well when the Down names a Hub repository and the model knows one.
+    The model's name is compared as well when the Down names a Hub repository and the model knows one: it is the base
+    that the Down was trained on, or one that it says it fits, which is then logged.
 
     Raises:
         BaseModelMismatchError
     """
     wanted, has = source.config.base_model_name_or_path, base_model_name(model)
     if wanted and has and wanted != has and REPO_ID.fullmatch(wanted) and REPO_ID.fullmatch(has):
-        raise BaseModelMismatchError(
-            f"{name}: expected the base model {wanted}, found {has}. Load it on the base that it was trained on."
-        )
+        others = fits_of(source.config)
+        if has not in others:
+            told = f", or on {' or '.join(others)}, which it says it fits" if others else ""
+            raise BaseModelMismatchError(
+                f"{name}: expected the base model {wanted}, found {has}. Load it on the base that it was trained on"
+                f"{told}."
+            )
+        logging.getLogger(__name__).warning("%s was trained on %s and says that it fits %s", name, wanted, has)
     layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
     modules = sorted({key.rpartition(".")[0] for key in source.tensors})
     absent = [module for module in modules if module not in layers]
@@ -56,6 +71,17 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
         _check_layer(
             layers[module], module, source.tensors, f"{name}: expected a base model{f' ({wanted})' if wanted else ''}"
         )
+
+
+def fits_of(config: MetaLoraConfig) -> list[str]:
+    """The other base models that a Down says it fits."""
+    named = (config.facts or {}).get("fits")
+    return [one for one in named if isinstance(one, str) and REPO_ID.fullmatch(one)] if isinstance(named, list) else []
+
+
+def with_twins(base: str | None, fits: Iterable[str] = ()) -> list[str]:
+    """The other bases that a Down of this base fits: those that are named, and the known twins of the base."""
+    return sorted({*fits, *(one for twins in _TWINS if base in twins for one in twins)} - {base or ""})
 
 
 def check_layers(model: nn.Module, tensors: Mapping[str, torch.Tensor | TensorEntry], name: str) -> None:

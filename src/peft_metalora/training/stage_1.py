@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..bases import Base, send
 from ..bases.precision import autocast
+from ..checkpoint.base_model import with_twins
 from ..errors import ConfigError, TooFewImagesError
 from ..tuner import DownSource, MetaLoraConfig, fingerprint, reset_slots, set_slots, set_warmup
 from ..tuner import placing as injection
@@ -235,6 +236,7 @@ class MetaTraining:
         kept = "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "resolution", "seed"
         facts = {
             **({"domain": config.domain} if config.domain else {}),
+            **({"fits": fits} if (fits := with_twins(config.pretrained_model_name_or_path, config.fits)) else {}),
             "steps": len(self.losses),
             "subjects": self._counted,
             "images": len(self.examples),

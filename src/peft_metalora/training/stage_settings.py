@@ -8,6 +8,7 @@ has one. Plain Python only, so that `metalora --help` loads no torch.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,11 @@ class MetaTrainConfig(ReaderConfig, HeldOutConfig, StageConfig):
 
     train_data_dir: str | None = setting(_SUBJECTS, None)
     domain: str | None = setting("What the subjects have in common ('women's faces'), for the model card.", None)
+    fits: list[str] = setting(
+        "Other base models that the Down is for, too: repositories of the same architecture, such as a distilled twin. "
+        "Twins of known bases are named by themselves.",
+        [],
+    )
     rank: int = setting("Rank r of a subject (columns of Up, rows of Mid).", 4)
     meta_rank: int = setting("Rank of the shared Down (its rows).", 64)
     lora_alpha: float | None = setting("Scale: the output is multiplied by lora_alpha / rank. Default: rank.", None)
@@ -369,6 +375,11 @@ class MetaTrainConfig(ReaderConfig, HeldOutConfig, StageConfig):
     encoder_learning_rate: float = setting(*_ENCODER_RATE)
     encoder_subjects_per_batch: int = setting(*_ENCODER_PEOPLE)
     encoder_images_per_subject: int = setting(*_ENCODER_TARGETS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bad := [one for one in self.fits if not re.fullmatch(r"[\w.-]+/[\w.-]+", one)]:
+            raise ConfigError(f"fits must name repositories of the Hub, owner/name, found {bad[0]!r}")
 
     def _at_least_one(self) -> tuple[str, ...]:
         own = "rank", "meta_rank", "max_train_steps", "bucket_size", "subjects_per_batch", "images_per_subject"

@@ -36,7 +36,7 @@ _FOLDER = re.compile(r"checkpoint-(\d+)")
 _FREE = {*INPUTS, *OUTPUTS, "revision", "down_revision", "local_files_only"} | {
     "dataset_config_name", "image_column", "caption_column", "subject_column", "checkpointing_steps", "report_to",
     "checkpoints_total_limit", "tracker_project_name", "device", "gradient_checkpointing", "offload", "dynamo_backend",
-    "overwrite",
+    "overwrite", "fits",
 }  # fmt: skip
 
 
