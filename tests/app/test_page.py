@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from app_tiny import photo
 from fake_hub import TOKEN
 from peft_metalora import load_subject
+from peft_metalora.app import page as page_module
 from peft_metalora.app import polishing
 from peft_metalora.app.hardware import Held, _fits, machine
-from peft_metalora.app.page import BOXES, CONSENT, Visit
+from peft_metalora.app.page import BOXES, CONSENT, Visit, _crops, _told
+from peft_metalora.app.studio import Seen
 from peft_metalora.commands.app import _estimates_of
 from peft_metalora.errors import (
     ConfigError,
@@ -26,6 +31,7 @@ from peft_metalora.errors import (
     UnreadableImageError,
 )
 from peft_metalora.hub import push_down
+from peft_metalora.metrics.face_crop import Region
 
 PROMPT = "a photo of a person"
 
@@ -75,11 +81,11 @@ class TestReading:
     def test_what_cannot_be_read_changes_nothing_and_leaves_no_file(
         self, tried, consent, contents, limits, error, says
     ):
-        app, visit = tried(**limits), Visit(photos=[b"as before"], name="ann")
+        app, visit = tried(**limits), Visit(photos=[b"as before"], uid="ann's")
         files = app.files(*contents)
         with pytest.raises(error, match=says):
             app.page.drop(visit, consent, files)
-        assert visit == Visit(photos=[b"as before"], name="ann")
+        assert visit == Visit(photos=[b"as before"], uid="ann's")
         assert not any(Path(file).exists() for file in files)
 
     def test_nobody_is_read_without_consent_photos_and_a_free_name(self, tried):
@@ -220,6 +226,15 @@ class TestPolishing:
             next(app.page.polish("local", Visit(), "bob", PROMPT, 2, 0))
         assert [*app.page.polish("local", Visit(), "ann", PROMPT, 1, 0)][-1].said == "ann is polished, in 1 steps"
 
+    def test_photos_of_a_tab_are_never_another_persons_of_the_same_name(self, tried):
+        """Bug: after another tab had deleted ann and read another ann, she was polished on the first one's photos."""
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit)
+        app.page.delete("local", Visit(), "ann")
+        app.enrol("ann", 2)
+        with pytest.raises(NoImagesError, match="photos of ann"):
+            next(app.page.polish("local", visit, "ann", PROMPT, 1, 0))
+
     def test_a_failure_is_told_in_a_sentence_and_the_base_draws_on(self, tried, monkeypatch):
         app, visit = tried(), Visit()
         app.enrol("ann", 1, visit)
@@ -311,3 +326,32 @@ def test_estimates_are_of_what_goes_together(app_home, tried):
     assert ("none", "sequential") in found and ("nf4", "group") not in found
     assert all((one.polishing is None) == (one.offload != "none") for one in found.values())
     assert found["none", "none"].polishing > found["none", "sequential"].drawing > 0
+
+
+class TestTelling:
+    def outputs(self, work, others=2, studio=None):
+        return [*_told(work, others, studio)(SimpleNamespace(username=None), "given")]
+
+    def test_what_went_wrong_is_one_sentence_and_nothing_else_changes(self, monkeypatch):
+        logged = []
+        monkeypatch.setattr(page_module.log, "exception", logged.append)
+
+        def raises(error):
+            def work(*_):
+                raise error
+
+            return work
+
+        errors = ConfigError("expected a name,\nfound <b>"), torch.OutOfMemoryError("CUDA"), KeyError("secret")
+        (refused,), (full,), (failed,) = (self.outputs(raises(error)) for error in errors)
+        assert all(one[:2] == [gr.skip(), gr.skip()] for one in (refused, full, failed))
+        assert "expected a name, found &lt;b&gt;" in refused[2] and "This machine" in full[2]
+        assert "its log" not in failed[2] and "secret" not in failed[2] and len(logged) == 1
+
+    def test_who_waits_is_told_for_whom(self):
+        waiting, done = self.outputs(lambda *_: ["a", "b", "ann is here"], studio=SimpleNamespace(polishing="<bob>"))
+        assert waiting[2] == "waits until &lt;bob&gt; is polished" and done == ["a", "b", "ann is here"]
+
+    def test_the_part_that_is_used_is_framed(self):
+        seen = Seen(Image.new("RGB", (40, 20)), Region((20, 10), 10, 10, 0.5), Image.new("RGB", (8, 8)))
+        assert "left:37.50%;top:25.00%;width:25.00%;height:50.00%;transform:rotate(28.6deg)" in _crops([seen])

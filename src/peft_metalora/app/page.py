@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from PIL import Image
 
 from ..data.images import size_of
@@ -52,11 +53,11 @@ class Visit:
     """What one tab has.
 
     Attributes:
-        photos: what was dropped and not forgotten since; in memory alone. name: who was read from them.
+        photos: what was dropped and not forgotten since; in memory alone. uid: of the person who was read from them.
     """
 
     photos: list[bytes] = field(default_factory=list)
-    name: str = ""
+    uid: str = ""
     polishing: Polishing | None = None
 
     def leave(self) -> None:
@@ -90,7 +91,7 @@ class Page:
         self._require_consent(consent)
         self._require_photos(photos)
         seen = self.studio.see(photos)
-        visit.photos, visit.name = photos, ""
+        visit.photos, visit.uid = photos, ""
         return seen
 
     def read(self, tenant: str, visit: Visit, consent: bool, name: str, keep_photos: bool) -> Person:
@@ -101,7 +102,7 @@ class Page:
         self.library.require_new(tenant, name)
         read = self.studio.read(tenant, name, visit.photos, CONSENT)
         person = self.library.enrol(read, visit.photos if keep_photos else ())
-        visit.name = person.name
+        visit.uid = person.uid
         return person
 
     def _require_consent(self, consent: bool) -> None:
@@ -192,7 +193,7 @@ class Page:
             raise ConfigError(f"expected 1 to {self.config.tune_steps} steps, found {steps}")
         if visit.polishing is not None and not visit.polishing.done:
             raise ConfigError("expected one person at a time to polish, found another one under way: cancel that first")
-        photos = visit.photos if visit.name == person.name else self.library.photos(person)
+        photos = visit.photos if visit.uid == person.uid else self.library.photos(person)
         if not photos:
             raise NoImagesError(
                 f"expected photos of {person.name} to polish from, found none kept: drop them in this tab and read "
@@ -229,8 +230,8 @@ class Page:
         """Delete somebody, with what was made of them here."""
         person = self.library.delete(tenant, name)
         shutil.rmtree(self._folder / person.uid, ignore_errors=True)
-        if visit.name == person.name:
-            visit.photos, visit.name = [], ""
+        if visit.uid == person.uid:
+            visit.photos, visit.uid = [], ""
         if visit.polishing is not None:
             visit.polishing.cancel()
         return person
@@ -437,7 +438,7 @@ def make_blocks(page: Page) -> gr.Blocks:
         on(read.click, on_read, [visit, consent, name, keep, new_prompt], everything, waits=True, **gpu)
 
         def on_forget(tenant: str, visit: Visit) -> list[Any]:
-            visit.photos, visit.name = [], ""
+            visit.photos, visit.uid = [], ""
             return ["", "the photos are forgotten"]
 
         on(forget.click, on_forget, [visit], [seen, new_said])
@@ -558,6 +559,9 @@ def _told(work: Callable[..., Any], others: int, studio: Studio | None = None) -
                 yield _outputs(one, others)
         except MetaLoraError as error:
             yield _outputs([*(gr.skip() for _ in range(others)), _bad(" ".join(str(error).split()))], others)
+        except (MemoryError, torch.OutOfMemoryError):
+            sentence = "expected enough memory, found none left: This machine says with what settings less is taken"
+            yield _outputs([*(gr.skip() for _ in range(others)), _bad(sentence)], others)
         except Exception:
             log.exception("the page failed")
             sentence = "the page failed; the log of metalora app says why"
