@@ -27,6 +27,8 @@ from safetensors.torch import save_file
 
 from .errors import ConfigError, MetaLoraError, WriteFailedError
 
+EMBEDDED = {f"peft_metalora/demo-{part}": Path(__file__).parent / "demo" / "assets" / part for part in ("base", "down")}
+"""What comes with the package, by the names that files call it: nobody is asked for a repository of such a name."""
 STALE_SECONDS = 24 * 3600
 _YAML_BYTES = 1_000_000
 

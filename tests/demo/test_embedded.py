@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from peft_metalora import enable_meta_lora
+from peft_metalora import enable_meta_lora, load_down, load_subject
+from peft_metalora.checkpoint.config_file import read_config
+from peft_metalora.cli import main
 from peft_metalora.data import load_image
 from peft_metalora.demo import faces
 from peft_metalora.demo.embedded import (
@@ -28,6 +30,21 @@ from peft_metalora.demo.scoring import PROMPTS, generate, to_pil
 @pytest.fixture(scope="module")
 def base():
     return load_base()
+
+
+def test_the_package_brings_what_files_call_the_demos(tmp_path, monkeypatch):
+    """Bug: a subject on the embedded Down asked the Hub for a base and a Down that are nobody's there."""
+    monkeypatch.chdir(tmp_path)
+    to_pil(torch.rand(3, RESOLUTION, RESOLUTION)).save("ann.png")
+    assert main(["read", "--down", "peft_metalora/demo-down", "--photos", "ann.png", "--output_dir", "ann"]) == 0
+    config = read_config(tmp_path / "ann")
+    assert (config.down, config.base_model_name_or_path) == ("peft_metalora/demo-down", "peft_metalora/demo-base")
+    assert load_subject("ann").down.fingerprint == load_down(DOWN).fingerprint
+    (tmp_path / "peft_metalora" / "demo-down").mkdir(parents=True)  # a folder of somebody's is not in the way
+    assert load_subject("ann").down.fingerprint == load_down(DOWN).fingerprint
+    assert (
+        main(["generate", "--subject", "ann", "--prompt", "a person", "--resolution", "64", "--output_dir", "."]) == 0
+    )
 
 
 def test_files_are_the_ones_that_were_measured():

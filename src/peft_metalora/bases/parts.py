@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import BaseModelMismatchError
+from ..files import EMBEDDED
 from .memory import Memory, Whole, quantization
 
 
@@ -51,7 +52,7 @@ class Parts:
         local_files_only: bool = False,
         memory: Memory | None = None,
     ) -> None:
-        self.name, self.memory = str(name_or_path), memory or Whole()
+        self.name, self.memory = str(EMBEDDED.get(str(name_or_path), name_or_path)), memory or Whole()
         self.revision = revision
         self.quantized: tuple[str, ...] = ()
         self._source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}

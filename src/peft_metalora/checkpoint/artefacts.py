@@ -35,7 +35,7 @@ from ..errors import (
     UnsafeNameError,
     WrongKindError,
 )
-from ..files import require_apart, staged_folder
+from ..files import EMBEDDED, require_apart, staged_folder
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
 from ..tuner.config import reference_to_write
 from ..tuner.down import MID, digest_of
@@ -300,6 +300,8 @@ def down_reference(config: MetaLoraConfig, folder: Path) -> Path | str:
             f"{folder}: expected the name of a Down, found none. Load its Down first "
             f"(fingerprint {str(config.down_fingerprint)[:16]}…), or save the subject with down=..."
         )
+    if name in EMBEDDED:
+        return EMBEDDED[name]
     if "\0" in name or "\\" in name or name.startswith("~") or re.match(r"[A-Za-z]:", name):
         raise _unsafe_path(name, folder)
     if os.path.isabs(name):

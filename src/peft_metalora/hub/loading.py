@@ -28,6 +28,7 @@ from ..checkpoint.config_file import CONFIG_FILE, read_config
 from ..checkpoint.factors import SubjectSource
 from ..checkpoint.space import SPACE_FILE, SubjectSpace
 from ..errors import ArtefactNotFoundError, HubError, MissingDownError, UnsafeNameError, WrongKindError
+from ..files import EMBEDDED
 from ..tuner import DownSource, MetaLoraConfig
 
 
@@ -342,12 +343,12 @@ def _origin(config: MetaLoraConfig) -> Location:
 
 
 def locate(path_or_repo: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Location:
-    """Name a place: a local folder if there is one of this path, or else a repository.
+    """Name a place: what comes with the package, a local folder if there is one of this path, or else a repository.
 
     Raises:
         UnsafeNameError: a subfolder that leads out of it.
     """
-    at = repository(path_or_repo, **hub)
+    at = repository(EMBEDDED.get(os.fspath(path_or_repo), path_or_repo), **hub)
     return replace(at, folder=Path(at.name, at.subfolder or "")) if os.path.isdir(at.name) else at
 
 
