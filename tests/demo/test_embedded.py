@@ -32,11 +32,12 @@ def base():
     return load_base()
 
 
-def test_the_package_brings_what_files_call_the_demos(tmp_path, monkeypatch):
+def test_the_package_brings_what_files_call_the_demos(tmp_path, monkeypatch, capsys):
     """Bug: a subject on the embedded Down asked the Hub for a base and a Down that are nobody's there."""
     monkeypatch.chdir(tmp_path)
     to_pil(torch.rand(3, RESOLUTION, RESOLUTION)).save("ann.png")
     assert main(["read", "--down", "peft_metalora/demo-down", "--photos", "ann.png", "--output_dir", "ann"]) == 0
+    assert "on a beach' --resolution 64 --output_dir images" in capsys.readouterr().out
     config = read_config(tmp_path / "ann")
     assert (config.down, config.base_model_name_or_path) == ("peft_metalora/demo-down", "peft_metalora/demo-base")
     assert load_subject("ann").down.fingerprint == load_down(DOWN).fingerprint

@@ -7,6 +7,8 @@ import os
 import shlex
 from pathlib import Path
 
+from ..files import EMBEDDED
+
 
 def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: str | None = None) -> str:
     """Commands to draw, export and push the subject in a folder.
@@ -17,6 +19,7 @@ def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: 
     """
     place, name = shlex.quote(os.fspath(folder)), Path(folder).resolve().name
     drawn = shlex.quote(f"{prompt or 'a photo of a person'}, laughing, on a beach")
+    drawn += " --resolution 64" if down in EMBEDDED else ""  # the embedded base knows no other
     file = shlex.quote(f"ComfyUI/models/loras/{name}.safetensors")
     local = f" --down me/{Path(down).resolve().name}" if down is not None and os.path.isdir(down) else ""
     return "\n".join(
