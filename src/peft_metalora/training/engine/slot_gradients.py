@@ -71,8 +71,9 @@ class SlotGradients:
         # No row depends on another's numbers, so that the gradient of the sum is each one's own. Not by autograd.grad:
         # streamed blocks are checkpointed in the reentrant way, which knows nothing of it.
         (rows.sum() if self.scale is None else rows.sum() * self.scale.value).backward()
-        gradients = [factor.grad for factor in self._factors]
-        joined = torch.cat([one.flatten(1) for one in gradients if one is not None], dim=1).float()
+        # Of layers that nothing comes after, such as those of the text in a last block, there is none.
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._factors]
+        joined = torch.cat([one.flatten(1) for one in gradients], dim=1).float()
         return rows.detach(), joined if self.scale is None else joined / self.scale.value
 
     @torch.no_grad()
