@@ -61,6 +61,12 @@ def of_rank(down: DownSource, r: int) -> DownSource:
     return DownSource(config, tensors, down.fingerprint)
 
 
+def write_down(folder: Path) -> Path:
+    """The Down at rank 4 as a folder, for what loads subjects of that rank."""
+    down = embedded_down()
+    return write_artefact(folder, dataclasses.replace(down.config, down_fingerprint=down.fingerprint), down.tensors)
+
+
 def save_with_reader(reader: Path, output: Path) -> None:
     """Write the Down at the rank of a space that `convergence.py --save` wrote, with it and its encoder in half."""
     space = load_space(reader)
@@ -88,9 +94,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the Down")
     args = parser.parse_args()
     if args.reader is None:
-        down = embedded_down()
-        config = dataclasses.replace(down.config, down_fingerprint=down.fingerprint)
-        write_artefact(args.output, config, down.tensors)
+        write_down(args.output)
     else:
         save_with_reader(args.reader, args.output)
 

@@ -4,7 +4,7 @@
     python benchmarks/regions.py                 16 pairs of held-out people; writes benchmarks/results/regions.json
     python benchmarks/regions.py --small         2 pairs, few steps, to check the script
 
-Everybody is learned from one image (rank 4, mean start, 100 steps: the demo's settings) and is in one pair. All ways
+Everybody is learned from one image (rank 4, mean start, 100 steps) and is in one pair. All ways
 draw the same prompts from the same noise. Compared are the faces in the two halves of a picture with the other photos
 of the person who belongs there (right) and of the other one (wrong). `better` is the cosine to the right person if the
 score may choose for each picture who stands where: a sum cannot know. People alone, in pictures of their own, are what
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from embedded_down import embedded_down
+from embedded_down import embedded_down, write_down
 from origin import origin, write
 from PIL import Image
 
@@ -27,11 +27,11 @@ from peft_metalora import enable_meta_lora
 from peft_metalora.bases import base_for
 from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.data.images import png
-from peft_metalora.demo.embedded import BASE, DOWN, RESOLUTION, load_base
+from peft_metalora.demo.embedded import BASE, RESOLUTION, load_base
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.judges import load_embedder
-from peft_metalora.demo.run import METHODS, STEPS
 from peft_metalora.demo.scoring import generate, to_pil
+from peft_metalora.demo.sheet import Row, sheet
 from peft_metalora.demo.show_two_people import (
     ADAPTER,
     ASKED,
@@ -40,7 +40,6 @@ from peft_metalora.demo.show_two_people import (
     Apart,
     draw_two,
     keep_apart,
-    sheet_of_two,
     side_by_side,
 )
 from peft_metalora.evaluation.summary import interval
@@ -49,7 +48,8 @@ from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.stage_settings import PersonalizeConfig
 
-PHOTOS = 7
+PHOTOS, STEPS = 7, 100
+SETTINGS = {"start": "mean", "learning_rate": 3e-3}  # the rate: of `sweep.py` on the tune people
 WAYS = {
     "alone": "each alone, a picture each",
     "regions": "regions",
@@ -63,16 +63,15 @@ Figures = dict[str, dict[str, list[float]]]
 
 
 def learn(base, people: list[Subject], steps: int, home: Path) -> None:
-    """Write a subject for each person, learned from the reference alone, to `home`/NAME."""
-    settings = next(method.settings for method in METHODS if method.name == "meta_lora_mean")
+    """Write a subject for each person, learned from the reference alone, to `home`/NAME; the Down lies beside `home`."""
     config = PersonalizeConfig(
         pretrained_model_name_or_path=str(BASE),
         output_dir=str(home),
         resolution=RESOLUTION,
         max_train_steps=steps,
         mixed_precision="no",
-        down=str(DOWN),
-        **settings,
+        down=str(home.parent / "down"),
+        **SETTINGS,
     )
     references = [Subject(person.name, [person.split()[0]]) for person in people]
     examples = encode_subjects(base, references, config, config.views_per_image)
@@ -115,10 +114,11 @@ def measure(pairs: int, prompts: int, steps: int, device: str) -> tuple[Figures,
         home = Path(folder)
         write_dataset(home / "people", "held-out", 2 * pairs, PHOTOS)
         people = read_subjects(home / "people")
+        write_down(home / "down")
         learn(base, people, steps, home / "subjects")
         pipe = enable_meta_lora(base.pipeline)
         pipe.load_lora_weights(str(TWO_PEOPLE), adapter_name=ADAPTER)
-        pipe.load_meta_lora(DOWN, "down")
+        pipe.load_meta_lora(home / "down", "down")
         for pair in range(pairs):
             left, right = people[2 * pair : 2 * pair + 2]
             photos = [[load_image(photo.path) for photo in person.photos] for person in (left, right)]
@@ -139,7 +139,7 @@ def measure(pairs: int, prompts: int, steps: int, device: str) -> tuple[Figures,
         "sum": "sum of both,\nweight 1 each",
         "nobody": "no subject",
     }
-    return figures, sheet_of_two([(label, shown[way][:IN_PICTURE]) for way, label in labels.items()])
+    return figures, sheet([Row(label, shown[way][:IN_PICTURE]) for way, label in labels.items()])
 
 
 def main() -> None:
