@@ -63,7 +63,7 @@ Figures = dict[str, dict[str, list[float]]]
 
 
 def learn(base, people: list[Subject], steps: int, home: Path) -> None:
-    """Write a subject for each person, learned from the reference alone, to `home`/NAME; the Down lies beside `home`."""
+    """Write a subject for each person, learned from the reference alone, to `home`/NAME, beside their Down."""
     config = PersonalizeConfig(
         pretrained_model_name_or_path=str(BASE),
         output_dir=str(home),
@@ -135,8 +135,8 @@ def measure(pairs: int, prompts: int, steps: int, device: str) -> tuple[Figures,
     labels = {
         "photos": "learned from\none image each",
         "regions": "a region each",
-        "sum_half": "sum of both,\nweight 0.5 each",
-        "sum": "sum of both,\nweight 1 each",
+        "sum_half": "sum of both\nweight 0.5 each",
+        "sum": "sum of both\nweight 1 each",
         "nobody": "no subject",
     }
     return figures, sheet([Row(label, shown[way][:IN_PICTURE]) for way, label in labels.items()])
