@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,4 +75,11 @@ def test_a_port_that_is_taken_is_a_sentence_and_loads_nothing(tmp_path, capsys):
         port = str(taken.getsockname()[1])
         people = str(tmp_path / "people")
         assert main(["app", "--demo", "--people", people, "--port", port]) == 2
-    assert f"expected a free port {port}" in capsys.readouterr().err
+    assert f"expected a free port {port}" in capsys.readouterr().err and not (tmp_path / "people").exists()
+
+
+def test_without_the_extra_the_page_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "peft_metalora.app.opening")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["app", "--demo", "--people", str(tmp_path / "people")]) == 2
+    assert "pip install 'peft-metalora[app]'" in capsys.readouterr().err and not (tmp_path / "people").exists()

@@ -51,10 +51,6 @@ def opened(config: AppConfig) -> Iterator[tuple[Any, Any]]:
         from ..demo.embedded import of_the_demo
 
         copy = of_the_demo(copy)
-    if "://" not in config.people:
-        require_writable(config.people)
-        Path(config.people).mkdir(mode=0o700, parents=True, exist_ok=True)
-    place = Place(config.people)
     try:
         from ..app.opening import serving_page
     except ImportError as error:
@@ -62,6 +58,10 @@ def opened(config: AppConfig) -> Iterator[tuple[Any, Any]]:
     from ..app.studio import open_studio
 
     with listening_at(config.host, config.port) as listening:
+        if "://" not in config.people:
+            require_writable(config.people)
+            Path(config.people).mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = Place(config.people)
         studio = open_studio(copy, place)
         estimates = _estimates_of(studio.config, studio.side)
         with serving_page(studio, place, copy, tenants, estimates) as server:
