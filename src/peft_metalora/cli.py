@@ -297,7 +297,8 @@ def build_parser(complete: Collection[str] | None = None) -> argparse.ArgumentPa
         "--print-completion",
         action=_Completion,
         choices=("bash", "zsh", "tcsh"),
-        help="print the completion of a shell and exit",
+        metavar="SHELL",
+        help="print the completion of bash, zsh or tcsh and exit",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
