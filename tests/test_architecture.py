@@ -60,8 +60,13 @@ def room_of(path: Path) -> str:
     return inside.parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> list[str]:
     """Absolute names of the modules that a file imports, anywhere in it."""
+    return [*_imports(path)]
+
+
+def _imports(path: Path) -> Iterator[str]:
     package = ("peft_metalora", *path.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -370,11 +370,16 @@ def _is_private(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"_[A-Za-z]\w*", name) is not None
 
 
+@functools.cache
+def _nodes(tree: ast.AST) -> list[ast.AST]:
+    return [*ast.walk(tree)]
+
+
 def _strings(tree: ast.AST) -> Iterator[ast.Constant]:
     """Text that may name an attribute: in a call of getattr and its kin, or anywhere in a file that makes names up."""
     calls = [
         node
-        for node in ast.walk(tree)
+        for node in _nodes(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id in ("delattr", "getattr", "hasattr", "setattr")
@@ -383,20 +388,20 @@ def _strings(tree: ast.AST) -> Iterator[ast.Constant]:
     endings = "endswith", "removeprefix", "removesuffix", "startswith"
     parts_of_names = {
         part
-        for node in ast.walk(tree)
+        for node in _nodes(tree)
         if isinstance(node, ast.JoinedStr)
         or (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in endings)
         for part in ast.iter_child_nodes(node)
     }
     made_up = not all(isinstance(name, ast.Constant) for name in direct)
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Constant) and (node in direct or (made_up and node not in parts_of_names)):
             yield node
 
 
 def defined(tree: ast.AST) -> Iterator[str]:
     """Names that a file of ours defines, by itself or on `self`; what it merely declares for mypy does not count."""
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name
         elif isinstance(node, ast.Assign) or (isinstance(node, ast.AnnAssign) and node.value is not None):
@@ -410,7 +415,7 @@ def defined(tree: ast.AST) -> Iterator[str]:
 
 def used(tree: ast.AST) -> Iterator[tuple[str, bool]]:
     """Private names that a file reads or writes, and whether on `self`."""
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Attribute) and _is_private(node.attr):
             yield node.attr, ast.unparse(node.value) == "self"
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -424,14 +429,14 @@ def used(tree: ast.AST) -> Iterator[tuple[str, bool]]:
 def patched(tree: ast.AST) -> Iterator[str]:
     """Names that a file assigns on modules and classes of a host."""
     theirs: set[str] = set()
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] in HOSTS:
             theirs.update(alias.asname or alias.name for alias in node.names)
         elif isinstance(node, ast.Import):
             theirs.update(
                 alias.asname or alias.name.split(".")[0] for alias in node.names if alias.name.split(".")[0] in HOSTS
             )
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if not isinstance(node, (ast.Assign, ast.AnnAssign)) or isinstance(node.value, ast.Constant):
             continue  # a constant is a setting
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -473,7 +478,7 @@ def private_names(files: dict[Path, ast.AST], theirs: dict[Path, set[str]]) -> s
     `theirs`: what the classes of a file inherit from a host's, whatever the files define.
     """
     uses = [(path, *use) for path, tree in files.items() for use in used(tree)]
-    read = {node.id for tree in files.values() for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    read = {node.id for tree in files.values() for node in _nodes(tree) if isinstance(node, ast.Name)}
     read |= {name for _, name, _ in uses}
     ours = ({name for tree in files.values() for name in defined(tree)} | OURS) & read
     anybodys = {name for names in theirs.values() for name in names}
@@ -484,7 +489,7 @@ def private_names(files: dict[Path, ast.AST], theirs: dict[Path, set[str]]) -> s
     }
     names |= {(path, name) for path, tree in files.items() for name in patched(tree)}
     for path, tree in files.items():
-        for node in ast.walk(tree):
+        for node in _nodes(tree):
             if isinstance(node, ast.ClassDef):  # what nothing here calls, a host does
                 methods = [part.name for part in node.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
                 names |= {(path, name) for name in methods if _is_private(name) and name not in read}
