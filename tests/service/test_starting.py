@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from peft_metalora.cli import main
+from peft_metalora.demo.embedded import of_the_demo
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.judges import load_embedder
 from peft_metalora.errors import ConfigError
@@ -95,7 +96,7 @@ def test_the_demo_draws_who_was_read_off_a_photo(tmp_path, run, one_thread):
     demo = {"demo": True, "down": None, "resolution": None, "max_resolution": 64, "num_inference_steps": 4}
 
     async def work():
-        pool = Pool([await make_artist(settings(tmp_path, tmp_path / "people", **demo))])
+        pool = Pool([await make_artist(of_the_demo(settings(tmp_path, tmp_path / "people", **demo)))])
         pool.offer = pool.artists[0].offer
         service = Service(tmp_path, tmp_path / "people", pool=pool, **demo)
         drawn = []
