@@ -158,11 +158,12 @@ def _of_unet(unet: Any, side: int) -> Iterator[_Unit]:
     yield from found
 
 
-def of_autoencoder(vae: nn.Module, resolution: int) -> float:
+def of_autoencoder(vae: nn.Module, resolution: int, *, decoding: bool = False) -> float:
     """Bytes that an autoencoder has at once at the full size of an image, in two bytes a number."""
     config: Any = vae.config
     widths = getattr(config, "block_out_channels", None) or [getattr(config, "base_dim", 128)]
-    return 3.0 * 2 * max(widths[:2]) * resolution**2
+    # Going up, the full size is reached before the last narrowing.
+    return 3.0 * 2 * max(widths[: 2 if decoding else 1]) * resolution**2
 
 
 def numbers_of_subject(layers: Sequence[Any], rank: int, meta_rank: int) -> tuple[int, int]:

@@ -297,7 +297,7 @@ def _of_drawing(config: GenerateConfig) -> Estimate:
     phases = {
         "encoding": text,
         "drawing": denoise + guided * samples * width * own.alive,
-        "decoding": decode + samples * width * of_autoencoder(base.pipeline.vae, side),
+        "decoding": decode + samples * width * of_autoencoder(base.pipeline.vae, side, decoding=True),
     }
     pictures = max(1, len(config.subject) + bool(config.photo)) * len(config.prompt)
     seconds, rate = _seconds(at, own, pictures * config.num_inference_steps, guided * samples, 1)
