@@ -43,7 +43,6 @@ IMAGE_GEN = {
     "lokr": "LoKr, rank 32",
     "vera": "VeRA, rank 32",
 }
-README_METHODS = ("lora_r1", "lora_r4", "lora_r16", "full", "random_down", "meta_lora_stored", "meta_lora_mean")
 EQUAL_ADHERENCE = 0.9
 
 # Figure, what it is, its goal (None: a plain figure), and whether a larger one is better.
@@ -316,18 +315,18 @@ def regions(results: dict[str, Data]) -> str:
 
 
 def readme(results: dict[str, Data]) -> str:
-    data, metrics = results["evaluation"], ("r_facesim", "prompt_adherence")
-    rows = [
-        [
-            data["methods"][name]["label"],
-            f"{one['parameters']['value']:,}",
-            *(spread(one[metric]) for metric in metrics),
-        ]
-        for name, one in data["figures"].items()
-        if name in README_METHODS
-    ]
-    heads = ["method", "numbers trained", "R-FaceSim", "adherence"]
-    return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
+    """People who are read beside each fine-tuned method at the number of steps at which it is nearest to them."""
+    data, rows = results["convergence"], []
+    for family in ("main", "small", "image_prompt"):
+        clean = data["recipes"][f"{family}-0"]["clean"]
+        rows.append([ZERO_STEPS[family], "0", spread(clean["r_facesim"]), spread(clean["prompt_adherence"])])
+    for kind, label in FINE_TUNED.items():
+        curves = [one["curve"] for name, one in data["rivals"].items() if name.partition(", ")[0] == kind]
+        step, best = max(
+            (point for curve in curves for point in curve.items()), key=lambda point: point[1]["r_facesim"]["value"]
+        )
+        rows.append([label, step, spread(best["r_facesim"]), spread(best["prompt_adherence"])])
+    return table(["method", "steps", "R-FaceSim", "adherence"], rows) + zero_source(results)
 
 
 def image_gen(results: dict[str, Data]) -> str:
@@ -427,7 +426,7 @@ ZERO_STEPS = {
 FINE_TUNED = {
     "lora_r1": "LoRA, rank 1",
     "lora_r16": "LoRA, rank 16",
-    "full": "full",
+    "full": "full fine-tuning",
     "meta_lora_mean": "Meta-LoRA, mean",
 }
 ZERO_STEPS_NOTE = ". 32 held-out people, one reference, 3 noises, 8 prompts; mean [95 % interval over people]."
@@ -506,7 +505,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "rivals": ("evaluation", rivals),
     "steps": ("evaluation", steps),
     "robustness": ("evaluation", robustness),
-    "readme": ("evaluation", readme),
+    "readme": ("convergence", readme),
     "variants": ("variants", variants),
     "down_starts": ("variants", down_starts),
     "regions": ("regions", regions),
