@@ -62,4 +62,6 @@ def test_the_part_of_image_gen_that_needs_weights_is_open(tables: ModuleType) ->
     data = {"machine": "1 x a GPU", "date": "2026-01-01", "command": "python b.py", "figures": figures}
     rows = tables.image_gen({"image_gen": {**data, "open": {"test dino_similarity": None, "drift": None}}}).splitlines()
     assert rows[0].endswith("| file, MB | test dino_similarity | drift |")
-    assert "| LoRA, rank 32, as PEFT's benchmark has it | 812 | not measured | 38,338,560 | 153.41 | open | open |" in rows
+    assert (
+        "| LoRA, rank 32, as PEFT's benchmark has it | 812 | not measured | 38,338,560 | 153.41 | open | open |" in rows
+    )

@@ -66,7 +66,7 @@ def test_a_rename_that_ends_in_the_middle_leaves_nothing_without_a_name(place, m
     def refuses(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(place, "move_files", refuses)
+    monkeypatch.setattr(place, "move", refuses)
     with pytest.raises(WriteFailedError, match="disk full"):
         people.rename(ann, "anna")
     monkeypatch.undo()
@@ -93,11 +93,21 @@ def test_nothing_of_somebody_deleted_is_left(place):
     people.put_code("acme", "bob", CODE, **OWN)
     before = contents(place)
     ann = people.put_files(people.put_code("acme", "ann", CODE, **{**OWN, "consent": "by ann"}), FILES)
+    place.write(f"{place.photos(ann)}/001", b"a photo")  # as the page keeps them
     people.remove(ann)
     assert people.find("acme", "ann") is None and People(place).entry("acme", "ann") is None
     assert not [path for path in paths(place) if "ann" in path]
     left = contents(place)
     assert b"by ann" not in left and ann.uid.encode() not in left and before in left
+
+
+def test_photos_of_who_was_replaced_go_with_them(place):
+    """Bug: photos that the page had kept stayed, also where the service deleted somebody."""
+    people = People(place)
+    ann = people.put_code("acme", "ann", CODE, **OWN)
+    place.write(f"{place.photos(ann)}/001", b"a photo")
+    people.put_code("acme", "ann", bytes(reversed(CODE)), **OWN, before=ann)
+    assert not place.fs.exists(place.photos(ann))
 
 
 def test_a_removal_that_ends_in_the_middle_is_done_again(place, monkeypatch):

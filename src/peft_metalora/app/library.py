@@ -80,7 +80,7 @@ class Library:
             try:
                 return self._people.put_code(person.tenant, person.name, person.code or b"", **own)
             except BaseException:
-                self._remove_photos(person)
+                self._place.remove(self._place.photos(person))
                 raise
 
     def polished(self, person: Person, files: dict[str, bytes]) -> Person:
@@ -99,16 +99,12 @@ class Library:
         with self._change:
             person = self.person(tenant, name)
             self.require_new(tenant, to)
-            renamed = self._people.rename(person, to)
-            if self._place.fs.exists(self._photos_at(person)):
-                self._place.fs.mv(self._photos_at(person), self._photos_at(renamed), recursive=True)
-            return renamed
+            return self._people.rename(person, to)
 
     def delete(self, tenant: str, name: str | None) -> Person:
         """Delete somebody, their photos first; raises as `person`, and WriteFailedError: delete again."""
         with self._change:
             person = self.person(tenant, name)
-            self._remove_photos(person)
             self._people.remove(person)
             return person
 
@@ -116,7 +112,7 @@ class Library:
 
     def photos(self, person: Person) -> list[bytes]:
         """The photos that were kept; none where nobody asked for that."""
-        folder = self._photos_at(person)
+        folder = self._place.photos(person)
         if not self._place.fs.exists(folder):
             return []
         paths = sorted(self._place.fs.ls(folder, detail=False))
@@ -144,20 +140,13 @@ class Library:
             saved = save_read_subject(Path(made) / person.name, source)
             return push_subject(saved, repo_id, private=True, down=down)
 
-    def _photos_at(self, person: Person) -> str:
-        return f"{self._place.root}/photos/{person.tenant}/{person.name}"
-
     def _write_photos(self, person: Person, photos: Sequence[bytes]) -> None:
-        self._remove_photos(person)
+        self._place.remove(self._place.photos(person))
         try:
             for number, photo in enumerate(photos, 1):
-                self._place.write(f"{self._photos_at(person)}/{number:03}", photo)
+                self._place.write(f"{self._place.photos(person)}/{number:03}", photo)
         except (OSError, WriteFailedError) as error:
-            self._remove_photos(person)
+            self._place.remove(self._place.photos(person))
             raise WriteFailedError(
                 f"expected to be able to keep the photos of {person.name}, found: {error}"
             ) from error
-
-    def _remove_photos(self, person: Person) -> None:
-        if self._place.fs.exists(self._photos_at(person)):
-            self._place.fs.rm(self._photos_at(person), recursive=True)

@@ -91,6 +91,10 @@ class Place:
         """Where the files of somebody are."""
         return f"{self.root}/people/{person.tenant}/{person.name}"
 
+    def photos(self, person: Person) -> str:
+        """Where photos of somebody are, if it was asked that they be kept."""
+        return f"{self.root}/photos/{person.tenant}/{person.name}"
+
     @contextmanager
     def files(self, person: Person) -> Iterator[Path]:
         """A local folder with the files of somebody, for as long as the block lasts."""
@@ -131,15 +135,16 @@ class Place:
             for name, content in files.items():
                 (stage / name).write_bytes(content)
 
-    def move_files(self, person: Person, to: Person) -> None:
-        """Move the files of somebody, if there are any, to where those of somebody else are."""
-        if self.fs.exists(self.folder(person)):
-            self.fs.mv(self.folder(person), self.folder(to), recursive=True)
+    def move(self, person: Person, to: Person) -> None:
+        """Move files and photos of somebody, if there are any, to where those of somebody else are."""
+        for folder in (self.folder, self.photos):
+            if self.fs.exists(folder(person)):
+                self.fs.mv(folder(person), folder(to), recursive=True)
 
-    def remove_files(self, person: Person) -> None:
-        """Remove the files of somebody, if there are any."""
-        if self.fs.exists(self.folder(person)):
-            self.fs.rm(self.folder(person), recursive=True)
+    def remove(self, folder: str) -> None:
+        """Remove a folder, if it is there."""
+        if self.fs.exists(folder):
+            self.fs.rm(folder, recursive=True)
 
 
 class People:
@@ -189,9 +194,11 @@ class People:
         """Keep somebody as a code, in the place of who they were `before`; WriteFailedError: nothing has changed."""
         person = self._next(tenant, name, consent, before, down=sys.intern(down), space=sys.intern(space), code=code)
         self._write(person)
-        if before is not None and before.code is None:
+        if before is not None:
             with self._writing():
-                self.place.remove_files(before)
+                self.place.remove(self.place.photos(before))
+                if before.code is None:
+                    self.place.remove(self.place.folder(before))
         return person
 
     def put_files(self, before: Person, files: Mapping[str, bytes]) -> Person:
@@ -211,15 +218,16 @@ class People:
         person = replace(before, name=name)
         self._write(person)
         with self._writing():
-            self.place.move_files(before, person)
+            self.place.move(before, person)
         self._looked.pop(person.uid, None)
         self._write(before, gone=True)
         return person
 
     def remove(self, person: Person) -> None:
-        """Take somebody away, files first: a removal that ends in the middle can be done again."""
+        """Take somebody away, photos and files first: a removal that ends in the middle can be done again."""
         with self._writing():
-            self.place.remove_files(person)
+            self.place.remove(self.place.photos(person))
+            self.place.remove(self.place.folder(person))
         self._write(person, gone=True)
         self._looked.pop(person.uid, None)
 
