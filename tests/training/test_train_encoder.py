@@ -30,7 +30,6 @@ from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.reading import read_photos
 from peft_metalora.training.stage_settings import TrainEncoderConfig
 from peft_metalora.training.train_encoder import train_encoder
-from peft_metalora.training.watching import held_out
 from pipelines_tiny import tiny_flux_pipeline
 from training_tiny import Brightness, save_tiny_down, tiny_base, write_people
 
@@ -125,7 +124,7 @@ def test_bad_versions_without_the_face_are_left_out_and_so_are_photos(folders, m
             values = torch.tensor([[float(np.asarray(image)[0, 0].mean()), 1.0] for image in images])
             return Embeddings(values, values[:, 0] > limit)
 
-    monkeypatch.setattr("peft_metalora.encoder.sources.face.InsightFaceEmbedder", Bright)
+    monkeypatch.setattr("peft_metalora.metrics.embedders.InsightFaceEmbedder", Bright)
     examples = Examples(torch.zeros(6, 4, 4, 4), {}, torch.zeros(6), torch.arange(6) // 2, photo=torch.arange(6))
     encoder = make_encoder(EncoderConfig(source="face", code_size=6))
     monkeypatch.setattr(
@@ -230,11 +229,11 @@ def test_training_does_not_notice_that_it_is_looked_at(folders, tmp_path, monkey
         assert path.is_dir() or (str(folders).encode() not in path.read_bytes())
 
 
-def test_the_score_is_that_of_a_person_who_is_read(folders, tmp_path, monkeypatch):
+def test_the_score_is_that_of_a_person_who_is_read(folders, tmp_path):
     write_people(tmp_path / "others", subjects=1, each=2)
-    monkeypatch.setattr(held_out, "face_embedder", lambda name, setting: Brightness())
     looking = {"validation_steps": 3, "validation_data_dir": str(tmp_path / "others"), "validation_prompt": ["a photo"]}
-    teach(config_of(folders, tmp_path / "out", **looking, validation_embedder="brightness", space_learning_rate=0.1))
+    looking["validation_embedder"] = "training_tiny:Brightness"
+    teach(config_of(folders, tmp_path / "out", **looking, space_learning_rate=0.1))
     (line,) = (tmp_path / "out" / "validation" / "scores.jsonl").read_text().splitlines()
     # The same person, read from the files.
     pipe = enable_meta_lora(load_base(str(folders / "base"), dtype=torch.float32).pipeline)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from diffusers.utils import BaseOutput
 from torch import nn
 from typing_extensions import Unpack
 
@@ -85,7 +86,7 @@ class PerSampleMixin:
                 index = sample_slots(names, slots, prompts, images)
                 with self._following_the_batch(model, index) if slots else nullcontext():
                     made = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            first: Any = made[0] if hasattr(made, "__getitem__") and not isinstance(made, dict) else None
+            first: Any = made[0] if isinstance(made, (BaseOutput, tuple, list)) else None
             if len(set(index)) > 1 and hasattr(first, "__len__") and len(first) != len(index):
                 raise AdapterStateError(
                     f"expected an image or film for each of {len(index)} subjects, found that this pipeline makes "
