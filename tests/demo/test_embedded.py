@@ -6,6 +6,7 @@ import hashlib
 import pytest
 import torch
 from diffusers import FluxPipeline
+from transformers import CLIPTextModel, T5EncoderModel
 
 from peft_metalora import enable_meta_lora, load_down, load_subject
 from peft_metalora.checkpoint.config_file import read_config
@@ -54,6 +55,14 @@ def test_files_are_the_ones_that_were_measured():
     files = {path.relative_to(ASSETS).as_posix(): path for path in ASSETS.rglob("*") if path.is_file()}
     files.pop("SHA256SUMS")
     assert listed == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_every_weight_of_a_text_encoder_is_found(name):
+    """Bug: transformers 5.0 knows CLIP's weights by longer names than 5.23 saves, and drew all of them at random."""
+    kind = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}[name]
+    _, info = kind.from_pretrained(BASE / name, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_base_is_at_most_16_mib():

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -385,6 +385,14 @@ def _draw(images: Tensor, path: Path, columns: int = 8) -> None:
     Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), Image.Resampling.NEAREST).save(path)
 
 
+def _name_as_published(path: Path) -> None:
+    """Call CLIP's weights as published files do; transformers 5.0 knows no other names, and draws them at random."""
+    tensors = load_file(path)
+    save_file(
+        {f"text_model.{name.removeprefix('text_model.')}": one for name, one in tensors.items()}, path, {"format": "pt"}
+    )
+
+
 def _half(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.half().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
@@ -419,6 +427,7 @@ def main(argv: list[str] | None = None) -> None:
         pipe.vae.half()
         pipe.transformer.half()
         pipe.save_pretrained(args.output / "base")
+        _name_as_published(args.output / "base" / "text_encoder" / "model.safetensors")
     elif args.job == "down":
         train_down(args.output, args.seconds, device)
     else:

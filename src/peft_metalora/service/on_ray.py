@@ -49,6 +49,8 @@ _HTTP: dict[str, Any] = {
     "log_config": None,
     "server_header": False,
     "timeout_graceful_shutdown": 5,
+    # Above that of usual clients and balancers: who is about to send on a connection finds it open.
+    "timeout_keep_alive": 75,
 }
 
 
