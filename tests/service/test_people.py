@@ -157,6 +157,25 @@ def test_rewritten_files_are_a_new_revision(place, monkeypatch):
     assert people.find("acme", "ann") is None and people.entry("acme", "ann") is not None
 
 
+def test_who_looks_at_the_same_time_finds_the_same_person(place, monkeypatch):
+    """Bug: of requests that looked at rewritten files at once, all but the first got who had been there before."""
+    people = People(place)
+    ann = people.put_files(people.put_code("acme", "ann", CODE, **OWN), FILES)
+    place.fs.pipe_file(f"{place.folder(ann)}/adapter_model.safetensors", b"other numbers")
+    monkeypatch.setattr("peft_metalora.service.people.LOOK_EVERY", 0.0)
+    first, stamp = [], place.stamp
+
+    def meanwhile(person):
+        if not first:
+            first.append(None)
+            first[0] = people.find("acme", "ann")
+        return stamp(person)
+
+    monkeypatch.setattr(place, "stamp", meanwhile)
+    found = people.find("acme", "ann")
+    assert found == first[0] == people.entry("acme", "ann") and found.revision > ann.revision
+
+
 def test_a_place_with_a_history_is_read_only(monkeypatch):
     """The Hub: a deleted file stays in its history."""
 

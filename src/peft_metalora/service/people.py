@@ -254,17 +254,18 @@ class People:
         return time.monotonic() - self._looked.get(person.uid, (float("-inf"), ""))[0] < LOOK_EVERY
 
     def _as_files_are(self, person: Person) -> Person | None:
-        if self._was_seen(person):
-            return person
-        stamp, now = self.place.stamp(person), time.monotonic()
-        before = self._looked.get(person.uid)
-        self._looked[person.uid] = now, stamp
-        if not stamp:
-            return None
-        if before is None or before[1] != stamp:
-            person = replace(person, revision=time.time_ns())
-            self._tenants[person.tenant][person.name] = person
-        return person
+        """Somebody with files, looked at if that is due. Who is entered comes before when they were looked at, so that
+        another thread that finds them looked at finds who was entered, too."""
+        if not self._was_seen(person):
+            stamp, now = self.place.stamp(person), time.monotonic()
+            before = self._looked.get(person.uid)
+            is_new = stamp and (before is None or before[1] != stamp)
+            if is_new and self.entry(person.tenant, person.name) is person:
+                self._tenants[person.tenant][person.name] = replace(person, revision=time.time_ns())
+            self._looked[person.uid] = now, stamp
+            if not stamp:
+                return None
+        return self.entry(person.tenant, person.name)
 
     # Index
 
