@@ -291,9 +291,7 @@ def tiny_qwen(vocabulary: int, eos_token_id: int) -> Qwen3ForCausalLM:
     )
 
 
-@seeded
-def tiny_flux2_pipeline() -> Flux2KleinPipeline:
-    """FLUX.2 klein's format, whose single block is one fused projection."""
+def _flux2_vae() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -305,6 +303,13 @@ def tiny_flux2_pipeline() -> Flux2KleinPipeline:
     )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
+@seeded
+def tiny_flux2_pipeline() -> Flux2KleinPipeline:
+    """FLUX.2 klein's format, whose single block is one fused projection."""
+    vae = _flux2_vae()
     parts = texts(tiny_qwen)
     parts["tokenizer"].chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return Flux2KleinPipeline(
@@ -483,17 +488,7 @@ def tiny_flux3_pipeline(*, flow_map: bool = False, window: int = 8) -> Any:
             "num_position_embeddings": 16,
         },
     )
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
+    vae = _flux2_vae()
     transformer = Flux3Transformer2DModel(
         in_channels=16,
         cond_in_channels=16,
