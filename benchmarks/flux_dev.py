@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
@@ -35,14 +36,15 @@ SMALL: dict[str, Any] = {
 
 def with_random_weights(make: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
     """A frozen model with small weights that are the same for a device, made there and in that dtype at once."""
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):  # buffers hold positions and the like
         model: nn.Module = make()
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.005, generator=generator)
-    return model
+    for module in model.modules():
+        for name, hull in module._parameters.items():
+            if hull is not None:
+                filled = torch.empty(hull.shape, dtype=dtype, device=device).normal_(std=0.005, generator=generator)
+                module._parameters[name] = nn.Parameter(filled, requires_grad=False)
+    return model.to(device, dtype)
 
 
 class Flux:

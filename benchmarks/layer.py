@@ -5,6 +5,7 @@ Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on
 
     python benchmarks/layer.py                 one GPU with 80 GB, 15 minutes; writes benchmarks/results/layer.json
     python benchmarks/layer.py --part train    one part; figures of the others stay as the file has them
+    python benchmarks/layer.py --part train --batch 4 --seconds 400    one batch, with no new round after that time
     python benchmarks/layer.py --small         a toy transformer on a CPU, to check the script (--no-compile: seconds)
 
 All variants stand side by side on one set of base weights and are timed in turns, one call each, so that a drifting
@@ -15,8 +16,8 @@ is the bytes that autograd saves for backward.
 LoRA trains in each way that people train it: factors in float32 as they are or under bfloat16 autocast, or in bfloat16;
 as it is written, with compiled blocks, and as a CUDA graph, which is recorded by the same code as ours. All steps have
 fused AdamW and no checkpointing. `eager` compares a step of ours, which is recorded by itself, with LoRA's fastest
-eager one; `graphed` and `compiled` like with like; `best` the fastest of both. `default` is what the README shows: a
-pipeline that loads a folder, and calls."""
+eager one; `graphed` and `compiled` like with like; `best` the fastest of both. What cannot be run is left out, and the
+details say why. `default` is what the README shows: a pipeline that loads a folder, and calls."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ import gc
 import json
 import statistics
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +64,8 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.repeats, self.small = arguments.repeats, arguments.small
+        self.batches, self.compile_too = arguments.batch, not arguments.no_compile
+        self.until = time.monotonic() + arguments.seconds
         blocks = arguments.layers
         changes = {"num_layers": blocks[0], "num_single_layers": blocks[1]} if blocks else {}
         self.flux = Flux(arguments.small, **changes)
@@ -70,6 +74,7 @@ class Bench:
         self.results: dict[str, float] = {}  # milliseconds and GiB
         self.ratios: dict[str, float] = {}
         self.fastest: dict[str, str] = {}  # which way of LoRA was
+        self.left_out: dict[str, str] = {}  # and why
 
     def in_turns(self, models: dict[str, nn.Module], batch: int, rounds: int) -> None:
         """Time all models in turns; note each one's median, and the medians of its ratios to the first and to LoRA."""
@@ -136,8 +141,8 @@ class Bench:
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def step(self, model: Any, batch: int, way: Way) -> Callable[[], None]:
-        """A training step: forward, backward, fused AdamW."""
+    def step(self, model: Any, batch: int, way: Way) -> tuple[Callable[[], None], ReplayedLoss]:
+        """A training step: forward, backward, fused AdamW; and what records its passes."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.to(torch.bfloat16 if way.factors == "bf16" else torch.float32)
@@ -158,7 +163,7 @@ class Bench:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return run
+        return run, replayed
 
     def train(self, model: Any, batch: int, way: Way) -> tuple[float, float]:
         """Seconds of a step, and the peak of memory in GiB."""
@@ -167,8 +172,23 @@ class Bench:
             torch._dynamo.reset()
             model.compile_repeated_blocks(fullgraph=True)
         forget_peak(self.flux.device)
-        step = self.step(model, batch, way)
-        seconds = median_of(step, self.flux.device, self.repeats, warm_up=WARM_UP + 2)
+        step, replayed = self.step(model, batch, way)
+        try:
+            seconds = median_of(step, self.flux.device, self.repeats, warm_up=WARM_UP + 2)
+            if way.run == "graph" and not self.small and replayed.why_not is not None:
+                raise RuntimeError(f"not recorded: {replayed.why_not}")
+            peak = self.peak(step)
+        finally:
+            for module in model.modules():
+                module._compiled_call_impl = None
+            model.eval()
+            model.zero_grad(set_to_none=True)
+        del step, replayed
+        gc.collect()
+        return seconds, peak
+
+    def peak(self, step: Callable[[], None]) -> float:
+        """GiB that a step took at the most."""
         peak = peak_gib(self.flux.device)
         if peak is None:
             saved = 0
@@ -181,35 +201,47 @@ class Bench:
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 step()
             peak = saved / 2**30
-        for module in model.modules():
-            module._compiled_call_impl = None
-        model.eval()
-        del step
-        gc.collect()
-        return seconds, peak
+        return peak
 
-    def training(self, batch: int, compile_too: bool, rounds: int = 3) -> None:
-        """Every way of LoRA's and ours in turns; the compiled ones once, since compiling takes minutes."""
+    def training(self, batch: int, rounds: int = 3) -> Iterator[None]:
+        """Every way of LoRA's and ours in turns, then the compiled ones once, as compiling takes minutes.
+
+        Yields whenever there are figures.
+        """
         models = {"lora_r1": self.lora(1), "subject": self.meta_lora()}
         turns = [("lora_r1", Way(factors, run)) for factors in FACTORS for run in ("eager", "graph")]
         turns += [("subject", Way("fp32", run)) for run in ("eager", "graph")]
+        compiled = [("subject", Way("fp32", "compiled"))]
+        compiled += [("lora_r1", Way(factors, "compiled")) for factors in ("bf16", "autocast")]
         steps: dict[tuple[str, Way], list[float]] = {}
+        for number in range(rounds + 1):
+            if number == rounds and not self.compile_too:
+                break
+            for name, way in turns if number < rounds else compiled:
+                if (number and time.monotonic() > self.until) or f"{name}_{way}_b{batch}" in self.left_out:
+                    continue
+                self.turn(models[name], name, way, batch, steps)
+            found = {which: statistics.median(values) for which, values in steps.items()}
+            for (name, way), seconds in found.items():
+                self.note(f"{name}_{way}_step_b{batch}", seconds)
+            self.compare(found, steps, batch)
+            yield
+
+    def turn(self, model: Any, name: str, way: Way, batch: int, steps: dict[tuple[str, Way], list[float]]) -> None:
+        """Time a way once more, or note why it cannot be."""
         gc.collect()
-        gc.disable()
-        for number in range(rounds):
-            compiled = []
-            if compile_too and number == 0:
-                compiled = [("lora_r1", Way("bf16", "compiled")), ("lora_r1", Way("autocast", "compiled"))]
-                compiled += [("subject", Way("fp32", "compiled"))]
-            for name, way in (*turns, *compiled):
-                seconds, peak = self.train(models[name], batch, way)
-                steps.setdefault((name, way), []).append(seconds)
-                self.results[f"{name}_{way}_memory_b{batch}"] = round(peak, 4)
-        gc.enable()
-        found = {which: statistics.median(values) for which, values in steps.items()}
-        for (name, way), seconds in found.items():
-            self.note(f"{name}_{way}_step_b{batch}", seconds)
-        self.compare(found, steps, batch)
+        gc.disable()  # its pauses would be one variant's
+        try:
+            seconds, peak = self.train(model, batch, way)
+        except RuntimeError as error:
+            self.left_out[f"{name}_{way}_b{batch}"] = f"{type(error).__name__}: {error}"[:2000]
+            steps.pop((name, way), None)
+            print(f"{name} {way} left out: {error}", flush=True)
+        else:
+            steps.setdefault((name, way), []).append(seconds)
+            self.results[f"{name}_{way}_memory_b{batch}"] = round(peak, 4)
+        finally:
+            gc.enable()
 
     def compare(self, found: dict[Any, float], steps: dict[Any, list[float]], batch: int) -> None:
         """Ratios of our steps to LoRA's: to one way of it within a round, to its fastest."""
@@ -224,10 +256,10 @@ class Bench:
             return min((way for way in ways[of] if way.run in runs), key=lambda way: ways[of][way])
 
         eager, pairs = Way("fp32", "eager"), {}
-        pairs["eager"] = Way("fp32", "graph"), fastest("lora_r1", "eager")  # ours is recorded by itself
-        pairs["graphed"] = Way("fp32", "graph"), fastest("lora_r1", "graph")
-        if any(way.run == "compiled" for way in ways["lora_r1"]):
-            pairs["compiled"] = Way("fp32", "compiled"), fastest("lora_r1", "compiled")
+        pairs["eager"] = fastest("subject", "graph", "eager"), fastest("lora_r1", "eager")  # ours is recorded by itself
+        for rival, run in (("graphed", "graph"), ("compiled", "compiled")):
+            if all(any(way.run == run for way in of) for of in ways.values()):
+                pairs[rival] = Way("fp32", run), fastest("lora_r1", run)
         pairs["best"] = tuple(fastest(of, "eager", "graph", "compiled") for of in ("subject", "lora_r1"))
         self.ratios[f"subject_step_over_lora_r1_b{batch}"] = round(within_rounds(eager, eager), 4)
         for rival, (ours, theirs) in pairs.items():
@@ -275,14 +307,16 @@ class Bench:
         fold(models["four_subjects_folded"])
         self.in_turns(models, 4, self.repeats)
 
-    def run(self, parts: Sequence[str], compile_too: bool) -> dict[str, float]:
+    def run(self, parts: Sequence[str]) -> Iterator[None]:
+        """Run the parts; yields whenever there are new figures."""
         if "forward" in parts:
             self.forwards()
-        for batch in (1, 4) if "train" in parts else ():
-            self.training(batch, compile_too)
-        if compile_too and "compiled" in parts:
+            yield
+        for batch in self.batches if "train" in parts else ():
+            yield from self.training(batch)
+        if self.compile_too and "compiled" in parts and time.monotonic() < self.until:
             self.compiled()
-        return self.figures()
+            yield
 
     def figures(self) -> dict[str, float]:
         names = {
@@ -313,22 +347,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="rounds of timed calls; at batch 1 four times as many")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled variants")
     parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="of the part train")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layer.json")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
     # cuDNN's attention has no backward for these shapes in some versions; both sides use the same kernels.
     torch.backends.cuda.enable_cudnn_sdp(False)
     bench = Bench(arguments)
-    parts = arguments.part or list(PARTS)
-    figures = bench.run(parts, not arguments.no_compile)
-    details = {**bench.results, **bench.ratios, "fastest_lora": bench.fastest}
-    for path, own in (
-        (arguments.out, figures),
-        (arguments.out.with_name(f"{arguments.out.stem}_details.json"), details),
-    ):
-        before = json.loads(path.read_text())["figures"] if arguments.part and path.exists() else {}
-        write(path, {**origin(bench.flux.device), "figures": {**before, **own}})
-    print(json.dumps(figures, indent=2))
+    kept = arguments.part is not None
+    for _ in bench.run(arguments.part or list(PARTS)):
+        details = {**bench.results, **bench.ratios, "fastest_lora": bench.fastest, "left_out": bench.left_out}
+        for path, own in (
+            (arguments.out, bench.figures()),
+            (arguments.out.with_name(f"{arguments.out.stem}_details.json"), details),
+        ):
+            before = json.loads(path.read_text())["figures"] if kept and path.exists() else {}
+            write(path, {**origin(bench.flux.device), "figures": {**before, **own}})
+    print(json.dumps(bench.figures(), indent=2))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -76,7 +77,7 @@ class ReplayedLoss:
         if recording is None:
             self._times[key] += 1
             if self._times[key] <= WARM_UP or len(self._recordings) == MOST_RECORDINGS:
-                return self._loss(inputs, phase)
+                return aside(lambda: self._loss(inputs, phase), next(iter(inputs.values())).device)
             recording = self._record(inputs, phase)
             if recording is None:
                 return self._loss(inputs, phase)
@@ -89,16 +90,21 @@ class ReplayedLoss:
         self._times.clear()
 
     def _record(self, inputs: dict[str, Tensor], phase: Hashable) -> _Recording | None:
+        gc.collect()  # what is dead and still holds memory, or would be freed while the GPU records
+        device = next(iter(inputs.values())).device
         try:
-            return _Recording(
-                lambda given: self._loss(given, phase), inputs, self._model, self._parameters, self._accumulation
-            )
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return _Recording(
+                    lambda given: self._loss(given, phase), inputs, self._model, self._parameters, self._accumulation
+                )
         except RuntimeError as error:  # nothing ran while it was recorded: the run goes on where it was
-            reason = str(error).partition("\n")[0]
+            first = error.__context__ or error  # of a broken recording torch says in the end only that it is broken
+            reason = str(first).partition("\n")[0]
+            logging.getLogger(__name__).debug("a step could not be recorded", exc_info=error)
         self._give_up(reason)
         self.forget()
         gc.collect()
-        after_failed_capture(next(iter(inputs.values())).device)
+        after_failed_capture(device)
         return None
 
     def _give_up(self, reason: str) -> None:
@@ -182,7 +188,16 @@ class _Passes:
         assert self._loss is not None
         loss, self._loss = self._loss, None
         grads = torch.autograd.grad(loss, self._trained, allow_unused=True)
-        return [torch.zeros_like(own) if grad is None else grad for own, grad in zip(self._trained, grads, strict=True)]
+        return [_laid_out(grad, own) for own, grad in zip(self._trained, grads, strict=True)]
+
+
+def _laid_out(grad: Tensor | None, own: Tensor) -> Tensor:
+    """A gradient as `backward()` leaves it: with the strides of its parameter, which fused optimisers ask for."""
+    if grad is None:
+        return torch.zeros_like(own)
+    long = [size > 1 for size in own.shape]
+    alike = all(a == b for a, b, counts in zip(grad.stride(), own.stride(), long, strict=True) if counts)
+    return grad if alike and grad.dtype == own.dtype else torch.empty_like(own).copy_(grad)
 
 
 class _Replayed(torch.autograd.Function):
@@ -211,11 +226,34 @@ def capture(function: Callable[[], Result], after: Any = None) -> tuple[Any, Res
     Raises:
         RuntimeError: something in it cannot be recorded. `after_failed_capture` brings the device back.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may do what they like: trackers, and the watchdog of several processes, look at the GPU.
-    with torch.cuda.graph(graph, pool=None if after is None else after.pool(), capture_error_mode="thread_local"):
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    options = {"pool": None if after is None else after.pool(), "stream": _stream_aside(here.device)}
+    # Of a broken recording torch leaves the stream current. Other threads may do what they like meanwhile: trackers,
+    # and the watchdog of several processes, look at the GPU.
+    with torch.cuda.stream(here), torch.cuda.graph(graph, **options, capture_error_mode="thread_local"):
         result = function()
     return graph, result
+
+
+def aside(function: Callable[[], Result], device: torch.device) -> Result:
+    """Call a function on the stream that recordings are made on, in its turn.
+
+    What makes a parameter's gradient belongs to the stream on which it was first asked for, and lives as long as any
+    loss does that somebody still holds: made elsewhere, it would draw that stream into the recording and break it.
+    """
+    if device.type != "cuda":
+        return function()
+    stream, here = _stream_aside(device), torch.cuda.current_stream(device)
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        result = function()
+    here.wait_stream(stream)
+    return result
+
+
+@cache
+def _stream_aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def after_failed_capture(device: torch.device) -> None:
