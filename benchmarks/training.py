@@ -5,12 +5,15 @@ Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on
 
     python benchmarks/training.py              one GPU with 80 GB, some minutes; with more of them `scaling` as well
     python benchmarks/training.py --part scaling --counts 1 2 4 8 --layouts whole --steps 5 --warmup 2
-    python benchmarks/training.py --part steps --seconds 180
+    python benchmarks/training.py --part steps --seconds 180    the file keeps the figures of other parts
     python benchmarks/training.py --small      a toy transformer on a CPU, to check the script
 
 Writes `benchmarks/results/training.json` (`--output`) after each part: `steps` (stage 2 beside diffusers' recipe),
+`kernels` (how long the GPU computes in a step of some of these, profiled),
 `scaling` (stage 1 and the encoder's training on 1, 2, 4 and 8 GPUs, with a batch that grows and one that does not, the
-base whole on each and divided by FSDP 2), `divided` (stage 1 on two GPUs, whole and divided, its losses compared),
+base whole on each and divided by FSDP 2; `exchange_ms` is the sum of Down's gradient over the processes, timed alone;
+numbers of GPUs that the file has from before are not run again), `divided` (stage 1 on two GPUs, whole and divided,
+its losses compared),
 `recipe24` (stage 2 on a base of int8 weights, cached text, gradient checkpointing, batch 1: its peak of memory),
 `compiled` (stage 2 beside itself with `dynamo_backend`) and `encoder` (a space and its encoder, codes of 128 numbers,
 gradient checkpointing; people a second are those that are read, each judged by four photos), `embedded` (samples a
@@ -22,7 +25,7 @@ adapter under bf16 autocast, uniform noise levels), as it is and in ways that ar
 bf16, its pass recorded as a CUDA graph by the code that records ours. `best_lora` is the fastest of them.
 All are timed in turns, so that a drifting clock cancels. A turn's time is that of its steps
 after a warm-up, one after another as a run does them, until the GPU has finished; figures are medians of the turns.
-Where the GPU is busy for less than a step takes (`kernel_ms`, profiled in one more step), the host is the limit.
+Where the GPU is busy for less than a step takes (`kernel_ms`), the host is the limit.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from clock import forget_peak, now, peak_gib
+from clock import forget_peak, median_of, now, peak_gib
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import cast_training_params
 from flux_dev import ATTENTION, SHAPES, SMALL, with_random_weights
@@ -72,7 +75,7 @@ from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.training.stage_settings import MetaTrainConfig, PersonalizeConfig
 from peft_metalora.tuner import DownSource, MetaLoraConfig, down_state, fingerprint
-from peft_metalora.tuner.down import given, subject_config
+from peft_metalora.tuner.down import DOWN, given, subject_config
 from peft_metalora.tuner.placing import restore
 
 # cuDNN's attention is left to no recipe: its backward fails on these shapes in some builds of torch (seen with 2.11).
@@ -250,11 +253,8 @@ def stage_1_steps(
 
 
 def seconds_a_step(steps: Iterator[Any], warmup: int, count: int, device: torch.device) -> float:
-    """Mean time of `count` steps after `warmup` others, with all that they leave to the GPU.
-
-    The warm-up is as long as it takes until a step is recorded, if steps are.
-    """
-    for _ in range(max(warmup, WARM_UP + 2)):
+    """Mean time of `count` steps after `warmup` others, with all that they leave to the GPU."""
+    for _ in range(warmup):
         next(steps)
     start = now(device)
     for _ in range(count):
@@ -262,14 +262,13 @@ def seconds_a_step(steps: Iterator[Any], warmup: int, count: int, device: torch.
     return (now(device) - start) / count
 
 
-def kernel_milliseconds(steps: Iterator[Any], exchanges: bool = False) -> float:
-    """How long the GPU computes in one more step, all of its kernels together; or what exchanges with others take."""
+def kernel_milliseconds(steps: Iterator[Any]) -> float:
+    """How long the GPU computes in one more step, all of its kernels together."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         next(steps)
         torch.cuda.synchronize()
     kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
-    found = [event for event in kernels if not event.is_user_annotation and ("nccl" in event.key.lower()) == exchanges]
-    return sum(event.self_device_time_total for event in found) / 1000
+    return sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1000
 
 
 class Clock:
@@ -279,18 +278,18 @@ class Clock:
         self.base, self.args = base, args
         self.seconds: dict[str, list[float]] = {}
         self.peak: dict[str, float] = {}
-        self.kernel_ms: dict[str, float] = {}
 
     def turn(self, name: str, make: Callable[[], Iterator[Any]]) -> None:
         """Warm up and time a few steps of a recipe; the denoiser is bare again afterwards."""
         forget_peak(self.base.device)
         steps = make()
-        seconds = seconds_a_step(steps, self.args.warmup, self.args.steps, self.base.device)
+        # The warm-up is as long as it takes until a step is recorded.
+        seconds = seconds_a_step(steps, max(self.args.warmup, WARM_UP + 2), self.args.steps, self.base.device)
         self.seconds.setdefault(name, []).append(seconds)
         if (peak := peak_gib(self.base.device)) is not None:
             self.peak[name] = max(self.peak.get(name, 0.0), peak)
-            self.kernel_ms[name] = kernel_milliseconds(steps)
         del steps
+        gc.collect()
         restore(self.base.denoiser, every=True)
         self.base.denoiser.requires_grad_(False)
 
@@ -326,8 +325,34 @@ def stage_2(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         "people_per_gpu_hour_slots": hour * people / clock.median("meta_lora_slots"),
     }
     step_ms = {name: 1000 * clock.median(name) for name in clock.seconds}
-    details = {"step_ms": step_ms, "kernel_ms": clock.kernel_ms, "peak_gib": clock.peak, "rounds": rounds}
+    details = {"step_ms": step_ms, "peak_gib": clock.peak, "rounds": rounds}
     return figures, {**details, "best_lora_r1": best}
+
+
+def kernels(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Time of the kernels of a step, in milliseconds."""
+    if args.small:
+        return {}, {}
+    base = make_base(args.small, device_of(args))
+    down, batch = make_down(base, 128), args.batch_size
+    recipes: dict[str, Callable[[], Iterator[Any]]] = {
+        "meta_lora_serial": lambda: meta_lora_steps(base, down, args, 1, 1),
+        "meta_lora": lambda: meta_lora_steps(base, down, args, 1, batch),
+    }
+    for name in ("diffusers_lora_r1", "lora_r1_bf16", "lora_r1_bf16_graph"):
+        recipes[f"{name}_b1"] = partial(diffusers_steps, base, args, 1, LORA_WAYS[name])
+        recipes[name] = partial(diffusers_steps, base, args, batch, LORA_WAYS[name])
+    found = {}
+    for name, make in recipes.items():
+        steps = make()
+        for _ in range(WARM_UP + 2):
+            next(steps)
+        found[name] = kernel_milliseconds(steps)
+        del steps
+        gc.collect()
+        restore(base.denoiser, every=True)
+        base.denoiser.requires_grad_(False)
+    return {}, {"kernel_ms": found}
 
 
 BEFORE = "53257b8"  # the last commit before slots stepped together and steps were recorded
@@ -340,12 +365,14 @@ def embedded(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     command += ["--people", "16", "--subjects-per-batch", "4"] if args.small else []
     speed: dict[str, list[float]] = {"now": [], "before": []}
     with tempfile.TemporaryDirectory() as place:
-        archive = subprocess.run(["git", "-C", str(here.parent), "archive", BEFORE, "src"], capture_output=True)
-        if archive.returncode:  # no history here
-            return {}, {"embedded_left_out": archive.stderr.decode().strip()}
-        subprocess.run(["tar", "-x", "-C", place], input=archive.stdout, check=True)
+        if args.before is None:
+            archive = subprocess.run(["git", "-C", str(here.parent), "archive", BEFORE, "src"], capture_output=True)
+            if archive.returncode:  # no history here
+                return {}, {"embedded_left_out": archive.stderr.decode().strip()}
+            subprocess.run(["tar", "-x", "-C", place], input=archive.stdout, check=True)
+        sources = {"before": str(args.before or f"{place}/src"), "now": str(here.parent / "src")}
         for _ in range(1 if args.small else args.rounds):
-            for version_of, source in (("before", f"{place}/src"), ("now", str(here.parent / "src"))):
+            for version_of, source in sources.items():
                 environment = {**os.environ, "PYTHONPATH": source}
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
                 speed[version_of].append(json.loads(done.stdout.strip().splitlines()[-1])["samples_per_second"])
@@ -399,15 +426,19 @@ def whole(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         for number in range(args.whole_people + 1):  # the first brings kernels and files into their caches
             size = (64, 64) if args.small else (1024, 1024)
             Image.effect_noise(size, 64).convert("RGB").save(place / f"{number}.jpg", quality=92)
-            seconds.append(_whole_person(base, down, place, number, args))
+            seconds.append(_whole_person(base, down, place, number, args, short=number == 0))
     seconds = seconds[1:]
     total = statistics.median(sum(one.values()) for one in seconds)
     return {"people_per_gpu_hour_whole": 3600 / total}, {"whole_seconds": seconds}
 
 
-def _whole_person(base: Base, down: DownSource, place: Path, number: int, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each phase; settings are the defaults, but with --small for the number of steps."""
-    small = {"resolution": 64, "max_train_steps": 4, "mixed_precision": "no"} if args.small else {}
+def _whole_person(
+    base: Base, down: DownSource, place: Path, number: int, args: argparse.Namespace, short: bool
+) -> dict[str, float]:
+    """Seconds of each phase; settings are the defaults, but with --small and `short` for the number of steps."""
+    small: dict[str, Any] = {"max_train_steps": 2 * WARM_UP} if short else {}
+    if args.small:
+        small = {"resolution": 64, "max_train_steps": 4, "mixed_precision": "no"}
     device, clock = base.device, [now(base.device)]
     config = PersonalizeConfig(
         pretrained_model_name_or_path="random",
@@ -443,7 +474,7 @@ def encoder(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         "encoder_train_people_per_second_flux": args.encoder_people / seconds,
         "encoder_train_peak_gib_flux": clock.peak.get("encoder"),
     }
-    return figures, {"encoder_step_ms": 1000 * seconds, "encoder_kernel_ms": clock.kernel_ms.get("encoder")}
+    return figures, {"encoder_step_ms": 1000 * seconds}
 
 
 def recipe24(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -474,13 +505,22 @@ def scaling(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     this on one base, which is whole on each or divided over them.
     """
     there = 2 if args.small else torch.cuda.device_count()
-    seen: dict[str, dict[int, Any]] = {}
+    before = json.loads(args.output.read_text()).get("details", {}) if args.output.exists() else {}
+    seen: dict[str, dict[int, Any]] = {
+        layout: {int(count): jobs for count, jobs in known.items()}
+        for layout, known in before.get("scaling", {}).items()
+    }
     for layout in args.layouts:
         for count in (count for count in args.counts if count <= there):
-            if time.monotonic() > args.until or (count == 1 and LAYOUTS[layout]):
+            if time.monotonic() > args.until or (count == 1 and LAYOUTS[layout]) or count in seen.get(layout, {}):
                 continue
             seen.setdefault(layout, {})[count] = on_processes(count, args, JOBS, **LAYOUTS[layout])
             print(json.dumps({f"{layout}, {count}": seen[layout][count]}), file=sys.stderr, flush=True)
+    return scaling_figures(seen), {"scaling": seen}
+
+
+def scaling_figures(seen: dict[str, dict[int, Any]]) -> dict[str, Any]:
+    """Shares of the ideal speed, of what was measured by layout and number of processes."""
     figures: dict[str, Any] = {}
     whole = seen.get("whole", {})
     for count in [count for count in whole if count > 1 and 1 in whole]:
@@ -489,7 +529,7 @@ def scaling(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
             figures[name] = whole[count][job]["per_second"] / whole[1][job]["per_second"] / count
     if 2 in whole and 1 in whole:
         figures["stage1_scaling_2gpu"] = 2 * figures["stage1_weak_scaling_2gpu"]
-    return figures, {"scaling": seen}
+    return figures
 
 
 def divided(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -530,6 +570,7 @@ PARTS = {
     "encoder": encoder,
     "embedded": embedded,
     "whole": whole,
+    "kernels": kernels,
 }
 FIGURES = (
     "step_over_diffusers_lora_r1",
@@ -569,7 +610,15 @@ def work(args: argparse.Namespace) -> None:
     if wants_shards(processes, config):
         base.denoiser.to("cpu")
         shard(base, device, processes, config)
-    seen = {job: measured(base, down, args, job, processes) for job in args.worker}
+    seen: dict[str, Any] = {}
+    for job in args.worker:
+        alike = job.replace("strong", "weak")
+        if job.startswith("encoder") and processes.count == 1 and alike in seen:  # one process has one batch
+            seen[job] = seen[alike]
+        else:
+            seen[job] = measured(base, down, args, job, processes)
+        if processes.is_main:
+            print(job, json.dumps(seen[job]), file=sys.stderr, flush=True)
     if processes.is_main:
         print(json.dumps(seen))
 
@@ -587,12 +636,16 @@ def measured(base: Base, down: DownSource, args: argparse.Namespace, job: str, p
     device, losses = base.device, []
     gc.collect()  # of the job before
     forget_peak(device)
-    seconds = seconds_a_step((losses.append(step.loss) for step in steps), args.warmup, args.steps, device)
-    processes.wait()
+    warmup = max(args.warmup, WARM_UP + 2) if kind == "stage1" else args.warmup
+    seconds = seconds_a_step((losses.append(step.loss) for step in steps), warmup, args.steps, device)
     seen = {"per_second": size / seconds, "batch": size, "step_ms": 1000 * seconds, "peak_gib": peak_gib(device)}
     seen |= {"losses": losses}
-    if device.type == "cuda":
-        seen |= {"kernel_ms": kernel_milliseconds(steps), "exchange_ms": kernel_milliseconds(steps, exchanges=True)}
+    if kind == "stage1" and processes.count > 1:
+        downs = [torch.zeros(tensor.shape, device=device) for name, tensor in down.tensors.items() if DOWN in name]
+        seen["exchanged_mb"] = sum(one.nbytes for one in downs) / 1e6
+        seen["exchange_ms"] = 1000 * median_of(lambda: processes.sum_(downs), device, 5)
+    processes.wait()
+    steps.close()
     del steps
     restore(base.denoiser, every=True)
     base.denoiser.requires_grad_(False)
@@ -624,6 +677,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of its base")
     parser.add_argument("--encoder-people", type=int, default=8, help="people in a step of the encoder's training")
     parser.add_argument("--targets", type=int, default=4, help="photos of each of them that are drawn")
+    parser.add_argument("--before", type=Path, help="sources of the version before, if there is no history here")
     parser.add_argument("--whole-people", type=int, default=2, help="people of the part whole, after a first one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=3)
@@ -634,13 +688,18 @@ def main() -> None:
     if args.worker:
         work(args)
         return
-    given = {name: value for name, value in vars(args).items() if name not in ("output", "worker", "seconds")}
+    unsaid = "output", "worker", "seconds", "before"
+    given = {name: value for name, value in vars(args).items() if name not in unsaid}
     args.until = time.monotonic() + args.seconds
     report: dict[str, Any] = {
         **origin(device_of(args)),
         "figures": dict.fromkeys(FIGURES),
         "details": {"settings": given},
     }
+    if args.part and args.output.exists():
+        before = json.loads(args.output.read_text())
+        report["figures"].update(before["figures"])
+        report["details"] = {**before["details"], "settings": given}
     for name in args.part or PARTS:
         if time.monotonic() > args.until:
             report["details"].setdefault("left_out", []).append(name)

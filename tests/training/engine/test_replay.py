@@ -158,6 +158,36 @@ def test_what_cannot_be_recorded_runs_as_it_is_written_and_says_so_once(monkeypa
     assert "not as a CUDA graph, with the same result: operation not permitted" in record.getMessage()
 
 
+def test_the_reason_is_what_was_refused_and_not_that_the_recording_is_broken(monkeypatch):
+    """Bug: torch ends a broken recording with an error of its own, which says only that."""
+
+    def refuse(function, after=None):
+        try:
+            raise RuntimeError("the host asked for a number")
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    monkeypatch.setattr(replay, "capture", refuse)
+    model = network()
+    replayed = ReplayedLoss(loss_of(model), model, list(model.parameters()))
+    trained(model, replayed, 5)
+    assert replayed.why_not == "the host asked for a number"
+
+
+def test_a_gradient_lies_as_its_parameter_does(recordings):
+    """Bug: fused optimisers refuse gradients with other strides, which `backward()` would have put right."""
+    model = network()
+
+    def loss(inputs, phase):
+        turned = model[0].weight.t().contiguous()
+        return (inputs["x"] @ turned).square().mean()
+
+    replayed = ReplayedLoss(loss, model, [model[0].weight])
+    for step in range(WARM_UP + 1):
+        replayed(inputs(step)).backward()
+    assert recordings and model[0].weight.grad.stride() == model[0].weight.stride()
+
+
 def test_what_was_recorded_can_be_let_go(recordings):
     model = network()
     replayed = ReplayedLoss(loss_of(model), model, list(model.parameters()))
