@@ -227,7 +227,7 @@ def capture(function: Callable[[], Result], after: Any = None) -> tuple[Any, Res
         RuntimeError: something in it cannot be recorded. `after_failed_capture` brings the device back.
     """
     graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    options = {"pool": None if after is None else after.pool(), "stream": _stream_aside(here.device)}
+    options: dict[str, Any] = {"pool": None if after is None else after.pool(), "stream": _stream_aside(here.device)}
     # Of a broken recording torch leaves the stream current. Other threads may do what they like meanwhile: trackers,
     # and the watchdog of several processes, look at the GPU.
     with torch.cuda.stream(here), torch.cuda.graph(graph, **options, capture_error_mode="thread_local"):
