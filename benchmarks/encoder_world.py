@@ -30,6 +30,7 @@ from peft_metalora.demo.render import render
 from peft_metalora.demo.scene import Scene, captions, parse_caption, sample_scenes, scene_from_labels
 from peft_metalora.encoder.sources.latents import even_exposure
 from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off
+from peft_metalora.evaluation.textual_inversion import WordStack
 from peft_metalora.training.encoder_training import Reads
 from peft_metalora.training.engine.stacked import AdapterStack
 from peft_metalora.training.examples.batches import Examples
@@ -241,12 +242,14 @@ class World(Bench):
             self._known[split] = Known(**vars(people), photos=photos, identity=identity, marked=marked)
         return self._known[split]
 
-    def draw(self, stack: AdapterStack | None, rows: int, seeds: Sequence[int]) -> Tensor:
+    def draw(self, stack: AdapterStack | WordStack | None, rows: int, seeds: Sequence[int]) -> Tensor:
         """As the bench draws."""
         self.drawn = super().draw(stack, rows, seeds)
         return self.drawn
 
-    def score(self, stack: AdapterStack | None, people: People, rows: int, seeds: Sequence[int]) -> dict[str, Any]:
+    def score(
+        self, stack: AdapterStack | WordStack | None, people: People, rows: int, seeds: Sequence[int]
+    ) -> dict[str, Any]:
         """As the bench scores, and what more can be said of known people.
 
         That is what a copied wall is by chance (the share of other people's references whose wall an image shows, where

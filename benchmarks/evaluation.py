@@ -17,7 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from peft_metalora.demo.scene import parse_caption
 from peft_metalora.demo.scoring import INFERENCE_STEPS, PROMPTS
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, Rival, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.summary import METRICS, interval, summarise
+from peft_metalora.evaluation.textual_inversion import WordStack
 from peft_metalora.training.engine.stacked import AdapterStack, train_stack
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_subjects
@@ -70,6 +71,7 @@ class People:
     references: Tensor  # (n, d) face embeddings
     others: Tensor  # (n, m, d)
     walls: list[str]
+    learned: list[Photo]
 
 
 class Bench:
@@ -125,7 +127,7 @@ class Bench:
         vectors = vectors.view(len(subjects), -1, vectors.shape[-1])
         walls = [seen["background"] for seen in self.judge.read([load_image(photo.path) for photo in references])]
         names = [subject.name for subject in subjects]
-        return People(names, examples.to(self.device), vectors[:, 0], vectors[:, 1:], walls)
+        return People(names, examples.to(self.device), vectors[:, 0], vectors[:, 1:], walls, references)
 
     def noise(self, seed: int) -> Tensor:
         """Packed noise of each prompt's image, as the pipeline would draw it from that seed."""
@@ -136,14 +138,18 @@ class Bench:
         ]
         return self.pipe._pack_latents(torch.cat(drawn), len(drawn), *shape[1:])
 
-    def draw(self, stack: AdapterStack | None, rows: int, seeds: Sequence[int]) -> Tensor:
+    def draw(self, stack: AdapterStack | WordStack | None, rows: int, seeds: Sequence[int]) -> Tensor:
         """Every prompt for every row: (rows * prompts, 3, 64, 64) in [0, 1]."""
         noise = torch.cat([self.noise(seeds[row % len(seeds)]) for row in range(rows)]).to(self.device)
+        if isinstance(stack, WordStack):
+            text = stack.text_of(self.prompts)
+        else:
+            text = {name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in self.text.items()}
 
         def call() -> Tensor:
             images: Tensor = self.pipe(
-                prompt_embeds=self.text["sequence"].repeat(rows, 1, 1),
-                pooled_prompt_embeds=self.text["pooled"].repeat(rows, 1),
+                prompt_embeds=text["sequence"],
+                pooled_prompt_embeds=text["pooled"],
                 latents=noise,
                 height=RESOLUTION,
                 width=RESOLUTION,
@@ -153,12 +159,14 @@ class Bench:
             ).images
             return images.float()
 
-        if stack is None:
+        if not isinstance(stack, AdapterStack):
             return call()
         with stack.installed_in(self.pipe):
             return call()
 
-    def score(self, stack: AdapterStack | None, people: People, rows: int, seeds: Sequence[int]) -> dict[str, Any]:
+    def score(
+        self, stack: AdapterStack | WordStack | None, people: People, rows: int, seeds: Sequence[int]
+    ) -> dict[str, Any]:
         """The four metrics of each row, as `demo.scoring.Scorer` computes them; row n is person n // len(seeds)."""
         images = self.draw(stack, rows, seeds)
         made = self.embedder.embed(images).vectors.view(rows, len(self.prompts), -1)
@@ -180,8 +188,20 @@ class Bench:
             result["copied_background"].append(sum(free) / len(free))
         return {name: [round(value, 4) for value in values] for name, values in result.items()}
 
+    def examples(self, stack: AdapterStack | WordStack, people: People) -> Examples:
+        """What a stack learns people from."""
+        if not isinstance(stack, WordStack):
+            return people.examples
+        return stack.examples(people.learned, replace(self.config, views_per_image=self.args.views))
+
     def train(
-        self, stack: AdapterStack, people: People, rival: Rival, lr: float | Tensor, at: Sequence[int], seeds: int = 1
+        self,
+        stack: AdapterStack | WordStack,
+        people: People,
+        rival: Rival,
+        lr: float | Tensor,
+        at: Sequence[int],
+        seeds: int = 1,
     ) -> Iterator[tuple[int, list[float]]]:
         """Train to each number of steps in `at`; yields it and the seconds of each block of steps so far."""
         rows = stack.count
@@ -189,7 +209,7 @@ class Bench:
         steps = train_stack(
             self.base,
             stack,
-            people.examples,
+            self.examples(stack, people),
             steps=max(at),
             batch_size=BATCH,
             lr=lr,
@@ -281,7 +301,7 @@ def mean_lora_start(bench: Bench) -> dict[str, Tensor]:
     """LoRAs of many meta people, trained from one start, averaged: what LoRA gets for a stage 1."""
     args, rival = bench.args, RIVALS["mean_lora"]
     examples = encode_subjects(bench.base, bench.read("meta", args.meta_people, 8), bench.config, 4, progress=False)
-    people = People([], examples.to(bench.device), torch.empty(0), torch.empty(0), [])
+    people = People([], examples.to(bench.device), torch.empty(0), torch.empty(0), [], [])
     stack = put_on(bench.base, rival, bench.down, bench.config, args.meta_people, [0])
     for _ in bench.train(stack, people, rival, 3e-3, [args.mean_steps]):
         pass

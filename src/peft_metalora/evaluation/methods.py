@@ -118,7 +118,7 @@ def run_method(
     )
     if method.kind == "textual-inversion":
         word = " ".join(token_names(method.number("tokens", 1)))
-        examples: Examples = spoken_examples(base, reference, training, _noun(config.subject_name), word)
+        examples: Examples = spoken_examples(base, [reference], training, _noun(config.subject_name), word)
     else:
         views = config.views_per_image
         examples = encode_subjects(base, [Subject("person", [reference])], training, views, progress=False)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.loha import layer as loha
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
@@ -24,6 +24,8 @@ from ..training.stage_settings import TrainingConfig
 from ..tuner.down import DownSource, given, subject_config
 from ..tuner.placing import restore
 from .adapters import adapter_config, put_adapter
+from .textual_inversion import WordStack
+from .time_rank import TimeRank
 
 _LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _META_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -38,6 +40,8 @@ class Rival:
             denoiser itself.
         rates: learning rates to choose from. note: what its row means.
         up_rate: factor on the rate of Up (LoRA+). moved: its start is not the base model.
+        word: what textual inversion learns a word instead of; the denoiser stays as it is.
+        least: of the components, how many take part in pure noise (T-LoRA); 0: all of them at all times.
     """
 
     label: str
@@ -46,10 +50,17 @@ class Rival:
     note: str = ""
     up_rate: float = 1.0
     moved: bool = False
+    word: str | None = None
+    least: int = 0
 
 
 def _peft(kind: str, r: int = 1) -> Callable[[Any, DownSource], PeftConfig]:
     return lambda modules, down: adapter_config(kind, modules, r=r, down=down)
+
+
+def _t_lora(modules: Any, down: DownSource) -> PeftConfig:
+    """As T-LoRA's authors have it for FLUX.1: of one component to all, from a normal start (not an orthogonal one)."""
+    return LoraConfig(r=16, lora_alpha=16, target_modules=modules, init_lora_weights="gaussian")
 
 
 def _subject(**options: Any) -> Callable[[Any, DownSource], PeftConfig]:
@@ -66,6 +77,15 @@ RIVALS: dict[str, Rival] = {
         "LoRA, rank 4, from a mean LoRA", _peft("lora", 4), _META_RATES, "the control for the mean", moved=True
     ),
     "lora_r16": Rival("LoRA, rank 16", _peft("lora", 16)),
+    "t_lora": Rival("T-LoRA, rank 1 to 16", _t_lora, note="fewer components in more noise", least=1),
+    "meta_lora_time": Rival(
+        "Meta-LoRA, mean, rank 1 to 4 by time",
+        _subject(start="mean"),
+        _META_RATES,
+        "T-LoRA's mask on Mid",
+        moved=True,
+        least=1,
+    ),
     "vera": Rival(
         "VeRA, rank 256",
         _peft("vera", 256),
@@ -80,6 +100,13 @@ RIVALS: dict[str, Rival] = {
     ),
     "lokr": Rival("LoKr, rank 4", _peft("lokr", 4)),
     "loha": Rival("LoHa, rank 4", _peft("loha", 4)),
+    "textual_inversion": Rival(
+        "textual inversion",
+        None,
+        (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        "a word's vectors, nothing of the denoiser",
+        word="person",
+    ),
     "full": Rival("full fine-tuning", None, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "every weight of the denoiser"),
 }
 
@@ -100,7 +127,7 @@ def put_on(
     rows: int,
     seeds: list[int],
     start: dict[str, Tensor] | None = None,
-) -> AdapterStack:
+) -> AdapterStack | WordStack:
     """Put a method on the denoiser and stack it; `take_off` takes it off again.
 
     Args:
@@ -108,6 +135,8 @@ def put_on(
         start: where every row starts instead, by parameter name.
     """
     denoiser = base.denoiser
+    if rival.word is not None:
+        return WordStack(base, rows, rival.word)
     if rival.config is None:
         denoiser.requires_grad_(True)
         return AdapterStack(denoiser, rows)
@@ -117,6 +146,8 @@ def put_on(
         with given(down):
             put_adapter(base, rival.config(base.target_modules, down), replace(config, seed=seed))
         starts.insert(0, {name: p.detach().clone() for name, p in denoiser.named_parameters() if p.requires_grad})
+    if rival.least:
+        TimeRank(denoiser, rival.least)
     denoiser.eval()  # LoHa and LoKr toss a coin in training, even for a dropout of 0
     if start is not None:
         starts = [start]
@@ -124,7 +155,9 @@ def put_on(
 
 
 def take_off(base: Base) -> None:
-    """The denoiser as it was, all of it frozen."""
+    """The base as it was, all of the denoiser frozen."""
+    WordStack.take_off(base)
+    TimeRank.take_off(base.denoiser)
     restore(base.denoiser, every=True)
     base.denoiser.requires_grad_(False)
 

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,23 @@ from .replay import WARM_UP, after_failed_capture, capture, named, text_in
 _PER_SAMPLE = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "guidance")
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 Result = TypeVar("Result")
+Gradients = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+class Stack(Protocol):
+    """What `train_stack` trains: `count` rows of numbers, `values` (S, N), of which `parameters` are views by name.
+
+    `recordable`: whether a step launches kernels and nothing else.
+    """
+
+    recordable: ClassVar[bool]
+    count: int
+    values: Tensor
+    parameters: dict[str, Tensor]
+
+    def gradients(self, base: Base) -> Gradients:
+        """What takes `denoising_inputs` and gives losses (S,) and gradients (S, N)."""
+        ...
 
 
 class AdapterStack:
@@ -45,6 +62,8 @@ class AdapterStack:
     Raises:
         ValueError: when nothing of the model is trainable, or there is not one start for each row.
     """
+
+    recordable: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, count: int, starts: Sequence[Mapping[str, Tensor]] | None = None) -> None:
         trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -71,6 +90,10 @@ class AdapterStack:
             self.parameters[name] = view
             at += tensor.numel()
 
+    def gradients(self, base: Base) -> RowGradients:
+        """Of the rows' training losses."""
+        return RowGradients(base, self)
+
     @contextmanager
     def installed_in(self, pipe: Any, name: str = "transformer") -> Iterator[None]:
         """While open, `pipe` denoises S * B samples: the first B are the first subject's, the next B the second's."""
@@ -84,7 +107,7 @@ class AdapterStack:
 
 def train_stack(
     base: Base,
-    stack: AdapterStack,
+    stack: Stack,
     examples: Examples,
     *,
     steps: int,
@@ -122,7 +145,8 @@ def train_stack(
         ]
         rates = rates * torch.cat(factors)
     generator = torch.Generator(base.device).manual_seed(seed)
-    step = Recorded(_Adam(RowGradients(base, stack), rates), graph and base.device.type == "cuda")
+    recorded = graph and stack.recordable and base.device.type == "cuda"
+    step = Recorded(_Adam(stack, stack.gradients(base), rates), recorded)
     for number in range(steps):
         pick = torch.randint(
             positions.shape[1], (stack.count, batch_size), generator=generator, device=generator.device
@@ -258,8 +282,8 @@ class Recorded(Generic[Result]):
 class _Adam:
     """A step of Adam for every row, each clipped to norm 1; `factor` of the inputs multiplies the rates."""
 
-    def __init__(self, gradients: RowGradients, rates: Tensor) -> None:
-        self.gradients, self.stack, self.rates = gradients, gradients.stack, rates
+    def __init__(self, stack: Stack, gradients: Gradients, rates: Tensor) -> None:
+        self.stack, self.gradients, self.rates = stack, gradients, rates
         self.mean, self.square = torch.zeros_like(self.stack.values), torch.zeros_like(self.stack.values)
         self.number = torch.zeros((), device=self.stack.values.device, dtype=torch.float64)
 
