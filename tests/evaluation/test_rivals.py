@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +16,21 @@ from torch import Tensor
 
 from embedded_rank_4 import BENCHMARKS, embedded_down
 from peft_metalora.bases import Base, load_base
+from peft_metalora.data import Photo, read_subjects
 from peft_metalora.demo.embedded import BASE, DOWN
+from peft_metalora.demo.faces import write_dataset
 from peft_metalora.evaluation.adapters import adapter_config
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, put_on, take_off, vmap_ready
+from peft_metalora.evaluation.textual_inversion import WordStack
 from peft_metalora.hub import load_down
+from peft_metalora.training.engine.replay import named
+from peft_metalora.training.engine.stacked import train_stack
 from peft_metalora.training.stage_settings import PersonalizeConfig
 from peft_metalora.tuner import DownSource
 
 RESULTS = BENCHMARKS / "results"
 ALL = {**RIVALS, **{f"variant {name}": rival for name, rival in VARIANTS.items()}}
+AS_MANY = {"t_lora": "lora_r16", "meta_lora_time": "meta_lora_mean"}  # they train what these train
 CONFIG = PersonalizeConfig(pretrained_model_name_or_path=str(BASE), output_dir="none", resolution=64)
 
 
@@ -58,9 +66,10 @@ def test_it_trains_what_the_results_say_from_the_base_and_comes_off(base: Base, 
     take_off(base)
     expected, before = predict(base), set(base.denoiser.state_dict())
     stack = put_on(base, rival, down, CONFIG, 1, [0])
-    group, key = ("variants", name.split()[1]) if name.startswith("variant") else ("methods", name)
+    group, key = ("variants", name.split()[1]) if name.startswith("variant") else ("methods", AS_MANY.get(name, name))
     file = RESULTS / ("variants.json" if group == "variants" else "evaluation.json")
-    assert stack.values.shape == (1, json.loads(file.read_text())[group][key]["parameters"])
+    known = {"textual_inversion": 2 * 96}
+    assert stack.values.shape == (1, known.get(key) or json.loads(file.read_text())[group][key]["parameters"])
     # A mean LoRA starts elsewhere only when its mean is given.
     started = torch.allclose(predict(base), expected, atol=1e-4)
     assert started == (not rival.moved or name == "mean_lora")
@@ -105,7 +114,17 @@ def test_replacements_for_vmap_give_equal_values_and_are_taken_back() -> None:
     assert OFTRotationModule._cayley_batch is kept and layer.make_weight is make_weight
 
 
-@pytest.mark.parametrize(("name", "size"), [("meta_lora_stored", 0.02), ("loha", 0.3), ("oft", 0.02), ("dora", 0.02)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("meta_lora_stored", 0.02),
+        ("loha", 0.3),
+        ("oft", 0.02),
+        ("dora", 0.02),
+        ("t_lora", 0.02),
+        ("meta_lora_time", 0.02),
+    ],
+)
 def test_a_stack_draws_what_each_row_draws_alone(base: Base, down: DownSource, name: str, size: float) -> None:
     stack = put_on(base, RIVALS[name], down, CONFIG, 2, [0])
     generator = torch.Generator().manual_seed(0)
@@ -128,6 +147,68 @@ def test_a_stack_draws_what_each_row_draws_alone(base: Base, down: DownSource, n
         torch.testing.assert_close(drawn[row : row + 1], draw(1), rtol=0, atol=1e-3)
     assert not torch.allclose(drawn[0], drawn[1], atol=1e-2)
     take_off(base)
+
+
+@pytest.mark.parametrize(("name", "r"), [("t_lora", 16), ("meta_lora_time", 4)])
+def test_the_noisier_the_image_the_fewer_components_take_part(base: Base, down: DownSource, name: str, r: int) -> None:
+    """What T-LoRA's code has: floor((1 - t) (r - 1)) + 1 of r; samples of a batch each by their own noise level."""
+    take_off(base)
+    latents = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    text = base.encode_text(["a photo of a person"])
+
+    def at(*times: float) -> Tensor:
+        count = len(times)
+        texts = {key: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for key, tensor in text.items()}
+        with torch.no_grad():
+            return base.predict(latents.repeat(count, 1, 1, 1), texts, torch.tensor(times))
+
+    put_on(base, RIVALS[name], down, CONFIG, 1, [0])
+    seen = {}
+    for kept in (1, r // 2, r):
+        for key, parameter in base.denoiser.named_parameters():
+            if parameter.requires_grad and (".lora_B." in key or "metalora_up" in key):
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05
+                parameter.data[..., kept:] = 0
+        seen[kept] = at(1.0, 0.5, 0.0)
+    take_off(base)
+    # In pure noise the first component is all that is seen, in the middle the first half, at the end all.
+    for first, second, same in ((1, r // 2, [True, False, False]), (r // 2, r, [True, True, False])):
+        assert [torch.allclose(a, b, atol=1e-5) for a, b in zip(seen[first], seen[second], strict=True)] == same
+
+
+def test_rows_of_words_learn_what_each_learns_alone(base: Base, down: DownSource, tmp_path: Path) -> None:
+    take_off(base)
+    people = read_subjects(write_dataset(tmp_path / "people", "held-out", 2, 2))
+    references = [person.split()[0] for person in people]
+    config = replace(CONFIG, views_per_image=2, mixed_precision="no")
+    known = base.pipeline.tokenizer
+
+    def learn(photos: list[Photo], number: int | None = None) -> Tensor:
+        stack = put_on(base, RIVALS["textual_inversion"], down, CONFIG, len(photos), [0])
+        assert isinstance(stack, WordStack)
+        examples = stack.examples(photos, config)
+        index = torch.arange(2 * len(photos))
+        noise = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+        times = torch.tensor([0.2, 0.9, 0.5, 0.7])
+        part = slice(None) if number is None else slice(2 * number, 2 * number + 2)
+        batch = examples.batch(index)
+        _, gradients = stack(
+            {"latents": batch.latents, "noise": noise[part], "times": times[part], **named(batch.text)}
+        )
+        assert gradients.shape == stack.values.shape == (len(photos), 192)
+        return gradients
+
+    together = learn(references)
+    alone = [learn([reference], number) for number, reference in enumerate(references)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-7)
+    assert together.abs().amax(1).min() > 0
+    stack = put_on(base, RIVALS["textual_inversion"], down, CONFIG, 2, [0])
+    steps = list(train_stack(base, stack, stack.examples(references, config), steps=2, batch_size=2, lr=0.1, seed=0))
+    assert steps == [1, 2]
+    said = stack.text_of(["a photo of a person", "a person, sad"])["sequence"]
+    assert said.shape[0] == 4 and not torch.allclose(said[0], said[2], atol=1e-3)
+    take_off(base)
+    assert base.pipeline.tokenizer is known
 
 
 def test_a_kind_that_peft_has_not_is_refused() -> None:

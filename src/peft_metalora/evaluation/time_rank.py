@@ -55,6 +55,7 @@ class TimeRank:
             return self._masked(projected), scaling
 
         layer._project = masked
+        layer._fusible = lambda x: None  # the fused road does not stop between Mid and Up
 
     def _masked(self, projected: Tensor) -> Tensor:
         """Of (..., r), which holds a block of tokens for each sample."""
