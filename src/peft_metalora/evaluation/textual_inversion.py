@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,6 @@ from ..training.engine.replay import text_in
 from ..training.examples.batches import Batch, Examples
 from ..training.examples.encoding import PhotoEncoder
 from ..training.stage_settings import PersonalizeConfig
-
-_WORD = "_metalora_word"  # where a pipeline keeps the word of a stack
 
 
 class NewWord:
@@ -105,6 +104,9 @@ class NewWord:
         self._tokenizers, self._hooks = {}, []
 
 
+_learned: WeakKeyDictionary[Any, NewWord] = WeakKeyDictionary()
+
+
 class WordStack:
     """A word of one token that each of `count` people learns, where an `AdapterStack` holds an adapter.
 
@@ -123,7 +125,7 @@ class WordStack:
         self.take_off(base)
         self.base, self.count, self.noun = base, count, noun
         self.word = NewWord(base, 1, noun, count)
-        vars(base.pipeline)[_WORD] = self.word
+        _learned[base.pipeline] = self.word
         self.values = torch.cat([vectors.detach() for vectors in self.word.parameters], dim=1)
         parts = self.values.split([vectors.shape[1] for vectors in self.word.parameters], dim=1)
         self.parameters = {f"word_{number}": part for number, part in enumerate(parts)}
@@ -133,7 +135,7 @@ class WordStack:
     @staticmethod
     def take_off(base: Base) -> None:
         """Forget the words of a stack, if there is one."""
-        word: NewWord | None = vars(base.pipeline).pop(_WORD, None)
+        word = _learned.pop(base.pipeline, None)
         if word is not None:
             word.remove()
 

@@ -8,6 +8,7 @@ hook on the denoiser.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -30,6 +31,7 @@ class TimeRank:
         self.least = least
         self._time = torch.empty(0)
         self._handle = denoiser.register_forward_pre_hook(self, with_kwargs=True)
+        _on[denoiser] = self
         for module in denoiser.modules():
             if isinstance(module, LoraLayer):
                 for factor in module.lora_A.values():
@@ -43,9 +45,9 @@ class TimeRank:
     @staticmethod
     def take_off(denoiser: nn.Module) -> None:
         """Before the adapter goes, and its layers with it."""
-        for hook in list(denoiser._forward_pre_hooks.values()):
-            if isinstance(hook, TimeRank):
-                hook._handle.remove()
+        mask = _on.pop(denoiser, None)
+        if mask is not None:
+            mask._handle.remove()
 
     def _mask_mid(self, layer: Any) -> None:
         project = layer._project
@@ -63,3 +65,6 @@ class TimeRank:
         count = torch.floor((1 - self._time) * (r - self.least)) + self.least
         mask = torch.arange(r, device=projected.device) < count[:, None]
         return (projected.reshape(len(count), -1, r) * mask[:, None]).reshape(projected.shape)
+
+
+_on: WeakKeyDictionary[nn.Module, TimeRank] = WeakKeyDictionary()
