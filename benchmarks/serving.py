@@ -6,6 +6,7 @@ Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), all attenti
     python benchmarks/serving.py                 one GPU with 80 GB; writes benchmarks/results/serving.json
     python benchmarks/serving.py --parts loads   one part; figures of the others stay as the file has them
     python benchmarks/serving.py --small         a toy transformer on a CPU, to check the script
+    python benchmarks/serving.py --small --layers 19 38 --parts loads    as many layers as FLUX.1-dev has, each a toy
 
 A swap brings a subject from host memory into a slot that another one leaves, kernels included. Figures are medians; a
 ratio is taken between two timings that alternate, so that a drifting clock cancels. `one_by_one_over_mixed` chooses a
@@ -20,7 +21,7 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,9 +42,10 @@ from peft_metalora.tuner.placing import activate, remember, restore
 class Bench:
     """A model, its inputs and a clock."""
 
-    def __init__(self, small: bool, repeats: int) -> None:
+    def __init__(self, small: bool, repeats: int, layers: Sequence[int] | None = None) -> None:
         self.small, self.repeats = small, repeats
-        self.flux = Flux(small)
+        changes = {"num_layers": layers[0], "num_single_layers": layers[1]} if layers else {}
+        self.flux = Flux(small, **changes)
         self.model = self.flux.model
         self.settings = {"r": 1, "lora_alpha": 1, "meta_r": 8 if small else 128, "target_modules": ATTENTION}
         self.figures: dict[str, float] = {}
@@ -222,6 +224,7 @@ def main() -> None:
     """Run everything and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="A toy transformer on the CPU.")
+    parser.add_argument("--layers", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="Blocks of each kind.")
     parser.add_argument("--repeats", type=int, default=10, help="Timings a figure is the median of.")
     parts = ("swaps", "mixed", "merging", "loads", "stock")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="Others keep the file's figures.")
@@ -229,7 +232,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=default)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    bench = Bench(options.small, options.repeats)
+    bench = Bench(options.small, options.repeats, options.layers)
     before = json.loads(options.output.read_text()) if tuple(options.parts) != parts else {"figures": {}}
     own = origin(bench.flux.device)
     for part in options.parts:
