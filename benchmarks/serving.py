@@ -23,6 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from clock import median_of, once
@@ -233,7 +234,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     bench = Bench(options.small, options.repeats, options.layers)
-    before = json.loads(options.output.read_text()) if tuple(options.parts) != parts else {"figures": {}}
+    before: dict[str, Any] = {"figures": {}}
+    if tuple(options.parts) != parts and options.output.exists():
+        before = json.loads(options.output.read_text())
     own = origin(bench.flux.device)
     for part in options.parts:
         getattr(bench, part)()
