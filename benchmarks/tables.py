@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from peft_metalora.evaluation.plots import panels, plot
+from result_plots import domains, plots
+
 from peft_metalora.evaluation.summary import interval
 from peft_metalora.files import write_bytes
 
@@ -26,11 +27,6 @@ RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 BLOCK = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 Data = dict[str, Any]
 
-# Two plots of at most eight lines each; Meta-LoRA and the LoRA of rank 1 are in both.
-GROUPS = {
-    "controls": ("meta_lora_mean", "meta_lora_stored", "lora_r1", "random_down", "mean_lora", "lora_r4"),
-    "others": ("meta_lora_mean", "full", "lora_r1", "lora_r16", "oft", "dora", "loha", "vera"),
-}
 IMAGE_GEN = {
     "meta_lora_subject": "Meta-LoRA, Mid and Up on a Down (rank 4, Down 64)",
     "meta_lora_meta": "Meta-LoRA, all three factors",
@@ -501,7 +497,19 @@ def zero_bad(results: dict[str, Data]) -> str:
     return table(["photo that is read", *shown.values()], rows) + zero_source(results)
 
 
+def story(results: dict[str, Data]) -> str:
+    """The plots of identity against steps and seconds, of each domain that was measured."""
+    lines = []
+    for domain, (_, seconds) in domains(results).items():
+        shown = ("steps", "seconds") if seconds else ("steps",)
+        lines += [f"![{domain}: identity against {axis}](results/story_{axis}_{domain}.svg)" for axis in shown]
+    key = "![The methods by colour](results/story_key.svg)"
+    clock = source(results["seconds"], note=", one person alone, batch 4.") if "seconds" in results else ""
+    return "\n".join([*lines, key]) + "\n" + zero_source(results) + clock
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
+    "story": ("convergence", story),
     "rivals": ("evaluation", rivals),
     "steps": ("evaluation", steps),
     "robustness": ("evaluation", robustness),
@@ -544,72 +552,13 @@ def fill(text: str, results: dict[str, Data]) -> str:
     return BLOCK.sub(write, text)
 
 
-def plots(data: Data, zero: Data) -> dict[str, str]:
-    """File name -> SVG of everything that docs/results.md shows."""
-    drawings = {}
-    for group, names in GROUPS.items():
-        chosen = {data["methods"][name]["label"]: data["methods"][name]["curve"] for name in names}
-        means = {
-            label: [
-                (float(step), mean(score["r_facesim"]), mean(score["prompt_adherence"]))
-                for step, score in curve.items()
-                if step != "0"
-            ]
-            for label, curve in chosen.items()
-        }
-        for metric, axis, y_label in (("r_facesim", 1, "R-FaceSim"), ("adherence", 2, "adherence")):
-            lines = {label: [(point[0], point[axis]) for point in points] for label, points in means.items()}
-            drawings[f"{metric}_{group}.svg"] = plot(lines, "steps", y_label)
-        lines = {label: [(point[2], point[1]) for point in points] for label, points in means.items()}
-        drawings[f"tradeoff_{group}.svg"] = plot(lines, "adherence", "R-FaceSim")
-    drawings["robustness.svg"] = _robustness_grid(data)
-    drawings |= _zero_plots(zero)
-    standalone = '<svg xmlns="http://www.w3.org/2000/svg" style="background:white" '
-    return {name: drawing.replace("<svg ", standalone, 1) + "\n" for name, drawing in drawings.items()}
-
-
-def _zero_plots(data: Data) -> dict[str, str]:
-    """Tuning from the read start beside fine-tuning, against steps and against adherence."""
-    curves = {
-        f"{label}, tuned": data["recipes"][f"{family}-0"]["tuning"][RATE_OF_READ]
-        for family, label in ZERO_STEPS.items()
-        if family in ("main", "lora", "image_prompt")
-    }
-    curves |= {label: data["rivals"][name]["curve"] for name, label in FINE_TUNED.items()}
-    lines, trades = {}, {}
-    for label, curve in curves.items():
-        points = [
-            (float(step), one["r_facesim"]["value"], one["prompt_adherence"]["value"]) for step, one in curve.items()
-        ]
-        lines[label] = [(step, score) for step, score, _ in points]
-        trades[label] = [(kept, score) for _, score, kept in points]
-    return {
-        "zero_steps.svg": plot(lines, "steps", "R-FaceSim"),
-        "zero_steps_tradeoff.svg": plot(trades, "adherence", "R-FaceSim"),
-    }
-
-
-def _robustness_grid(data: Data) -> str:
-    found = data["robustness"]
-    grids: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for name, own in found.items():
-        scores = {condition: mean(score["r_facesim"]) for condition, score in own.items()}
-        for condition, score in scores.items():
-            kind, _, strength = condition.rpartition(" ")
-            if kind:
-                line = grids.setdefault(kind.replace("_", " "), {}).setdefault(data["methods"][name]["label"], [])
-                line += [(float(strength), score)] if line else [(0.0, scores["clean"]), (float(strength), score)]
-    return panels(grids, "{}: strength", "R-FaceSim")
-
-
 def pages() -> dict[Path, str]:
     """Every page with its blocks, and every plot, as they should be on disk."""
     results = load()
     texts = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
     wanted = {path: fill(text, results) for path, text in texts.items()}
     return wanted | {
-        DOCS / "results" / name: drawing
-        for name, drawing in plots(results["evaluation"], results["convergence"]).items()
+        DOCS / "results" / name: drawing for name, drawing in plots(results, ZERO_STEPS, FINE_TUNED).items()
     }
 
 

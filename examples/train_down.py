@@ -7,7 +7,7 @@
     metalora demo-data people --subjects 32 && \
         python examples/train_down.py --demo --data people --output down --steps 200   # embedded base, a CPU, minutes
 
-`people` holds a folder for each person with photos and captions (docs/training.md). Result: a folder that
+`people` holds a folder for each person with photos and captions (docs/photos.md). Result: a folder that
 `personalize_and_draw.py` and `pipe.load_meta_lora` take.
 """
 

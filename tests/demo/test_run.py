@@ -18,7 +18,7 @@ from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.judges import load_embedder, load_judge
 from peft_metalora.demo.run import METHODS, run_demo
 from peft_metalora.demo.scoring import PROMPTS, Scorer, generate
-from peft_metalora.demo.sheet import GAP, LABELS, MARGIN, SCALE
+from peft_metalora.demo.sheet import GAP, MARGIN, SCALE
 from peft_metalora.training.examples.encoding import encode_subjects
 from peft_metalora.training.stage_2 import Personalization
 from peft_metalora.training.stage_settings import PersonalizeConfig
@@ -107,10 +107,10 @@ def test_demo_writes_its_pictures(demo):
     side = RESOLUTION * SCALE
     for name, rows, width in (("demo.png", 4, side), ("demo-two.png", 3, 2 * side)):
         with Image.open(folder / name) as picture:
-            left, bottom = MARGIN + LABELS, picture.height - MARGIN
-            last = picture.convert("RGB").crop((left, bottom - side, left + width, bottom))
-            before = picture.convert("RGB").crop((left, bottom - 2 * side - GAP, left + width, bottom - side - GAP))
-            assert picture.height > rows * side and picture.width > LABELS + 5 * side
+            bottom = picture.height - MARGIN
+            last = picture.convert("RGB").crop((MARGIN, bottom - side, MARGIN + width, bottom))
+            before = picture.convert("RGB").crop((MARGIN, bottom - 2 * side - GAP, MARGIN + width, bottom - side - GAP))
+            assert picture.height > rows * side and picture.width > 4 * side
         assert last.tobytes() != before.tobytes()
         assert min(len(row.getcolors(1 << 24)) for row in (last, before)) > 1000
 

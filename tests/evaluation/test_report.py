@@ -82,7 +82,16 @@ def test_results_and_tables_say_the_same(page: str, tmp_path: Path) -> None:
 
 def test_more_lines_than_colours_are_told_apart() -> None:
     drawn = plot({str(number): [(0, number), (1, number)] for number in range(10)}, "x", "y")
-    assert drawn.count("stroke-dasharray") == 2 and drawn.count('fill="none" stroke="#1b76bc" stroke-width="2">') == 4
+    assert drawn.count("stroke-dasharray") == 2 and drawn.count('<rect x="') == 6
+    assert drawn.count('fill="#1b76bc"') == drawn.count('fill="#d1495b"') == 6, "two points and the legend, twice"
+
+
+def test_a_plot_marks_levels_and_draws_some_points_as_rings() -> None:
+    drawn = plot({"a": [(1, 0.1), (100, 0.2)]}, "s", "y", rules={"real <photos>": 0.9}, hollow={(100, 0.2)}, log_x=True)
+    assert "real &lt;photos&gt;" in drawn and ">0.8</text>" in drawn, "the axis reaches to the level"
+    assert drawn.count('fill="none" stroke="#1b76bc" stroke-width="2">') == 2, "a line and a ring"
+    ticks = {float(text): float(x) for x, text in re.findall(r'<text x="([\d.]+)" y="230" [^>]+>(\d+)<', drawn)}
+    assert list(ticks) == [1, 10, 100] and ticks[10] - ticks[1] == pytest.approx(ticks[100] - ticks[10], abs=0.2)
 
 
 def test_panels_have_equal_axes_and_the_colours_of_all_names() -> None:

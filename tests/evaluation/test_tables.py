@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,11 +14,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tables() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
 
 
 def test_committed_pages_are_what_the_command_writes(tables: ModuleType) -> None:
@@ -51,7 +54,7 @@ def test_identity_at_equal_adherence_lies_on_the_curve(tables: ModuleType) -> No
 
 
 def test_a_block_of_an_unknown_name_is_refused_and_one_without_results_is_open(tables: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="table 'nonsense': expected one of rivals"):
+    with pytest.raises(SystemExit, match="table 'nonsense': expected one of story"):
         tables.fill("<!-- table: nonsense -->\n<!-- end -->", tables.load())
     text = tables.fill("<!-- table: layer -->\nold<!-- end -->", {})
     assert "Open: there is no `benchmarks/results/layer.json` yet." in text and "old" not in text
@@ -65,3 +68,30 @@ def test_the_part_of_image_gen_that_needs_weights_is_open(tables: ModuleType) ->
     assert (
         "| LoRA, rank 32, as PEFT's benchmark has it | 812 | not measured | 38,338,560 | 153.41 | open | open |" in rows
     )
+
+
+def test_the_figure_takes_a_second_domain_and_gives_rivals_their_best_schedule(tables: ModuleType) -> None:
+    """Bug: a rival with a decayed rate was nearer after 100 steps than its line said."""
+
+    def at(score: float, kept: float = 1.0) -> dict[str, dict[str, float]]:
+        return {"r_facesim": {"value": score}, "prompt_adherence": {"value": kept}}
+
+    results = tables.load()
+    assert "typefaces" not in results or results.pop("typefaces")
+    before = tables.plots(results, tables.ZERO_STEPS, tables.FINE_TUNED)
+    results["typefaces"] = {
+        "figures": {"real_ceiling": {"value": 0.9}},
+        "recipes": {"main-0": {"clean": at(0.8)}},
+        "rivals": {
+            "lora_r1": {"curve": {"25": at(0.1), "100": at(0.3), "200": at(0.4)}},
+            "lora_r1, decay over 100": {"curve": {"100": at(0.5, 0.6)}},
+        },
+    }
+    drawn = tables.plots(results, tables.ZERO_STEPS, tables.FINE_TUNED)
+    found = drawn["story_steps_typefaces.svg"]
+    assert "story_seconds_typefaces.svg" not in drawn, "nobody has measured them"
+    assert found.count("<title>encoder + Meta-LoRA, rank 4</title>") == 2, "a line of one point"
+    assert found.count("<title>LoRA, rank 1</title>") == 3, "25 steps and the decayed 100; 200 are behind that"
+    assert found.count('r="4" fill="none"') == 1, "the prompt is lost"
+    assert drawn["story_steps_faces.svg"] == before["story_steps_faces.svg"]
+    assert "![typefaces: identity against steps](results/story_steps_typefaces.svg)" in tables.story(results)

@@ -43,7 +43,7 @@ from .show_two_people import PROMPTS as PAIR_PROMPTS
 STEPS = 100
 """Steps of the LoRA; the tuned person's are fewer."""
 _PHOTOS = 7
-_COLUMNS, _PAIR_COLUMNS = 5, 3  # of the pictures; all prompts are scored
+_COLUMNS, _PAIR_COLUMNS, _PAIRS = 4, 2, 3  # of the pictures; all prompts are scored, of two people some
 _ARTICLE = re.compile(r"^(in|on) (an? )?")
 
 
@@ -159,14 +159,15 @@ def _two_people(
     for name, file in zip(("left", "right"), files, strict=True):
         pipe.read_subject(file, name, down=DOWN)
     pairs = [side_by_side(left, right) for left, right in zip(*photos, strict=True)]
-    heads = ["these two photos were read", "other photos of both", ""]
+    heads = ["these two photos were read", "other photos of both"]
     rows = [Row("Two people", pairs[:_PAIR_COLUMNS], heads)]
     asked = [f"left: {left}\nright: {right}\n{wall}" for left, right, wall in ASKED[:_PAIR_COLUMNS]]
     others = embedder.embed(photos[0][1:]), embedder.embed(photos[1][1:])
     found = {}
     for label, weight in (("a region each", None), ("sum, weight 0.5 each", 0.5)):
-        images = draw_two(pipe, "left", "right", PAIR_PROMPTS[:_PAIR_COLUMNS], range(_PAIR_COLUMNS), weight)
-        rows.append(Row(label.capitalize().replace(", ", "\n"), [to_pil(image) for image in images], asked))
+        images = draw_two(pipe, "left", "right", PAIR_PROMPTS[:_PAIRS], range(_PAIRS), weight)
+        shown = [to_pil(image) for image in images[:_PAIR_COLUMNS]]
+        rows.append(Row(label.capitalize().replace(", ", "\n"), shown, asked))
         found[label] = keep_apart(embedder, images, others)
         asked = []
     return sheet(rows), found
@@ -254,9 +255,9 @@ def _picture(
     """The photo and others of the person on top, then a row for each method under the prompts it was given."""
     rows = [
         Row(
-            f"The person\nreal photos:\nR-FaceSim {alike:.2f}",
+            f"The person\nreal photos, R-FaceSim {alike:.2f}",
             [reference, *others[: _COLUMNS - 1]],
-            ["the one photo that is used", "other photos of the person, which no method has seen"],
+            ["the photo used", "others, which no method has seen"],
         )
     ]
     asked = [_heading(prompt) for prompt in PROMPTS[:_COLUMNS]]
@@ -274,4 +275,4 @@ def _picture(
 def _heading(prompt: str) -> str:
     """What a prompt asks for, in a few short lines."""
     _, yaw, expression, *rest = prompt.split(", ")
-    return "\n".join([f"{yaw}, {expression}", *(_ARTICLE.sub("", clause) for clause in rest)])
+    return "\n".join([yaw, expression, *(_ARTICLE.sub("", clause) for clause in rest)])
