@@ -5,7 +5,7 @@
     PYTHONPATH=older/src python benchmarks/stage1_embedded.py        another version of the package
 
 `python benchmarks/training.py --part embedded` runs it in turns on this version and on the one before steps were
-recorded and slots stepped together. It imports only what both have.
+recorded and slots stepped together. It imports only what both have; the settings are those that the Down names itself.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 
 import torch
 
@@ -22,11 +23,15 @@ from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.stage_1 import MetaTraining
 from peft_metalora.training.stage_settings import MetaTrainConfig
 
+DOWN = Path(__file__).parents[1] / "src" / "peft_metalora" / "demo" / "assets" / "down" / "adapter_config.json"
+SETTINGS = ("rank", "meta_rank", "learning_rate", "down_learning_rate", "images_per_subject")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, default=256)
-    parser.add_argument("--subjects-per-batch", type=int, default=48)
+    made = json.loads(DOWN.read_text())["facts"]
+    parser.add_argument("--subjects-per-batch", type=int, default=made["subjects_per_batch"])
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--steps", type=int, default=100)
     arguments = parser.parse_args()
@@ -44,16 +49,12 @@ def main() -> None:
     settings = MetaTrainConfig(
         pretrained_model_name_or_path="embedded",
         output_dir="unused",
-        rank=4,
-        meta_rank=64,
-        learning_rate=2e-3,
-        down_learning_rate=1e-3,
         bucket_size=256,
         warmup_steps=0,
         max_train_steps=10_000,
         subjects_per_batch=arguments.subjects_per_batch,
-        images_per_subject=2,
         mixed_precision="no",
+        **{name: made[name] for name in SETTINGS},
     )
     steps = MetaTraining(base, examples, settings).steps()
     for _ in range(arguments.warmup):
@@ -66,7 +67,14 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / arguments.steps
-    print(json.dumps({"samples_per_second": 2 * arguments.subjects_per_batch / seconds, "losses": losses}))
+    print(
+        json.dumps(
+            {
+                "samples_per_second": made["images_per_subject"] * arguments.subjects_per_batch / seconds,
+                "losses": losses,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from app_tiny import photo
 from fake_hub import TOKEN
 from peft_metalora import load_subject
-from peft_metalora.app import page as page_module
-from peft_metalora.app import polishing
+from peft_metalora.app import blocks, polishing
+from peft_metalora.app.blocks import BOXES, _crops, _told
 from peft_metalora.app.hardware import Held, _fits, machine
-from peft_metalora.app.page import BOXES, CONSENT, Visit, _crops, _told
+from peft_metalora.app.page import CONSENT, Visit
 from peft_metalora.app.studio import Seen
 from peft_metalora.commands.app import _estimates_of
 from peft_metalora.errors import (
@@ -334,7 +334,7 @@ class TestTelling:
 
     def test_what_went_wrong_is_one_sentence_and_nothing_else_changes(self, monkeypatch):
         logged = []
-        monkeypatch.setattr(page_module.log, "exception", logged.append)
+        monkeypatch.setattr(blocks.log, "exception", logged.append)
 
         def raises(error):
             def work(*_):

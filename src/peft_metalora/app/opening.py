@@ -21,9 +21,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from ..service.people import Place
 from ..service.serve_settings import LOOPBACK, ServeConfig
 from ..service.tenants import OPERATOR, Tenants
+from .blocks import STYLE, make_blocks
 from .hardware import Estimates
 from .library import Library
-from .page import STYLE, Page, make_blocks
+from .page import Page
 from .studio import Studio
 
 _FOLDER = "GRADIO_TEMP_DIR"

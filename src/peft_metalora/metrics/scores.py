@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import MetricInputError
 from .embedders import Embeddings
 
+_OTHERS, _REFERENCE = "other photos of the person", "reference"  # what errors call them
 _APART = 1e-3  # two photos nearer than this are one
 
 
@@ -68,7 +69,7 @@ def r_facesim(generated: Embeddings, others: Embeddings) -> Similarity:
     Raises:
         MetricInputError: no other photo has a face, or the vectors differ in length.
     """
-    return _mean_similarity(generated, others, "other photos of the person")
+    return _mean_similarity(generated, others, _OTHERS)
 
 
 def face_sim(generated: Embeddings, reference: Embeddings) -> Similarity:
@@ -81,7 +82,7 @@ def face_sim(generated: Embeddings, reference: Embeddings) -> Similarity:
     Raises:
         MetricInputError: no face in the reference, or the vectors differ in length.
     """
-    return _mean_similarity(generated, reference, "reference")
+    return _mean_similarity(generated, reference, _REFERENCE)
 
 
 def pose_copy(generated: Embeddings, reference: Embeddings, others: Embeddings) -> Tensor:
@@ -106,8 +107,7 @@ def copy_paste(generated: Embeddings, reference: Embeddings, others: Embeddings)
     Raises:
         MetricInputError: as `face_sim` and `r_facesim`.
     """
-    r_facesim(generated, others), face_sim(generated, reference)  # the same checks
-    real, learned = others.vectors[others.found], reference.vectors[reference.found]
+    real, learned = _found(generated, others, _OTHERS), _found(generated, reference, _REFERENCE)
     distance = generated.compared.distance
     to_real, to_learned = distance(generated.vectors, real), distance(generated.vectors, learned).mean(1, keepdim=True)
     apart = distance(real, learned).mean(1).clamp(min=_APART)
@@ -236,7 +236,7 @@ def clip_i(generated: Embeddings, reference: Embeddings) -> Similarity:
     Raises:
         MetricInputError: no reference, or the vectors differ in length.
     """
-    return _mean_similarity(generated, reference, "reference")
+    return _mean_similarity(generated, reference, _REFERENCE)
 
 
 def dino(generated: Embeddings, reference: Embeddings) -> Similarity:
@@ -245,7 +245,7 @@ def dino(generated: Embeddings, reference: Embeddings) -> Similarity:
     Raises:
         MetricInputError: no reference, or the vectors differ in length.
     """
-    return _mean_similarity(generated, reference, "reference")
+    return _mean_similarity(generated, reference, _REFERENCE)
 
 
 def bootstrap(
@@ -288,6 +288,12 @@ def bootstrap(
 
 def _mean_similarity(images: Embeddings, targets: Embeddings, what: str) -> Similarity:
     """For each image the mean similarity to the targets that were found."""
+    kept = _found(images, targets, what)
+    return _with_misses(images.compared.similarity(images.vectors.float(), kept.float()).mean(1), images.found)
+
+
+def _found(images: Embeddings, targets: Embeddings, what: str) -> Tensor:
+    """Vectors of the targets in which there is something to compare images with."""
     if images.vectors.ndim != 2 or images.vectors.shape[1:] != targets.vectors.shape[1:]:
         raise MetricInputError(
             f"expected embeddings of one length, found {tuple(images.vectors.shape)} and "
@@ -298,7 +304,7 @@ def _mean_similarity(images: Embeddings, targets: Embeddings, what: str) -> Simi
         raise MetricInputError(
             f"expected a face in at least one of the {what}, found none in {len(targets.found)}: choose other photos"
         )
-    return _with_misses(images.compared.similarity(images.vectors.float(), kept.float()).mean(1), images.found)
+    return kept
 
 
 def _with_misses(scores: Tensor, found: Tensor) -> Similarity:
