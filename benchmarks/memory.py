@@ -4,17 +4,21 @@
 FLUX.1-dev (T5-XXL and the VAE included), FLUX.2 klein 4B and SDXL with random weights in bf16, written to disk as a
 download would lie there, one base after another; each command in a process of its own whose memory is capped.
 
-    python benchmarks/memory.py                       one GPU, 40 GB of disk (--work); writes results/memory.json
+    python benchmarks/memory.py                       40 GB of disk (--work) with one GPU; writes results/memory.json
     python benchmarks/memory.py --only flux_read_gib sdxl_personalize_gib
-    python benchmarks/memory.py --matrix --seconds 1500   then other quantisers, offloads, batches and resolutions
+    python benchmarks/memory.py --seconds 500 --matrix "flux .* 512" "sdxl"   then other ways to hold a base
     python benchmarks/memory.py --small               tiny pipelines on a CPU, to check the script
+
+All GPUs that are there work, each at a command of its own, and share the bases on disk. Each figure is in the file as
+soon as it is known; what a file of the same machine and versions holds already stays there.
 
 A figure is the most that the process had from the driver at any time, loading included, with the context that CUDA
 itself keeps: what a card has to have free. The cap is the size of the card that a recipe is made for, by
-`torch.cuda.set_per_process_memory_fraction`, the context taken off; what does not fit ends in an error, and the figure
-is none. Beside it lie the seconds of a step (from the first step to the last of a few), what tensors alone took, the
-peak of host memory, and of each phase (from one loading of parts to the next) the peak. Runs are shortened by the flags
-in `QUICK`, nothing else is changed."""
+`torch.cuda.set_per_process_memory_fraction`, the context taken off; what does not fit ends in an error, the figure is
+none, and the command runs once more without a cap to say what it would take. Beside it lie the seconds of a step (from
+the first step to the last of a few), what tensors alone took, the peak of host memory (the program's own, and the
+page-locked part), and of each phase (from one loading of parts to the next) the peak. Runs are shortened by flags in
+`QUICK`, nothing else is changed."""
 
 from __future__ import annotations
 
@@ -22,16 +26,18 @@ import argparse
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -335,104 +341,197 @@ def write_down(base: Base, small: bool) -> None:
 # Commands, each in a process of its own
 
 
+class Watch:
+    """What this process takes, phase by phase, from the first moment on.
+
+    Args:
+        card: GiB that it may have; None: all that are there. report: file that is written at each turn.
+    """
+
+    def __init__(self, card: float | None, report: Path) -> None:
+        self.gpu, self.report = torch.cuda.is_available(), report
+        self.phases: list[dict[str, Any]] = []
+        self.steps: list[float] = []
+        self.own, self.context, self.start = 0, 0, time.perf_counter()
+        if self.gpu:
+            torch.zeros(1, device="cuda")
+            self._see_context()
+            if card is not None:
+                total = torch.cuda.mem_get_info()[1]
+                torch.cuda.set_per_process_memory_fraction(min(1.0, (card * 2**30 - self.context) / total))
+        threading.Thread(target=self._see_host, daemon=True).start()
+
+    def turn(self, name: str, code: int | None = None) -> None:
+        """Close a phase, begin the next, and write what is known."""
+        if self.gpu:
+            torch.cuda.synchronize()
+            self._see_context()
+        now = time.perf_counter()
+        if self.phases:
+            self.phases[-1] |= {"seconds": now - self.phases[-1].pop("since")}
+            self.phases[-1] |= {"reserved": torch.cuda.max_memory_reserved() if self.gpu else 0}
+            self.phases[-1] |= {"allocated": torch.cuda.max_memory_allocated() if self.gpu else 0}
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        found = {
+            "code": code,
+            "seconds": now - self.start,
+            "seconds_a_step": (self.steps[-1] - self.steps[0]) / (len(self.steps) - 1) if self.steps[1:] else None,
+            "context": self.context,
+            "reserved": max((phase["reserved"] for phase in self.phases), default=0),
+            "allocated": max((phase["allocated"] for phase in self.phases), default=0),
+            "host": self.own,
+            "pinned": torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) if self.gpu else 0,
+            "phases": self.phases,
+        }
+        write(self.report, found)
+        self.phases.append({"phase": name, "since": now})
+
+    def stepped(self) -> None:
+        """Note the end of a step."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        self.steps.append(time.perf_counter())
+
+    def _see_context(self) -> None:
+        # It grows with the kernels that are loaded.
+        free, total = torch.cuda.mem_get_info()
+        self.context = max(self.context, total - free - torch.cuda.memory_reserved())
+
+    def _see_host(self) -> None:
+        # Not `ru_maxrss`: it counts the files of weights that are mapped.
+        status = Path("/proc/self/status")
+        while status.exists():
+            (kib,) = re.findall(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+            self.own = max(self.own, 1024 * int(kib))
+            time.sleep(0.1)
+
+
 def run(arguments: list[str], card: float | None, report: Path) -> None:
     """Run a command of `metalora` under a cap, and write what it took."""
-    gpu = torch.cuda.is_available()
-    context, total = 0, 0
-    if gpu:
-        torch.zeros(1, device="cuda")
-        free, total = torch.cuda.mem_get_info()
-        context = total - free - torch.cuda.memory_reserved()
-        if card is not None:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (card * 2**30 - context) / total))
-    phases: list[dict[str, Any]] = []
-    steps: list[float] = []
-
-    def turn(name: str) -> None:
-        """Close a phase, and begin the next."""
-        if gpu:
-            torch.cuda.synchronize()
-        if phases:
-            phases[-1] |= {"seconds": time.perf_counter() - phases[-1]["seconds"]}
-            phases[-1] |= {"reserved": torch.cuda.max_memory_reserved() if gpu else 0}
-            phases[-1] |= {"allocated": torch.cuda.max_memory_allocated() if gpu else 0}
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        phases.append({"phase": name, "seconds": time.perf_counter()})
-
+    watch = Watch(card, report)
     bring, step, call = Parts.bring, Trackers.step, PerSampleMixin.__call__
 
     def bringing(self: Parts, pipeline: Any, names: Any, *device: Any) -> None:
         wanted = [name for name in names if is_hull(getattr(pipeline, name, None))]
         if wanted:
-            turn("loading " + ", ".join(wanted))
+            watch.turn("loading " + ", ".join(wanted))
             bring(self, pipeline, wanted, *device)
-            turn("after it")
+            watch.turn("after it")
 
     def stepping(self: Trackers, done: Any) -> None:
-        if gpu:
-            torch.cuda.synchronize()
-        steps.append(time.perf_counter())
+        watch.stepped()
         step(self, done)
 
     def calling(self: Any, *args: Any, **options: Any) -> Any:
         def each(pipe: Any, number: int, when: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if gpu:
-                torch.cuda.synchronize()
-            steps.append(time.perf_counter())
+            watch.stepped()
             return tensors
 
         return call(self, *args, callback_on_step_end=each, **options)
 
     Parts.bring, Trackers.step, PerSampleMixin.__call__ = bringing, stepping, calling  # type: ignore[method-assign]
-    turn("before the base")
-    start = time.perf_counter()
-    code = metalora(arguments)
-    turn("end")
-    found = {
-        "code": code,
-        "seconds": time.perf_counter() - start,
-        "seconds_a_step": (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else None,
-        "context": context,
-        "reserved": max(phase.get("reserved", 0) for phase in phases),
-        "allocated": max(phase.get("allocated", 0) for phase in phases),
-        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "phases": phases[:-1],
-    }
-    report.write_text(json.dumps(found))
+    watch.turn("before the base")
+    watch.turn("end", metalora(arguments))
 
 
-def in_a_process(arguments: list[str], card: float | None) -> dict[str, Any]:
-    """What a command takes in a process of its own, in GiB and seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.json")
-        own = [sys.executable, __file__, "--run", str(report), "--card", str(card or 0), "--", *arguments]
-        done = subprocess.run(own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        said = [line for line in done.stdout.splitlines() if line.strip()][-3:]
-        if not report.is_file():
-            return {"fits": False, "said": said}
-        found = json.loads(report.read_text())
-    whole = (found["reserved"] + found["context"]) / 2**30
+def in_a_process(
+    arguments: list[str], card: float | None, *, folder: str, gpu: int | None, until: float
+) -> dict[str, Any]:
+    """What a command takes in a process of its own, in GiB and seconds.
+
+    Args:
+        gpu: the one that it sees. until: it is ended then.
+    """
+    report, log = Path(folder, "report.json"), Path(folder, "log.txt")
+    report.unlink(missing_ok=True)
+    own = [sys.executable, __file__, "--run", str(report), "--card", str(card or 0), "--", *arguments]
+    with log.open("w") as file:
+        done = in_time(own, gpu, until, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    trouble: dict[str, Any] = {} if done else {"fits": False, "ended": "no time was left"}
+    if not report.is_file():
+        return {"fits": False, "said": lines[-12:], **trouble}
+    found = json.loads(report.read_text())
+    if found["code"] != 0:
+        trouble["said"] = lines[-12:]
+
+    def gib(number: float, digits: int = 3) -> float:
+        return round(number / 2**30, digits)
+
     return {
         "fits": found["code"] == 0,
-        "gib": round(whole, 3),
-        "tensors_gib": round(found["allocated"] / 2**30, 3),
-        "context_gib": round(found["context"] / 2**30, 3),
-        "host_gib": round(found["host"] / 2**30, 2),
+        "gib": gib(found["reserved"] + found["context"]),
+        "tensors_gib": gib(found["allocated"]),
+        "context_gib": gib(found["context"]),
+        "host_gib": gib(found["host"], 2),
+        "pinned_gib": gib(found["pinned"], 2),
         "seconds_a_step": found["seconds_a_step"] and round(found["seconds_a_step"], 3),
         "seconds": round(found["seconds"], 1),
         "phases": [
-            [one["phase"], round(one["seconds"], 1), round((one["reserved"] + found["context"]) / 2**30, 2)]
+            [one["phase"], round(one["seconds"], 1), gib(one["reserved"] + found["context"], 2)]
             for one in found["phases"]
+            if "seconds" in one
         ],
-        **({} if found["code"] == 0 else {"said": said}),
+        **trouble,
     }
+
+
+def in_time(command: list[str], gpu: int | None, until: float, **options: Any) -> bool:
+    """Whether a process ended before it was ended."""
+    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))), **os.environ}
+    if gpu is not None:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        own["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
+    left = until - time.monotonic()
+    try:
+        subprocess.run(command, env=own, timeout=None if left == float("inf") else max(left, 0.0), **options)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+# What is to be run, and by which GPU
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command on a base: of a figure, or a cell of the matrix."""
+
+    name: str
+    base: str
+    arguments: list[str]
+    card: float | None = None
+
+
+def jobs_of(cases: list[Case], wanted: list[str] | None, small: bool) -> Iterator[Job]:
+    """What the figures need, and then, base by base in turns, the cells whose names are wanted.
+
+    Args:
+        wanted: regular expressions, in the order of their worth; an empty list: all; None: none.
+    """
+    for case in cases:
+        arguments = case.command()
+        arguments += QUICK[arguments[0]]
+        yield Job(case.figure, case.base, arguments + (small_flags(arguments) if small else []), case.card)
+    if wanted is None:
+        return
+    by_base = [[(f"{name} {cell}", name, own) for cell, own in cells(base)] for name, base in BASES.items()]
+    left = [one for turn in zip_longest(*by_base) for one in turn if one is not None]
+    for pattern in wanted or [""]:
+        mine = [one for one in left if re.search(pattern, one[0])]
+        left = [one for one in left if one not in mine]
+        for cell, name, arguments in mine:
+            flags = ["--device", "cpu", "--resolution", "64"] if small else []
+            yield Job(cell, name, [*arguments, *QUICK[arguments[0]], *flags])
 
 
 def small_flags(arguments: list[str]) -> list[str]:
     """What makes a command one of moments on a CPU, where there are no 4-bit weights."""
     given = (
-        yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text()) if "--config" in arguments else {}
+        yaml.safe_load((RECIPES / Path(arguments[arguments.index("--config") + 1]).name).read_text())
+        if "--config" in arguments
+        else {}
     )
     flags = ["--device", "cpu"]
     if arguments[0] != "read":
@@ -460,68 +559,122 @@ def cells(base: Base) -> Iterator[tuple[str, list[str]]]:
                 yield name, [*own, *shared, *held]
 
 
+class Shop:
+    """Runs jobs on all GPUs; bases are written when the first job of theirs is taken, and go with the last.
+
+    Args:
+        folder: of the bases and, each in a folder of its own, the jobs. until: when all ends.
+        told: called with a job and what it took, one call at a time.
+    """
+
+    def __init__(
+        self, jobs: list[Job], folder: Path, *, small: bool, until: float, told: Callable[[Job, dict[str, Any]], None]
+    ) -> None:
+        self.folder, self.small, self.until, self.told = folder, small, until, told
+        self._left, self._running = jobs, Counter[str]()
+        self._written: dict[str, Future[bool]] = {}
+        self._lock, self._telling = threading.Lock(), threading.Lock()
+
+    def work(self, gpu: int | None) -> None:
+        """Take one job after another."""
+        while (job := self._take()) is not None:
+            if self._written[job.base].result():
+                found = self._do(job, gpu)
+                with self._telling:
+                    self.told(job, found)
+            with self._lock:
+                self._running[job.base] -= 1
+                if not self._running[job.base] and all(one.base != job.base for one in self._left):
+                    shutil.rmtree(self.folder / BASES[job.base].name, ignore_errors=True)
+
+    def _take(self) -> Job | None:
+        """The first job whose base is there, or is nobody's yet; or the first."""
+        with self._lock:
+            if not self._left or time.monotonic() > self.until:
+                return None
+            at_once = (one for one in self._left if one.base not in self._written or self._written[one.base].done())
+            job = next(at_once, self._left[0])
+            self._left.remove(job)
+            self._running[job.base] += 1
+            mine = job.base not in self._written
+            if mine:
+                self._written[job.base] = Future()
+        if mine:
+            own = [sys.executable, __file__, "--write", job.base, *(["--small"] if self.small else [])]
+            start = time.monotonic()
+            done = in_time(own, None, self.until, cwd=self.folder)
+            print(f"{BASES[job.base].name} written in {time.monotonic() - start:.0f} s", flush=True)
+            self._written[job.base].set_result(done and (self.folder / BASES[job.base].down).exists())
+        return job
+
+    def _do(self, job: Job, gpu: int | None) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=self.folder / "jobs") as own:
+            for thing in ("examples", "ann.jpg", BASES[job.base].down, Path(BASES[job.base].name).parts[0]):
+                Path(own, thing).symlink_to(self.folder / thing)
+            here: dict[str, Any] = {"folder": own, "gpu": gpu, "until": self.until}
+            if "--subject" in job.arguments:  # Ann is there to be drawn
+                in_a_process([*shlex.split(READ), *(["--device", "cpu"] if self.small else [])], None, **here)
+            found = in_a_process(job.arguments, None if self.small else job.card, **here)
+            if job.card is not None and not found["fits"] and not self.small:
+                found["without_a_cap"] = in_a_process(job.arguments, None, **here)
+        return found
+
+
+def report_of(output: Path, device: torch.device) -> dict[str, Any]:
+    """What is to be written: what the file holds already, if this machine wrote it with these versions."""
+    own: dict[str, Any] = origin(device, "bitsandbytes", "torchao", "transformers")
+    before = json.loads(output.read_text()) if output.is_file() else {}
+    if all(before.get(key) == own[key] for key in ("machine", "versions")):
+        own |= {key: before[key] for key in ("figures", "details", "cells")}
+    return {"figures": {case.figure: None for case in CASES}, "details": {}, "cells": {}, **own}
+
+
 def main() -> None:
     """Write the bases, run the commands and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[case.figure for case in CASES], help="figures; all by default")
-    parser.add_argument("--matrix", action="store_true", help="then the other ways to hold each base")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no command after this time")
+    names = [case.figure for case in CASES]
+    parser.add_argument("--only", nargs="*", choices=names, default=names, help="figures; all by default")
+    parser.add_argument("--matrix", nargs="*", metavar="REGEX", help="then other ways to hold a base; all by default")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after this time, with what is done")
     parser.add_argument("--small", action="store_true", help="tiny pipelines on a CPU")
     parser.add_argument("--work", type=Path, help="folder for the bases; default: a temporary one")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--card", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--write", choices=list(BASES), help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run is not None:
         run(args.arguments, args.card or None, args.run)
         return
+    if args.write is not None:
+        write_base(BASES[args.write], args.small)
+        return
     until = time.monotonic() + args.seconds
-    cases = [case for case in CASES if args.only is None or case.figure in args.only]
-    output = args.output.absolute()
-    device = torch.device("cpu" if args.small else "cuda")
-    report: dict[str, Any] = {**origin(device, "bitsandbytes", "torchao", "transformers"), "figures": {}, "details": {}}
-    report["figures"] = {case.figure: None for case in CASES}
-    with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        os.chdir(folder)
-        shutil.copytree(RECIPES, "examples/recipes")
+    gpus = [] if args.small else list(range(torch.cuda.device_count()))
+    report = report_of(args.output, torch.device("cuda" if gpus else "cpu"))
+
+    def told(job: Job, found: dict[str, Any]) -> None:
+        of_a_figure = job.name in report["figures"]
+        if of_a_figure:
+            report["figures"][job.name] = found["gib"] if found["fits"] and not args.small else None
+        command = shlex.join(["metalora", *job.arguments])
+        kind = "details" if of_a_figure else "cells"
+        report[kind][job.name] = {"command": command, **({"card": job.card} if job.card else {}), **found}
+        print(job.name, json.dumps(found), flush=True)
+        write(args.output, report)
+
+    with tempfile.TemporaryDirectory(dir=args.work) as name:
+        folder = Path(name).absolute()
+        (folder / "jobs").mkdir()
+        shutil.copytree(RECIPES, folder / "examples" / "recipes")
         pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((1024, 1024), Image.Resampling.BICUBIC).save("ann.jpg", quality=95)
-        for name, base in BASES.items():
-            mine = [case for case in cases if case.base == name]
-            if not mine or time.monotonic() > until:
-                continue
-            write_base(base, args.small)
-            for case in mine:
-                # Ann is there to be drawn, and made anew by each command that makes her.
-                arguments = [*case.command(), *QUICK[case.command()[0]]]
-                if args.small:
-                    arguments += small_flags(arguments)
-                if "--subject" in arguments and not Path("ann").exists():
-                    person = [*shlex.split(READ), *(["--device", "cpu"] if args.small else [])]
-                    in_a_process(person, None)
-                elif "--subject" not in arguments:
-                    shutil.rmtree("ann", ignore_errors=True)
-                found = in_a_process(arguments, None if args.small else case.card)
-                report["figures"][case.figure] = found["gib"] if found["fits"] and not args.small else None
-                report["details"][case.figure] = {
-                    "command": shlex.join(["metalora", *arguments]),
-                    "card": case.card,
-                    **found,
-                }
-                print(case.figure, json.dumps(found), flush=True)
-                write(output, report)
-            for cell, arguments in cells(base) if args.matrix else ():
-                if time.monotonic() > until:
-                    break
-                shutil.rmtree("out", ignore_errors=True)
-                small = ["--device", "cpu", "--resolution", "64"] if args.small else []
-                found = in_a_process([*arguments, *QUICK[arguments[0]], *small], None)
-                report["details"].setdefault(f"{name}_cells", {})[cell] = found
-                print(name, cell, json.dumps(found), flush=True)
-                write(output, report)
-            shutil.rmtree(base.name)
-        os.chdir("/")
+        Image.fromarray(pixels).resize((1024, 1024), Image.Resampling.BICUBIC).save(folder / "ann.jpg", quality=95)
+        jobs = list(jobs_of([case for case in CASES if case.figure in args.only], args.matrix, args.small))
+        shop = Shop(jobs, folder, small=args.small, until=until, told=told)
+        with ThreadPoolExecutor(max(1, len(gpus))) as workers:
+            for work in [workers.submit(shop.work, gpu) for gpu in gpus or [None]]:
+                work.result()
 
 
 if __name__ == "__main__":
