@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the recipes of `examples/recipes` take, run as they are printed, on whole pipelines of the real shapes.
 
-FLUX.1-dev (T5-XXL and the VAE included), FLUX.2 klein 4B and SDXL with random weights in bf16, written to disk as a
-download would lie there, one base after another; each command in a process of its own whose memory is capped.
+FLUX.1-dev (T5-XXL and the VAE included), SDXL, FLUX.2 klein 4B, Z-Image, Krea 2 and Qwen-Image with random weights in
+bf16, written to disk as a download would lie there; each command in a process of its own whose memory is capped.
 
-    python benchmarks/memory.py                       40 GB of disk (--work) with one GPU; writes results/memory.json
+    python benchmarks/memory.py                       up to 60 GB of disk a GPU (--work); writes results/memory.json
     python benchmarks/memory.py --only flux_read_gib sdxl_personalize_gib
     python benchmarks/memory.py --seconds 500 --matrix "flux .* 512" "sdxl"   then other ways to hold a base
     python benchmarks/memory.py --small               tiny pipelines on a CPU, to check the script
@@ -47,14 +47,21 @@ import yaml
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from flux_dev import SHAPES, SMALL
 from origin import origin, write
@@ -66,8 +73,13 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -185,25 +197,44 @@ def flux(small: bool) -> Any:
     )
 
 
+def language(small: bool, width: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    """A language model of the Qwen kind."""
+    if small:
+        width, inner, layers, heads, more = 8, 8, 28, 1, {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 100}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    return {**sizes, "max_position_embeddings": 40960, **more}
+
+
+QWEN3_4B = 2560, 9728, 36, 32
+QWEN3_REST = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with a template."""
+    made = tokenizer(100, 512)
+    made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return made
+
+
 def klein(small: bool) -> Any:
     """FLUX.2 klein, 4B."""
-    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8}
-    sizes |= {"head_dim": 128, "vocab_size": 151936, "num_hidden_layers": 36}
     shapes = {"num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128, "num_attention_heads": 24}
     shapes |= {"joint_attention_dim": 3 * 2560, "in_channels": 128}
     if small:
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
-        sizes |= {"head_dim": 8, "vocab_size": 100, "num_hidden_layers": 28}
         shapes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
         shapes |= {"joint_attention_dim": 24, "in_channels": 16, "axes_dims_rope": (4, 4, 4, 4)}
     vae = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4} if small else {}
-    own = tokenizer(100, 512)
-    own.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    text = Qwen3Config(tie_word_embeddings=True, **language(small, *QWEN3_4B, **QWEN3_REST))
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=AutoencoderKLFlux2(**vae),
-        text_encoder=Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, max_position_embeddings=40960, **sizes)),
-        tokenizer=own,
+        text_encoder=Qwen3ForCausalLM(text),
+        tokenizer=chat_tokenizer(),
         transformer=Flux2Transformer2DModel(guidance_embeds=False, **shapes),
         is_distilled=False,
     )
@@ -243,6 +274,66 @@ def sdxl(small: bool) -> Any:
     )
 
 
+def vision(small: bool, width: int, inner: int, depth: int, out: int, **more: Any) -> dict[str, Any]:
+    """The eye of such a model, which no prompt opens."""
+    if small:
+        width, inner, depth, out = 8, 8, 2, 8
+    sizes = {"hidden_size": width, "intermediate_size": inner, "depth": depth, "out_hidden_size": out}
+    return {**sizes, "num_heads": 1 if small else 16, **more}
+
+
+def z_image(small: bool) -> Any:
+    """Z-Image."""
+    shapes = {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 8}
+    shapes |= {"axes_dims": [4, 6, 6]}
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(small, 16, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=Qwen3Model(Qwen3Config(**language(small, *QWEN3_4B, **QWEN3_REST))),
+        tokenizer=chat_tokenizer(),
+        transformer=ZImageTransformer2DModel(**(shapes if small else {})),
+    )
+
+
+def rope(small: bool, *sections: int) -> dict[str, Any]:
+    """Places of tokens in an image and in time."""
+    return {"mrope_section": [1, 1, 2] if small else list(sections), "rope_type": "default", "rope_theta": 1e6}
+
+
+def qwen_image(small: bool) -> Any:
+    """Qwen-Image, with the 7 billion numbers of Qwen2.5-VL."""
+    shapes = {"in_channels": 64, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    shapes |= {"joint_attention_dim": 8, "axes_dims_rope": (2, 2, 4)}
+    more = {"num_key_value_heads": 4, "vocab_size": 152064}
+    text = language(small, 3584, 18944, 28, 28, **more) | {"rope_parameters": rope(small, 16, 24, 24)}
+    eye = vision(small, 1280, 3420, 32, 3584, fullatt_block_indexes=[1] if small else [7, 15, 23, 31])
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLQwenImage(**({"base_dim": 8} if small else {})),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eye)),
+        tokenizer=chat_tokenizer(),
+        transformer=QwenImageTransformer2DModel(**(shapes if small else {})),
+    )
+
+
+def krea2(small: bool) -> Any:
+    """Krea 2, with the 4 billion numbers of Qwen3-VL."""
+    shapes = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shapes |= {"intermediate_size": 16, "timestep_embed_dim": 8, "text_hidden_dim": 8, "axes_dims_rope": (2, 2, 4)}
+    shapes |= {"text_num_attention_heads": 1, "text_num_key_value_heads": 1, "text_intermediate_size": 8}
+    text = language(small, *QWEN3_4B, **QWEN3_REST) | {"rope_parameters": rope(small, 24, 20, 20)}
+    more = {"deepstack_visual_indexes": [0, 1] if small else [5, 11, 17], "num_position_embeddings": 2304}
+    eye = vision(small, 1024, 4096, 24, 2560, **more)
+    return Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=AutoencoderKLQwenImage(**({"base_dim": 8} if small else {})),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=eye)),
+        tokenizer=chat_tokenizer(),
+        transformer=Krea2Transformer2DModel(**(shapes if small else {})),
+        text_encoder_select_layers=tuple(range(2, 26, 2)) if small else (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35),
+    )
+
+
 @dataclass(frozen=True)
 class Base:
     """How a pipeline is made, what it is called in the recipes, and its Down."""
@@ -256,6 +347,9 @@ BASES = {
     "flux": Base(flux, "black-forest-labs/FLUX.1-dev", "faces"),
     "sdxl": Base(sdxl, "stabilityai/stable-diffusion-xl-base-1.0", "sdxl-faces"),
     "klein": Base(klein, "black-forest-labs/FLUX.2-klein-base-4B", "klein-faces"),
+    "z_image": Base(z_image, "Tongyi-MAI/Z-Image", "z-image-faces"),
+    "krea2": Base(krea2, "krea/Krea-2-Raw", "krea2-faces"),
+    "qwen_image": Base(qwen_image, "Qwen/Qwen-Image", "qwen-faces"),
 }
 
 
@@ -324,18 +418,18 @@ def write_down(base: Base, small: bool) -> None:
                 setattr(module, name, nn.Parameter(drawn) if isinstance(tensor, nn.Parameter) else drawn)
     save_down(base.down, denoiser, "faces", base_model=base.name)
     source = load_down(base.down)
-    side = opened.pipeline.vae_scale_factor
+    if base.down != "faces":
+        return
+    side, channels = opened.pipeline.vae_scale_factor, opened.pipeline.vae.config.latent_channels
     space = SubjectSpace.around(source, 6 if small else 128)
     with torch.no_grad():
         space.basis.normal_(std=0.001, generator=generator)
     config = {"resolution": 64, "code_size": 6, "width": 8, "hidden": 16} if small else {}
-    channels = opened.pipeline.vae.config.latent_channels
 
     def blank(pixels: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(pixels), channels, pixels.shape[-2] // side, pixels.shape[-1] // side)
 
-    if base.down == "faces":
-        save_reader(base.down, space.rounded(), make_encoder(EncoderConfig(**config), blank), source)
+    save_reader(base.down, space.rounded(), make_encoder(EncoderConfig(**config), blank), source)
 
 
 # Commands, each in a process of its own

@@ -75,3 +75,11 @@ def test_every_process_of_a_divided_run_reads_the_text_encoders(tmp_path, monkey
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(watched))
     base.place("cpu", encoders=True)
     assert set(seen) == {"false"} and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+
+def test_a_pipeline_of_lists_that_name_no_model(tmp_path):
+    """Bug: a list of more than two numbers in a pipeline's index, as Krea 2 has, was taken for a model's class."""
+    pipe = PIPELINES["krea2"]()
+    pipe.register_to_config(text_encoder_select_layers=(1, 2, 1))
+    pipe.save_pretrained(tmp_path)
+    assert is_hull(open_base(tmp_path).denoiser)

@@ -108,8 +108,11 @@ class Parts:
 
     def _make_hulls(self, index: dict[str, Any]) -> Iterator[tuple[str, nn.Module]]:
         for name, value in index.items():
-            # What is none of these libraries' models is small, and diffusers loads it with the rest.
-            if name.startswith("_") or not isinstance(value, (list, tuple)) or None in value:
+            # What is none of these libraries' models is small, and diffusers loads it with the rest; lists of other
+            # things are settings.
+            if name.startswith("_") or not isinstance(value, (list, tuple)):
+                continue
+            if len(value) != 2 or not all(isinstance(one, str) for one in value):
                 continue
             cls = _class_of(*value)
             if cls is None:
