@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -403,6 +404,14 @@ def write_base(base: Base, small: bool) -> None:
     write_down(base, small)
 
 
+DRAWN = torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0))
+
+
+def repeated(count: int) -> torch.Tensor:
+    """Random numbers, the same ones over and over: to draw gigabytes takes minutes."""
+    return DRAWN.repeat(-(-count // len(DRAWN)))[:count]
+
+
 def write_down(base: Base, small: bool) -> None:
     """A Down of random numbers for a pipeline on disk, of the ranks that stage 1 has by default; with a reader."""
     opened = open_base(base.name)
@@ -410,11 +419,10 @@ def write_down(base: Base, small: bool) -> None:
     ranks = {"r": 2, "meta_r": 4} if small else {"r": 4, "meta_r": 64}
     targets = opened.target_modules
     denoiser.add_adapter(MetaLoraConfig(**ranks, lora_alpha=ranks["r"], target_modules=targets), adapter_name="faces")
-    generator = torch.Generator().manual_seed(0)
     for module in denoiser.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name == "faces" and tensor.is_meta:
-                drawn = torch.randn(tensor.shape, generator=generator) * 0.01
+                drawn = 0.01 * repeated(math.prod(tensor.shape)).view(tensor.shape)
                 setattr(module, name, nn.Parameter(drawn) if isinstance(tensor, nn.Parameter) else drawn)
     save_down(base.down, denoiser, "faces", base_model=base.name)
     source = load_down(base.down)
@@ -423,7 +431,7 @@ def write_down(base: Base, small: bool) -> None:
     side, channels = opened.pipeline.vae_scale_factor, opened.pipeline.vae.config.latent_channels
     space = SubjectSpace.around(source, 6 if small else 128)
     with torch.no_grad():
-        space.basis.normal_(std=0.001, generator=generator)
+        space.basis.copy_(0.001 * repeated(space.basis.numel()).view(space.basis.shape))
     config = {"resolution": 64, "code_size": 6, "width": 8, "hidden": 16} if small else {}
 
     def blank(pixels: torch.Tensor) -> torch.Tensor:
