@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -133,10 +134,42 @@ class Poses:
 
 def test_a_copied_pose_is_0_another_is_its_distance_and_no_face_counts_as_copied() -> None:
     pictures = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (10, 30, 0)]
-    rows = FaceJudge(Poses()).score(pictures, ["a"] * 3, pictures[0], [pictures[1]])
+    judge = FaceJudge(Poses())
+    rows = judge.score(pictures, ["a"] * 3, judge.know(pictures[0], [pictures[1]]))
     assert [row["pose_difference"] for row in rows] == pytest.approx([0, 0.5, 0])
     assert [row["found"] for row in rows] == [True, True, False]
     assert "diversity" not in rows[0] and "clip_t" not in rows[0]
+
+
+def test_the_ceiling_of_two_photos_is_that_of_both() -> None:
+    judge = FaceJudge(Poses())
+    pictures = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (10, 30, 0)]
+    assert judge.real_ceiling(judge.know(pictures[0], pictures[1:2])) == 1
+    assert math.isnan(judge.real_ceiling(judge.know(pictures[0], pictures[2:])))
+
+
+def test_photos_of_a_person_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: they were embedded anew for every method, number of steps and edit, and once more for the ceiling."""
+    seen: list[int] = []
+
+    class Counting(Poses):
+        def embed(self, images) -> Embeddings:
+            seen.extend(image.getpixel((0, 0))[0] for image in images)
+            return super().embed(images)
+
+    module = types.ModuleType("counting")
+    module.faces = Counting
+    monkeypatch.setitem(sys.modules, "counting", module)
+    for folder, name, red in [("people", "0", 1), ("people", "1", 2), ("people", "2", 3), ("made", "000-000", 9)]:
+        path = tmp_path / folder / "ann" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(path)
+    (tmp_path / "prompts.yaml").write_text(json.dumps({"poses": [PROMPTS[0]]}))
+    arguments = ["evaluate", "--data", str(tmp_path / "people"), "--output", str(tmp_path / "out"), "--images"]
+    arguments += [f"{name}={tmp_path / 'made'}" for name in ("one", "two")]
+    arguments += ["--embedder", "counting:faces", "--prompts", str(tmp_path / "prompts.yaml"), "--device", "cpu"]
+    assert main(arguments) == 0
+    assert sorted(seen) == [1, 2, 3, 9, 9]
 
 
 def test_an_image_covers_its_prompt_when_all_measured_scores_are_reached() -> None:

@@ -29,7 +29,7 @@ from ..tuner import DownSource
 from .cells import Cell, hash_of, home_of, is_complete
 from .conditions import Condition, bad_reference
 from .evaluation_settings import DEMO, EvaluateConfig, Method, safe
-from .judging import Judge, judge_for
+from .judging import Judge, Known, judge_for
 from .methods import down_name, run_method
 from .prompts import Prompt, image_name
 
@@ -66,6 +66,7 @@ class Bench:
         self._downs: dict[str, DownSource] = {}
         self._readers: dict[str, Reader] = {}
         self._judge: Judge | None = None
+        self._people: dict[str, Known] = {}
 
     @property
     def base(self) -> Base:
@@ -276,12 +277,18 @@ class Bench:
         return rows
 
     def _judged(self, subject: Subject, images: list[Image.Image], prompts: list[str]) -> list[dict[str, Any]]:
-        reference, others = subject.split()
-        photos = [load_image(photo.path) for photo in others]
         try:
-            return self.judge.score(images, prompts, load_image(reference.path), photos)
+            return self.judge.score(images, prompts, self._known(subject))
         except MetricInputError as error:
             raise MetricInputError(f"{subject.name}: {error}") from error
+
+    def _known(self, subject: Subject) -> Known:
+        """What the judge sees on a person's photos, looked at once."""
+        if subject.name not in self._people:
+            reference, others = subject.split()
+            photos = [load_image(photo.path) for photo in others]
+            self._people[subject.name] = self.judge.know(load_image(reference.path), photos)
+        return self._people[subject.name]
 
     def _edit(self, folder: Path, drawn: Sequence[Image.Image], subject: Subject, stop: Stop) -> list[dict[str, Any]]:
         """Edit the images of seed 0 again and again, each by the prompts that follow its own; a row for each edit."""
@@ -312,8 +319,7 @@ class Bench:
 
     def _real_ceiling(self, subject: Subject) -> float | None:
         """R-FaceSim of the person's photos among themselves; None where there are no two with a face."""
-        reference, others = subject.split()
-        found = self.judge.real_ceiling(load_image(reference.path), [load_image(photo.path) for photo in others])
+        found = self.judge.real_ceiling(self._known(subject))
         return None if math.isnan(found) else round(found, 4)
 
     def _finish(self, folder: Path, key: str, name: str, subject: Subject, cell: Cell) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..metrics import (
     ClipEmbedder,
     DinoEmbedder,
     Embedder,
+    Embeddings,
     Lpips,
     clip_i,
     clip_t,
@@ -34,16 +36,31 @@ from .evaluation_settings import DEMO, EvaluateConfig
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Known:
+    """A person as a judge sees them on their photos.
+
+    Attributes:
+        faces: of the reference. others: of the other photos. models: the reference to each further model, by name.
+    """
+
+    faces: Embeddings
+    others: Embeddings
+    models: dict[str, Embeddings]
+
+
 class Judge(Protocol):
     """Anything that scores images of one person."""
 
-    def score(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], reference: Image.Image, others: list[Image.Image]
-    ) -> list[dict[str, Any]]:
+    def know(self, reference: Image.Image, others: list[Image.Image]) -> Known:
+        """Look at a person's photos, once for all that is scored."""
+        ...
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], person: Known) -> list[dict[str, Any]]:
         """A dict for each image: found, r_facesim, face_sim, and what else this judge knows."""
         ...
 
-    def real_ceiling(self, reference: Image.Image, others: list[Image.Image]) -> float:
+    def real_ceiling(self, person: Known) -> float:
         """R-FaceSim of the person's real photos among themselves."""
         ...
 
@@ -70,11 +87,16 @@ class FaceJudge:
         self._match = getattr(faces, "match_threshold", None) if match_threshold is None else match_threshold
         self.dinos = {name: one for name, one in (("dino", dino), ("dinov2", dinov2)) if one is not None}
 
-    def score(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], reference: Image.Image, others: list[Image.Image]
-    ) -> list[dict[str, Any]]:
+    def know(self, reference: Image.Image, others: list[Image.Image]) -> Known:
+        """Look at a person's photos, once for all that is scored."""
+        models = {name: embedder.embed([reference]) for name, embedder in self.dinos.items()}
+        if self.clip is not None:
+            models["clip"] = self.clip.embed([reference])
+        return Known(self.faces.embed([reference]), self.faces.embed(others), models)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], person: Known) -> list[dict[str, Any]]:
         """A dict for each image: found, r_facesim, face_sim, and a figure of each further model."""
-        made, learned, real = (self.faces.embed(some) for some in (images, [reference], others))
+        made, learned, real = self.faces.embed(images), person.faces, person.others
         likeness = r_facesim(made, real)
         columns: dict[str, list[Any]] = {
             "found": made.found.tolist(),
@@ -92,16 +114,20 @@ class FaceJudge:
         if self.clip is not None:
             seen = self.clip.embed(images)
             columns["clip_t"] = clip_t(seen, self.clip.embed_text(prompts)).per_image.tolist()
-            columns["clip_i"] = clip_i(seen, self.clip.embed([reference])).per_image.tolist()
+            columns["clip_i"] = clip_i(seen, person.models["clip"]).per_image.tolist()
         for name, embedder in self.dinos.items():
-            columns[name] = dino(embedder.embed(images), embedder.embed([reference])).per_image.tolist()
+            columns[name] = dino(embedder.embed(images), person.models[name]).per_image.tolist()
         if self.distance is not None:
             columns["diversity"] = _diversities(images, prompts, self.distance)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def real_ceiling(self, reference: Image.Image, others: list[Image.Image]) -> float:
+    def real_ceiling(self, person: Known) -> float:
         """Of the other photos among themselves; where there is but one, of it and the reference."""
-        return real_ceiling(self.faces.embed(others if len(others) > 1 else [reference, *others]))
+        faces, others = person.faces, person.others
+        if len(others) > 1:
+            return real_ceiling(others)
+        vectors, found = (torch.cat(two) for two in ((faces.vectors, others.vectors), (faces.found, others.found)))
+        return real_ceiling(Embeddings(vectors, found, compared=others.compared))
 
 
 class DemoJudge(FaceJudge):
@@ -115,14 +141,12 @@ class DemoJudge(FaceJudge):
         super().__init__(faces or load_embedder().to(device), *models, **options)
         self.scene = load_judge().to(device)
 
-    def score(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], reference: Image.Image, others: list[Image.Image]
-    ) -> list[dict[str, Any]]:
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], person: Known) -> list[dict[str, Any]]:
         """As `FaceJudge.score`, with `adherence`."""
         from ..demo.judges import adherence
         from ..demo.scene import parse_caption
 
-        rows = super().score(images, prompts, reference, others)
+        rows = super().score(images, prompts, person)
         for row, prompt, seen in zip(rows, prompts, self.scene.read(images), strict=True):
             row["adherence"] = adherence([parse_caption(prompt)], [seen]).get("all", 0.0)
         return rows
