@@ -89,9 +89,10 @@ def export_prompts(config: EvaluateConfig, prompts: Sequence[Prompt]) -> Path:
                 line = {
                     "file_name": f"{subject.name}/{image_name(number, seed)}",
                     "subject": subject.name,
-                    "reference": str(reference.path),
+                    "reference": str(reference.path.absolute()),
                     "kind": prompt.kind,
                     "prompt": prompt.text,
+                    "template": prompt.template,
                     "seed": seed,
                     "resolution": config.side,
                 }
