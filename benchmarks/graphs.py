@@ -223,6 +223,8 @@ def main() -> None:
         start = time.perf_counter()
         try:
             figures[name] = job()
+        except ModuleNotFoundError as error:  # torchao
+            figures[name] = {"left_out": str(error), "equal": True}
         except Exception as error:
             traceback.print_exc()
             figures[name] = {"equal": False, "error": f"{type(error).__name__}: {error}"[:500]}

@@ -115,6 +115,8 @@ class Bench:
         inject_adapter_in_model(subject, model, "subject")
         for _, layer in meta_lora_layers(model):
             layer.set_adapter("subject")
+            down = layer.metalora_down["down"]
+            down.data = down.data.to(self.flux.dtype)  # as one lies there that a subject brings along
         return model
 
     def default(self) -> Any:

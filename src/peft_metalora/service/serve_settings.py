@@ -23,21 +23,42 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(kw_only=True)
-class ServeConfig:
+class DrawConfig:
+    """What a copy of the base is made of, and what it draws and reads at the most, whoever asks it."""
+
+    people: str = setting(
+        "Where the people are kept: a folder that is there, or a place that fsspec knows, such as "
+        "s3://bucket/people. A place with a history (hf://) is read only."
+    )
+    down: str | None = setting(
+        "The Down of all people: a folder or a repository id. Default with demo: the embedded one.", None
+    )
+    pretrained_model_name_or_path: str | None = setting(BASE_OF_DOWN, None)
+    quantize: str = setting(*QUANTIZE)
+    offload: str = setting(*OFFLOAD)
+    mixed_precision: str = setting(*PRECISION)
+    device: str | None = setting(*DEVICE)
+    revision: str | None = setting(*REVISION)
+    down_revision: str | None = setting(*DOWN_REVISION)
+    local_files_only: bool = setting(*LOCAL_FILES_ONLY)
+    face_model: str | None = setting(*FACE_MODEL)
+    max_sequence_length: int | None = setting(
+        "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
+    )
+    max_inference_steps: int = setting("Most steps of an image.", 50)
+    max_prompt: int = setting("Most characters of a prompt.", 2000)
+    max_photos: int = setting("Most photos of a person.", 8)
+    max_megapixels: float = setting("Largest photo, in millions of pixels.", 40.0)
+
+
+@dataclass(kw_only=True)
+class ServeConfig(DrawConfig):
     """Serve images of many people over HTTP, on Ray Serve.
 
     Raises:
         ConfigError: a value that cannot be.
     """
 
-    people: str = setting(
-        "Where the people of the service are kept: a folder that is there, or a place that fsspec knows, such as "
-        "s3://bucket/people. A place with a history (hf://) is read only."
-    )
-    down: str | None = setting(
-        "The Down of all: a folder or a repository id. Default with demo: the embedded one.", None
-    )
-    pretrained_model_name_or_path: str | None = setting(BASE_OF_DOWN, None)
     demo: bool = setting("Serve the embedded base, small enough for a CPU.", False)
     tokens: str | None = setting(
         "YAML file with a bearer token for each tenant ('tenant: token', or a list of tokens), closed to other users. "
@@ -59,26 +80,11 @@ class ServeConfig:
     host_capacity: int = setting("People in a replica's host memory; who is not there is sent or read again.", 100_000)
     fold: bool = setting("Keep Mid @ Down of the people on the device, for the speed of a LoRA of their rank.", False)
     compile: bool = setting("Compile the denoiser (torch.compile).", False)
-    quantize: str = setting(*QUANTIZE)
-    offload: str = setting(*OFFLOAD)
-    mixed_precision: str = setting(*PRECISION)
-    device: str | None = setting(*DEVICE)
-    revision: str | None = setting(*REVISION)
-    down_revision: str | None = setting(*DOWN_REVISION)
-    local_files_only: bool = setting(*LOCAL_FILES_ONLY)
-    face_model: str | None = setting(*FACE_MODEL)
-    max_sequence_length: int | None = setting(
-        "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
-    )
     resolution: int | None = setting("Width and height of an image that names none. Default: the pipeline's own.", None)
     max_resolution: int | None = setting("Largest width or height. Default: as resolution.", None)
     num_inference_steps: int = setting("Steps of an image that names none.", 28)
-    max_inference_steps: int = setting("Most steps of an image.", 50)
     max_guidance_scale: float = setting("Largest guidance of an image.", 20.0)
-    max_prompt: int = setting("Most characters of a prompt.", 2000)
     max_subjects: int = setting("Most people in one image.", 4)
-    max_photos: int = setting("Most photos of a person.", 8)
-    max_megapixels: float = setting("Largest photo, in millions of pixels.", 40.0)
     max_body_mb: float = setting("Largest request, in megabytes.", 32.0)
     queue: int | None = setting(
         "Requests that may wait or be drawn at once; more are refused (429). Default: four batches for each copy.", None
