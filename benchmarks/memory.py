@@ -4,7 +4,7 @@
 FLUX.1-dev (T5-XXL and the VAE included), SDXL, FLUX.2 klein 4B, Z-Image, Krea 2 and Qwen-Image with random weights in
 bf16, written to disk as a download would lie there; each command in a process of its own whose memory is capped.
 
-    python benchmarks/memory.py                       up to 60 GB of disk a GPU (--work); writes results/memory.json
+    python benchmarks/memory.py                       100 GB of disk (--work); writes results/memory.json
     python benchmarks/memory.py --only flux_read_gib sdxl_personalize_gib
     python benchmarks/memory.py --seconds 500 --matrix "flux .* 512" "sdxl"   then other ways to hold a base
     python benchmarks/memory.py --small               tiny pipelines on a CPU, to check the script
@@ -36,7 +36,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product, zip_longest
 from pathlib import Path
@@ -123,11 +123,11 @@ class Case:
 
 
 CASES = (
+    Case("sdxl_personalize_gib", "sdxl", 6, "sdxl-1024-6gb.yaml"),
     Case("flux_read_gib", "flux", 2),
     Case("flux_personalize_512_gib", "flux", 8, "flux1-512-8gb.yaml"),
     Case("flux_personalize_1024_gib", "flux", 12, "flux1-1024-12gb.yaml"),
     Case("flux_generate_1024_gib", "flux", 8, "flux1-generate-8gb.yaml"),
-    Case("sdxl_personalize_gib", "sdxl", 6, "sdxl-1024-6gb.yaml"),
     Case("klein_personalize_gib", "klein", 8, "klein-1024-8gb.yaml"),
 )
 
@@ -662,7 +662,7 @@ def cells(base: Base) -> Iterator[tuple[str, list[str]]]:
 
 
 class Shop:
-    """Runs jobs on all GPUs; bases are written when the first job of theirs is taken, and go with the last.
+    """Runs jobs on all GPUs. Bases are written meanwhile, two at a time, and each goes with its last job.
 
     Args:
         folder: of the bases and, each in a folder of its own, the jobs. until: when all ends.
@@ -674,8 +674,10 @@ class Shop:
     ) -> None:
         self.folder, self.small, self.until, self.told = folder, small, until, told
         self._left, self._running = jobs, Counter[str]()
-        self._written: dict[str, Future[bool]] = {}
         self._lock, self._telling = threading.Lock(), threading.Lock()
+        self._writers = ThreadPoolExecutor(2)
+        order = dict.fromkeys(job.base for job in jobs)
+        self._written = {name: self._writers.submit(self._write, name) for name in order}
 
     def work(self, gpu: int | None) -> None:
         """Take one job after another."""
@@ -690,24 +692,23 @@ class Shop:
                     shutil.rmtree(self.folder / BASES[job.base].name, ignore_errors=True)
 
     def _take(self) -> Job | None:
-        """The first job whose base is there, or is nobody's yet; or the first."""
-        with self._lock:
-            if not self._left or time.monotonic() > self.until:
-                return None
-            at_once = (one for one in self._left if one.base not in self._written or self._written[one.base].done())
-            job = next(at_once, self._left[0])
-            self._left.remove(job)
-            self._running[job.base] += 1
-            mine = job.base not in self._written
-            if mine:
-                self._written[job.base] = Future()
-        if mine:
-            own = [sys.executable, __file__, "--write", job.base, *(["--small"] if self.small else [])]
-            start = time.monotonic()
-            done = in_time(own, None, self.until, cwd=self.folder)
-            print(f"{BASES[job.base].name} written in {time.monotonic() - start:.0f} s", flush=True)
-            self._written[job.base].set_result(done and (self.folder / BASES[job.base].down).exists())
-        return job
+        """The first job whose base is there."""
+        while self._left and time.monotonic() < self.until:
+            with self._lock:
+                for job in self._left:
+                    if self._written[job.base].done():
+                        self._left.remove(job)
+                        self._running[job.base] += 1
+                        return job
+                missing = [self._written[job.base] for job in self._left]
+            wait(missing, return_when=FIRST_COMPLETED)
+        return None
+
+    def _write(self, name: str) -> bool:
+        own, start = [sys.executable, __file__, "--write", name], time.monotonic()
+        done = in_time([*own, *(["--small"] if self.small else [])], None, self.until, cwd=self.folder)
+        print(f"{BASES[name].name} written in {time.monotonic() - start:.0f} s", flush=True)
+        return done and (self.folder / BASES[name].down).exists()
 
     def _do(self, job: Job, gpu: int | None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=self.folder / "jobs") as own:
@@ -725,10 +726,11 @@ class Shop:
 def report_of(output: Path, device: torch.device) -> dict[str, Any]:
     """What is to be written: what the file holds already, if this machine wrote it with these versions."""
     own: dict[str, Any] = origin(device, "bitsandbytes", "torchao", "transformers")
+    report = {**own, "figures": {case.figure: None for case in CASES}, "details": {}, "cells": {}}
     before = json.loads(output.read_text()) if output.is_file() else {}
     if all(before.get(key) == own[key] for key in ("machine", "versions")):
-        own |= {key: before[key] for key in ("figures", "details", "cells")}
-    return {"figures": {case.figure: None for case in CASES}, "details": {}, "cells": {}, **own}
+        report |= {key: before[key] for key in ("figures", "details", "cells")}
+    return report
 
 
 def main() -> None:
