@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -248,6 +249,19 @@ def test_the_help_is_one_screen(capsys):
     assert stop.value.code == 0
     assert len(lines) <= 32 and max(map(len, lines)) <= 80
     assert main([]) == 0 and capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_commands_help_ends_with_the_flags_of_its_example(name, capsys):
+    """Bug: the help of a training was 230 lines, and a list of all flags on top of them."""
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    usage, *_ = shown = capsys.readouterr().out.splitlines()
+    assert usage.startswith(f"usage: metalora {name} ") and usage.endswith("[flags]") and len(usage) < 100
+    screen = shown[-40:]
+    assert any(line.startswith("example:") for line in screen)
+    for flag in re.findall(r"--\w+", COMMANDS[name].example) if name != "estimate" else ():
+        assert any(line.startswith(f"  {flag} ") or line.startswith(f"  {flag},") for line in screen), flag
 
 
 def test_the_help_imports_no_command(monkeypatch):

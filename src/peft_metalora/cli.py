@@ -306,7 +306,7 @@ def build_parser(complete: Collection[str] | None = None) -> argparse.ArgumentPa
         sub = commands.add_parser(name, help=command.help, epilog=example, argument_default=argparse.SUPPRESS)
         if complete is None or name in complete:
             sub.set_defaults(parser=sub)
-            _add_flags(sub, command.config_class())
+            _add_flags(sub, command)
     return parser
 
 
@@ -316,17 +316,24 @@ def _meant(found: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
 
 
-def _add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
+    cls = command.config_class()
     parser.description = (cls.__doc__ or "").partition("\n")[0]
+    # A training has seventy flags: those that nobody does without come last, where a terminal stands.
+    often = parser.add_argument_group("most used")
+    used = re.findall(r"--(\w+)", command.example)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it.")
-    hints = typing.get_type_hints(cls)
+    hints, places = typing.get_type_hints(cls), []
     for one in fields(cls):
-        _add_flag(parser, one, hints[one.name])
+        needed = one.name in used or (one.default is MISSING and one.default_factory is MISSING)
+        _add_flag(often if needed and "positional" not in one.metadata else parser, one, hints[one.name])
+        places += [one.metadata["positional"]] if "positional" in one.metadata else []
+    parser.usage = " ".join([parser.prog, *places, "[flags]"])
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     parser.add_argument("-v", "--verbose", action="store_true", help="Show what other libraries log and warn of.")
 
 
-def _add_flag(parser: argparse.ArgumentParser, one: Field[Any], hint: Any) -> None:
+def _add_flag(parser: argparse._ActionsContainer, one: Field[Any], hint: Any) -> None:
     kind, is_list = _kind(hint)
     default = one.default_factory() if one.default_factory is not MISSING else one.default
     if default is MISSING:
