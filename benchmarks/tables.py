@@ -163,7 +163,8 @@ def source(data: Data, command: str = "", note: str = "") -> str:
     command = re.sub(r" --out(put)? \S+", "", command)
     versions = data.get("versions", {"torch": data.get("torch", "")})
     shown = ", ".join(f"{name} {value}" for name, value in versions.items())
-    notes = "".join(f" {text}" for text in data.get("notes", ()))
+    # Groups of figures, such as divided_*, would be emphasis.
+    notes = re.sub(r"\w+_\*", r"`\g<0>`", "".join(f" {text}" for text in data.get("notes", ())))
     return (
         f"\n{data['machine']}, {shown}, {data['date']}; `{command}`{note}{'.' if notes and not note else ''}{notes}\n"
     )

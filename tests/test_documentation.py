@@ -75,3 +75,31 @@ def test_no_page_holds_a_merge_that_was_not_ended() -> None:
     """Bug: marks of a merge landed in a page."""
     pages = [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
     assert [path.name for path in pages if re.search("^(<{7}|>{7}|={7}$)", path.read_text("utf-8"), re.MULTILINE)] == []
+
+
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Files and anchors of a page's own links."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    found = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
+    targets = [one or other for one, other in found if not (one or other).startswith(("http", "mailto:"))]
+    parts = [target.partition("#") for target in targets]
+    return [((page.parent / path).resolve() if path else page, anchor) for path, _, anchor in parts]
+
+
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    heads = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", head) for head in re.findall("^#+ (.+)$", text, re.MULTILINE)]
+    return {re.sub(r"[^\w\- ]", "", head.strip().lower()).replace(" ", "-") for head in heads}
+
+
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Bug: a page linked to a file of `examples`, which the site does not have, and `make docs` failed."""
+    for target, anchor in links(page):
+        assert target.exists(), target
+        assert page.parent != DOCS or target.is_relative_to(DOCS), f"the site has no {target}"
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{target.name}#{anchor}"

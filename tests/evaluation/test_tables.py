@@ -41,6 +41,8 @@ def test_goals_that_are_missed_or_open_say_so(tables: ModuleType) -> None:
     assert "| a subject from host memory into its slot, 1 loaded, ms | 0.4 | at most 1 | yes |" in rows
     assert "| one subject in memory, MB | 1.702 |  |  |" in rows
     assert "| recompilations while subjects change | not measured | at most 0 | open |" in rows
+    noted = tables.source({**data, "notes": ["divided_* and b_*: on two."]})
+    assert noted.endswith("`python b.py --n 1`. `divided_*` and `b_*`: on two.\n"), "not emphasis"
     assert rows[-1].startswith("a GPU, ") and rows[-1].endswith("2026-01-01; `python b.py --n 1`")
 
 
