@@ -333,7 +333,8 @@ def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="Show what other libraries log and warn of.")
 
 
-def _add_flag(parser: argparse._ActionsContainer, one: Field[Any], hint: Any) -> None:
+def _add_flag(parser: Any, one: Field[Any], hint: Any) -> None:
+    """Add a setting to a parser, or to a group of one."""
     kind, is_list = _kind(hint)
     default = one.default_factory() if one.default_factory is not MISSING else one.default
     if default is MISSING:
