@@ -8,11 +8,13 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from tuner_models import adapted, config, layer_of, mlp, randomise
 
 from peft_metalora.errors import SubjectIndexError
-from peft_metalora.tuner import TokenSlots, set_slots, set_token_slots, using_slots
+from peft_metalora.tuner import TokenSlots, on_model, set_slots, set_token_slots, using_slots
+from peft_metalora.tuner.layer import MetaLoraLayer
 from peft_metalora.tuner.placing import shown_alone
 
 
@@ -20,19 +22,36 @@ from peft_metalora.tuner.placing import shown_alone
 def visits(monkeypatch):
     """Names of the modules that somebody asks for while going through a model."""
     found = []
-    walk = nn.Module.named_modules
 
-    def counted(self, *args, **kwargs):
-        for name, module in walk(self, *args, **kwargs):
-            found.append(name)
-            yield name, module
+    def counted(walk):
+        def walked(*args, **kwargs):
+            for name, module in walk(*args, **kwargs):
+                found.append(name)
+                yield name, module
 
-    monkeypatch.setattr(nn.Module, "named_modules", counted)
+        return walked
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted(nn.Module.named_modules))
+    monkeypatch.setattr(on_model, "_named_layers", counted(on_model._named_layers))
     return found
 
 
 def slotted(**settings):
     return randomise(adapted(num_slots=3, **settings))
+
+
+def test_layers_are_those_that_torch_finds_and_nobody_looks_into_them():
+    """Bug: each load of a subject went through a dozen containers in each layer some twenty times."""
+    model = slotted()
+    model.again = model.lin0  # a module of two names has the first
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["lin0", "lin1"]), model, "lora")
+    wanted = [(name, one) for name, one in model.named_modules() if isinstance(one, MetaLoraLayer)]
+    assert wanted and list(on_model._named_layers(model)) == wanted
+    looked_into = []
+    for _, layer in wanted:
+        layer.metalora_mid.named_modules = layer.metalora_mid.modules = lambda *_: looked_into.append(1)
+    assert [layer for _, layer in on_model.meta_lora_layers(model)] == [layer for _, layer in wanted]
+    assert not looked_into
 
 
 def test_choosing_subjects_visits_no_layer(visits):

@@ -103,14 +103,14 @@ def _matched_modules(
     named = None
     if state_dict is not None:
         named = {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
-    inside: list[str] = []
+    inside = "."  # the last tuner layer; what belongs to it comes right after it
     matched: dict[str, nn.Module] = {}
     excluded = unmatched = False
     for key, module in model.named_modules():
-        if not key or any(key.startswith(prefix) for prefix in inside):
+        if not key or key.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
-            inside.append(key + ".")
+            inside = f"{key}."
         if named is not None:  # PEFT hands over the key of a compiled model without its wrapper then
             key = key.removeprefix("_orig_mod.")
         found = tuner._check_target_module_exists(trial, key) if named is None else key in named

@@ -19,7 +19,7 @@ from .subject_index import SubjectIndex, TokenSlots
 
 def meta_layers(model: nn.Module) -> list[MetaLoraLayer]:
     """The Meta-LoRA layers of a model, without their paths."""
-    return [module for module in model.modules() if isinstance(module, MetaLoraLayer)]
+    return [layer for _, layer in _named_layers(model)]
 
 
 class Seen:
@@ -33,7 +33,7 @@ class Seen:
 
     def __init__(self, model: nn.Module) -> None:
         self._state = subject_index.state_of_layers
-        found = [(name, module) for name, module in model.named_modules() if isinstance(module, MetaLoraLayer)]
+        found = list(_named_layers(model))
         self.layers = [(name, weakref.ref(layer)) for name, layer in found]
         self.indices = list({id(m.subject_index): (m.subject_index, weakref.ref(m)) for _, m in found}.values())
         self.merged = any(layer.merged for _, layer in found)
@@ -166,9 +166,25 @@ def down_fingerprint(model: nn.Module, name: str) -> str:
 
 def meta_lora_layers(model: nn.Module) -> Iterator[tuple[str, MetaLoraLayer]]:
     """Yield (path, layer) for each Meta-LoRA layer; the path is the base model's, without PEFT's wrappers."""
-    for name, module in model.named_modules():
+    for name, layer in _named_layers(model):
+        yield module_path(name), layer
+
+
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, MetaLoraLayer]]:
+    """As `named_modules` has them, without a look at the dozen containers of factors in each."""
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    seen = set()
+    while left:
+        name, module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        children = module._modules
         if isinstance(module, MetaLoraLayer):
-            yield module_path(name), module
+            yield name, module
+            children = {"base_layer": children["base_layer"]}
+        start = f"{name}." if name else ""
+        left += [(start + own, child) for own, child in reversed(children.items()) if child is not None]
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraLayer]]:
