@@ -514,7 +514,7 @@ def scaling(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         for count in (count for count in args.counts if count <= there):
             if time.monotonic() > args.until or (count == 1 and LAYOUTS[layout]) or count in seen.get(layout, {}):
                 continue
-            seen.setdefault(layout, {})[count] = on_processes(count, args, JOBS, **LAYOUTS[layout])
+            seen.setdefault(layout, {})[count] = on_processes(count, args, args.jobs, **LAYOUTS[layout])
             print(json.dumps({f"{layout}, {count}": seen[layout][count]}), file=sys.stderr, flush=True)
     return scaling_figures(seen), {"scaling": seen}
 
@@ -524,10 +524,10 @@ def scaling_figures(seen: dict[str, dict[int, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     whole = seen.get("whole", {})
     for count in [count for count in whole if count > 1 and 1 in whole]:
-        for job in JOBS:
+        for job in whole[count].keys() & whole[1].keys():
             name = f"{job.replace('_weak', '_weak_scaling').replace('_strong', '_strong_scaling')}_{count}gpu"
             figures[name] = whole[count][job]["per_second"] / whole[1][job]["per_second"] / count
-    if 2 in whole and 1 in whole:
+    if "stage1_weak_scaling_2gpu" in figures:
         figures["stage1_scaling_2gpu"] = 2 * figures["stage1_weak_scaling_2gpu"]
     return figures
 
@@ -674,6 +674,7 @@ def main() -> None:
     parser.add_argument("--subjects-per-process", type=int, default=4, help="of a weak batch of stage 1")
     parser.add_argument("--strong-subjects", type=int, default=32, help="of a strong batch of stage 1")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="processes of the part scaling")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, help="of that part")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of its base")
     parser.add_argument("--encoder-people", type=int, default=8, help="people in a step of the encoder's training")
     parser.add_argument("--targets", type=int, default=4, help="photos of each of them that are drawn")
