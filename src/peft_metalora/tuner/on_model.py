@@ -179,12 +179,12 @@ def _named_layers(model: nn.Module) -> Iterator[tuple[str, MetaLoraLayer]]:
         if module in seen:
             continue
         seen.add(module)
-        children = module._modules
+        children = [*module.named_children()]
         if isinstance(module, MetaLoraLayer):
             yield name, module
-            children = {"base_layer": children["base_layer"]}
+            children = [child for child in children if child[0] == "base_layer"]
         start = f"{name}." if name else ""
-        left += [(start + own, child) for own, child in reversed(children.items()) if child is not None]
+        left += [(start + own, child) for own, child in reversed(children)]
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MetaLoraLayer]]:
