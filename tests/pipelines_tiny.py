@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -509,6 +510,21 @@ def tiny_flux3_pipeline(*, flow_map: bool = False, window: int = 8) -> Any:
     text_encoder = Qwen3VLForConditionalGeneration(config)
     pipe.update_components(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=_Processor(tokenizer))
     return pipe
+
+
+def save_tiny_flux3(folder: Path) -> Path:
+    """FLUX.3's format as its repository lies there, where `tokenizer` is a whole processor."""
+    pipe = tiny_flux3_pipeline()
+    pipe.save_pretrained(str(folder), overwrite_modular_index=True)
+    tokenizer: Any = pipe.tokenizer
+    tokenizer.tokenizer.save_pretrained(folder / "tokenizer")
+    kind = ["transformers", "Qwen3VLProcessor"]
+    (folder / "tokenizer" / "processor_config.json").write_text(json.dumps({"processor_class": kind[1]}))
+    path = folder / "modular_model_index.json"
+    index = json.loads(path.read_text())
+    place = {"pretrained_model_name_or_path": str(folder), "subfolder": "tokenizer", "type_hint": kind}
+    path.write_text(json.dumps({**index, "tokenizer": [*kind, place]}))
+    return folder
 
 
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {

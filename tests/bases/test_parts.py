@@ -9,10 +9,12 @@ import weakref
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from peft_metalora.bases import base_for, load_base, open_base
 from peft_metalora.bases.parts import is_hull
+from peft_metalora.errors import BaseModelMismatchError
 from peft_metalora.training.examples.encoding import encode_captions
 from pipelines_tiny import PIPELINES, save_tiny_flux, tiny_flux_pipeline
 
@@ -64,7 +66,7 @@ def test_a_given_pipeline_keeps_its_models():
 def test_every_process_of_a_divided_run_reads_the_text_encoders(tmp_path, monkeypatch):
     """Bug: transformers below 5.21 gave zeros for text encoders to all processes but the first of `--use_fsdp`."""
     seen = []
-    load = DiffusionPipeline.from_pretrained.__func__
+    load = T5EncoderModel.from_pretrained.__func__
 
     def watched(cls, *arguments, **options):
         seen.append(os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"])
@@ -72,7 +74,7 @@ def test_every_process_of_a_divided_run_reads_the_text_encoders(tmp_path, monkey
 
     base = open_base(save_tiny_flux(tmp_path))
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(watched))
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", classmethod(watched))
     base.place("cpu", encoders=True)
     assert set(seen) == {"false"} and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
@@ -83,3 +85,25 @@ def test_a_pipeline_of_lists_that_name_no_model(tmp_path):
     pipe.register_to_config(text_encoder_select_layers=(1, 2, 1))
     pipe.save_pretrained(tmp_path)
     assert is_hull(open_base(tmp_path).denoiser)
+
+
+@pytest.mark.parametrize(("part", "file"), [("text_encoder_2", "model"), ("transformer", "diffusion_pytorch_model")])
+def test_weights_that_are_missing_are_not_drawn_at_random(part, file, tmp_path):
+    """Bug: transformers filled up a text encoder whose file lacks weights at random, with a line in the log."""
+    path = save_tiny_flux(tmp_path) / part / f"{file}.safetensors"
+    weights = load_file(path)
+    lost = next(name for name in weights if name.endswith(("wo.weight", "norm_k.weight")))
+    weights.pop(lost)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(BaseModelMismatchError, match=f"expected all weights of {part} .* '{lost}' the first"):
+        open_base(tmp_path).place("cpu", encoders=True)
+
+
+def test_weights_of_another_shape(tmp_path):
+    path = save_tiny_flux(tmp_path) / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    other = next(name for name in weights if name.endswith("fc1.bias"))
+    weights[other] = torch.zeros(3)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(BaseModelMismatchError, match=r"fc1\.bias"):
+        open_base(tmp_path).place("cpu", encoders=True)

@@ -3,28 +3,45 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
 from families_tiny import FAMILIES, denoiser, picture
 from peft_metalora import load_subject
 from peft_metalora.cli import main
-from pipelines_tiny import PIPELINES
+from pipelines_tiny import PIPELINES, save_tiny_flux3, tiny_flux3_pipeline
 from training_tiny import write_people
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def drawn(pipe, family):
+    if family != "flux3":
+        return picture(pipe, family)
+    noise = torch.Generator().manual_seed(0)
+    options = {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "np", "output": "images"}
+    return pipe(prompt="a photo", generator=noise, **options)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "flux3"])
 @pytest.mark.filterwarnings("ignore:.*people. an encoder learns so few by heart")
 def test_from_photos_to_pictures(family, tmp_path):
-    """Bug: no encoder could be taught on Qwen-Image, where the text of the last block is not used again."""
+    """Bug: no encoder could be taught on Qwen-Image, where the text of the last block is not used again.
 
+    Bug: FLUX.3, a modular pipeline, was not found on disk by any command.
+    """
     pytest.importorskip("torchao")
+    if family == "flux3" and not hasattr(diffusers, "Flux3ModularPipeline"):
+        pytest.skip("diffusers 0.41 has no FLUX.3")
 
     def metalora(command, *arguments):
         assert main([command, *map(str, arguments)]) == 0
 
-    pipe = PIPELINES[family]()
-    pipe.save_pretrained(tmp_path / "base")
+    if family == "flux3":
+        pipe = tiny_flux3_pipeline(window=80)
+        save_tiny_flux3(tmp_path / "base")
+    else:
+        pipe = PIPELINES[family]()
+        pipe.save_pretrained(tmp_path / "base")
     people = write_people(tmp_path / "people", subjects=2)
     base = "--pretrained_model_name_or_path", tmp_path / "base", "--device", "cpu"
     small = "--resolution", "32", "--quantize", "int8"
@@ -46,8 +63,8 @@ def test_from_photos_to_pictures(family, tmp_path):
     )
     assert len(list((tmp_path / "images").iterdir())) == 2
     metalora("export", "--subject", ann, "--output", tmp_path / "lora")
-    before = picture(pipe, family)
+    before = drawn(pipe, family)
     pipe.load_lora_weights(tmp_path / "lora")
-    assert not (picture(pipe, family) == before).all()
+    assert not (drawn(pipe, family) == before).all()
     assert load_subject(ann).config.auto_mapping["base_model_class"] == type(denoiser(pipe)).__name__
     assert all(torch.isfinite(tensor).all() for tensor in load_subject(tmp_path / "read").tensors.values())

@@ -235,7 +235,7 @@ class Studio:
 
     def _draw(self, order: Order, **who: Any) -> Image.Image:
         options: dict[str, Any] = {"max_sequence_length": self.base.max_sequence_length}
-        images = self._pipe(
+        images = self.base.draw(
             prompt=[order.prompt],
             width=self.side,
             height=self.side,
@@ -243,7 +243,7 @@ class Studio:
             generator=[torch.Generator().manual_seed(order.seed)],
             **{name: value for name, value in options.items() if name in self._accepts},
             **who,
-        ).images
+        )
         image: Image.Image = images[0]
         return image
 

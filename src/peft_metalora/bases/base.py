@@ -192,6 +192,15 @@ class Base(ABC):
         stock = [cls for cls in type(self.pipeline).__mro__ if cls.__name__ == self.pipeline_class][-1]
         return frozenset(inspect.signature(stock.__call__).parameters)
 
+    def draw(self, **options: Any) -> Any:
+        """Images of a call of the pipeline, of whatever kind `output_type` asks for.
+
+        Args:
+            options: as the pipeline's call takes them, whatever the family: one prompt or several, `generator` one for
+                each image.
+        """
+        return self.pipeline(**options).images
+
     @property
     def takes_sequence_length(self) -> bool:
         """Whether the pipeline's call has `max_sequence_length`."""

@@ -13,14 +13,17 @@ left alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.modular_pipelines.flux3.before_denoise import Flux3TextRoPEInputsStep, _prepare_image_ids
 from diffusers.modular_pipelines.flux3.encoders import Flux3VaeEncoderStep
 from torch import Tensor
 
+from ..errors import ConfigError
 from .base import FlowBase, Text
 
+_EACH = frozenset({"generator", "subjects", "negative_prompt"})  # of a call with several prompts, one for each
 _ROPE_SCALE = 0.5  # of rows and columns, as the pipeline's steps have it
 
 
@@ -32,6 +35,36 @@ class Flux3(FlowBase):
     target_modules = (
         r"(single_transformer_blocks|mode_blocks\.image)\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|ff\.linear_(in|out))"
     )
+
+    @property
+    def call_arguments(self) -> frozenset[str]:
+        steps = self.pipeline.blocks.inputs
+        guided = {"guidance_scale"} if getattr(self.pipeline, "guider", None) is not None else set()
+        return frozenset({one.name for one in steps if one.name is not None} | guided)
+
+    def draw(self, **options: Any) -> Any:
+        """One prompt after another, as this pipeline takes them.
+
+        Raises:
+            ConfigError: guidance, which the distilled twin has none of.
+        """
+        given = options.pop("prompt")
+        prompts = [given] if isinstance(given, str) else [*given]
+        guidance = options.pop("guidance_scale", None)
+        guider = getattr(self.pipeline, "guider", None)
+        if guidance is not None:
+            if guider is None:
+                raise ConfigError("expected no guidance_scale for a distilled FLUX.3, found one: leave it out")
+            self.pipeline.update_components(guider=guider.new(guidance_scale=guidance))
+        try:
+            images: list[Any] = []
+            for number in range(len(prompts)):
+                own = {name: _of_prompt(options[name], number, len(prompts)) for name in _EACH & options.keys()}
+                images += self.pipeline(**{**options, **own}, prompt=prompts[number], output="images")
+        finally:
+            if guidance is not None:
+                self.pipeline.update_components(guider=guider)
+        return images
 
     def _default_sequence_length(self) -> int:
         return min(512, self.pipeline.tokenizer.tokenizer.model_max_length)
@@ -87,3 +120,11 @@ class Flux3(FlowBase):
             return_dict=False,
         )[0]
         return velocity.transpose(1, 2).reshape(noisy.shape)
+
+
+def _of_prompt(values: Any, number: int, count: int) -> Any:
+    """What of a list for all prompts, or all images, is for one."""
+    if not isinstance(values, (list, tuple)):
+        return values
+    each = len(values) // count
+    return list(values[number * each : (number + 1) * each])

@@ -26,7 +26,8 @@ USES = "train", "draw", "read", "evaluate"
 CPU, COMPILED, DIVIDED = "on a CPU", "with compiled blocks", "with a base divided over processes"
 DRAWING, UNCHECKPOINTED = "with pictures of validation", "without gradient checkpointing"
 OTHER_METHODS = "with other methods than base, meta-lora, random-down and lora"
-CIRCUMSTANCES = CPU, COMPILED, DIVIDED, DRAWING, UNCHECKPOINTED, OTHER_METHODS
+MODULAR = "with a modular pipeline"
+CIRCUMSTANCES = CPU, COMPILED, DIVIDED, DRAWING, UNCHECKPOINTED, OTHER_METHODS, MODULAR
 """What else may hold, and then matters."""
 
 QUANTIZERS, OFFLOADS = QUANTIZE[2], OFFLOAD[2]
@@ -74,6 +75,7 @@ _TABLE = (
     _Refused("a divided base is on the devices already", offload=_WAITING, where=DIVIDED),
     _Refused("text encoders have left when pictures are drawn", offload=_WAITING, use=("train",), where=DRAWING),
     _Refused("blocks come back for the backward pass by it", offload=("group",), use=("train",), where=UNCHECKPOINTED),
+    _Refused("diffusers offloads those by a manager of its own", offload=_WAITING, use=("draw",), where=MODULAR),
     _Refused("they change or decompose whole weights", quantize=_QUANTIZED, use=("evaluate",), where=OTHER_METHODS),
 )
 
@@ -145,20 +147,12 @@ def lighter(config: Any) -> list[str]:
     return changes
 
 
-def quantization(asked: Memory, hulls: dict[str, nn.Module], dtype: torch.dtype) -> Any:
-    """diffusers' configuration that quantises these models of a pipeline while they load; None: nothing is to be.
+def quantization(asked: Memory, hull: nn.Module, dtype: torch.dtype) -> Any:
+    """The configuration of diffusers or transformers that quantises this model while it loads.
 
     Args:
-        hulls: models by the names of their components. dtype: in which they compute.
+        dtype: in which it computes.
     """
-    if asked.quantize == "none" or not hulls:
-        return None
-    from diffusers import PipelineQuantizationConfig
-
-    return PipelineQuantizationConfig(quant_mapping={name: _recipe(asked, hull, dtype) for name, hull in hulls.items()})
-
-
-def _recipe(asked: Memory, hull: nn.Module, dtype: torch.dtype) -> Any:
     library: Any = importlib.import_module("diffusers" if isinstance(hull, ModelMixin) else "transformers")
     if asked.quantize == "nf4":
         return library.BitsAndBytesConfig(

@@ -13,22 +13,35 @@ import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
 
 from ..errors import BaseModelMismatchError
 from ..files import EMBEDDED
 from .memory import Memory, Whole, quantization
+
+_LEFT_OUT = {"prompt_upsampler"}  # steps of modular pipelines: this one has a language model write another prompt
 
 
 def is_hull(part: Any) -> bool:
     """Whether a model has a configuration and no numbers."""
     first = next(part.parameters(), None) if isinstance(part, nn.Module) else None
     return first is not None and first.is_meta
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where a model's files are: what its class's `from_pretrained` takes."""
+
+    cls: Any
+    repo: str
+    place: dict[str, Any]
 
 
 class Parts:
@@ -58,6 +71,7 @@ class Parts:
         self._source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
         self._dtype = dtype
         self._hulls: dict[str, nn.Module] = {}
+        self._files: dict[str, _Files] = {}
 
     def pipeline(self) -> Any:
         """The pipeline with its tokenizers and scheduler, each of its models a hull.
@@ -65,12 +79,46 @@ class Parts:
         Raises:
             BaseModelMismatchError: there is none.
         """
-        from diffusers import DiffusionPipeline
+        from diffusers import DiffusionPipeline, ModularPipeline
 
         with self._understood():
-            index = DiffusionPipeline.load_config(self.name, **self._source)
-            self._hulls = dict(self._make_hulls(index))
+            try:
+                index = DiffusionPipeline.load_config(self.name, **self._source)
+            except OSError:
+                if not _has_config(ModularPipeline, self.name, self._source):
+                    raise
+                return self._modular_pipeline()
+            named = {name: _class_of(*value) for name, value in index.items() if _names_a_class(name, value)}
+            for name, cls in named.items():
+                if cls is not None:
+                    self._add_hull(name, _Files(cls, self.name, {"subfolder": name, **self._source}))
             return DiffusionPipeline.from_pretrained(self.name, dtype=self._dtype, **self._hulls, **self._source)
+
+    def _modular_pipeline(self) -> Any:
+        from diffusers import ModularPipeline
+
+        found: Any = ModularPipeline.from_pretrained(self.name, **self._source)
+        steps = found.blocks
+        for name in _LEFT_OUT & steps.sub_blocks.keys():
+            steps.sub_blocks.pop(name)
+        pipe: Any = type(found)(steps, self.name, **self._source)
+        small = {}
+        for name in pipe.pretrained_component_names:
+            spec = pipe.get_component_spec(name)
+            repo, revision = spec.pretrained_model_name_or_path, spec.revision
+            if repo is None:
+                continue
+            place = {
+                "subfolder": spec.subfolder,
+                **self._source,
+                "revision": self.revision if repo == self.name else revision,
+            }
+            if isinstance(spec.type_hint, type) and issubclass(spec.type_hint, nn.Module):
+                self._add_hull(name, _Files(spec.type_hint, repo, place))
+            else:
+                small[name] = _load_small(spec, place)
+        pipe.update_components(**self._hulls, **small)
+        return pipe
 
     def bring(self, pipeline: Any, names: Iterable[str], device: torch.device | str = "cpu") -> None:
         """Load those of these models that are hulls, frozen and in evaluation mode, to the CPU.
@@ -79,21 +127,41 @@ class Parts:
             device: where they will compute: bitsandbytes quantises there, and leaves them there.
 
         Raises:
-            BaseModelMismatchError: the weights are not there, or not the configuration's.
+            BaseModelMismatchError: the weights are not there, not all of them, or not the configuration's.
         """
-        from diffusers import DiffusionPipeline
-
-        wanted = [name for name in names if is_hull(getattr(pipeline, name, None))]
-        if not wanted:
-            return
-        others = {name: part for name, part in pipeline.components.items() if name not in wanted}
-        hulls = {name: getattr(pipeline, name) for name in wanted if name in self.quantized}
-        options = {"quantization_config": quantization(self.memory, hulls, self._dtype), **others, **self._source}
         on_it = torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
-        with self._understood(), on_it, _in_every_process():
-            loaded = DiffusionPipeline.from_pretrained(self.name, dtype=self._dtype, **options)
-        for name in wanted:
-            setattr(pipeline, name, getattr(loaded, name).requires_grad_(False).eval())
+        for name in [name for name in names if is_hull(getattr(pipeline, name, None))]:
+            hull, files = getattr(pipeline, name), self._files[name]
+            # transformers says in a log alone which shapes are others; here it is said below.
+            options = {"ignore_mismatched_sizes": True} if isinstance(hull, PreTrainedModel) else {}
+            if name in self.quantized and self.memory.quantize != "none":
+                options["quantization_config"] = quantization(self.memory, hull, self._dtype)
+            with self._understood(), on_it, _in_every_process():
+                model, found = files.cls.from_pretrained(
+                    files.repo, dtype=self._dtype, output_loading_info=True, **files.place, **options
+                )
+            others = [one if isinstance(one, str) else one[0] for one in found["mismatched_keys"]]
+            missing = sorted([*found["missing_keys"], *others])
+            if missing:
+                raise BaseModelMismatchError(
+                    f"expected all weights of {name} at {files.repo!r}, found none that fit for {len(missing)} of them, "
+                    f"{missing[0]!r} the first, which would be random: fetch the base again, or give a whole one"
+                )
+            setattr(pipeline, name, model.requires_grad_(False).eval())
+
+    def has(self, name: str) -> bool:
+        """Whether the weights of a model are on this machine."""
+        files = self._files.get(name)
+        if files is None:
+            return True
+        folder = Path(files.repo, files.place["subfolder"] or "")
+        if not Path(files.repo).is_dir():
+            within = PurePosixPath(files.place["subfolder"] or "", "config.json")
+            config = try_to_load_from_cache(files.repo, str(within), revision=files.place["revision"])
+            if not isinstance(config, str):
+                return False
+            folder = Path(config).parent
+        return any(folder.glob("*.safetensors"))
 
     def release(self, pipeline: Any, names: Iterable[str]) -> None:
         """Make these models hulls again and give their memory back."""
@@ -106,23 +174,13 @@ class Parts:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _make_hulls(self, index: dict[str, Any]) -> Iterator[tuple[str, nn.Module]]:
-        for name, value in index.items():
-            # What is none of these libraries' models is small, and diffusers loads it with the rest; lists of other
-            # things are settings.
-            if name.startswith("_") or not isinstance(value, (list, tuple)):
-                continue
-            if len(value) != 2 or not all(isinstance(one, str) for one in value):
-                continue
-            cls = _class_of(*value)
-            if cls is None:
-                continue
-            with torch.device("meta"):
-                if issubclass(cls, PreTrainedModel):
-                    hull = cls(cls.config_class.from_pretrained(self.name, subfolder=name, **self._source))
-                else:
-                    hull = cls.from_config(cls.load_config(self.name, subfolder=name, **self._source))
-            yield name, hull.requires_grad_(False).eval()
+    def _add_hull(self, name: str, files: _Files) -> None:
+        with torch.device("meta"):
+            if issubclass(files.cls, PreTrainedModel):
+                hull = files.cls(files.cls.config_class.from_pretrained(files.repo, **files.place))
+            else:
+                hull = files.cls.from_config(files.cls.load_config(files.repo, **files.place))
+        self._hulls[name], self._files[name] = hull.requires_grad_(False).eval(), files
 
     @contextmanager
     def _understood(self) -> Iterator[None]:
@@ -155,8 +213,37 @@ def _in_every_process() -> Iterator[None]:
             os.environ[name] = before
 
 
+class _TextHalf:
+    """Of a processor what text needs: for the images that it also takes it wants torchvision."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.apply_chat_template = tokenizer, tokenizer.apply_chat_template
+
+
+def _load_small(spec: Any, place: dict[str, Any]) -> Any:
+    """A tokenizer, a scheduler and the like."""
+    try:
+        return spec.load(**place)
+    except ValueError:
+        if not isinstance(spec.type_hint, type) or not issubclass(spec.type_hint, (ProcessorMixin, AutoProcessor)):
+            raise
+        return _TextHalf(AutoTokenizer.from_pretrained(spec.pretrained_model_name_or_path, **place))
+
+
+def _has_config(cls: Any, name: str, source: dict[str, Any]) -> bool:
+    with suppress(OSError):
+        return bool(cls.load_config(name, **source))
+    return False
+
+
+def _names_a_class(name: str, value: Any) -> bool:
+    """Whether an entry of a pipeline's index is a component's: lists of other things are settings."""
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return pair and not name.startswith("_") and all(isinstance(one, str) for one in value)
+
+
 def _class_of(library: str, name: str) -> Any:
-    """The class of a model, as a pipeline's index names it; None for anything else."""
+    """The class of a model, as a pipeline's index names it; None for anything else, which is small."""
     inside = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
     cls: Any = None
     with suppress(ImportError):

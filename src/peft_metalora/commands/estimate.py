@@ -7,11 +7,9 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from ..bases import Base, open_base
@@ -353,17 +351,7 @@ def _seconds(at: _Held, own: Pass, steps: int, samples: int, passes: int) -> tup
 def _told(
     at: _Held, phases: dict[str, float], seconds: float, rate: float, needed: Iterable[str], written: float
 ) -> Estimate:
-    download = at.stored(*[name for name in needed if not _is_there(at.base, name)])
-    in_gib = {name: (size + CONTEXT) / GIB for name, size in phases.items()}
     assert at.base.parts is not None
+    download = at.stored(*[name for name in needed if not at.base.parts.has(name)])
+    in_gib = {name: (size + CONTEXT) / GIB for name, size in phases.items()}
     return Estimate(at.base.parts.name, in_gib, seconds, rate, download / GIB, (download + written) / GIB)
-
-
-def _is_there(base: Base, name: str) -> bool:
-    """Whether the weights of a model are on this machine."""
-    assert base.parts is not None
-    source = base.parts.name
-    if Path(source).is_dir():
-        return True
-    index = try_to_load_from_cache(source, "model_index.json", revision=base.parts.revision)
-    return isinstance(index, str) and any(Path(index).with_name(name).glob("*.safetensors"))

@@ -105,7 +105,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     from tqdm.auto import tqdm
 
     from ..bases import open_base
-    from ..bases.memory import CPU, ready_to_draw, require_supported
+    from ..bases.memory import CPU, MODULAR, ready_to_draw, require_supported
     from ..bases.precision import choose_device, choose_dtype
     from ..checkpoint.base_model import base_to_load
     from ..checkpoint.config_file import read_config
@@ -149,6 +149,8 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         down = source if isinstance(source, DownSource) else source.down
         downs[down.fingerprint] = down
     del downs
+    if not hasattr(base.pipeline, "enable_model_cpu_offload"):
+        require_supported(config, "draw", MODULAR)
     base.load(device)
     pipe = enable_meta_lora(base.pipeline)
     ready_to_draw(pipe, config, device)
@@ -169,13 +171,13 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         if adapters:
             pipe.set_adapters(adapters[who])
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
-        images = pipe(
+        images = base.draw(
             prompt=config.prompt[number],
             num_images_per_prompt=config.num_images_per_prompt,
             num_inference_steps=config.num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             **options,
-        ).images
+        )
         for count, image in enumerate(images):
             written.append(Path(config.output_dir) / f"{names[who]}-{number:02d}-{count:02d}.png")
             write_bytes(written[-1], png(image))

@@ -147,7 +147,10 @@ def _denoiser(name: str, local_files_only: bool) -> Any:
     from accelerate import init_empty_weights
 
     try:
-        parts = diffusers.DiffusionPipeline.load_config(name, local_files_only=local_files_only)
+        try:
+            parts = diffusers.DiffusionPipeline.load_config(name, local_files_only=local_files_only)
+        except OSError:
+            parts = diffusers.ModularPipeline.load_config(name, local_files_only=local_files_only)
         part = next(part for part in ("transformer", "unet", "prior") if part in parts)
         cls = getattr(diffusers, parts[part][1])
         settings = cls.load_config(name, subfolder=part, local_files_only=local_files_only)

@@ -254,7 +254,7 @@ class Bench:
             for prompt in self.prompts:
                 generators = [torch.Generator().manual_seed(seed) for seed in range(config.seeds)]
                 texts = [prompt.about(subject_name)] * config.seeds
-                images += base.pipeline(prompt=texts, generator=generators, **options).images
+                images += base.draw(prompt=texts, generator=generators, **options)
         return images
 
     def _score(

@@ -267,7 +267,7 @@ class Artist:
             options["regions"] = [*zip(names, first.boxes, strict=True)]
         else:
             options["subjects"] = [None if task.people[0] is None else task.people[0].uid for task in tasks]
-        images = self._pipe(**options).images
+        images = self._base.draw(**options)
         after, seconds = self._table.statistics(), time.monotonic() - start
         shown = {one.uid for task in tasks for one in task.people if one is not None}
         self._counts.update(images=len(tasks), batches=1, subjects=len(shown))

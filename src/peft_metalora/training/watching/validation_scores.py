@@ -76,5 +76,5 @@ class Painter:
         images = []
         for prompt in self.prompts:
             generator = torch.Generator().manual_seed(self.seed)
-            images += self.base.pipeline(prompt=prompt, generator=generator, **self._options).images
+            images += self.base.draw(prompt=prompt, generator=generator, **self._options)
         return images
