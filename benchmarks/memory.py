@@ -90,7 +90,10 @@ from peft_metalora.bases import open_base
 from peft_metalora.bases.memory import OFFLOADS, QUANTIZERS, Whole, require_supported
 from peft_metalora.bases.parts import Parts, is_hull
 from peft_metalora.checkpoint.space import SubjectSpace
+from peft_metalora.cli import COMMANDS, build_parser, make_config
 from peft_metalora.cli import main as metalora
+from peft_metalora.commands import estimate as estimating
+from peft_metalora.commands.estimate import occasion
 from peft_metalora.encoder import EncoderConfig, make_encoder, save_reader
 from peft_metalora.errors import ConfigError
 from peft_metalora.pipelines.calling import PerSampleMixin
@@ -733,6 +736,29 @@ def report_of(output: Path, device: torch.device) -> dict[str, Any]:
     return report
 
 
+def publish(report: dict[str, Any]) -> None:
+    """Write into the package what was measured, for `metalora estimate`."""
+    rows, denoisers = [], {}
+    for name, found in [*report["details"].items(), *report["cells"].items()]:
+        base = next((case.base for case in CASES if case.figure == name), name.partition(" ")[0])
+        if base not in denoisers:
+            with torch.device("meta"):
+                pipe = BASES[base].make(False)
+            denoisers[base] = getattr(pipe, "transformer", None) or pipe.unet
+        took = found if found["fits"] else found.get("without_a_cap", found)
+        if not took["fits"]:
+            continue
+        arguments = shlex.split(found["command"])[1:]
+        given = vars(build_parser(arguments[:1]).parse_args(arguments))
+        command, file = COMMANDS[given.pop("command")], given.pop("config", None)
+        file = file and str(RECIPES / Path(file).name)
+        settings = {key: value for key, value in given.items() if key not in ("parser", "verbose", "json")}
+        rows.append({"occasion": occasion(make_config(command.config_class(), file, settings), denoisers[base])})
+        rows[-1] |= {"gib": took["gib"], "seconds_a_step": took["seconds_a_step"]}
+    table = {key: report[key] for key in ("machine", "date", "versions")}
+    write(Path(estimating.__file__).with_name("measured.json"), {**table, "rows": rows})
+
+
 def main() -> None:
     """Write the bases, run the commands and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -747,7 +773,11 @@ def main() -> None:
     parser.add_argument("--card", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--write", choices=list(BASES), help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--publish", action="store_true", help="run nothing, write what is known into the package")
     args = parser.parse_args()
+    if args.publish:
+        publish(json.loads(args.output.read_text()))
+        return
     if args.run is not None:
         run(args.arguments, args.card or None, args.run)
         return

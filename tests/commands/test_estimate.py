@@ -16,6 +16,7 @@ from peft_metalora.bases.footprint import GIB, held, one_pass, streamed
 from peft_metalora.bases.memory import Whole
 from peft_metalora.bases.parts import Parts
 from peft_metalora.cli import main
+from peft_metalora.commands import estimate
 from pipelines_tiny import PIPELINES, tiny_flux_pipeline
 from training_tiny import save_tiny_down, teach_to_read, write_people
 
@@ -84,7 +85,7 @@ def test_every_family_is_estimated_without_a_weight(family, tmp_path, monkeypatc
         assert main(["estimate", *command, *base, "--json"]) == 0
         out = capsys.readouterr().out
         found.append(json.loads(out[out.index("{\n") :]))
-        assert found[-1]["measured"] is False and found[-1]["download"] == 0 and found[-1]["seconds"] > 0
+        assert found[-1]["measured"] is None and found[-1]["download"] == 0 and found[-1]["seconds"] > 0
         assert found[-1]["gib"] == max(found[-1]["phases"].values())
     whole, quantized, _ = found
     assert quantized["phases"]["training"] < whole["phases"]["training"]
@@ -108,6 +109,22 @@ def test_what_is_read_and_taught_is_estimated_and_a_gpu_is_not_needed(tmp_path, 
     assert "encoding" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert main(["estimate", "demo"]) == 2
     assert "expected meta-train, train-encoder, personalize, read or generate" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_said_before_what_shapes_say(tmp_path, monkeypatch, capsys):
+    pipe = tiny_flux_pipeline()
+    pipe.save_pretrained(tmp_path / "base")
+    numbers = sum(parameter.numel() for parameter in pipe.transformer.parameters())
+    held = {"resolution": 32, "quantize": "nf4", "offload": "group", "gradient_checkpointing": True}
+    row = {"command": "personalize", "denoiser": "FluxTransformer2DModel", "numbers": numbers, **held}
+    table = {"machine": "a card", "rows": [{"occasion": {**row, "train_batch_size": 1}, "gib": 6.25}]}
+    monkeypatch.setattr(estimate, "_table", lambda: table)
+    base = ["--pretrained_model_name_or_path", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out")]
+    command = ["personalize", "--method", "lora", "--instance_data_dir", "x", "--resolution", "32", *base]
+    command += ["--gradient_checkpointing", "--quantize", "nf4", "--offload", "group"]
+    for size, said in (("1", "6.2 GiB, measured (a card); from shapes enc"), ("2", "about ")):
+        assert main(["estimate", *command, "--train_batch_size", size]) == 0
+        assert f"GPU memory  {said}" in capsys.readouterr().out
 
 
 def test_want_of_memory_says_what_less_would_need(tmp_path, monkeypatch, capsys):

@@ -144,7 +144,7 @@ class Parts:
             missing = sorted([*found["missing_keys"], *others])
             if missing:
                 raise BaseModelMismatchError(
-                    f"expected all weights of {name} at {files.repo!r}, found none that fit for {len(missing)} of them, "
+                    f"expected all weights of {name} at {files.repo!r}, found none that fit for {len(missing)}, "
                     f"{missing[0]!r} the first, which would be random: fetch the base again, or give a whole one"
                 )
             setattr(pipeline, name, model.requires_grad_(False).eval())

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +45,7 @@ from .read import ReadConfig
 _ASSUMED = 60e12  # operations a second, of a card of the middle
 _WHOLE, _QUANTIZED = 0.4, 0.1  # share of a matrix product's speed that a step reached on an H100
 _HOST = 20e9  # bytes a second from host memory
+_DECIDE = "resolution", "quantize", "offload", "gradient_checkpointing", "train_batch_size", "num_images_per_prompt"
 
 
 @dataclass(kw_only=True)
@@ -58,6 +62,7 @@ class Estimate:
     Attributes:
         phases: the most GiB of GPU memory at a time of each. seconds: of its steps. operations_a_second: that these are
             reckoned with. download, disk: GiB that are still to fetch, and to have room for.
+        measured: the most GiB that this took where it was measured.
     """
 
     base: str
@@ -66,11 +71,12 @@ class Estimate:
     operations_a_second: float
     download: float
     disk: float
+    measured: float | None = None
 
     @property
     def gib(self) -> float:
         """The most GPU memory."""
-        return max(self.phases.values())
+        return max(self.phases.values()) if self.measured is None else self.measured
 
 
 def run_estimate(config: Any) -> Done:
@@ -78,15 +84,20 @@ def run_estimate(config: Any) -> Done:
     found = estimate(config)
     rate = "this GPU's own" if torch.cuda.is_available() else "assumed, for there is no GPU here"
     span = f"{found.seconds / 60:.0f} minutes" if found.seconds >= 60 else f"{found.seconds:.0f} seconds"
+    phases = ", ".join(f"{name} {gib:.1f}" for name, gib in found.phases.items())
+    most = f"about {found.gib:.1f} GiB at most ({phases})"
+    how = "All from shapes, nothing is measured: meant"
+    if found.measured is not None:
+        most = f"{found.gib:.1f} GiB, measured ({_table()['machine']}); from shapes {phases}"
+        how = "All but the memory is from shapes: meant"
     lines = [
-        f"GPU memory  about {found.gib:.1f} GiB at most"
-        f" ({', '.join(f'{name} {gib:.1f}' for name, gib in found.phases.items())})",
+        f"GPU memory  {most}",
         f"time        about {span} of steps, at {found.operations_a_second / 1e12:.0f} TFLOP/s ({rate})",
         f"download    {found.download:.1f} GiB of {found.base}",
         f"disk        {found.disk:.1f} GiB",
-        "All from shapes, nothing is measured: meant to be right within a quarter, times within a factor of two.",
+        f"{how} to be right within a quarter, times within a factor of two.",
     ]
-    return Done("\n".join(lines), {**asdict(found), "gib": found.gib, "measured": False})
+    return Done("\n".join(lines), {**asdict(found), "gib": found.gib})
 
 
 def estimate(config: Any) -> Estimate:
@@ -95,12 +106,14 @@ def estimate(config: Any) -> Estimate:
     Raises:
         ConfigError: settings of another command. BaseModelMismatchError: there is no such base. As `read_config`.
     """
-    if isinstance(config, (MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig)):
-        return _of_training(config)
-    if isinstance(config, GenerateConfig):
-        return _of_drawing(config)
-    if isinstance(config, ReadConfig):
-        return _of_reading(config)
+    for kinds, of in (
+        ((MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig), _of_training),
+        (GenerateConfig, _of_drawing),
+        (ReadConfig, _of_reading),
+    ):
+        if isinstance(config, kinds):
+            found, denoiser = of(config)
+            return replace(found, measured=measured(config, denoiser))
     raise ConfigError(
         "expected meta-train, train-encoder, personalize, read or generate to be estimated, found another command: "
         "give one of these with its flags"
@@ -126,6 +139,36 @@ def advice(config: Any) -> str:
         return ", ".join([*changes, "a device with more memory"])
     together = f"; these together about {less:.1f} GiB" if all_together is not config else ""
     return f"{', '.join([*told, 'a device with more memory'])}{together}; now about {now:.1f} GiB, from shapes"
+
+
+# What was measured
+
+
+def occasion(config: Any, denoiser: nn.Module) -> dict[str, Any] | None:
+    """What the memory of a command depends on, as rows of `measured.json` say it; None: of others too."""
+    others = getattr(config, "validation_prompt", None) or getattr(config, "max_sequence_length", None)
+    if config.mixed_precision not in ("auto", "bf16") or others or config.device == "cpu":
+        return None
+    return {
+        "command": type(config).__name__.removesuffix("Config").lower(),
+        "denoiser": type(denoiser).__name__,
+        "numbers": sum(parameter.numel() for parameter in denoiser.parameters()),
+        **{name: getattr(config, name) for name in _DECIDE if hasattr(config, name)},
+    }
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    """What `benchmarks/memory.py` wrote."""
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("measured.json").read_text())
+    return table
+
+
+def measured(config: Any, denoiser: nn.Module) -> float | None:
+    """GiB that a command took with this base and these settings where it was measured."""
+    asked = occasion(config, denoiser)
+    rows = [row for row in _table()["rows"] if asked is not None and asked == row["occasion"]]
+    return rows[0]["gib"] if rows else None
 
 
 # What is opened
@@ -207,7 +250,7 @@ class _Held:
         return sum(held(part, Whole(), torch.bfloat16, quantized=False) for part in there)
 
 
-def _of_training(config: TrainingConfig) -> Estimate:
+def _of_training(config: TrainingConfig) -> tuple[Estimate, nn.Module]:
     assert isinstance(config, (MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig))
     down = _down_of(config, None if isinstance(config, MetaTrainConfig) else config.down)
     if isinstance(config, PersonalizeConfig):
@@ -235,7 +278,7 @@ def _of_training(config: TrainingConfig) -> Estimate:
     kept = 0 if every is None else min(config.max_train_steps // every, limit or config.max_train_steps)
     written = 4.0 * saved + kept * 12.0 * trained
     phases = {"encoding": encode, "training": train}
-    return _told(at, phases, seconds, rate, (*base.encoder_names, base.denoiser_name), written)
+    return _told(at, phases, seconds, rate, (*base.encoder_names, base.denoiser_name), written), base.denoiser
 
 
 def _numbers(
@@ -281,7 +324,7 @@ def _adapted(base: Base, names: str | list[str]) -> list[Any]:
     ]
 
 
-def _of_drawing(config: GenerateConfig) -> Estimate:
+def _of_drawing(config: GenerateConfig) -> tuple[Estimate, nn.Module]:
     name, revision = config.pretrained_model_name_or_path, None
     first = next(iter([*config.subject, *([] if config.down is None else [config.down])]), None)
     if not name:
@@ -300,17 +343,17 @@ def _of_drawing(config: GenerateConfig) -> Estimate:
     pictures = max(1, len(config.subject) + bool(config.photo)) * len(config.prompt)
     seconds, rate = _seconds(at, own, pictures * config.num_inference_steps, guided * samples, 1)
     written = pictures * samples * 2.0 * side**2
-    return _told(at, phases, seconds, rate, (*base.encoder_names, base.denoiser_name), written)
+    return _told(at, phases, seconds, rate, (*base.encoder_names, base.denoiser_name), written), base.denoiser
 
 
-def _of_reading(config: ReadConfig) -> Estimate:
+def _of_reading(config: ReadConfig) -> tuple[Estimate, nn.Module]:
     down = _down_of(config, config.down)
     assert down is not None
     name, revision = base_to_load(config.pretrained_model_name_or_path, config.revision, down, config.down)
     base, dtype = _open(config, name, revision, Whole())
     at = _Held(base, Whole(), dtype)
     photos = at.whole("vae") + dtype.itemsize / 2 * _photos(base, 512, 8)
-    return _told(at, {"reading": photos}, 0.0, _rate(), ("vae",), 1e6)
+    return _told(at, {"reading": photos}, 0.0, _rate(), ("vae",), 1e6), base.denoiser
 
 
 def _photos(base: Base, resolution: int, count: int) -> float:

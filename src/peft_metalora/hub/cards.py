@@ -53,6 +53,7 @@ _FAMILIES = {
     "UNet2DConditionModel": "stable-diffusion",
     "ZImageTransformer2DModel": "z-image",
 }
+_MODULAR = {"Flux3Transformer2DModel"}
 
 
 @dataclass(frozen=True)
@@ -170,19 +171,23 @@ def _opening(config: MetaLoraConfig, facts: Mapping[str, Any]) -> str:
 def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has_fold: bool) -> str:
     base = config.base_model_name_or_path or "<base model>"
     prompt = facts.get("trigger") or "a photo of a person"
+    modular = (config.auto_mapping or {}).get("base_model_class") in _MODULAR
+    kind, images = ("ModularPipeline", ", output='images')[0]") if modular else ("DiffusionPipeline", ").images[0]")
+    load = f"{kind}.from_pretrained({as_literal(base)}"
     ours = [
         "```python",
         "import torch",
         "import peft_metalora",
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {kind}",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({as_literal(base)}, torch_dtype=torch.bfloat16)",
+        *([f"pipe = {load})", "pipe.load_components(dtype=torch.bfloat16)"] if modular else []),
+        *([] if modular else [f"pipe = {load}, torch_dtype=torch.bfloat16)"]),
         "pipe = peft_metalora.enable_meta_lora(pipe)",
         f'pipe.load_meta_lora("{repo_id}")',
     ]
     if config.stage == "meta":
         return "\n".join([*ours, "# then a subject that stands on it: pipe.load_meta_lora(<subject>)", "```", ""])
-    lines = [*ours, f"image = pipe({as_literal(prompt)}).images[0]", "```", ""]
+    lines = [*ours, f"image = pipe(prompt={as_literal(prompt)}{images}", "```", ""]
     if has_fold:
         lines += [
             "Without this package, as an ordinary LoRA (the exact fold, scale included):",
