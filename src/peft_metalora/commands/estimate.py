@@ -106,18 +106,18 @@ def estimate(config: Any) -> Estimate:
     Raises:
         ConfigError: settings of another command. BaseModelMismatchError: there is no such base. As `read_config`.
     """
-    for kinds, of in (
-        ((MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig), _of_training),
-        (GenerateConfig, _of_drawing),
-        (ReadConfig, _of_reading),
-    ):
-        if isinstance(config, kinds):
-            found, denoiser = of(config)
-            return replace(found, measured=measured(config, denoiser))
-    raise ConfigError(
-        "expected meta-train, train-encoder, personalize, read or generate to be estimated, found another command: "
-        "give one of these with its flags"
-    )
+    if isinstance(config, (MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig)):
+        found, denoiser = _of_training(config)
+    elif isinstance(config, GenerateConfig):
+        found, denoiser = _of_drawing(config)
+    elif isinstance(config, ReadConfig):
+        found, denoiser = _of_reading(config)
+    else:
+        raise ConfigError(
+            "expected meta-train, train-encoder, personalize, read or generate to be estimated, found another command: "
+            "give one of these with its flags"
+        )
+    return replace(found, measured=measured(config, denoiser))
 
 
 def advice(config: Any) -> str:
