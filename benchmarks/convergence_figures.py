@@ -14,6 +14,7 @@ from peft_metalora.files import write_bytes
 LORA_R1 = 33_408  # numbers of a LoRA of rank 1 on the modules of the demo's base
 RATE = "0.0003"  # of stage 2 from the read start
 STOP = 25  # about where stage 2 from a read start stops by itself (benchmarks/results/stopping.json)
+EVERYBODY = 4096  # people in training, where their number is not what is measured
 KEPT = 0.97  # adherence of a method that keeps the prompt
 
 RESULTS = Path(__file__).parent / "results"
@@ -133,6 +134,8 @@ def _of_encoders(files: Mapping[str, Any]) -> dict[str, Any]:
         ("encoder_meta_minus_encoder_lora", "small", "lora"),
         ("main_minus_encoder_lora", "main", "lora"),
         ("main_minus_image_prompt_adapter", "main", "image_prompt"),
+        ("main_minus_random_down", "main", "random"),
+        ("small_minus_random_down", "small", "small_random"),
     ):
         first_scores, second_scores = of_seeds(files, ours), of_seeds(files, theirs)
         if first_scores and second_scores:
@@ -190,7 +193,9 @@ def _of_curves(files: Mapping[str, Any]) -> dict[str, Any]:
     images = {
         data["images"]: interval(_clean(data))
         for name, data in files.items()
-        if name.rpartition("-")[0] in ("steps", "main") and data["recipe"]["seed"] == 0
+        if name.rpartition("-")[0] in ("steps", "main", "people")
+        and data["recipe"]["seed"] == 0
+        and data["recipe"]["people"] == EVERYBODY
     }
     if people:
         figures["by_people"] = dict(sorted(people.items()))

@@ -51,6 +51,7 @@ def plots(results: dict[str, Data], read: Labels, fine_tuned: Labels) -> dict[st
         drawings[f"tradeoff_{group}.svg"] = plot(lines, "adherence", "R-FaceSim")
     drawings["robustness.svg"] = _robustness_grid(data)
     drawings |= _story(results, read, fine_tuned)
+    drawings |= _of_encoders(results["convergence"]["figures"])
     return {name: _standalone(drawing) for name, drawing in drawings.items()}
 
 
@@ -101,6 +102,20 @@ def _story(results: dict[str, Data], read: Labels, fine_tuned: Labels) -> dict[s
         f'{legend(order, 4)}<circle cx="4" cy="{18 * len(order) + 6}" r="4" fill="none" stroke="currentColor" '
         f'stroke-width="2"/><text x="14" y="{18 * len(order) + 10}">{ring}</text></g></svg>'
     )
+    return drawings
+
+
+def _of_encoders(figures: Data) -> dict[str, str]:
+    """Zero steps against what training had, beside what fine-tuning reaches."""
+    drawings = {}
+    lines = {"real photos among themselves": "real_ceiling", "the best fine-tuned method": "best_rival_r_facesim"}
+    rules = {label: figures[key]["value"] for label, key in lines.items()}
+    for name, label, unit in (("people", "people in training", 1), ("images", "thousand target images seen", 1000)):
+        points = [(float(count) / unit, score["value"]) for count, score in figures[f"by_{name}"].items()]
+        if len(points) > 1:
+            drawings[f"zero_{name}.svg"] = plot(
+                {"encoder, 0 steps": points}, label, "R-FaceSim", with_legend=False, rules=rules, log_x=True
+            )
     return drawings
 
 

@@ -38,7 +38,7 @@ def seconds(world: World) -> float:
 
 def of_steps(world: World, stack: AdapterStack) -> float:
     """Seconds of a training step on one photo."""
-    examples, marks = world.people("tune", 1).examples, []
+    examples, marks = world.examples(stack, world.people("tune", 1)), []
     steps = world.args.steps + world.args.warmup
     for _ in train_stack(
         world.base, stack, examples, steps=steps, batch_size=BATCH, lr=1e-6, seed=0, graph=world.args.graph

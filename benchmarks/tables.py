@@ -317,12 +317,14 @@ def readme(results: dict[str, Data]) -> str:
     for family in ("main", "small", "image_prompt"):
         clean = data["recipes"][f"{family}-0"]["clean"]
         rows.append([ZERO_STEPS[family], "0", spread(clean["r_facesim"]), spread(clean["prompt_adherence"])])
-    for kind, label in FINE_TUNED.items():
+    for kind in ("lora_r1", "lora_r16", "t_lora", "mean_lora", "full", "meta_lora_mean"):
         curves = [one["curve"] for name, one in data["rivals"].items() if name.partition(", ")[0] == kind]
+        if not curves:  # not run
+            continue
         step, best = max(
             (point for curve in curves for point in curve.items()), key=lambda point: point[1]["r_facesim"]["value"]
         )
-        rows.append([label, step, spread(best["r_facesim"]), spread(best["prompt_adherence"])])
+        rows.append([FINE_TUNED[kind], step, spread(best["r_facesim"]), spread(best["prompt_adherence"])])
     return table(["method", "steps", "R-FaceSim", "adherence"], rows) + zero_source(results)
 
 
@@ -393,6 +395,8 @@ ZERO_GOALS: tuple[Goal, ...] = (
     ("main_minus_image_prompt_adapter", "minus the image-prompt adapter", 0.0, True),
     ("encoder_meta_minus_encoder_lora", "rank 1: minus the encoder with LoRA of rank 1", None, True),
     ("main_minus_encoder_lora", "rank 4: minus the encoder with LoRA of rank 1", None, True),
+    ("main_minus_random_down", "rank 4: minus the encoder on a Down that was never trained", None, True),
+    ("small_minus_random_down", "rank 1: the same", None, True),
     ("low_light_unseen", "low light 0.5, left out of training", 0.30, True),
     ("sunglasses_unseen", "sunglasses 0.5, left out of training", 0.45, True),
     ("blur_unseen", "blur 1.0, left out of training", 0.50, True),
@@ -419,18 +423,47 @@ ZERO_STEPS = {
     "demo": "the same, half the channels in the encoder",
     "lora": "encoder + LoRA, rank 1",
     "image_prompt": "encoder + image-prompt adapter",
+    "random": "encoder + Meta-LoRA, rank 4, random Down",
+    "small_random": "encoder + Meta-LoRA, rank 1, random Down",
 }
 FINE_TUNED = {
     "lora_r1": "LoRA, rank 1",
     "lora_r16": "LoRA, rank 16",
     "full": "full fine-tuning",
     "meta_lora_mean": "Meta-LoRA, mean",
+    "mean_lora": "LoRA, rank 4, from a mean LoRA",
+    "t_lora": "T-LoRA, rank 1 to 16 by time",
+    "meta_lora_time": "Meta-LoRA, mean, rank 1 to 4 by time",
+    "dora": "DoRA, rank 4",
+    "oft": "OFT, blocks of 32",
+    "textual_inversion": "textual inversion",
 }
 ZERO_STEPS_NOTE = ". 32 held-out people, one reference, 3 noises, 8 prompts; mean [95 % interval over people]."
 
 
 def zero_source(results: dict[str, Data]) -> str:
-    return source(next(iter(results["convergence"]["origins"].values())), note=ZERO_STEPS_NOTE)
+    """Where the runs were made: the first one, and which ones elsewhere."""
+    first, *others = results["convergence"]["origins"].items()
+    elsewhere: dict[str, list[str]] = {}
+    for name, origin in others:
+        if origin["machine"] != first[1]["machine"]:
+            elsewhere.setdefault(origin["machine"], []).append(name.removeprefix("rivals-"))
+    machines = "".join(f" On {machine}: {', '.join(names)}." for machine, names in elsewhere.items())
+    return source(first[1], note=ZERO_STEPS_NOTE + machines)
+
+
+def zero_curves(results: dict[str, Data]) -> str:
+    """Zero steps by people in training, and by target images seen; each a training of its own that ended."""
+    figures = results["convergence"]["figures"]
+    people, images = (figures.get(key, {}) for key in ("by_people", "by_images"))
+    plots = [
+        f"![R-FaceSim in zero steps against {what}](results/zero_{name}.svg)"
+        for name, what, found in (("people", "people in training", people), ("images", "target images seen", images))
+        if len(found) > 1
+    ]
+    rows = [[f"{int(count):,} people, 3,000 steps", spread(score)] for count, score in people.items()]
+    rows += [[f"4,096 people, {int(count):,} target images", spread(score)] for count, score in images.items()]
+    return "\n".join(plots) + "\n" + table(["training", "R-FaceSim, 0 steps"], rows) + zero_source(results)
 
 
 def zero_goals(results: dict[str, Data]) -> str:
@@ -526,6 +559,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "zero_goals": ("convergence", zero_goals),
     "zero_steps": ("convergence", zero_steps),
     "zero_rivals": ("convergence", zero_rivals),
+    "zero_curves": ("convergence", zero_curves),
     "zero_bad": ("convergence", zero_bad),
     "service_flux": ("service_flux", lambda results: goals(results["service_flux"], SERVICE_FLUX)),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),

@@ -92,13 +92,26 @@ def test_rivals_count_at_their_best_step(figures: ModuleType, tmp_path: Path) ->
 
 
 def test_curves_are_of_runs_that_ended(figures: ModuleType, tmp_path: Path) -> None:
-    recipe = {"k": 128, "people": 64, "seed": 0}
-    recipe_file(tmp_path, "people-64", [0.2, 0.4], recipe=recipe)
-    recipe_file(tmp_path, "steps-1000", [0.5, 0.7], images=384_000)
-    recipe_file(tmp_path, "steps-2000", [0.6, 0.8], images=768_000)
+    recipe = {"k": 128, "people": 4096, "seed": 0}
+    recipe_file(tmp_path, "people-64", [0.2, 0.4], images=1_152_000)
+    recipe_file(tmp_path, "people-4096", [0.7, 0.8], images=1_152_000, recipe=recipe)
+    recipe_file(tmp_path, "steps-1000", [0.5, 0.7], images=384_000, recipe=recipe)
+    recipe_file(tmp_path, "steps-2000", [0.6, 0.8], images=768_000, recipe=recipe)
     found = figures.summarise(tmp_path)["figures"]
     assert found["by_people"][64]["value"] == pytest.approx(0.3)
-    assert found["images_to_0_65"] == 768_000 and list(found["by_images"]) == [384_000, 768_000]
+    assert found["images_to_0_65"] == 768_000
+    assert {count: score["value"] for count, score in found["by_images"].items()} == pytest.approx(
+        {384_000: 0.6, 768_000: 0.7, 1_152_000: 0.75}
+    )
+
+
+def test_a_random_down_is_compared_person_by_person(figures: ModuleType, tmp_path: Path) -> None:
+    recipe_file(tmp_path, "main-0", [0.7, 0.9])
+    recipe_file(tmp_path, "main-1", [0.5, 0.9])
+    recipe_file(tmp_path, "random-0", [0.5, 0.8])
+    found = figures.summarise(tmp_path)["figures"]
+    assert found["random_down_encoder_zero_step"]["value"] == pytest.approx(0.65)
+    assert found["main_minus_random_down"]["value"] == pytest.approx(0.1) and "small_minus_random_down" not in found
 
 
 def test_an_encoder_is_compared_with_rivals_that_keep_the_prompt_too(figures: ModuleType, tmp_path: Path) -> None:
