@@ -119,7 +119,7 @@ class World(Bench):
 
     Attributes:
         reader: a second judge, whose scores are kept beside the others'.
-        drawn: images that were drawn last, (n, 3, h, w).
+        drawn: images that were drawn last, (n, 3, h, w). speed: steps a second of an encoder, as far as it is known.
     """
 
     def __init__(self, args: argparse.Namespace, pool: Pool) -> None:
@@ -137,6 +137,7 @@ class World(Bench):
         self._worse: dict[tuple[int, int, str], Tensor] = {}
         self.reader: FactorReader | None = None
         self.drawn = torch.empty(0)
+        self.speed = 0.0
         self._known: dict[str, Known] = {}
 
     def photos(self, people: int, count: int) -> tuple[np.ndarray[Any, Any], list[str]]:

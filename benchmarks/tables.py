@@ -396,6 +396,7 @@ ZERO_GOALS: tuple[Goal, ...] = (
     ("encoder_meta_minus_encoder_lora", "rank 1: minus the encoder with LoRA of rank 1", None, True),
     ("main_minus_encoder_lora", "rank 4: minus the encoder with LoRA of rank 1", None, True),
     ("main_minus_random_down", "rank 4: minus the encoder on a Down that was never trained", None, True),
+    ("main_minus_random_down_2000_steps", "the same, 2,000 steps", None, True),
     ("small_minus_random_down", "rank 1: the same", None, True),
     ("low_light_unseen", "low light 0.5, left out of training", 0.30, True),
     ("sunglasses_unseen", "sunglasses 0.5, left out of training", 0.45, True),
