@@ -76,7 +76,6 @@ PLAN = (
     "meta_lora_mean",
     "steps-2000:steps=2000,brief=2",
     "random-0:kind=random,brief=2",
-    "random_steps-2000:kind=random,steps=2000,brief=2",
     "mean_lora",
     "steps-1000:steps=1000,brief=2",
     *(f"people-{people}:people={people},steps=3000,brief=2" for people in (64, 1024, 256, 2048)),

@@ -189,9 +189,6 @@ def _of_curves(files: Mapping[str, Any]) -> dict[str, Any]:
     people = {
         data["recipe"]["people"]: interval(_clean(data)) for name, data in files.items() if name.startswith("people-")
     }
-    if "steps-2000" in files and "random_steps-2000" in files:
-        pair = [_clean(files[name]) for name in ("steps-2000", "random_steps-2000")]
-        figures["main_minus_random_down_2000_steps"] = paired(*pair)
     # A run that ends has decayed its rate: looks on the way of a longer one are below it.
     images = {
         data["images"]: interval(_clean(data))

@@ -187,7 +187,8 @@ class RowGradients:
 
     def __init__(self, base: Base, stack: AdapterStack, compiled: bool = False) -> None:
         self.base, self.stack = base, stack
-        self._pass = torch.compile(self._gradients) if compiled else self._gradients
+        self._pass: Callable[..., tuple[Tensor, Tensor]] = self._gradients
+        self._compiled = torch.compile(self._gradients) if compiled else self._gradients
         self._original = base.denoiser
         self._dtype = base.dtype
         self._stand_in = _OneDenoiser(self._original, stack)
@@ -217,6 +218,9 @@ class RowGradients:
         try:
             return self._pass(stack.parameters, blocks)
         finally:
+            # What a base makes once is made by a first pass as it is written: the compiler cannot read how, and would
+            # give up the whole of it.
+            self._pass = self._compiled
             setattr(base.pipeline, base.denoiser_name, self._original)
 
     @torch.no_grad()
