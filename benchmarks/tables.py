@@ -66,6 +66,8 @@ SERVING: tuple[Goal, ...] = (
     ("swap_ms_1", "a subject from host memory into its slot, 1 loaded, ms", 1.0, False),
     ("swap_ms_100", "the same, 100 loaded, ms", 1.0, False),
     ("swap_ms_1000", "the same, 1000 loaded, ms", 1.0, False),
+    ("swap_ms_1000000_codes", "a subject of a code, 1,000,000 codes in host memory, ms", 0.3, False),
+    ("host_bytes_per_code", "host memory of each, bytes", 1000.0, False),
     ("stock_lora_r1_mb", "a LoRA of rank 1 in memory, MB", None, False),
     ("stock_hotswap_ms", "diffusers and PEFT LoRA: hotswap, ms", None, False),
     ("stock_set_adapters_ms_50", "diffusers and PEFT LoRA: set_adapters, 50 loaded, ms", None, False),
