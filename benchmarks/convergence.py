@@ -43,7 +43,7 @@ from peft_metalora.demo.render import render
 from peft_metalora.demo.scoring import INFERENCE_STEPS
 from peft_metalora.encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_code
 from peft_metalora.errors import TrainingError
-from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off, vmap_ready
+from peft_metalora.evaluation.rivals import FURTHER, RIVALS, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.summary import METRICS, interval
 from peft_metalora.files import write_bytes
 from peft_metalora.training.encoder_training import EncoderTraining, EncoderTrainingConfig, PhotoPairs
@@ -53,6 +53,7 @@ from peft_metalora.training.examples.encoding import encode_captions
 
 STRENGTHS = (0.5, 1.0)
 SCALES = (0.9, 1.1, 1.25)  # of the way from the mean subject to the one that was read
+METHODS = RIVALS | FURTHER
 SETTLED = 10  # steps after which time is counted
 SHOWN = 300  # steps after which a machine has shown how fast it is
 FITTING_RATE = 0.05  # of codes, which are of length sqrt(k)
@@ -102,7 +103,7 @@ def expected(job: str, speed: float = SPEED) -> float:
     Args:
         speed: of encoders, as far as this machine has shown it.
     """
-    if job in RIVALS:
+    if job in METHODS:
         return {"mean_lora": 130.0, "textual_inversion": 160.0, "dora": 160.0, "oft": 140.0}.get(job, 110.0)
     recipe = Recipe.parse(job)
     return recipe.steps / speed / (1.3 if recipe.kind == "image_prompt" else 1) + (105, 30, 18)[recipe.brief]
@@ -420,7 +421,7 @@ def rival(world: World, name: str) -> dict[str, Any]:
     result = {}
     for length in (0, *args.decays):
         at = [length] if length else args.rival_steps
-        tried = _rival(world, tune, name, RIVALS[name].rates, at, length, [0], start)
+        tried = _rival(world, tune, name, METHODS[name].rates, at, length, [0], start)
         best = max(tried, key=lambda rate: max(interval(one["r_facesim"])["value"] for one in tried[rate].values()))
         label = f"{name}, decay over {length}" if length else name
         result[label] = {
@@ -452,7 +453,7 @@ def _rival(
     rows = len(people.names) * each
     found: dict[str, dict[str, Any]] = {str(rate): {} for rate in rates}
     stack = put_on(
-        world.base, RIVALS[name], world.down, world.config, rows, list(seeds), start if name == "mean_lora" else None
+        world.base, METHODS[name], world.down, world.config, rows, list(seeds), start if name == "mean_lora" else None
     )
     for done in train_stack(
         world.base,
@@ -479,7 +480,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", default=[], help="name:key=value,...; see encoder_world.Recipe")
     parser.add_argument("--plan", action="store_true", help="the recipes and rivals of the report")
-    parser.add_argument("--rival", action="append", default=[], choices=tuple(RIVALS), help="a fine-tuned method")
+    parser.add_argument("--rival", action="append", default=[], choices=tuple(METHODS), help="a fine-tuned method")
     parser.add_argument("--rival-steps", type=int, nargs="+", default=[25, 50, 100, 200, 300, 500, 700])
     parser.add_argument("--decays", type=int, nargs="*", default=[100, 300], help="steps of runs that decay")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing that would end later")
@@ -568,7 +569,7 @@ def main() -> None:
             if (args.output / FACTOR_READER).exists():
                 world.reader = load_factor_reader(args.output / FACTOR_READER, world.device)
             for job in (*args.recipe, *args.rival, *(PLAN if args.plan else ())):
-                recipe = None if job in RIVALS else Recipe.parse(job)
+                recipe = None if job in METHODS else Recipe.parse(job)
                 path = args.output / (f"{recipe.name}.json" if recipe else f"rivals-{job}.json")
                 if not path.exists() and world.left < expected(job, world.speed):
                     print(f"no time for {job}: {world.left:.0f} s left", flush=True)

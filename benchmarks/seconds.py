@@ -25,7 +25,7 @@ from origin import origin, write
 from evaluation import BATCH
 from peft_metalora.demo.embedded import RESOLUTION
 from peft_metalora.encoder import EncoderConfig, SubjectSpace, make_encoder
-from peft_metalora.evaluation.rivals import RIVALS, put_on, vmap_ready
+from peft_metalora.evaluation.rivals import FURTHER, RIVALS, put_on, vmap_ready
 from peft_metalora.training.engine.stacked import AdapterStack, train_stack
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,7 +92,7 @@ def main() -> None:
                 del stack
                 world.clear()
         for name in dict.fromkeys(label.partition(", ")[0] for label in convergence["rivals"]):
-            stack = put_on(world.base, RIVALS[name], world.down, world.config, 1, [0])
+            stack = put_on(world.base, (RIVALS | FURTHER)[name], world.down, world.config, 1, [0])
             step[name] = of_steps(world, stack)
             print(f"{name}: a step {step[name]:.4f} s", flush=True)
             del stack

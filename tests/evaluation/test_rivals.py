@@ -20,7 +20,7 @@ from peft_metalora.data import Photo, read_subjects
 from peft_metalora.demo.embedded import BASE, DOWN
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.evaluation.adapters import adapter_config
-from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, put_on, take_off, vmap_ready
+from peft_metalora.evaluation.rivals import FURTHER, RIVALS, VARIANTS, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.textual_inversion import WordStack
 from peft_metalora.hub import load_down
 from peft_metalora.training.engine.replay import named
@@ -29,7 +29,7 @@ from peft_metalora.training.stage_settings import PersonalizeConfig
 from peft_metalora.tuner import DownSource
 
 RESULTS = BENCHMARKS / "results"
-ALL = {**RIVALS, **{f"variant {name}": rival for name, rival in VARIANTS.items()}}
+ALL = {**RIVALS, **FURTHER, **{f"variant {name}": rival for name, rival in VARIANTS.items()}}
 AS_MANY = {"t_lora": "lora_r16", "meta_lora_time": "meta_lora_mean"}  # they train what these train
 CONFIG = PersonalizeConfig(pretrained_model_name_or_path=str(BASE), output_dir="none", resolution=64)
 
@@ -126,7 +126,7 @@ def test_replacements_for_vmap_give_equal_values_and_are_taken_back() -> None:
     ],
 )
 def test_a_stack_draws_what_each_row_draws_alone(base: Base, down: DownSource, name: str, size: float) -> None:
-    stack = put_on(base, RIVALS[name], down, CONFIG, 2, [0])
+    stack = put_on(base, ALL[name], down, CONFIG, 2, [0])
     generator = torch.Generator().manual_seed(0)
     stack.values += size * torch.randn(stack.values.shape, generator=generator)
 
@@ -162,7 +162,7 @@ def test_the_noisier_the_image_the_fewer_components_take_part(base: Base, down: 
         with torch.no_grad():
             return base.predict(latents.repeat(count, 1, 1, 1), texts, torch.tensor(times))
 
-    put_on(base, RIVALS[name], down, CONFIG, 1, [0])
+    put_on(base, ALL[name], down, CONFIG, 1, [0])
     seen = {}
     for kept in (1, r // 2, r):
         for key, parameter in base.denoiser.named_parameters():
@@ -184,7 +184,7 @@ def test_rows_of_words_learn_what_each_learns_alone(base: Base, down: DownSource
     known = base.pipeline.tokenizer
 
     def learn(photos: list[Photo], number: int | None = None) -> Tensor:
-        stack = put_on(base, RIVALS["textual_inversion"], down, CONFIG, len(photos), [0])
+        stack = put_on(base, FURTHER["textual_inversion"], down, CONFIG, len(photos), [0])
         assert isinstance(stack, WordStack)
         examples = stack.examples(photos, config)
         index = torch.arange(2 * len(photos))
@@ -202,7 +202,7 @@ def test_rows_of_words_learn_what_each_learns_alone(base: Base, down: DownSource
     alone = [learn([reference], number) for number, reference in enumerate(references)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-7)
     assert together.abs().amax(1).min() > 0
-    stack = put_on(base, RIVALS["textual_inversion"], down, CONFIG, 2, [0])
+    stack = put_on(base, FURTHER["textual_inversion"], down, CONFIG, 2, [0])
     steps = list(train_stack(base, stack, stack.examples(references, config), steps=2, batch_size=2, lr=0.1, seed=0))
     assert steps == [1, 2]
     said = stack.text_of(["a photo of a person", "a person, sad"])["sequence"]

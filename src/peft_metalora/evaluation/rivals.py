@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Meta-LoRA is compared with: every method as PEFT has it, on the same modules, ready to be stacked.
 
-`RIVALS` names the methods with the learning rates that are tried for each. `vmap_ready` lets forward passes that use
-custom autograd or in-place arithmetic (LoHa, OFT, ours) run under `torch.func.vmap`, with equal values.
+`RIVALS` and `FURTHER` name the methods with the learning rates that are tried for each. `vmap_ready` lets forward
+passes that use custom autograd or in-place arithmetic (LoHa, OFT, ours) run under `torch.func.vmap`, with equal values.
 """
 
 from __future__ import annotations
@@ -77,15 +77,6 @@ RIVALS: dict[str, Rival] = {
         "LoRA, rank 4, from a mean LoRA", _peft("lora", 4), _META_RATES, "the control for the mean", moved=True
     ),
     "lora_r16": Rival("LoRA, rank 16", _peft("lora", 16)),
-    "t_lora": Rival("T-LoRA, rank 1 to 16", _t_lora, note="fewer components in more noise", least=1),
-    "meta_lora_time": Rival(
-        "Meta-LoRA, mean, rank 1 to 4 by time",
-        _subject(start="mean"),
-        _META_RATES,
-        "T-LoRA's mask on Mid",
-        moved=True,
-        least=1,
-    ),
     "vera": Rival(
         "VeRA, rank 256",
         _peft("vera", 256),
@@ -100,6 +91,20 @@ RIVALS: dict[str, Rival] = {
     ),
     "lokr": Rival("LoKr, rank 4", _peft("lokr", 4)),
     "loha": Rival("LoHa, rank 4", _peft("loha", 4)),
+    "full": Rival("full fine-tuning", None, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "every weight of the denoiser"),
+}
+
+# Those of the convergence benchmark besides.
+FURTHER: dict[str, Rival] = {
+    "t_lora": Rival("T-LoRA, rank 1 to 16", _t_lora, note="fewer components in more noise", least=1),
+    "meta_lora_time": Rival(
+        "Meta-LoRA, mean, rank 1 to 4 by time",
+        _subject(start="mean"),
+        _META_RATES,
+        "T-LoRA's mask on Mid",
+        moved=True,
+        least=1,
+    ),
     "textual_inversion": Rival(
         "textual inversion",
         None,
@@ -107,7 +112,6 @@ RIVALS: dict[str, Rival] = {
         "a word's vectors, nothing of the denoiser",
         word="person",
     ),
-    "full": Rival("full fine-tuning", None, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "every weight of the denoiser"),
 }
 
 VARIANTS: dict[str, Rival] = {
