@@ -10,6 +10,8 @@ An encoder is named by a recipe, `name:key=value,...` with the keys of `encoder_
 images seen, and stage 2 from the read start. `--plan` makes every file of the report; those that are there are kept,
 so that a run goes on where another stopped. The rates of rivals are chosen on `tune` people. `DIR/convergence.json`
 is made again from all files of DIR at the end of every run. Choices are made with `--split tune`, the default.
+
+`--domain typefaces --assets DIR` does the same with fonts (`benchmarks/typefaces`); its figures are `DIR/typefaces.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 from convergence_figures import summarise
 from encoder_world import Known, Recipe, World
-from factor_reader import FACTOR_READER, load_factor_reader
+from domains import DOMAINS, Setting
 from known_truth import FIT_STEPS, same_scenes
 from origin import origin
 from PIL import Image
@@ -39,7 +41,6 @@ from evaluation import People, mean_lora_start
 from peft_metalora.data.degrade import DEGRADATIONS, degrade
 from peft_metalora.demo.embedded import RESOLUTION
 from peft_metalora.demo.faces import turned_photo
-from peft_metalora.demo.render import render
 from peft_metalora.demo.scoring import INFERENCE_STEPS
 from peft_metalora.encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_code
 from peft_metalora.errors import TrainingError
@@ -57,41 +58,6 @@ METHODS = RIVALS | FURTHER
 SETTLED = 10  # steps after which time is counted
 SHOWN = 300  # steps after which a machine has shown how fast it is
 FITTING_RATE = 0.05  # of codes, which are of length sqrt(k)
-
-# Everything that the report is made from, the most needed first. An image-prompt adapter's steps are shorter: it has as
-# many seconds as `main`.
-PLAN = (
-    "main-0",
-    "small-0:r=1,steps=10000",
-    "lora-0:kind=lora,r=1,steps=10000",
-    "image_prompt-0:kind=image_prompt,steps=15800",
-    "lora_r1",
-    "unseen-0:worse=-low_light-sunglasses-blur,steps=10000",
-    "main-1:seed=1,brief=1",
-    "full",
-    "main-2:seed=2,brief=1",
-    "demo-0:r=1,width=32,brief=1",
-    "lora_r16",
-    "small-1:r=1,steps=10000,seed=1,brief=2",
-    "lora-1:kind=lora,r=1,steps=10000,seed=1,brief=2",
-    "meta_lora_mean",
-    "steps-2000:steps=2000,brief=2",
-    "random-0:kind=random,brief=2",
-    "mean_lora",
-    "steps-1000:steps=1000,brief=2",
-    *(f"people-{people}:people={people},steps=3000,brief=2" for people in (64, 1024, 256, 2048)),
-    "steps-4000:steps=4000,brief=2",
-    "small-2:r=1,steps=10000,seed=2,brief=2",
-    "lora-2:kind=lora,r=1,steps=10000,seed=2,brief=2",
-    "t_lora",
-    "meta_lora_time",
-    *(f"people-{people}:people={people},steps=3000,brief=2" for people in (4096, 128, 512)),
-    "textual_inversion",
-    "small_random-0:kind=random,r=1,steps=10000,brief=2",
-    "dora",
-    "oft",
-    *(f"image_prompt-{seed}:kind=image_prompt,steps=15800,seed={seed},brief=2" for seed in (1, 2)),
-)
 
 
 SPEED = 64.0  # steps a second of an encoder on an H100
@@ -341,7 +307,7 @@ def sheet(world: World, people: Known, images: Tensor, count: int = 4) -> Image.
     identity = people.identity[:count].repeat_interleave(each, 0).to(drawn.device)
     scenes, _ = same_scenes(drawn, identity, world.judge.read(drawn), world.args.truth_steps)
     with torch.no_grad():
-        true = render(identity, scenes, RESOLUTION)
+        true = world.domain.render(identity, scenes)
     real = torch.from_numpy(people.photos[:count, :2]).permute(0, 1, 4, 2, 3).to(drawn.device) / 255
     blank = torch.ones_like(real)
     upper = torch.cat([real, drawn.unflatten(0, (count, each))], dim=1)
@@ -476,7 +442,7 @@ def _rival(
     return found
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", default=[], help="name:key=value,...; see encoder_world.Recipe")
     parser.add_argument("--plan", action="store_true", help="the recipes and rivals of the report")
@@ -485,6 +451,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decays", type=int, nargs="*", default=[100, 300], help="steps of runs that decay")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing that would end later")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--domain", default="faces", choices=tuple(DOMAINS), help="whose people they are")
+    parser.add_argument(
+        "--assets", type=Path, help="folder of a domain's networks, where the package does not bring them"
+    )
     parser.add_argument("--split", default="tune", choices=("tune", "held-out"))
     parser.add_argument("--people", type=int, default=32)
     parser.add_argument("--tune-people", type=int, default=10)
@@ -498,20 +468,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tuning-rates", type=float, nargs="+", default=[3e-4])
     parser.add_argument("--tuning-warmup", type=int, default=10)
     parser.add_argument("--fitting-steps", type=int, default=100)
-    parser.add_argument("--conditions", nargs="*", default=[*DEGRADATIONS, "yaw"], help="of bad photos")
+    parser.add_argument("--conditions", nargs="*", help="of bad photos; default: all")
     parser.add_argument("--variants", type=int, default=16, help="subjects of a person that are drawn together")
     parser.add_argument("--views", type=int, default=32)
     parser.add_argument("--inference-steps", type=int, default=INFERENCE_STEPS)
     parser.add_argument("--workers", type=int, default=min(16, max(1, len(os.sched_getaffinity(0)) - 1)))
     parser.add_argument("--save", nargs="*", default=[], help="recipes whose encoder and space are written, too")
     parser.add_argument("--strangers", type=int, default=16, help="people whom no training has seen the like of")
-    parser.add_argument("--no-truth", dest="truth", action="store_false", help="ask the renderer nothing")
+    parser.add_argument("--no-truth", dest="truth", action="store_false", help="ask the renderer of faces nothing")
     parser.add_argument("--truth-steps", type=int, default=FIT_STEPS, help="of the search for the same scene")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="eager steps")
     parser.add_argument("--compile", action="store_true", help="compile the pass")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the base in training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    # Heads are turned and marked, letters are not.
+    if args.conditions is None:
+        args.conditions = [*DEGRADATIONS, *(["yaw"] if args.domain == "faces" else [])]
+    args.truth = args.truth and args.domain == "faces"
+    return args
 
 
 def claimed(path: Path) -> bool:
@@ -561,14 +536,14 @@ def main() -> None:
     torch._dynamo.config.automatic_dynamic_shapes = False  # recipes differ in shapes, a recipe's steps do not
     torch._dynamo.config.recompile_limit = 64
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # before anything is on the GPU
-        world = World(args, pool)
+        setting: Setting = DOMAINS[args.domain](args.assets, torch.device(args.device))
+        world = World(args, pool, setting.domain, setting.down)
+        world.reader = setting.second_judge(args.output, world.device)
         facts = {**origin(world.device), "split": args.split, "people": args.people, "noises": args.seeds}
         print(f"ready after {args.seconds - world.left:.0f} s on {facts['machine']}", flush=True)
         world.speed = SPEED
         with vmap_ready():
-            if (args.output / FACTOR_READER).exists():
-                world.reader = load_factor_reader(args.output / FACTOR_READER, world.device)
-            for job in (*args.recipe, *args.rival, *(PLAN if args.plan else ())):
+            for job in (*args.recipe, *args.rival, *(setting.plan if args.plan else ())):
                 recipe = None if job in METHODS else Recipe.parse(job)
                 path = args.output / (f"{recipe.name}.json" if recipe else f"rivals-{job}.json")
                 if not path.exists() and world.left < expected(job, world.speed):
@@ -584,7 +559,7 @@ def main() -> None:
                     continue
                 write_bytes(path, (json.dumps({**facts, **data}, indent=1) + "\n").encode())
                 print(f"{path.name}, {world.left:.0f} s left", flush=True)
-    summarise(args.output)
+    summarise(args.output, args.domain)
 
 
 if __name__ == "__main__":

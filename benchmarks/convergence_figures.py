@@ -28,17 +28,18 @@ Scores = Mapping[str, Sequence[float]]
 Figure = dict[str, float]
 
 
-def summarise(folder: Path) -> dict[str, Any]:
-    """Write `convergence.json` from what is there; a figure whose files are missing is left out."""
+def summarise(folder: Path, domain: str = "faces") -> dict[str, Any]:
+    """Write `convergence.json`, of another domain `<domain>.json`, from what is there; what is missing is left out."""
+    output = folder / ("convergence.json" if domain == "faces" else f"{domain}.json")
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    files.pop("convergence", None)
+    files.pop(output.stem, None)
     origins = {
         name: {key: data[key] for key in ("machine", "date", "command", "split", "versions") if key in data}
         for name, data in files.items()
     }
     rivals = [files.pop(name) for name in list(files) if name.startswith("rivals-")]
     figures = {**_of_encoders(files), **_of_curves(files), **(_of_rivals(files, rivals) if rivals else {})}
-    for name, keys in ON_FLUX.items():
+    for name, keys in ON_FLUX.items() if domain == "faces" else ():
         path = RESULTS / f"{name}.json"
         measured = json.loads(path.read_text())["figures"] if path.exists() else {}
         figures |= {key: measured[key] for key in keys if key in measured}
@@ -50,7 +51,7 @@ def summarise(folder: Path) -> dict[str, Any]:
             label: _condensed(method, data["noises"]) for data in rivals for label, method in data["methods"].items()
         },
     }
-    write_bytes(folder / "convergence.json", (json.dumps(whole, indent=1) + "\n").encode())
+    write_bytes(output, (json.dumps(whole, indent=1) + "\n").encode())
     return whole
 
 
@@ -98,6 +99,9 @@ def _of_encoders(files: Mapping[str, Any]) -> dict[str, Any]:
             chance = main["copied_by_chance"]
             figures["copied_background_by_chance"] = interval(chance)
             figures["copied_background_over_chance"] = paired(main["copied_background"], chance)
+        if "content_right" in main:
+            figures["zero_step_content_right"] = interval(main["content_right"])
+            figures["zero_step_copied_content"] = interval(main["copied_content"])
         if "second_r_facesim" in main:
             figures["zero_step_second_judge"] = interval(main["second_r_facesim"])
             figures["second_judge_ceiling"] = interval(first["second_ceiling"])

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import Pool
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +24,7 @@ from evaluation import PHOTOS, Bench, People
 from peft_metalora.bases import Base, base_for
 from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.data.degrade import DEGRADATIONS, make_worse
-from peft_metalora.demo.embedded import RESOLUTION, load_base
-from peft_metalora.demo.faces import sample_identities, subject_identity
-from peft_metalora.demo.render import render
-from peft_metalora.demo.scene import Scene, captions, parse_caption, sample_scenes, scene_from_labels
+from peft_metalora.demo.domain import FACES, Domain
 from peft_metalora.encoder.sources.latents import even_exposure
 from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off
 from peft_metalora.evaluation.textual_inversion import WordStack
@@ -35,8 +32,10 @@ from peft_metalora.training.encoder_training import Reads
 from peft_metalora.training.engine.stacked import AdapterStack
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
+from peft_metalora.tuner.down import DownSource
 
 SECOND, CHANCE, FACTORS, MARK = "second_r_facesim", "copied_by_chance", "factor_distance", "mark"
+CONTENT, COPIED_CONTENT = "content_right", "copied_content"
 _RENDERED = 1024  # images drawn together on a GPU
 _ENCODED = 512
 
@@ -106,12 +105,19 @@ class Known(People):
 
     Attributes:
         photos: (people, photos, h, w, 3) bytes, the reference first. identity: (people, factors).
-        marked: whether a mark is looked for.
+        marked: whether a mark is looked for. shown: what each reference shows, where other photos show something else.
     """
 
     photos: np.ndarray[Any, Any]
     identity: Tensor
     marked: bool
+    shown: list[str]
+
+
+class SecondJudge(Protocol):
+    """A judge that no choice has used: images to unit vectors (n, d) on the CPU."""
+
+    def embed(self, images: Tensor) -> Tensor: ...
 
 
 class World(Bench):
@@ -122,11 +128,13 @@ class World(Bench):
         drawn: images that were drawn last, (n, 3, h, w). speed: steps a second of an encoder, as far as it is known.
     """
 
-    def __init__(self, args: argparse.Namespace, pool: Pool) -> None:
-        super().__init__(args)
+    def __init__(
+        self, args: argparse.Namespace, pool: Pool, domain: Domain = FACES, down: DownSource | None = None
+    ) -> None:
+        super().__init__(args, domain, down)
         self.pool = pool
         # People are scored between two steps, with another adapter.
-        pipe, dtype = load_base(), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+        pipe, dtype = domain.load_base(), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
         pipe.transformer.to(dtype).requires_grad_(False).eval()
         self.train_base: Base = base_for(pipe)
         self.train_base.place(self.device, encoders=False)
@@ -135,28 +143,29 @@ class World(Bench):
         self._photos: dict[tuple[int, int], tuple[np.ndarray[Any, Any], list[str]]] = {}
         self._targets: dict[tuple[int, int], Examples] = {}
         self._worse: dict[tuple[int, int, str], Tensor] = {}
-        self.reader: FactorReader | None = None
+        self.reader: SecondJudge | None = None
         self.drawn = torch.empty(0)
         self.speed = 0.0
         self._known: dict[str, Known] = {}
 
     def photos(self, people: int, count: int) -> tuple[np.ndarray[Any, Any], list[str]]:
-        """`count` photos of each of some training people, as bytes, and their captions; photo 0 faces forward."""
+        """`count` photos of each of some training people, as bytes, and their captions; photo 0 is as references are."""
         key = people, count
         if key not in self._photos:
+            domain = self.domain
             generator = torch.Generator().manual_seed(20_000 + self.args.world_seed)
-            identity = sample_identities(people, generator)
-            front = scene_from_labels(people, yaw="forward", expression="neutral", generator=generator)
-            scenes = Scene.cat([front, sample_scenes(people * (count - 1), generator)])
+            identity = domain.sample_identities(people, generator, "meta")
+            front = domain.sample_scenes(identity, generator, reference=True)
+            scenes = domain.cat([front, domain.sample_scenes(identity.repeat(count - 1, 1), generator)])
             # Person by person.
             order = torch.arange(people * count).view(count, people).T.flatten()
             scenes, identity = scenes[order], identity.repeat_interleave(count, 0)
             drawn = []
             for start in range(0, len(identity), _RENDERED):
                 part = slice(start, start + _RENDERED)
-                images = render(identity[part].to(self.device), scenes[part].to(self.device), RESOLUTION)
+                images = domain.render(identity[part].to(self.device), scenes[part].to(self.device))
                 drawn.append((images * 255).round().byte().permute(0, 2, 3, 1).cpu())
-            self._photos[key] = torch.cat(drawn).numpy(), captions(scenes)
+            self._photos[key] = torch.cat(drawn).numpy(), domain.captions(scenes)
         return self._photos[key]
 
     def latents(self, pixels: np.ndarray[Any, Any], expose: bool = False) -> Tensor:
@@ -237,10 +246,14 @@ class World(Bench):
             if split in STRANGERS:
                 identity, _, _ = strangers(split, count, 1, self._seed_of_strangers)
             else:
-                identity = torch.stack([subject_identity(split, number) for number in range(count)])
+                identity = self.domain.subject_identities(split, count)
             people = self.people(split, count)
             marked = split in ("marked", "unmarked")
-            self._known[split] = Known(**vars(people), photos=photos, identity=identity, marked=marked)
+            shown = []
+            if self.domain.content:
+                texts = [subject.split()[0].caption or "" for subject in self.read(split, count)]
+                shown = [self.domain.parse_caption(text)[self.domain.content] for text in texts]
+            self._known[split] = Known(**vars(people), photos=photos, identity=identity, marked=marked, shown=shown)
         return self._known[split]
 
     def draw(self, stack: AdapterStack | WordStack | None, rows: int, seeds: Sequence[int]) -> Tensor:
@@ -255,16 +268,20 @@ class World(Bench):
 
         That is what a copied wall is by chance (the share of other people's references whose wall an image shows, where
         the prompt leaves it open), what the second judge says, how far the factors that are read off a row's images are
-        from the person's, and, of strangers who may have a mark, how much of it is shown.
+        from the person's, and, of strangers who may have a mark, how much of it is shown. Where photos differ in what
+        they show of a person: how often it is what was asked for, and how often what the reference shows.
         """
         scores: dict[str, Any] = super().score(stack, people, rows, seeds)
         if not isinstance(people, Known):
             return scores
         whose = [row // len(seeds) for row in range(rows)]
         scores[CHANCE] = self._by_chance(people, whose)
-        if self.reader is not None:
+        if people.shown:
+            scores |= self._content(people, whose)
+        if isinstance(self.reader, FactorReader):
             read = self.reader.read(self.drawn).view(rows, len(self.prompts), -1).mean(1)
             scores[FACTORS] = [round(value, 4) for value in (read - people.identity[whose]).abs().mean(1).tolist()]
+        if self.reader is not None:
             made = self.reader.embed(self.drawn).view(rows, len(self.prompts), -1)
             real = embedded(self.reader.embed, people.photos)[whose, 1:]
             similar = torch.einsum("rpd,rod->rpo", made, real).mean((1, 2))
@@ -276,8 +293,9 @@ class World(Bench):
         return scores
 
     def _by_chance(self, people: People, whose: Sequence[int]) -> list[float]:
-        free = ["background" not in parse_caption(prompt) for prompt in self.prompts]
-        walls = [shown["background"] for shown in self.judge.read(self.drawn)]
+        backdrop = self.domain.backdrop
+        free = [backdrop not in asked for asked in self.asked]
+        walls = [shown[backdrop] for shown in self.judge.read(self.drawn)]
         found = []
         for row, own in enumerate(whose):
             others = [wall for person, wall in enumerate(people.walls) if person != own]
@@ -285,6 +303,18 @@ class World(Bench):
             shares = [others.count(wall) / len(others) for wall, is_free in zip(drawn, free, strict=True) if is_free]
             found.append(round(sum(shares) / len(shares), 4))
         return found
+
+    def _content(self, people: Known, whose: Sequence[int]) -> dict[str, list[float]]:
+        label = self.domain.content or ""
+        shown = [seen[label] for seen in self.judge.read(self.drawn)]
+        rows = [shown[row * len(self.asked) : (row + 1) * len(self.asked)] for row in range(len(whose))]
+        wanted = [asked[label] for asked in self.asked]
+        right = [[one == want for one, want in zip(row, wanted, strict=True)] for row in rows]
+        copied = [[one == people.shown[own] for one in row] for row, own in zip(rows, whose, strict=True)]
+        return {
+            name: [round(sum(hits) / len(hits), 4) for hits in found]
+            for name, found in ((CONTENT, right), (COPIED_CONTENT, copied))
+        }
 
     def from_render(self, images: Tensor, identity: Tensor) -> Tensor:
         """(n,): how far the face in each image is from the true render of an identity in the same scene."""

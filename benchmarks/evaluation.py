@@ -31,11 +31,11 @@ from peft_metalora import hub
 from peft_metalora.bases import base_for
 from peft_metalora.data import Photo, Subject, load_image, read_subjects
 from peft_metalora.data.degrade import DEGRADATIONS, degrade
-from peft_metalora.demo.embedded import BASE, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
-from peft_metalora.demo.faces import turned_photo, write_dataset
-from peft_metalora.demo.judges import adherence, load_embedder, load_judge
-from peft_metalora.demo.scene import parse_caption
-from peft_metalora.demo.scoring import INFERENCE_STEPS, PROMPTS
+from peft_metalora.demo.domain import FACES, Domain
+from peft_metalora.demo.embedded import MAX_SEQUENCE_LENGTH, RESOLUTION
+from peft_metalora.demo.faces import turned_photo
+from peft_metalora.demo.judges import adherence
+from peft_metalora.demo.scoring import INFERENCE_STEPS
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, Rival, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.summary import METRICS, interval, summarise
 from peft_metalora.evaluation.textual_inversion import WordStack
@@ -75,13 +75,17 @@ class People:
 
 
 class Bench:
-    """The base, its judges, the clock and the people; everything stays on one device."""
+    """The base, its judges, the clock and the people; everything stays on one device.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.started = args, time.perf_counter()
+    Args:
+        domain: whose people they are. down: of its base.
+    """
+
+    def __init__(self, args: argparse.Namespace, domain: Domain = FACES, down: DownSource | None = None) -> None:
+        self.args, self.domain, self.started = args, domain, time.perf_counter()
         self.device = torch.device(args.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.pipe = load_base()
+        self.pipe = domain.load_base()
         self.base = base_for(self.pipe)
         for part in self.pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -91,16 +95,17 @@ class Bench:
         side = RESOLUTION // self.base.pixel_multiple
         ids = self.pipe._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
         self.pipe._prepare_latent_image_ids = lambda *_: ids
-        self.embedder, self.judge = load_embedder().to(self.device), load_judge().to(self.device)
-        self.down = embedded_down()
+        self.embedder, self.judge = domain.load_embedder().to(self.device), domain.load_judge().to(self.device)
+        self.down = down or embedded_down()
         self.home = Path(tempfile.mkdtemp())
         self.config = PersonalizeConfig(
-            pretrained_model_name_or_path=str(BASE),
+            pretrained_model_name_or_path=str(domain.base_folder),
             output_dir=str(self.home / "none"),
             resolution=RESOLUTION,
             mixed_precision="no",
         )
-        self.prompts = list(PROMPTS)
+        self.prompts = list(domain.prompts)
+        self.asked = [domain.parse_caption(prompt) for prompt in self.prompts]
         self.text = {name: tensor.to(self.device) for name, tensor in self.base.encode_text(self.prompts).items()}
 
     @property
@@ -110,7 +115,7 @@ class Bench:
     def read(self, split: str, count: int, photos: int = PHOTOS) -> list[Subject]:
         folder = self.home / f"{split}-{count}-{photos}"
         if not folder.exists():
-            write_dataset(folder, split, count, photos)
+            self.domain.write_dataset(folder, split, count, photos)
         return read_subjects(folder)
 
     def people(self, split: str, count: int) -> People:
@@ -125,7 +130,8 @@ class Bench:
         clean = [[load_image(photo.path) for photo in subject.photos] for subject in subjects]
         vectors = self.embedder.embed([image for own in clean for image in own]).vectors
         vectors = vectors.view(len(subjects), -1, vectors.shape[-1])
-        walls = [seen["background"] for seen in self.judge.read([load_image(photo.path) for photo in references])]
+        shown = self.judge.read([load_image(photo.path) for photo in references])
+        walls = [seen[self.domain.backdrop] for seen in shown]
         names = [subject.name for subject in subjects]
         return People(names, examples.to(self.device), vectors[:, 0], vectors[:, 1:], walls, references)
 
@@ -171,8 +177,7 @@ class Bench:
         images = self.draw(stack, rows, seeds)
         made = self.embedder.embed(images).vectors.view(rows, len(self.prompts), -1)
         person = [row // len(seeds) for row in range(rows)]
-        seen = self.judge.read(images)
-        asked = [parse_caption(prompt) for prompt in self.prompts]
+        seen, asked, backdrop = self.judge.read(images), self.asked, self.domain.backdrop
         result: dict[str, list[float]] = {name: [] for name in METRICS}
         others = torch.nn.functional.normalize(people.others, dim=-1)[person]
         references = torch.nn.functional.normalize(people.references, dim=-1)[person]
@@ -182,9 +187,7 @@ class Bench:
             own = seen[row * len(asked) : (row + 1) * len(asked)]
             result["prompt_adherence"].append(adherence(asked, own)["all"])
             wall = people.walls[person[row]]
-            free = [
-                shown["background"] == wall for shown, want in zip(own, asked, strict=True) if "background" not in want
-            ]
+            free = [shown[backdrop] == wall for shown, want in zip(own, asked, strict=True) if backdrop not in want]
             result["copied_background"].append(sum(free) / len(free))
         return {name: [round(value, 4) for value in values] for name, values in result.items()}
 
@@ -417,7 +420,7 @@ def short_stage_1(bench: Bench, examples: Examples, how: str) -> tuple[DownSourc
     """A short stage 1 from another start of Down; everything else is equal."""
     args, begin = bench.args, bench.now()
     config = MetaTrainConfig(
-        pretrained_model_name_or_path=str(BASE),
+        pretrained_model_name_or_path=str(domain.base_folder),
         output_dir=str(bench.home / f"down-{how}"),
         resolution=RESOLUTION,
         mixed_precision="no",
@@ -446,7 +449,7 @@ def short_stage_1(bench: Bench, examples: Examples, how: str) -> tuple[DownSourc
     for _ in run.steps():
         if bench.left < 0:
             raise OutOfTimeError
-    run.finish().save(config.output_dir, str(BASE))
+    run.finish().save(config.output_dir, config.pretrained_model_name_or_path)
     seconds = bench.now() - begin
     bench.clear()
     return hub.load_down(config.output_dir), seconds

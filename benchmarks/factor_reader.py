@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from peft_metalora.demo.domain import FACES
 from peft_metalora.demo.embedded import RESOLUTION
-from peft_metalora.demo.make_base import random_renders
 from peft_metalora.demo.render import IDENTITY_FACTORS
 from peft_metalora.files import write_tensors
 
@@ -81,7 +81,7 @@ def train_factor_reader(steps: int, batch: int, device: torch.device) -> FactorR
     optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
     for _ in range(steps):
-        identities, _, images = random_renders(batch, generator)
+        identities, _, images = FACES.random_renders(batch, generator)
         deviation = 0.1 * torch.rand(batch, 1, 1, 1, generator=generator, device=device)
         noisy = images + deviation * torch.randn(images.shape, generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -113,7 +113,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     reader = train_factor_reader(args.steps, args.batch, device)
     write_tensors(args.output / FACTOR_READER, reader.state_dict())
-    identities, _, images = random_renders(2048, torch.Generator(device).manual_seed(1_000_903))
+    identities, _, images = FACES.random_renders(2048, torch.Generator(device).manual_seed(1_000_903))
     error = (reader.read(images) - identities.cpu()).abs().mean()
     print(f"factors of renders are read with a mean absolute error of {error:.3f}; of the mean of all it is 0.250")
 

@@ -9,6 +9,7 @@ weights; `make_base.py` trains it; `load_base` loads the committed one. Images a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,16 @@ _HEADS, _HEAD_DIM = 6, 32
 _SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the caption grammar; words it does not know become `<unk>`.
+def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over a caption grammar; words it does not know become `<unk>`.
+
+    Args:
+        vocabulary: words of the captions.
 
     Returns:
         A tokenizer whose `model_max_length` is `MAX_SEQUENCE_LENGTH`; punctuation is dropped, `</s>` ends each text.
     """
-    words = _SPECIAL + sorted({word.lower() for word in VOCABULARY} - set(_SPECIAL))
+    words = _SPECIAL + sorted({word.lower() for word in vocabulary} - set(_SPECIAL))
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w<>/\-]+"), " ")]
@@ -78,15 +82,16 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_pipeline(seed: int = 0) -> FluxPipeline:
+def build_pipeline(seed: int = 0, vocabulary: Sequence[str] = VOCABULARY) -> FluxPipeline:
     """The whole pipeline with random weights, float32, on the CPU.
 
     Args:
         seed: of the weights; the global random state is left as it was.
+        vocabulary: words of the captions.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = build_tokenizer()
+        tokenizer = build_tokenizer(vocabulary)
         vocab_size = len(tokenizer)
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -133,7 +138,7 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             text_encoder_2=text_encoder_2,
-            tokenizer_2=build_tokenizer(),
+            tokenizer_2=build_tokenizer(vocabulary),
             transformer=transformer,
         )
 

@@ -90,12 +90,17 @@ class FaceEmbedder(nn.Module):
 
 
 class SceneJudge(nn.Module):
-    """Images of the domain to one label a clause of the caption grammar (`scene.LABELS`)."""
+    """Images of the domain to one label a clause of its caption grammar.
 
-    def __init__(self) -> None:
+    Args:
+        labels: the values of each clause.
+    """
+
+    def __init__(self, labels: Mapping[str, Sequence[str]] = LABELS) -> None:
         super().__init__()
+        self.labels = labels
         self.trunk = _Trunk()
-        self.heads = nn.ModuleDict({clause: nn.Linear(128 * 16, len(labels)) for clause, labels in LABELS.items()})
+        self.heads = nn.ModuleDict({clause: nn.Linear(128 * 16, len(values)) for clause, values in labels.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(n, 3, 64, 64) in [0, 1] -> for each clause logits (n, number of its labels)."""
@@ -113,7 +118,7 @@ class SceneJudge(nn.Module):
         seen: list[dict[str, str]] = []
         for batch in images_to_tensor(images).split(256):
             best = {clause: logits.argmax(-1).tolist() for clause, logits in self(batch.to(device)).items()}
-            seen += [{clause: LABELS[clause][best[clause][i]] for clause in best} for i in range(len(batch))]
+            seen += [{clause: self.labels[clause][best[clause][i]] for clause in best} for i in range(len(batch))]
         return seen
 
 
@@ -152,9 +157,9 @@ def load_embedder(path: str | Path = EMBEDDER) -> FaceEmbedder:
     return _load(FaceEmbedder(), path)
 
 
-def load_judge(path: str | Path = JUDGE) -> SceneJudge:
-    """The committed scene judge, in evaluation mode, float32 on the CPU."""
-    return _load(SceneJudge(), path)
+def load_judge(path: str | Path = JUDGE, labels: Mapping[str, Sequence[str]] = LABELS) -> SceneJudge:
+    """The committed scene judge, or that of another domain, in evaluation mode, float32 on the CPU."""
+    return _load(SceneJudge(labels), path)
 
 
 def _load(network: Network, path: str | Path) -> Network:

@@ -7,7 +7,7 @@
     python -m peft_metalora.demo.make_base down --output DIR
     python -m peft_metalora.demo.make_base report --output DIR
 
-`judges` and `vae` are independent of each other, `base` needs `vae`, `down` needs `base`, `report` needs all but
+`judges` (also one at a time: `embedder`, `judge`) and `vae` are independent of each other, `base` needs `vae`, `down` needs `base`, `report` needs all but
 `down`. The defaults are for a GPU, minutes each; with small numbers it all runs on a CPU. `docs/demo.md` has the
 figures.
 """
@@ -20,7 +20,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,24 +34,15 @@ from ..training.examples.batches import Examples
 from ..training.examples.encoding import encode_captions
 from ..training.stage_1 import MetaTraining
 from ..training.stage_settings import MetaTrainConfig
-from . import faces, scene
+from .domain import FACES, Domain, Faces
 from .embedded import BASE_NAME, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, build_vae, load_base
-from .judges import FaceEmbedder, SceneJudge, adherence, load_embedder, load_judge
-from .render import render
+from .judges import FaceEmbedder, SceneJudge, adherence
 
 # CosFace's defaults for small class counts (arXiv 1801.09414, section 4.2).
 _COSFACE_SCALE, _COSFACE_MARGIN = 32.0, 0.3
+_META_PEOPLE = 1024
 
-
-def random_renders(
-    n: int, generator: torch.Generator, identities: Tensor | None = None
-) -> tuple[Tensor, scene.Scene, Tensor]:
-    """Draw `n` people (or use `identities`, (n, factors)) in random scenes -> (identities, scenes, images)."""
-    device = generator.device
-    if identities is None:
-        identities = faces.sample_identities(n, generator, device)
-    scenes = scene.sample_scenes(n, generator, device)
-    return identities, scenes, render(identities, scenes, RESOLUTION)
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def train_embedder(
@@ -59,23 +50,25 @@ def train_embedder(
     device: torch.device,
     classes: int = 8192,
     batch: int = 768,
-    network: Callable[[], FaceEmbedder] = FaceEmbedder,
+    network: Callable[[], Network] = FaceEmbedder,  # type: ignore[assignment]
     seed: int = 1_000_001,
-) -> FaceEmbedder:
+    domain: Domain = FACES,
+) -> Network:
     """Face embedder by classification of `classes` identities with CosFace's margin.
 
     Args:
-        network: makes it, with random weights. seed: of the identities and their photos.
+        network: makes it, with random weights: images to unit vectors of 128 numbers. seed: of the identities and their
+            photos.
     """
     torch.manual_seed(0)
     generator = torch.Generator(device).manual_seed(seed)
-    people = faces.sample_identities(classes, generator, device)
+    people = domain.sample_identities(classes, generator)
     embedder = network().to(device)
     prototypes = nn.Parameter(torch.randn(classes, 128, device=device))
     optimizer, schedule = _adamw([*embedder.parameters(), prototypes], 2e-3, steps)
     for step in tqdm(range(steps), desc="face embedder", mininterval=10):
         who = torch.randint(classes, (batch,), device=device, generator=generator)
-        _, _, images = random_renders(batch, generator, people[who])
+        _, _, images = domain.random_renders(batch, generator, people[who])
         with _mixed_precision(device):
             vectors = embedder(_photometric(images, generator))
         cosines = vectors.float() @ F.normalize(prototypes, dim=-1).T
@@ -86,26 +79,30 @@ def train_embedder(
     return embedder.eval()
 
 
-def train_judge(steps: int, device: torch.device, batch: int = 768) -> SceneJudge:
+def train_judge(steps: int, device: torch.device, batch: int = 768, domain: Domain = FACES) -> SceneJudge:
     """Scene judge by classification of every clause of the captions."""
     torch.manual_seed(0)
     generator = torch.Generator(device).manual_seed(1_000_002)
-    judge = SceneJudge().to(device)
+    judge = SceneJudge(domain.labels).to(device)
     optimizer, schedule = _adamw(judge.parameters(), 2e-3, steps)
     for _ in tqdm(range(steps), desc="scene judge", mininterval=10):
-        _, scenes, images = random_renders(batch, generator)
+        _, scenes, images = domain.random_renders(batch, generator)
         with _mixed_precision(device):
             logits = judge(_photometric(images, generator))
-        losses = [F.cross_entropy(logits[clause].float(), labels) for clause, labels in scene.labels(scenes).items()]
+        labels = domain.scene_labels(scenes)
+        losses = [F.cross_entropy(logits[clause].float(), values) for clause, values in labels.items()]
         _descend(torch.stack(losses).sum(), optimizer, schedule)
     return judge.eval()
 
 
-def train_vae(steps: int, device: torch.device, pool: int = 131_072, batch: int = 192) -> AutoencoderKL:
+def train_vae(
+    steps: int, device: torch.device, pool: int = 131_072, batch: int = 192, domain: Domain = FACES
+) -> AutoencoderKL:
     """Autoencoder by L1 on pixels and on their differences, with a weak KL term; then its scale and shift are set."""
     torch.manual_seed(0)
     generator = torch.Generator(device).manual_seed(1_000_003)
-    renders = torch.cat([random_renders(min(2048, pool), generator)[2].mul(255).byte() for _ in range(0, pool, 2048)])
+    parts = [domain.random_renders(min(2048, pool), generator)[2].mul(255).byte() for _ in range(0, pool, 2048)]
+    renders = torch.cat(parts)
     vae = build_vae().to(device)
     optimizer, schedule = _adamw(vae.parameters(), 2e-3, steps)
     for _ in tqdm(range(steps), desc="autoencoder", mininterval=10):
@@ -120,24 +117,26 @@ def train_vae(steps: int, device: torch.device, pool: int = 131_072, batch: int 
         _descend(F.l1_loss(shown, images) + edges + 1e-4 * kl, optimizer, schedule)
     vae.eval()
     with torch.inference_mode():
-        latents = vae.encode(random_renders(2048, generator)[2] * 2 - 1).latent_dist.mean
+        latents = vae.encode(domain.random_renders(2048, generator)[2] * 2 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     return vae
 
 
-def train_base(vae: AutoencoderKL, seconds: float, device: torch.device, pool: int, batch: int) -> FluxPipeline:
+def train_base(
+    vae: AutoencoderKL, seconds: float, device: torch.device, pool: int, batch: int, domain: Domain = FACES
+) -> FluxPipeline:
     """Transformer and text encoders, together, by rectified flow as FLUX and SD3 train (arXiv 2403.03206, section 3).
 
     Args:
         seconds: how long to train, compilation included; the learning rate follows the clock.
         pool: images rendered beforehand, every one of another person; steps draw from them.
     """
-    pipe = build_pipeline(seed=0)
+    pipe = build_pipeline(seed=0, vocabulary=domain.vocabulary)
     pipe.register_modules(vae=vae)
     pipe.to(device)
     torch.manual_seed(0)
     generator = torch.Generator(device).manual_seed(1_000_004)
-    latents, token_ids = _latent_pool(pipe, pool, generator)
+    latents, token_ids = _latent_pool(pipe, pool, generator, domain)
     parts = nn.ModuleDict({"transformer": pipe.transformer, "clip": pipe.text_encoder, "t5": pipe.text_encoder_2})
     parts.train()
     average = copy.deepcopy(parts).requires_grad_(False)
@@ -190,17 +189,19 @@ def train_base(vae: AutoencoderKL, seconds: float, device: torch.device, pool: i
     return pipe
 
 
-def train_down(output: Path, seconds: float, device: torch.device, images: int = 8) -> None:
-    """Stage 1 on the people of the `meta` split, `images` renders of each; writes `down`.
+def train_down(
+    output: Path, seconds: float, device: torch.device, images: int = 8, domain: Domain = FACES, steps: int = 1000
+) -> None:
+    """Stage 1 on 1024 people of the `meta` split, `images` renders of each; writes `down`.
 
     The settings are those that `metalora meta-train` takes; only the files in between are left out.
     """
     base = base_for(load_base(output / "base"))
     base.place(device, encoders=True)
-    people = torch.stack([faces.subject_identity("meta", number) for number in range(faces.SPLITS["meta"] or 0)])
+    people = domain.subject_identities("meta", _META_PEOPLE)
     generator = torch.Generator(device).manual_seed(1_000_006)
-    scenes, renders = _in_chunks(people.to(device).repeat_interleave(images, 0), generator)
-    captions = [text for part in scenes for text in scene.captions(part)]
+    scenes, renders = _in_chunks(people.to(device).repeat_interleave(images, 0), generator, domain)
+    captions = [text for part in scenes for text in domain.captions(part)]
     rows = {text: row for row, text in enumerate(dict.fromkeys(captions))}
     examples = Examples(
         latents=base.encode_images(renders * 2 - 1, batch_size=512),
@@ -216,10 +217,10 @@ def train_down(output: Path, seconds: float, device: torch.device, images: int =
         meta_rank=64,
         learning_rate=2e-3,
         down_learning_rate=1e-3,
-        bucket_size=256,
-        max_train_steps=1000,
+        bucket_size=min(256, len(people)),
+        max_train_steps=steps,
         warmup_steps=20,
-        subjects_per_batch=48,
+        subjects_per_batch=min(48, len(people)),
         images_per_subject=2,
         mixed_precision="no",
     )
@@ -233,7 +234,7 @@ def train_down(output: Path, seconds: float, device: torch.device, images: int =
 
 
 @torch.inference_mode()
-def report(output: Path, device: torch.device, samples: int = 256) -> dict[str, Any]:
+def report(output: Path, device: torch.device, samples: int = 256, domain: Domain = FACES) -> dict[str, Any]:
     """Measure what was trained, on people and scenes that it has not seen, and draw `samples.png`.
 
     Returns:
@@ -243,19 +244,16 @@ def report(output: Path, device: torch.device, samples: int = 256) -> dict[str, 
         of face embeddings to 1000 renders and the mean `nearest_person_cosine` among people they do not show.
     """
     generator = torch.Generator(device).manual_seed(2_000_001)
-    embedder, judge = (
-        load_embedder(output / "face_embedder.safetensors").to(device),
-        load_judge(output / "judge.safetensors").to(device),
-    )
-    people = faces.sample_identities(1000, generator, device).repeat_interleave(4, 0)
-    scenes, images = _in_chunks(people, generator)
+    embedder, judge = domain.load_embedder().to(device), domain.load_judge().to(device)
+    people = domain.sample_identities(1000, generator, "held-out").repeat_interleave(4, 0)
+    scenes, images = _in_chunks(people, generator, domain)
     vectors = embedder.embed(images).vectors
     cosines = vectors @ vectors.T
     same = torch.arange(len(vectors)) // 4
     same = same[:, None] == same[None]
     upper = torch.ones_like(same).triu(1)
     positive, negative = cosines[same & upper], cosines[~same & upper]
-    truth = [scene.parse_caption(text) for part in scenes for text in scene.captions(part)]
+    truth = [domain.parse_caption(text) for part in scenes for text in domain.captions(part)]
     figures: dict[str, Any] = {
         "embedder_auc": _auc(positive, negative),
         "embedder_same": positive.mean().item(),
@@ -270,8 +268,8 @@ def report(output: Path, device: torch.device, samples: int = 256) -> dict[str, 
     figures["vae_psnr_db"] = -10 * (decoded - seen).square().mean((1, 2, 3)).log10().mean().item()
     figures["vae_face_cosine"] = (embedder.embed(decoded).vectors * vectors[:1024]).sum(-1).mean().item()
 
-    asked = scene.sample_scenes(samples, generator, device)
-    prompts = scene.captions(asked)
+    asked = domain.sample_scenes(people[: 4 * samples : 4], generator)
+    prompts = domain.captions(asked)
     generated = pipe(
         prompts,
         height=RESOLUTION,
@@ -281,7 +279,7 @@ def report(output: Path, device: torch.device, samples: int = 256) -> dict[str, 
         generator=torch.Generator("cpu").manual_seed(0),
         output_type="pt",
     ).images.float()
-    figures["adherence"] = adherence([scene.parse_caption(prompt) for prompt in prompts], judge.read(generated))
+    figures["adherence"] = adherence([domain.parse_caption(prompt) for prompt in prompts], judge.read(generated))
     # Nearest render of another person, for generated images and for renders: equal when the base draws proper people.
     figures["frechet_distance"] = {
         "generated": _frechet(embedder.embed(generated).vectors, vectors[::4]),
@@ -297,12 +295,16 @@ def report(output: Path, device: torch.device, samples: int = 256) -> dict[str, 
     return figures
 
 
-def _in_chunks(people: Tensor, generator: torch.Generator, size: int = 1000) -> tuple[list[scene.Scene], Tensor]:
-    parts = [random_renders(len(chunk), generator, chunk) for chunk in people.split(size)]
+def _in_chunks(
+    people: Tensor, generator: torch.Generator, domain: Domain, size: int = 1000
+) -> tuple[list[Any], Tensor]:
+    parts = [domain.random_renders(len(chunk), generator, chunk) for chunk in people.split(size)]
     return [part[1] for part in parts], torch.cat([part[2] for part in parts])
 
 
-def _latent_pool(pipe: FluxPipeline, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _latent_pool(
+    pipe: FluxPipeline, size: int, generator: torch.Generator, domain: Domain
+) -> tuple[Tensor, Tensor]:
     """Rendered, encoded and packed images (size, 64, 32) in float16, and their captions' ids (size, 24)."""
     device = generator.device
     words = torch.Generator().manual_seed(1_000_005)
@@ -311,7 +313,7 @@ def _latent_pool(pipe: FluxPipeline, size: int, generator: torch.Generator) -> t
     with torch.inference_mode():
         for start in tqdm(range(0, size, 2048), desc="rendering", mininterval=10):
             count = min(2048, size - start)
-            _, scenes, images = random_renders(count, generator)
+            _, scenes, images = domain.random_renders(count, generator)
             with _mixed_precision(device):
                 encoded = pipe.vae.encode(images * 2 - 1).latent_dist.mean.float()
             encoded = (encoded - shift) * scale
@@ -321,7 +323,7 @@ def _latent_pool(pipe: FluxPipeline, size: int, generator: torch.Generator) -> t
             texts: list[str] = []
             for share, drop in ((0.6, 0.0), (0.3, 0.5), (0.05, 1.0)):
                 part = scenes[len(texts) : len(texts) + int(count * share)]
-                texts += scene.captions(part, words, drop)
+                texts += domain.captions(part, words, drop)
             texts += [""] * (count - len(texts))
             ids = pipe.tokenizer(
                 texts, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, truncation=True, return_tensors="pt"
@@ -397,14 +399,18 @@ def _half(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.half().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one job, with the arguments of the command line."""
+def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
+    """Run one job, with the arguments of the command line.
+
+    Args:
+        domain: whose networks are trained; its assets are the output folder's. Default: the faces.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=["judges", "vae", "base", "down", "report"])
+    parser.add_argument("job", choices=["judges", "embedder", "judge", "vae", "base", "down", "report"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500, help="of `judges` and `vae`")
     parser.add_argument("--seconds", type=float, default=320, help="of `base` and `down`")
-    parser.add_argument("--pool", type=int, default=393_216, help="images rendered for `base`")
+    parser.add_argument("--pool", type=int, default=393_216, help="images rendered for `base`, at most so many for `vae`")
     parser.add_argument("--batch", type=int, default=512, help="images in a step of `base`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -413,15 +419,17 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_tf32 = True
     args.output.mkdir(parents=True, exist_ok=True)
+    domain = domain or Faces(args.output)
     start = time.perf_counter()
-    if args.job == "judges":
-        save_file(_half(train_embedder(args.steps, device)), args.output / "face_embedder.safetensors")
-        save_file(_half(train_judge(args.steps // 2, device)), args.output / "judge.safetensors")
-    elif args.job == "vae":
-        train_vae(args.steps, device).half().save_pretrained(args.output / "vae")
+    if args.job in ("judges", "embedder"):
+        save_file(_half(train_embedder(args.steps, device, domain=domain)), args.output / "face_embedder.safetensors")
+    if args.job in ("judges", "judge"):
+        save_file(_half(train_judge(args.steps // 2, device, domain=domain)), args.output / "judge.safetensors")
+    if args.job == "vae":
+        train_vae(args.steps, device, min(131_072, args.pool), domain=domain).half().save_pretrained(args.output / "vae")
     elif args.job == "base":
         vae = AutoencoderKL.from_pretrained(args.output / "vae", dtype=torch.float32).to(device)
-        pipe = train_base(vae, args.seconds, device, args.pool, args.batch).to("cpu")
+        pipe = train_base(vae, args.seconds, device, args.pool, args.batch, domain).to("cpu")
         # Text encoders stay float32: `FluxPipeline.from_pretrained(folder)` without a dtype loads transformers' models
         # as they are stored and diffusers' models as float32, and the two must agree.
         pipe.vae.half()
@@ -429,9 +437,9 @@ def main(argv: list[str] | None = None) -> None:
         pipe.save_pretrained(args.output / "base")
         _name_as_published(args.output / "base" / "text_encoder" / "model.safetensors")
     elif args.job == "down":
-        train_down(args.output, args.seconds, device)
-    else:
-        figures = report(args.output, device)
+        train_down(args.output, args.seconds, device, domain=domain)
+    elif args.job == "report":
+        figures = report(args.output, device, domain=domain)
         (args.output / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(json.dumps(figures, indent=2))
     print(f"{args.job}: {time.perf_counter() - start:.0f} s on {args.device}")

@@ -10,7 +10,9 @@ corresponds to swapping the two words in its caption (and to :meth:`Scene.flip`)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -45,8 +47,31 @@ _FORWARD, _TURNED = 0.06, (0.27, 0.45)  # |yaw| in radians: at most / between; t
 _YAW_BORDER = (_FORWARD + _TURNED[0]) / 2
 
 
+Columns = TypeVar("Columns", bound="SceneColumns")
+
+
+class SceneColumns:
+    """Base of a frozen dataclass whose fields are tensors of shape (n,), a value for each of n images."""
+
+    def __len__(self) -> int:
+        return len(next(iter(vars(self).values())))
+
+    def __getitem__(self: Columns, index: slice | Tensor) -> Columns:
+        """Select images by slice, mask or index tensor."""
+        return type(self)(**{name: column[index] for name, column in vars(self).items()})
+
+    def to(self: Columns, device: torch.device | str) -> Columns:
+        """Copy to a device."""
+        return type(self)(**{name: column.to(device) for name, column in vars(self).items()})
+
+    @classmethod
+    def cat(cls: type[Columns], scenes: Sequence[Columns]) -> Columns:
+        """Concatenate scenes along the batch."""
+        return cls(**{name: torch.cat([getattr(scene, name) for scene in scenes]) for name in vars(scenes[0])})
+
+
 @dataclass(frozen=True)
-class Scene:
+class Scene(SceneColumns):
     """Nuisance variables of n images, each a tensor of shape (n,).
 
     ``yaw`` (positive: facing right), ``pitch`` (positive: looking down) and ``roll`` (positive: clockwise) are in
@@ -77,17 +102,6 @@ class Scene:
     shirt: Tensor
     light: Tensor
 
-    def __len__(self) -> int:
-        return self.yaw.shape[0]
-
-    def __getitem__(self, index: slice | Tensor) -> Scene:
-        """Select images by slice, mask or index tensor."""
-        return Scene(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
-
-    def to(self, device: torch.device | str) -> Scene:
-        """Copy to a device."""
-        return Scene(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
-
     def flip(self) -> Scene:
         """Return the scene seen in a mirror: left and right are exchanged."""
         return replace(
@@ -98,11 +112,6 @@ class Scene:
             light_x=-self.light_x,
             pattern_angle=-self.pattern_angle,
         )
-
-    @staticmethod
-    def cat(scenes: list[Scene]) -> Scene:
-        """Concatenate scenes along the batch."""
-        return Scene(**{f.name: torch.cat([getattr(scene, f.name) for scene in scenes]) for f in fields(Scene)})
 
 
 def sample_scenes(n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Scene:
