@@ -11,7 +11,7 @@ images seen, and stage 2 from the read start. `--plan` makes every file of the r
 so that a run goes on where another stopped. The rates of rivals are chosen on `tune` people. `DIR/convergence.json`
 is made again from all files of DIR at the end of every run. Choices are made with `--split tune`, the default.
 
-`--domain typefaces --assets DIR` does the same with fonts (`benchmarks/typefaces`); its figures are `DIR/typefaces.json`.
+`--domain typefaces --assets DIR` does the same with fonts (`benchmarks/typefaces`) and writes `DIR/typefaces.json`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 from convergence_figures import summarise
-from encoder_world import Known, Recipe, World
 from domains import DOMAINS, Setting
+from encoder_world import Known, Recipe, World
 from known_truth import FIT_STEPS, same_scenes
 from origin import origin
 from PIL import Image

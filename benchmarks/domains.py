@@ -54,9 +54,9 @@ _FACES = (
 # Fonts: what the paper compares, with fewer steps, for two goes on four GPUs.
 _TYPEFACES = (
     "main-0:steps=8000",
-    "lora-0:kind=lora,r=1,steps=8000",
-    "image_prompt-0:kind=image_prompt,steps=10000",
-    "small-0:r=1,steps=8000",
+    "lora-0:kind=lora,r=1,steps=8000,brief=1",
+    "image_prompt-0:kind=image_prompt,steps=10000,brief=1",
+    "small-0:r=1,steps=8000,brief=1",
     "lora_r1",
     "full",
     "random-0:kind=random,steps=8000,brief=1",

@@ -149,7 +149,7 @@ class World(Bench):
         self._known: dict[str, Known] = {}
 
     def photos(self, people: int, count: int) -> tuple[np.ndarray[Any, Any], list[str]]:
-        """`count` photos of each of some training people, as bytes, and their captions; photo 0 is as references are."""
+        """`count` photos of each of some training people, as bytes, and their captions; photo 0 is a reference."""
         key = people, count
         if key not in self._photos:
             domain = self.domain

@@ -420,7 +420,7 @@ def short_stage_1(bench: Bench, examples: Examples, how: str) -> tuple[DownSourc
     """A short stage 1 from another start of Down; everything else is equal."""
     args, begin = bench.args, bench.now()
     config = MetaTrainConfig(
-        pretrained_model_name_or_path=str(domain.base_folder),
+        pretrained_model_name_or_path=str(bench.domain.base_folder),
         output_dir=str(bench.home / f"down-{how}"),
         resolution=RESOLUTION,
         mixed_precision="no",

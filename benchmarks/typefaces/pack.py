@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .glyphs import BASELINE, BOX, CAP_HEIGHT, CHARACTERS, FORMAT
+from .glyphs import BASELINE, BOX, CAP_HEIGHT, CHARACTERS
 
 Array = np.ndarray[Any, Any]
 

@@ -33,10 +33,23 @@ LABELS: dict[str, tuple[str, ...]] = {
     "pattern": PATTERNS,
     "light": LIGHTS,
 }
-VOCABULARY = tuple(
-    dict.fromkeys("a photo of glyph the capital small letter digit in on ink paper light".split())
-    | dict.fromkeys(INKS + PAPERS + PATTERNS + LIGHTS + tuple(CHARACTERS.lower()))
+_WORDS = (
+    "a",
+    "photo",
+    "of",
+    "glyph",
+    "the",
+    "capital",
+    "small",
+    "letter",
+    "digit",
+    "in",
+    "on",
+    "ink",
+    "paper",
+    "light",
 )
+VOCABULARY = tuple(dict.fromkeys(_WORDS) | dict.fromkeys(INKS + PAPERS + PATTERNS + LIGHTS + tuple(CHARACTERS.lower())))
 PROMPTS = (
     "a photo of a glyph, the small letter a, in red ink, on lined blue paper, in warm light",
     "a photo of a glyph, the capital letter r, in black ink, on plain white paper, in white light",

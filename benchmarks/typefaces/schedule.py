@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .domain import SECOND_EMBEDDER
-
 HERE = Path(__file__).resolve().parent
 _TO_END = 12  # seconds for files to be written after the last process was stopped
+_SHORTEST = 100  # seconds that a rival takes
 _ENCODER = 330  # seconds: with fewer left, workers make rivals alone
 _RIVALS = ("lora_r1", "full", "meta_lora_mean", "lora_r16", "mean_lora")
 
@@ -25,8 +25,8 @@ class Task:
     """A process on a GPU of its own.
 
     Attributes:
-        makes: what is there when it has ended well. needs: what must be there before it starts.
-        shares: it may run on a GPU with another. worker: it is asked to stop by itself.
+        makes: what is there when it has ended well, a mark where its own files may be half written.
+        needs: what must be there before it starts. shares: it may run on a GPU with another.
     """
 
     name: str
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
                 del running[process]
                 if not task.shares:
                     free.append(gpu)
+                if process.returncode == 0 and task.makes.suffix == ".done":
+                    task.makes.touch()
                 print(f"{task.name} ended with {process.returncode}, {left:.0f} s left", flush=True)
         if left < 0:
             break
@@ -75,41 +77,29 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     """The jobs in the order in which they are wanted."""
     assets, output = args.assets, args.output
     python = [sys.executable, str(HERE)]
-    small = args.tiny
 
-    def train(job: str, makes: str, needs: list[Path], *options: str) -> Task:
-        command = [*python, "train", job, "--output", str(assets), *options]
-        return Task(job, command, assets / makes, needs)
+    def done(*jobs: str) -> list[Path]:
+        return [assets / f"{job}.done" for job in jobs]
 
-    embedder, judge = assets / "face_embedder.safetensors", assets / "judge.safetensors"
-    vae, base = assets / "vae" / "config.json", assets / "base" / "text_encoder" / "model.safetensors"
-    down, second = assets / "down" / "adapter_config.json", assets / SECOND_EMBEDDER
-    steps = ("--steps", "2") if small else ()
-    pool = ("--pool", "64", "--batch", "8") if small else ("--batch", "768")
-    seconds = ("--seconds", "4") if small else ("--seconds", str(args.base_seconds))
-    down_seconds = ("--seconds", "4") if small else ("--seconds", str(args.down_seconds))
+    def train(job: str, needs: Sequence[str], full: str, tiny: str) -> Task:
+        options = (tiny if args.tiny else full).split()
+        return Task(job, [*python, "train", job, "--output", str(assets), *options], *done(job), done(*needs))
+
     networks = [
-        train("vae", "vae/config.json", [], *steps, *(pool[:2] if small else ())),
-        train("embedder", embedder.name, [], *(steps or ("--steps", "2500"))),
-        train("judge", judge.name, [], *(("--steps", "4") if small else ("--steps", "4000"))),
-        train("second", second.name, [], *(steps or ("--steps", "2500"))),
-        train("base", "base/text_encoder/model.safetensors", [vae], *seconds, *pool),
-        train("down", "down/adapter_config.json", [base], *down_seconds),
-        train("report", "report.json", [base, embedder, judge]),
+        train("vae", [], "--steps 1200", "--steps 2 --pool 16"),
+        train("embedder", [], "--steps 5000", "--steps 2"),
+        train("judge", [], "--steps 6000", "--steps 4"),
+        train("second", [], "--steps 5000", "--steps 2"),
+        train("base", ["vae"], f"--seconds {args.base_seconds} --batch 768", "--seconds 4 --pool 16 --batch 4"),
+        train("down", ["base"], f"--seconds {args.down_seconds}", "--seconds 4 --people 4"),
     ]
-    ready = [base, down, embedder, judge, second]
-    workers = [
-        Task(
-            f"worker {number}",
-            [sys.executable, str(HERE.parent / "convergence.py")],
-            output / f"worker-{number}",
-            ready,
-        )
-        for number in range(args.gpus)
-    ]
-    main = output / "main-0" / "subject_space.safetensors"
-    needs = [main, output / "rivals-lora_r1.json"]
-    draw = [*python, "specimen", "--assets", str(assets), "--output", str(output), *(["--fonts", "1"] if small else [])]
+    if not args.tiny:
+        networks.append(train("report", ["base", "embedder", "judge"], "", ""))
+    convergence = [sys.executable, str(HERE.parent / "convergence.py")]
+    ready = done("down", "embedder", "judge", "second")
+    workers = [Task(f"worker {number}", convergence, output / f"worker-{number}", ready) for number in range(args.gpus)]
+    draw = [*python, "specimen", "--assets", str(assets), "--output", str(output), "--fonts", "1" if args.tiny else "6"]
+    needs = [output / "main-0.json", output / "rivals-lora_r1.json"]
     return [*networks, *workers, Task("specimen", draw, output / "specimen.png", needs, shares=True)]
 
 
@@ -143,7 +133,7 @@ def _worker(args: argparse.Namespace, left: float) -> list[str]:
         options += ["--recipe", f"image_prompt-0:kind=image_prompt,{tiny}", "--recipe", f"random-0:kind=random,{tiny}"]
         return [*options, "--rival", "lora_r1"]
     options += ["--rival-steps", "25", "50", "100", "200", "300", "500", "--decays", "300", "--precision", "bf16"]
-    options += ["--compile", "--save", "main-0", "--seconds", f"{left - 60:.0f}"]
+    options += ["--compile", "--save", "main-0", "--seconds", f"{left - _SHORTEST:.0f}"]
     options += ["--workers", str(max(1, (os.cpu_count() or 4) // args.gpus - 1))]
     if left > _ENCODER:
         return [*options, "--plan"]

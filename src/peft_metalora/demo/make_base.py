@@ -7,9 +7,9 @@
     python -m peft_metalora.demo.make_base down --output DIR
     python -m peft_metalora.demo.make_base report --output DIR
 
-`judges` (also one at a time: `embedder`, `judge`) and `vae` are independent of each other, `base` needs `vae`, `down` needs `base`, `report` needs all but
-`down`. The defaults are for a GPU, minutes each; with small numbers it all runs on a CPU. `docs/demo.md` has the
-figures.
+`judges` (one at a time: `embedder`, `judge`) and `vae` are independent of each other, `base` needs `vae`, `down` needs
+`base`, `report` needs all but `down`. The defaults are for a GPU, minutes each; with small numbers it all runs on a
+CPU. `docs/demo.md` has the figures.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def train_vae(
     vae = build_vae().to(device)
     optimizer, schedule = _adamw(vae.parameters(), 2e-3, steps)
     for _ in tqdm(range(steps), desc="autoencoder", mininterval=10):
-        index = torch.randint(len(renders), (batch,), device=device, generator=generator)
+        index = torch.randint(len(renders), (min(batch, pool),), device=device, generator=generator)
         images = renders[index].float() / 127.5 - 1
         with _mixed_precision(device):
             posterior = vae.encode(images).latent_dist
@@ -117,7 +117,7 @@ def train_vae(
         _descend(F.l1_loss(shown, images) + edges + 1e-4 * kl, optimizer, schedule)
     vae.eval()
     with torch.inference_mode():
-        latents = vae.encode(domain.random_renders(2048, generator)[2] * 2 - 1).latent_dist.mean
+        latents = vae.encode(domain.random_renders(min(2048, pool), generator)[2] * 2 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     return vae
 
@@ -190,15 +190,20 @@ def train_base(
 
 
 def train_down(
-    output: Path, seconds: float, device: torch.device, images: int = 8, domain: Domain = FACES, steps: int = 1000
+    output: Path,
+    seconds: float,
+    device: torch.device,
+    count: int = _META_PEOPLE,
+    images: int = 8,
+    domain: Domain = FACES,
 ) -> None:
-    """Stage 1 on 1024 people of the `meta` split, `images` renders of each; writes `down`.
+    """Stage 1 on `count` people of the `meta` split, `images` renders of each; writes `down`.
 
     The settings are those that `metalora meta-train` takes; only the files in between are left out.
     """
     base = base_for(load_base(output / "base"))
     base.place(device, encoders=True)
-    people = domain.subject_identities("meta", _META_PEOPLE)
+    people = domain.subject_identities("meta", count)
     generator = torch.Generator(device).manual_seed(1_000_006)
     scenes, renders = _in_chunks(people.to(device).repeat_interleave(images, 0), generator, domain)
     captions = [text for part in scenes for text in domain.captions(part)]
@@ -218,7 +223,7 @@ def train_down(
         learning_rate=2e-3,
         down_learning_rate=1e-3,
         bucket_size=min(256, len(people)),
-        max_train_steps=steps,
+        max_train_steps=1000,
         warmup_steps=20,
         subjects_per_batch=min(48, len(people)),
         images_per_subject=2,
@@ -302,9 +307,7 @@ def _in_chunks(
     return [part[1] for part in parts], torch.cat([part[2] for part in parts])
 
 
-def _latent_pool(
-    pipe: FluxPipeline, size: int, generator: torch.Generator, domain: Domain
-) -> tuple[Tensor, Tensor]:
+def _latent_pool(pipe: FluxPipeline, size: int, generator: torch.Generator, domain: Domain) -> tuple[Tensor, Tensor]:
     """Rendered, encoded and packed images (size, 64, 32) in float16, and their captions' ids (size, 24)."""
     device = generator.device
     words = torch.Generator().manual_seed(1_000_005)
@@ -410,8 +413,11 @@ def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500, help="of `judges` and `vae`")
     parser.add_argument("--seconds", type=float, default=320, help="of `base` and `down`")
-    parser.add_argument("--pool", type=int, default=393_216, help="images rendered for `base`, at most so many for `vae`")
+    parser.add_argument(
+        "--pool", type=int, default=393_216, help="images rendered for `base`, at most so many for `vae`"
+    )
     parser.add_argument("--batch", type=int, default=512, help="images in a step of `base`")
+    parser.add_argument("--people", type=int, default=_META_PEOPLE, help="in `down`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -426,7 +432,9 @@ def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
     if args.job in ("judges", "judge"):
         save_file(_half(train_judge(args.steps // 2, device, domain=domain)), args.output / "judge.safetensors")
     if args.job == "vae":
-        train_vae(args.steps, device, min(131_072, args.pool), domain=domain).half().save_pretrained(args.output / "vae")
+        train_vae(args.steps, device, min(131_072, args.pool), domain=domain).half().save_pretrained(
+            args.output / "vae"
+        )
     elif args.job == "base":
         vae = AutoencoderKL.from_pretrained(args.output / "vae", dtype=torch.float32).to(device)
         pipe = train_base(vae, args.seconds, device, args.pool, args.batch, domain).to("cpu")
@@ -437,7 +445,7 @@ def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
         pipe.save_pretrained(args.output / "base")
         _name_as_published(args.output / "base" / "text_encoder" / "model.safetensors")
     elif args.job == "down":
-        train_down(args.output, args.seconds, device, domain=domain)
+        train_down(args.output, args.seconds, device, args.people, domain=domain)
     elif args.job == "report":
         figures = report(args.output, device, domain=domain)
         (args.output / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
