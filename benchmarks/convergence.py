@@ -482,10 +482,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the base in training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    # Heads are turned and marked, letters are not.
+    # Heads are turned, marked and wear sunglasses, letters do not.
+    faces = args.domain == "faces"
     if args.conditions is None:
-        args.conditions = [*DEGRADATIONS, *(["yaw"] if args.domain == "faces" else [])]
-    args.truth = args.truth and args.domain == "faces"
+        args.conditions = [*DEGRADATIONS, "yaw"] if faces else [name for name in DEGRADATIONS if name != "sunglasses"]
+    args.truth = args.truth and faces
     return args
 
 
