@@ -40,6 +40,7 @@ FACTORS = ("font", "weight", "slant", "width", "hollow")
 
 GLYPHS_FILE = "glyphs.npz"
 SECOND_EMBEDDER = "second_embedder.safetensors"
+_WAYS = 6  # of a font that a judge must tell apart
 _AS_DRAWN = 0.3  # share of multiplied identities that are a font as it is
 _HOLLOW = 0.06
 ZOOM = 1.28  # a pixel of a glyph's box in pixels of the picture
@@ -81,6 +82,11 @@ class Typefaces(Domain):
         own = torch.tensor(self.glyphs.splits[split], device=generator.device)
         font = own[torch.randint(len(own), (n,), generator=generator, device=generator.device)]
         return self._multiplied(font, generator)
+
+    def distinct_identities(self, n: int, generator: torch.Generator) -> Tensor:
+        """Every font of `base` as it is, and some ways of each: more would be too much alike."""
+        most = _WAYS * len(self.glyphs.splits["base"])
+        return self.subject_identities("base", min(n, most)).to(generator.device)
 
     def subject_identities(self, split: str, count: int) -> Tensor:
         """Every font as it is first; then, of `base` and `meta`, multiplied ones."""

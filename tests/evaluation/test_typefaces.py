@@ -135,6 +135,12 @@ def test_photos_of_a_subject_are_of_different_letters(domain, tmp_path):
     assert domain.parse_caption(reference.caption)["glyph"][-1] in scene.REFERENCES.lower()
 
 
+def test_a_judge_learns_no_identity_under_two_labels(domain):
+    """Bug: fonts that were drawn several times as they are were several classes of the margin loss."""
+    people = domain.distinct_identities(100, torch.Generator().manual_seed(0)).tolist()
+    assert len({tuple(one) for one in people}) == len(people) == 6
+
+
 def test_held_out_fonts_are_shown_as_they_are_and_meta_fonts_are_multiplied(domain):
     assert domain.subject_identities("held-out", 5).tolist() == [[2, 0, 0, 1, 0]]
     many = domain.subject_identities("meta", 9)

@@ -57,6 +57,10 @@ class Domain(ABC):
     def subject_identities(self, split: str, count: int) -> Tensor:
         """The first `count` subjects of a split, (count, numbers) on the CPU; as many as there are at the most."""
 
+    def distinct_identities(self, n: int, generator: torch.Generator) -> Tensor:
+        """Identities (at most n, numbers) of `base` that a judge can tell apart, on the generator's device."""
+        return self.sample_identities(n, generator)
+
     @abstractmethod
     def sample_scenes(self, identities: Tensor, generator: torch.Generator, reference: bool = False) -> Any:
         """A random scene for each identity, on the generator's device.

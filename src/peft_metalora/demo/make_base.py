@@ -54,7 +54,7 @@ def train_embedder(
     seed: int = 1_000_001,
     domain: Domain = FACES,
 ) -> Network:
-    """Face embedder by classification of `classes` identities with CosFace's margin.
+    """Face embedder by classification of `classes` identities, or as many as there are, with CosFace's margin.
 
     Args:
         network: makes it, with random weights: images to unit vectors of 128 numbers. seed: of the identities and their
@@ -62,7 +62,8 @@ def train_embedder(
     """
     torch.manual_seed(0)
     generator = torch.Generator(device).manual_seed(seed)
-    people = domain.sample_identities(classes, generator)
+    people = domain.distinct_identities(classes, generator)
+    classes = len(people)
     embedder = network().to(device)
     prototypes = nn.Parameter(torch.randn(classes, 128, device=device))
     optimizer, schedule = _adamw([*embedder.parameters(), prototypes], 2e-3, steps)
