@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 _TO_END = 12  # seconds for files to be written after the last process was stopped
-_SHORTEST = 100  # seconds that a rival takes
+_TO_START = 15  # until a worker's clock runs
 _ENCODER = 330  # seconds: with fewer left, workers make rivals alone
 _RIVALS = ("lora_r1", "full", "meta_lora_mean", "lora_r16", "mean_lora")
 
@@ -133,7 +133,7 @@ def _worker(args: argparse.Namespace, left: float) -> list[str]:
         options += ["--recipe", f"image_prompt-0:kind=image_prompt,{tiny}", "--recipe", f"random-0:kind=random,{tiny}"]
         return [*options, "--rival", "lora_r1"]
     options += ["--rival-steps", "25", "50", "100", "200", "300", "500", "--decays", "300", "--precision", "bf16"]
-    options += ["--compile", "--save", "main-0", "--seconds", f"{left - _SHORTEST:.0f}"]
+    options += ["--compile", "--save", "main-0", "--seconds", f"{left - _TO_START:.0f}"]
     options += ["--workers", str(max(1, (os.cpu_count() or 4) // args.gpus - 1))]
     if left > _ENCODER:
         return [*options, "--plan"]
