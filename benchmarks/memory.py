@@ -554,12 +554,15 @@ def in_a_process(
     with log.open("w") as file:
         done = in_time(own, gpu, until, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = [line[:600] for line in lines if re.search(r"metalora:|\w+Error\b", line)][-2:] or lines[-2:]
     trouble: dict[str, Any] = {} if done else {"fits": False, "ended": "no time was left"}
     if not report.is_file():
-        return {"fits": False, "said": lines[-12:], **trouble}
+        print(*lines[-80:], sep="\n", flush=True)
+        return {"fits": False, "said": said, **trouble}
     found = json.loads(report.read_text())
     if found["code"] != 0:
-        trouble["said"] = lines[-12:]
+        print(*lines[-80:], sep="\n", flush=True)
+        trouble["said"] = said
 
     def gib(number: float, digits: int = 3) -> float:
         return round(number / 2**30, digits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,13 @@ def test_what_was_measured_is_said_before_what_shapes_say(tmp_path, monkeypatch,
     for size, said in (("1", "6.2 GiB, measured (a card); from shapes enc"), ("2", "about ")):
         assert main(["estimate", *command, "--train_batch_size", size]) == 0
         assert f"GPU memory  {said}" in capsys.readouterr().out
+
+
+def test_the_table_is_what_the_benchmark_found():
+    found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "memory.json").read_text())
+    measured = [one["gib"] for kind in ("details", "cells") for one in found[kind].values() if one["fits"]]
+    table = estimate._table()
+    assert [row["gib"] for row in table["rows"]] == measured and table["machine"] == found["machine"]
 
 
 def test_want_of_memory_says_what_less_would_need(tmp_path, monkeypatch, capsys):

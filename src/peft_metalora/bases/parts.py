@@ -129,7 +129,10 @@ class Parts:
         Raises:
             BaseModelMismatchError: the weights are not there, not all of them, or not the configuration's.
         """
-        on_it = torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
+        on_it: Any = nullcontext()
+        if torch.device(device).type == "cuda":
+            on_it = torch.cuda.device(device)
+            _make_workspaces(torch.device(device))
         for name in [name for name in names if is_hull(getattr(pipeline, name, None))]:
             hull, files = getattr(pipeline, name), self._files[name]
             # transformers says in a log alone which shapes are others; here it is said below.
@@ -193,6 +196,16 @@ class Parts:
                 f"expected a diffusers pipeline at {self.name!r}, found none that loads ({error}): give a folder or a "
                 "repository id"
             ) from error
+
+
+def _make_workspaces(device: torch.device) -> None:
+    """Have cuBLAS take its workspaces before weights come.
+
+    Taken later, they lie in the large piece of memory that a quantised model was loaded into, and keep all of it.
+    """
+    one = torch.zeros(8, 8, device=device)
+    torch.addmm(one[0], one, one)
+    torch.mm(one, one)
 
 
 @contextmanager

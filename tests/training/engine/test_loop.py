@@ -230,3 +230,19 @@ def test_a_run_that_is_worse_than_knowing_nothing_is_lost():
     see_all([*good, 9.0, 0.5, 0.6, 0.4, 0.5])  # a spike
     see_all([2.8, 2.5, 2.9, 2.0, 3.1] * 20)  # random weights, no better from the start
     see_all([0.02, 1.5, 0.8, 1.4, 0.02, 1.9] * 20)  # low and high noise levels, one by one
+
+
+def test_no_step_uses_the_attention_of_cudnn():
+    """Bug: on a Hopper GPU torch takes cuDNN's attention, whose backward pass crashes or gives NaN with torch 2.11."""
+    weight, loss = problem()
+    seen = []
+
+    def watched():
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        weight.register_post_accumulate_grad_hook(lambda _: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        return loss()
+
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    for _ in training_steps(watched, torch.optim.SGD([weight], lr=0.1), steps=1):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert seen == [False, False]

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,10 +117,11 @@ def training_steps(
             factor = 1.0 if scale is None else scale.value
             parts = []
             optimizer.zero_grad(set_to_none=True)
-            for _ in range(accumulation):
-                loss = compute_loss() / accumulation
-                parts.append(read(loss))
-                (loss * factor if scale is not None else loss).backward()
+            with without_cudnn_attention():
+                for _ in range(accumulation):
+                    loss = compute_loss() / accumulation
+                    parts.append(read(loss))
+                    (loss * factor if scale is not None else loss).backward()
             bad = _not_finite(optimizer, 1 / factor)
             share([bad])
             if clip is not None:
@@ -153,6 +155,21 @@ def training_steps(
         yield Step(number, total, float(lr), time.perf_counter() - start)
     if is_bad():
         raise _bad_gradient(steps)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Leave attention to torch's other kernels.
+
+    The backward pass of cuDNN's, which torch prefers on Hopper GPUs, crashed on FLUX.1's shapes with torch 2.11, and
+    gives NaN on others (pytorch/pytorch#196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _not_finite(optimizer: Optimizer, factor: float) -> torch.Tensor:
