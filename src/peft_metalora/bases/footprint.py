@@ -3,7 +3,7 @@
 
 Estimates, made to be right within a quarter: what autograd keeps is counted from the outputs of layers and scaled by
 what was measured on FLUX.1-dev (`benchmarks/results/training.json`: 5.9 GiB a sample of 512 px). Against the runs in
-`benchmarks/results/memory.json` the most is 9 % below on SDXL, and FLUX.1-dev's phase of the text encoders is 3 to 20 % above.
+`benchmarks/results/memory.json` the most is 9 % below on SDXL, and the text encoders of FLUX.1-dev are 3 to 20 % above.
 """
 
 from __future__ import annotations
