@@ -83,7 +83,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "diffusers.loaders.peft.PeftAdapterMixin.load_lora_adapter":
         ("334fc45b14f8", "tuner/adding.py, tuner/placing.py", "when _hf_peft_config_loaded is set"),
     "diffusers.models.modeling_utils.ModelMixin._keep_in_fp32_modules":
-        ("c4417c9a7b7c", "bases/base.py", "read: which modules stay float32"),
+        ("c4417c9a7b7c", "bases/base.py, bases/footprint.py", "read: which modules stay float32"),
     "diffusers.models.modeling_utils.ModelMixin._no_split_modules":
         ("fd7e00a83b2f", "bases/streaming.py", "read where there are no _repeated_blocks"),
     "diffusers.models.modeling_utils.ModelMixin._repeated_blocks":
