@@ -11,7 +11,9 @@ import torch
 
 from peft_metalora import enable_meta_lora, hub
 from peft_metalora.bases import base_for
+from peft_metalora.checkpoint.config_file import read_config
 from peft_metalora.errors import PipelineError
+from peft_metalora.hub.cards import model_card
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.training.meta_train import meta_train_on
@@ -142,3 +144,9 @@ def test_a_modular_pipeline_without_a_denoiser_is_refused():
     pipe.transformer = None
     with pytest.raises(PipelineError, match="expected a pipeline with a denoiser"):
         enable_meta_lora(pipe)
+
+
+def test_the_card_of_a_person_loads_a_modular_pipeline(learned):
+    """Bug: the code in the card was of pipelines that FLUX.3 has none of."""
+    card = model_card(read_config(learned / "ann"), "me/ann", learned / "ann")
+    assert "ModularPipeline.from_pretrained" in card and "output='images')[0]" in card and ".images" not in card

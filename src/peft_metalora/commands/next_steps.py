@@ -7,7 +7,10 @@ import os
 import shlex
 from pathlib import Path
 
+from ..checkpoint.config_file import read_config
+from ..checkpoint.folded import model_class
 from ..files import EMBEDDED
+from ..lora.original_names import is_known
 
 
 def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: str | None = None) -> str:
@@ -20,12 +23,15 @@ def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: 
     place, name = shlex.quote(os.fspath(folder)), Path(folder).resolve().name
     drawn = shlex.quote(f"{prompt or 'a photo of a person'}, laughing, on a beach")
     drawn += " --resolution 64" if down in EMBEDDED else ""  # the embedded base knows no other
-    file = shlex.quote(f"ComfyUI/models/loras/{name}.safetensors")
+    # Of a base whose original names are unknown, other tools take the file that diffusers takes.
+    by_name = is_known(model_class(read_config(folder)))
+    kind, lora = ("comfyui", f"ComfyUI/models/loras/{name}") if by_name else ("diffusers", name)
+    file, whom = shlex.quote(f"{lora}.safetensors"), "for ComfyUI:" if by_name else "as a LoRA:  "
     local = f" --down me/{Path(down).resolve().name}" if down is not None and os.path.isdir(down) else ""
     return "\n".join(
         (
             f"draw:        metalora generate --subject {place} --prompt {drawn} --output_dir images",
-            f"for ComfyUI: metalora export --subject {place} --format comfyui --output {file}",
+            f"{whom} metalora export --subject {place} --format {kind} --output {file}",
             f"publish:     metalora push --folder {place} --repo_id {shlex.quote(f'me/{name}')}{local}",
         )
     )

@@ -172,7 +172,8 @@ def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has
     base = config.base_model_name_or_path or "<base model>"
     prompt = facts.get("trigger") or "a photo of a person"
     modular = (config.auto_mapping or {}).get("base_model_class") in _MODULAR
-    kind, images = ("ModularPipeline", ", output='images')[0]") if modular else ("DiffusionPipeline", ").images[0]")
+    kind = "ModularPipeline" if modular else "DiffusionPipeline"
+    call = f"prompt={as_literal(prompt)}, output='images')[0]" if modular else f"{as_literal(prompt)}).images[0]"
     load = f"{kind}.from_pretrained({as_literal(base)}"
     ours = [
         "```python",
@@ -187,7 +188,7 @@ def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has
     ]
     if config.stage == "meta":
         return "\n".join([*ours, "# then a subject that stands on it: pipe.load_meta_lora(<subject>)", "```", ""])
-    lines = [*ours, f"image = pipe(prompt={as_literal(prompt)}{images}", "```", ""]
+    lines = [*ours, f"image = pipe({call}", "```", ""]
     if has_fold:
         lines += [
             "Without this package, as an ordinary LoRA (the exact fold, scale included):",

@@ -176,6 +176,11 @@ def original_names(model_class: str, modules: Iterable[str]) -> dict[str, Origin
     return {module: _transformer_name(model_class, module) for module in modules}
 
 
+def is_known(model_class: str) -> bool:
+    """Whether layers of a denoiser of this class have original names here."""
+    return model_class == "UNet2DConditionModel" or model_class in _TRANSFORMERS
+
+
 def has_depth(modules: Iterable[str]) -> bool:
     """Whether a UNet's transformers are deeper than one layer, as SDXL's are and SD 1.5's are not."""
     return any(re.search(r"transformer_blocks\.[1-9]", module) for module in modules)
