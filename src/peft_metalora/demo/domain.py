@@ -104,10 +104,12 @@ class Domain(ABC):
 
     @property
     def base_folder(self) -> Path:
+        """The base that draws this domain, where the package has one."""
         return self.assets / "base"
 
     @property
     def down_folder(self) -> Path:
+        """Its Down, likewise."""
         return self.assets / "down"
 
     def load_base(self) -> FluxPipeline:
