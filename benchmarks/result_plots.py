@@ -18,7 +18,7 @@ GROUPS = {
     "controls": ("meta_lora_mean", "meta_lora_stored", "lora_r1", "random_down", "mean_lora", "lora_r4"),
     "others": ("meta_lora_mean", "full", "lora_r1", "lora_r16", "oft", "dora", "loha", "vera"),
 }
-READ = ("main", "small", "lora", "image_prompt", "random")
+READ = ("main", "small", "lora", "image_prompt", "random", "small_random")
 RATE = "0.0003"  # of stage 2 from a read start
 KEPT = 0.9  # adherence below which a method has lost much of the prompt
 STYLE = (
