@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -35,9 +36,15 @@ def origin(device: str | torch.device, *further: str) -> dict[str, Any]:
     return {
         "machine": machine(device),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_anywhere, sys.argv[1:])]),
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft", *further)},
     }
+
+
+def _anywhere(argument: str) -> str:
+    """A path of this machine as one of any."""
+    path = Path(argument)
+    return argument if not path.is_absolute() else f"DIR/{path.name}" if path.suffix else "DIR"
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_metalora.demo.scene import SceneColumns
+from peft_metalora.demo.scene import SceneColumns, write_captions
 from peft_metalora.errors import ConfigError
 
 from .glyphs import CHARACTERS
@@ -142,15 +142,7 @@ def _clauses(label: dict[str, str]) -> list[str]:
 
 def captions(scene: Scene, generator: torch.Generator | None = None, drop: float = 0.0) -> list[str]:
     """Write one caption per image, such as those of `PROMPTS`; each clause is left out with probability `drop`."""
-    indices = {name: index.tolist() for name, index in labels(scene).items()}
-    shape = len(scene), 4
-    keep = torch.rand(shape, generator=generator) >= drop if drop > 0 else torch.ones(shape, dtype=torch.bool)
-    texts = []
-    for row, kept in enumerate(keep.tolist()):
-        label = {name: LABELS[name][index[row]] for name, index in indices.items()}
-        clauses = [clause for clause, keeps in zip(_clauses(label), kept, strict=True) if keeps]
-        texts.append(", ".join([_SUBJECT, *clauses]))
-    return texts
+    return write_captions(_SUBJECT, _clauses, LABELS, labels(scene), generator, drop)
 
 
 def parse_caption(text: str) -> dict[str, str]:

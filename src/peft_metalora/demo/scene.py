@@ -10,7 +10,7 @@ corresponds to swapping the two words in its caption (and to :meth:`Scene.flip`)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -223,15 +223,27 @@ def captions(scene: Scene, generator: torch.Generator | None = None, drop: float
     Each clause after the first is left out independently with probability ``drop`` (drawn on the CPU); the order of
     clauses is fixed.
     """
-    indices = {name: index.tolist() for name, index in labels(scene).items()}
-    shape = (len(scene), 5)
+    return write_captions(_SUBJECT, _clauses, LABELS, labels(scene), generator, drop)
+
+
+def write_captions(
+    subject: str,
+    clauses: Callable[[dict[str, str]], list[str]],
+    values: Mapping[str, Sequence[str]],
+    indices: Mapping[str, Tensor],
+    generator: torch.Generator | None,
+    drop: float,
+) -> list[str]:
+    """One caption per image: `subject`, and of what `clauses` says of its labels each with probability 1 - `drop`."""
+    rows = zip(*(index.tolist() for index in indices.values()), strict=True)
+    said = [clauses({name: values[name][i] for name, i in zip(indices, row, strict=True)}) for row in rows]
+    shape = (len(said), len(said[0]) if said else 0)
     keep = torch.rand(shape, generator=generator) >= drop if drop > 0 else torch.ones(shape, dtype=torch.bool)
-    texts = []
-    for row, kept in enumerate(keep.tolist()):
-        label = {name: LABELS[name][index[row]] for name, index in indices.items()}
-        clauses = [clause for clause, keeps in zip(_clauses(label), kept, strict=True) if keeps]
-        texts.append(", ".join([_SUBJECT, *clauses]))
-    return texts
+    kept = [
+        [one for one, keeps in zip(row, mask, strict=True) if keeps]
+        for row, mask in zip(said, keep.tolist(), strict=True)
+    ]
+    return [", ".join([subject, *row]) for row in kept]
 
 
 def parse_caption(text: str) -> dict[str, str]:
