@@ -10,7 +10,7 @@ bf16, written to disk as a download would lie there; each command in a process o
     python benchmarks/memory.py --small               tiny pipelines on a CPU, to check the script
 
 All GPUs that are there work, each at a command of its own, and share the bases on disk. Each figure is in the file as
-soon as it is known; what a file of the same machine and versions holds already stays there.
+soon as it is known, with its machine; what a file of the same versions holds already stays there.
 
 A figure is the most that the process had from the driver at any time, loading included, with the context that CUDA
 itself keeps: what a card has to have free. The cap is the size of the card that a recipe is made for, by
@@ -730,11 +730,11 @@ class Shop:
 
 
 def report_of(output: Path, device: torch.device) -> dict[str, Any]:
-    """What is to be written: what the file holds already, if this machine wrote it with these versions."""
+    """What is to be written: what the file holds already, if it was measured with these versions."""
     own: dict[str, Any] = origin(device, "bitsandbytes", "torchao", "transformers")
     report = {**own, "figures": {case.figure: None for case in CASES}, "details": {}, "cells": {}}
     before = json.loads(output.read_text()) if output.is_file() else {}
-    if all(before.get(key) == own[key] for key in ("machine", "versions")):
+    if before.get("versions") == own["versions"]:
         report |= {key: before[key] for key in ("figures", "details", "cells")}
     return report
 
@@ -757,8 +757,8 @@ def publish(report: dict[str, Any]) -> None:
         file = file and str(RECIPES / Path(file).name)
         settings = {key: value for key, value in given.items() if key not in ("parser", "verbose", "json")}
         rows.append({"occasion": occasion(make_config(command.config_class(), file, settings), denoisers[base])})
-        rows[-1] |= {"gib": took["gib"], "seconds_a_step": took["seconds_a_step"]}
-    table = {key: report[key] for key in ("machine", "date", "versions")}
+        rows[-1] |= {"gib": took["gib"], "seconds_a_step": took["seconds_a_step"], "machine": found["machine"]}
+    table = {key: report[key] for key in ("date", "versions")}
     write(Path(estimating.__file__).with_name("measured.json"), {**table, "rows": rows})
 
 
@@ -797,7 +797,8 @@ def main() -> None:
             report["figures"][job.name] = found["gib"] if found["fits"] and not args.small else None
         command = shlex.join(["metalora", *job.arguments])
         kind = "details" if of_a_figure else "cells"
-        report[kind][job.name] = {"command": command, **({"card": job.card} if job.card else {}), **found}
+        made_for = {"card": job.card} if job.card else {}
+        report[kind][job.name] = {"command": command, "machine": report["machine"], **made_for, **found}
         print(job.name, json.dumps(found), flush=True)
         write(args.output, report)
 

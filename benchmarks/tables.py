@@ -443,10 +443,11 @@ ZERO_STEPS_NOTE = ". 32 held-out people, one reference, 3 noises, 8 prompts; mea
 def zero_source(results: dict[str, Data]) -> str:
     """Where the runs were made: the first one, and which ones elsewhere."""
     first, *others = results["convergence"]["origins"].items()
-    elsewhere: dict[str, list[str]] = {}
+    elsewhere: dict[str, dict[str, None]] = {}
     for name, origin in others:
         if origin["machine"] != first[1]["machine"]:
-            elsewhere.setdefault(origin["machine"], []).append(name.removeprefix("rivals-"))
+            family, _, number = name.removeprefix("rivals-").rpartition("-")
+            elsewhere.setdefault(origin["machine"], {})[family or number] = None
     machines = "".join(f" On {machine}: {', '.join(names)}." for machine, names in elsewhere.items())
     return source(first[1], note=ZERO_STEPS_NOTE + machines)
 

@@ -62,7 +62,7 @@ class Estimate:
     Attributes:
         phases: the most GiB of GPU memory at a time of each. seconds: of its steps. operations_a_second: that these are
             reckoned with. download, disk: GiB that are still to fetch, and to have room for.
-        measured: the most GiB that this took where it was measured.
+        measured: the most GiB that this took on the machine that it was measured on.
     """
 
     base: str
@@ -72,6 +72,7 @@ class Estimate:
     download: float
     disk: float
     measured: float | None = None
+    measured_on: str | None = None
 
     @property
     def gib(self) -> float:
@@ -88,7 +89,7 @@ def run_estimate(config: Any) -> Done:
     most = f"about {found.gib:.1f} GiB at most ({phases})"
     how = "All from shapes, nothing is measured: meant"
     if found.measured is not None:
-        most = f"{found.gib:.1f} GiB, measured ({_table()['machine']}); from shapes {phases}"
+        most = f"{found.gib:.1f} GiB, measured ({found.measured_on}); from shapes {phases}"
         how = "All but the memory is from shapes: meant"
     lines = [
         f"GPU memory  {most}",
@@ -117,7 +118,8 @@ def estimate(config: Any) -> Estimate:
             "expected meta-train, train-encoder, personalize, read or generate to be estimated, found another command: "
             "give one of these with its flags"
         )
-    return replace(found, measured=measured(config, denoiser))
+    row = measured(config, denoiser)
+    return found if row is None else replace(found, measured=row["gib"], measured_on=row["machine"])
 
 
 def advice(config: Any) -> str:
@@ -158,17 +160,16 @@ def occasion(config: Any, denoiser: nn.Module) -> dict[str, Any] | None:
 
 
 @functools.cache
-def _table() -> dict[str, Any]:
+def _rows() -> list[dict[str, Any]]:
     """What `benchmarks/memory.py` wrote."""
-    table: dict[str, Any] = json.loads(Path(__file__).with_name("measured.json").read_text())
-    return table
+    rows: list[dict[str, Any]] = json.loads(Path(__file__).with_name("measured.json").read_text())["rows"]
+    return rows
 
 
-def measured(config: Any, denoiser: nn.Module) -> float | None:
-    """GiB that a command took with this base and these settings where it was measured."""
+def measured(config: Any, denoiser: nn.Module) -> dict[str, Any] | None:
+    """The `gib` that a command took with this base and these settings where it was measured, and the `machine`."""
     asked = occasion(config, denoiser)
-    rows = [row for row in _table()["rows"] if asked is not None and asked == row["occasion"]]
-    return rows[0]["gib"] if rows else None
+    return next((row for row in _rows() if asked is not None and asked == row["occasion"]), None)
 
 
 # What is opened

@@ -50,7 +50,7 @@ from .watching.tracking import Trackers
 
 # Zero-step R-FaceSim of people who were not trained on, by the number of those who were: the embedded domain, 8 photos
 # each, 3,000 steps (`by_people` in benchmarks/results/convergence.json).
-_BY_PEOPLE = {64: 0.36, 1024: 0.69}
+_BY_PEOPLE = {64: 0.36, 128: 0.04, 256: 0.54, 512: 0.66, 1024: 0.69, 4096: 0.70}
 _FEW = 256  # people below which the curve is steep
 # Numbers of a denoiser up to which the people of a step are stacked: its kernels are then so small that launching them
 # one by one takes longer than they do. Above, the memory of the stacked pass, which keeps every activation, is missed.
@@ -135,7 +135,7 @@ def warn_of_few(subjects: Sequence[Subject]) -> None:
         curve = ", ".join(f"{score} after {people}" for people, score in _BY_PEOPLE.items())
         warnings.warn(
             f"{count} people: an encoder learns so few by heart and reads others badly (R-FaceSim of others in zero "
-            f"steps on the embedded domain: {curve} people); give {_FEW} or more",
+            f"steps on the embedded domain: {curve} people); give {_FEW} or more, or stop early by --validation_steps",
             stacklevel=3,
         )
 
