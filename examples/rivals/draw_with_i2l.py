@@ -4,7 +4,7 @@
     git clone https://github.com/modelscope/DiffSynth-Studio && pip install -e DiffSynth-Studio
     python draw_with_i2l.py prompts.jsonl i2l
 
-Its authors train it for styles; each person's photo gives one LoRA here. Settings are those of their example.
+Its authors train it for styles; a person's photo gives a LoRA here. Settings are their example's, WORSE in English.
 """
 
 from __future__ import annotations

@@ -24,10 +24,11 @@ def main() -> None:
     arguments.add_argument("--start_step", type=int, default=4, help="0: more likeness, 4: more of the prompt")
     arguments.add_argument("--guidance", type=float, default=4.0)
     arguments.add_argument("--id_weight", type=float, default=1.0)
+    arguments.add_argument("--version", default="v0.9.1", help="of PuLID's weights")
     arguments.add_argument("--fp8", action="store_true", help="for cards of 24 GB, with --offload")
     arguments.add_argument("--offload", action="store_true")
     given = arguments.parse_args()
-    models = Namespace(fp8=given.fp8, onnx_provider="gpu", pretrained_model=None)
+    models = Namespace(fp8=given.fp8, onnx_provider="gpu", pretrained_model=None, version=given.version)
     generator = FluxGenerator("flux-dev", "cuda", given.offload, False, models)
 
     def draw(line: dict[str, Any], reference: Image.Image) -> Image.Image | None:

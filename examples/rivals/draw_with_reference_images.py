@@ -5,12 +5,14 @@
     python draw_with_reference_images.py prompts.jsonl klein
     python draw_with_reference_images.py prompts.jsonl flux2 --model black-forest-labs/FLUX.2-dev --steps 50
     python draw_with_reference_images.py prompts.jsonl qwen --model Qwen/Qwen-Image-Edit-2511 --steps 40 --true_cfg 4
+    python draw_with_reference_images.py prompts.jsonl kontext --model black-forest-labs/FLUX.1-Kontext-dev --steps 28
 
 The prompt calls the person "the person in the reference image".
 """
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,7 +36,11 @@ def main() -> None:
     if given.true_cfg is not None:
         options |= {"true_cfg_scale": given.true_cfg, "negative_prompt": " "}
 
+    # Kontext draws about a megapixel, whatever height and width say, unless it is told the area.
+    has_area = "max_area" in signature(pipe.__call__).parameters
+
     def draw(line: dict[str, Any], reference: Image.Image) -> Image.Image:
+        area = {"max_area": line["resolution"] ** 2} if has_area else {}
         image: Image.Image = pipe(
             image=[reference],
             prompt=line["template"].replace("{subject}", given.name),
@@ -43,6 +49,7 @@ def main() -> None:
             num_inference_steps=given.steps,
             generator=torch.Generator().manual_seed(line["seed"]),
             **options,
+            **area,
         ).images[0]
         return image
 
