@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peft_metalora import MetaLoraConfig, enable_meta_lora, load_down, save_down
@@ -30,6 +31,8 @@ from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.reading import read_photos
 from peft_metalora.training.stage_settings import TrainEncoderConfig
 from peft_metalora.training.train_encoder import train_encoder
+from peft_metalora.training.watching.best_step import BestStep
+from peft_metalora.training.watching.held_out import Watch
 from pipelines_tiny import tiny_flux_pipeline
 from training_tiny import Brightness, save_tiny_down, tiny_base, write_people
 
@@ -200,6 +203,8 @@ def test_a_run_goes_on_only_as_what_it_was(folders, tmp_path):
 
 
 def test_training_does_not_notice_that_it_is_looked_at(folders, tmp_path, monkeypatch):
+    offer = BestStep.offer
+    monkeypatch.setattr(BestStep, "offer", lambda self, step, score: offer(self, step, step))  # the last is the best
     write_people(tmp_path / "others", subjects=2, each=3)
     looking = {"validation_steps": 2, "validation_data_dir": str(tmp_path / "others"), "max_train_steps": 4}
     drawing = {"validation_prompt": ["a photo"], "report_to": "tensorboard"}
@@ -227,6 +232,27 @@ def test_training_does_not_notice_that_it_is_looked_at(folders, tmp_path, monkey
     for path in (tmp_path / "seeing-slots" / "logs").rglob("*"):
         assert path.is_dir() or (str(tmp_path).encode() not in path.read_bytes())
         assert path.is_dir() or (str(folders).encode() not in path.read_bytes())
+
+
+def test_the_step_that_reads_others_best_is_written(folders, tmp_path, monkeypatch):
+    """Bug: a run over few people wrote its last step, which had learned them by heart and read others worse."""
+    write_people(tmp_path / "others", subjects=1, each=2)
+    settings = {"validation_steps": 2, "validation_data_dir": str(tmp_path / "others"), "checkpointing_steps": 2}
+    settings |= {"max_train_steps": 6, "learning_rate": 0.1}
+    monkeypatch.setattr(Watch, "finish", lambda self, step: -float(step))
+    teach(config_of(folders, tmp_path / "out", **settings))
+    assert load_down(tmp_path / "out").config.facts["encoder_steps"] == 2
+
+    def going_on(step):
+        folder = str(tmp_path / "out" / f"checkpoint-{step}")
+        return config_of(folders, tmp_path / "again", **settings, resume_from_checkpoint=folder)
+
+    second = read_state(going_on(2))["encoder"]
+    written = load_file(tmp_path / "out" / "subject_encoder.safetensors")
+    assert written and all(torch.equal(tensor, second[name].to(tensor.dtype)) for name, tensor in written.items())
+    # Also by a run that was killed after it.
+    teach(going_on(4))
+    assert content(tmp_path / "again") == content(tmp_path / "out")
 
 
 def test_the_score_is_that_of_a_person_who_is_read(folders, tmp_path):

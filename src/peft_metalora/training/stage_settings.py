@@ -221,7 +221,7 @@ class HeldOutConfig(TrainingConfig):
 
     validation_steps: int | None = setting(
         "Every so many steps, score and draw held-out subjects: stage 1 learns each on the Down as it is by then, an "
-        "encoder reads each from its reference photo.",
+        "encoder reads each from its reference photo, and is written as it was at its best score.",
         None,
     )
     validation_data_dir: str | None = setting(

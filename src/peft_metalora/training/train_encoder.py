@@ -60,9 +60,9 @@ _SMALL = 100_000_000
 def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
     """Train a space and an encoder for a Down and write all three to `output_dir`.
 
-    Ctrl-C writes them as they are by then (nothing before the first step, nor in a run of several processes) and raises
-    KeyboardInterrupt. With `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint` as if
-    nothing had happened.
+    With `validation_steps` they are written as they were at the best score. Ctrl-C writes them as they are by then
+    (nothing before the first step, nor in a run of several processes) and raises KeyboardInterrupt. With
+    `checkpointing_steps`, a run that was killed goes on with `resume_from_checkpoint` as if nothing had happened.
 
     Returns:
         `output_dir`.
@@ -135,7 +135,8 @@ def warn_of_few(subjects: Sequence[Subject]) -> None:
         curve = ", ".join(f"{score} after {people}" for people, score in _BY_PEOPLE.items())
         warnings.warn(
             f"{count} people: an encoder learns so few by heart and reads others badly (R-FaceSim of others in zero "
-            f"steps on the embedded domain: {curve} people); give {_FEW} or more, or stop early by --validation_steps",
+            f"steps on the embedded domain: {curve} people); give {_FEW} or more, or validation_steps: then what is "
+            "written is the step that read others best",
             stacklevel=3,
         )
 
@@ -255,7 +256,9 @@ def teach(
         validation = None
         if material.held is not None and material.references is not None:
             validation = EncoderValidation(run, material.held, material.references, config, trackers, done)
-        facts = partial(_facts, run, config)
+            if state is not None:
+                with understanding(str(asked.resume_from_checkpoint)):
+                    validation.best.load_state_dict(state["best"])
         try:
             trackers.start(done)
             alone = f"The Down in {config.down} is whole, but reads no photos" if asked is not config else None
@@ -263,12 +266,16 @@ def teach(
                 _run(run, config, asked, origin, trackers, validation, progress=progress)
         except KeyboardInterrupt:
             if run.losses and processes.count == 1:  # the others may be gone already
-                save(run, facts())
+                save(run, _facts(run, config, len(run.losses)))
             raise
         finally:
             trackers.finish()
+        steps = len(run.losses)
+        if validation is not None and validation.best.step:
+            validation.best.restore()
+            steps = validation.best.step
         if processes.is_main:
-            save(run, facts())
+            save(run, _facts(run, config, steps))
         processes.wait()
     finally:
         take_off(base, config)
@@ -316,16 +323,17 @@ def _run(
                     bar.set_postfix(loss=f"{step.loss:.4f}", score=f"{score:.4f}", refresh=False)
             if every and step.number % every == 0 and run.processes.is_main:
                 folder = checkpoint_folder(config.output_dir, step.number)
-                write_state(folder, run.state_dict(), asked, origin=origin)
+                best = {} if validation is None else {"best": validation.best.state_dict()}
+                write_state(folder, {**run.state_dict(), **best}, asked, origin=origin)
                 keep_newest(config, step.number)
 
 
-def _facts(run: EncoderTraining, config: TrainEncoderConfig) -> dict[str, Any]:
-    """What a Down's configuration says of its encoder."""
+def _facts(run: EncoderTraining, config: TrainEncoderConfig, steps: int) -> dict[str, Any]:
+    """What a Down's configuration says of its encoder, which was taught for so many steps."""
     kept = "learning_rate", "space_learning_rate", "subjects_per_batch", "images_per_subject", "bad_versions", "seed"
     return {
         "encoder_subjects": len(run.pairs.people),
-        "encoder_steps": len(run.losses),
+        "encoder_steps": steps,
         "encoder_recipe": {name: getattr(config, name) for name in kept},
     }
 

@@ -13,7 +13,7 @@ from peft_metalora.errors import ConfigError
 from peft_metalora.metrics import face_embedder
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.watching import of_a_subject as validation
-from peft_metalora.training.watching.of_a_subject import BestStep
+from peft_metalora.training.watching.best_step import BestStep
 from peft_metalora.training.watching.validation_scores import HeldOutLoss
 from training_tiny import Brightness, personal_config, tiny_base, tiny_examples
 
@@ -45,7 +45,7 @@ def test_loss_on_held_out_views_is_the_mean_of_the_formula_and_always_the_same()
 
 def test_best_step_keeps_restores_and_stops():
     weight = torch.zeros(2)
-    best = BestStep([weight], patience=2)
+    best = BestStep([weight], patience=2, rise=1e-3)
     for step, score in enumerate((-3.0, -2.0, -2.5, -1.9999, -9.0), start=1):
         weight.fill_(step)
         best.offer(step, score)

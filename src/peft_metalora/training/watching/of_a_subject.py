@@ -8,14 +8,8 @@ is R-FaceSim (arXiv 2503.22352): images of the validation prompts, compared with
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from ...bases import Base
 from ...bases.precision import autocast
@@ -29,58 +23,12 @@ from ..examples.batches import Examples
 from ..examples.encoding import encode_subjects
 from ..stage_2 import Personalization
 from ..stage_settings import VALIDATION_FOLDER, PersonalizeConfig
+from .best_step import BestStep
 from .tracking import Trackers
 from .validation_scores import FaceScore, HeldOutLoss, Painter
 
 # Relative rise that counts as one, so that a plateau ends the run.
 _MIN_RISE = 1e-3
-
-
-class BestStep:
-    """Keeps the parameters of the best score and says when it has not risen for long.
-
-    Args:
-        parameters: what is trained.
-        patience: scores without a rise after which to stop; None: never.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], patience: int | None) -> None:
-        self._parameters, self.patience = parameters, patience
-        self.step, self.score, self.waited = 0, float("-inf"), 0
-        self._best = [parameter.detach().clone() for parameter in parameters]
-
-    def offer(self, step: int, score: float) -> None:
-        """Take in the score of a step; one that is no number is the worst there is."""
-        score = score if math.isfinite(score) else -math.inf
-        least = self.score + _MIN_RISE * abs(self.score) if math.isfinite(self.score) else self.score
-        if self.step and score <= least:
-            self.waited += 1
-            return
-        self.step, self.score, self.waited = step, score, 0
-        with torch.no_grad():
-            for best, parameter in zip(self._best, self._parameters, strict=True):
-                best.copy_(parameter)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the score has stopped rising."""
-        return self.patience is not None and self.waited >= self.patience
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the best parameters back."""
-        for parameter, best in zip(self._parameters, self._best, strict=True):
-            parameter.copy_(best)
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a resumed run."""
-        return {"step": self.step, "score": self.score, "waited": self.waited, "best": self._best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a `state_dict`."""
-        self.step, self.score, self.waited = state["step"], state["score"], state["waited"]
-        for best, value in zip(self._best, state["best"], strict=True):
-            best.copy_(value)
 
 
 class Validation:
@@ -93,7 +41,7 @@ class Validation:
         self.faces = None
         if config.validation_embedder is not None:
             self.faces = FaceScore(photos, face_embedder(config.validation_embedder, "validation_embedder"))
-        self.best = BestStep(run.parameters, config.patience)
+        self.best = BestStep(run.parameters, config.patience, rise=_MIN_RISE)
 
     def look(self, step: int) -> bool:
         """Whether this was a step to look at."""

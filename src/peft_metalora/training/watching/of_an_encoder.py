@@ -2,7 +2,8 @@
 """Looking at an encoder while it is taught: held-out subjects are read from their references, in zero steps.
 
 The score is R-FaceSim of what is then drawn, against the subject's other photos (arXiv 2503.22352), or minus the loss
-on those photos. Training does not notice.
+on those photos. Training does not notice; the encoder of the best score is what is written, because one that learns
+its people by heart reads others ever worse.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from ...tuner import set_slots
 from ..encoder_training import EncoderTraining
 from ..engine.compiling import eagerly
 from ..stage_settings import TrainEncoderConfig
+from .best_step import BestStep
 from .held_out import HeldOut, Watch
 from .tracking import Trackers
 
 
 class EncoderValidation:
-    """Reads, scores and draws held-out subjects every `validation_steps`, into `output_dir/validation`.
+    """Reads, scores and draws held-out subjects every `validation_steps`, into `output_dir/validation`; `best` is kept.
 
     With several processes each computes all of it, because a base that is divided over them needs them all, and the
     main one writes.
@@ -41,6 +43,7 @@ class EncoderValidation:
     ) -> None:
         self.run, self.features, self.config = run, features, config
         self.watch = Watch(run.base, held, config, run.processes, trackers, done)
+        self.best = BestStep([*run.encoder.state_dict().values(), *run.space.state_dict().values()])
 
     def look(self, step: int) -> float | None:
         """Look, if this is a step to look at; returns the mean score of the subjects, the higher the better.
@@ -64,4 +67,6 @@ class EncoderValidation:
         set_slots(denoiser, None)
         run.encoder.train()
         denoiser.train()
-        return self.watch.finish(step)
+        score = self.watch.finish(step)
+        self.best.offer(step, score)
+        return score
