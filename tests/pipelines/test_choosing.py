@@ -232,6 +232,21 @@ def other_rank(folder, name):
     return save_subject(folder, model, name, down=folder.parent / "faces")
 
 
+def test_a_table_that_holds_nobody_stays_unless_its_down_goes(people, pipe, tmp_path):
+    """Bug: deleting a subject took empty tables of other Downs along, with the room that was asked for."""
+    folder, images = people
+    pipe.load_meta_lora(folder / "faces")
+    table = pipe.enable_subject_slots(3)
+    write_subjects(tmp_path, tiny_flux_pipeline().transformer, "dan", seed=2, lora_alpha=16, target_modules=TARGETS)
+    pipe.load_meta_lora(tmp_path / "dan")
+    pipe.delete_adapters("dan")
+    pipe.add_subject(folder / "ann")
+    assert near(picture(pipe, subjects="ann"), images["ann"]) and table.names() == ["ann"] and table.capacity == 3
+    table.evict(["ann"])
+    pipe.delete_adapters("faces")
+    assert tables_of(pipe.transformer) == {} and near(picture(pipe), images[None])
+
+
 def test_a_refused_subject_leaves_no_table(people, pipe):
     """Bug: a table was made before the subject was checked, and stayed, empty, on the denoiser."""
     folder, images = people

@@ -28,7 +28,7 @@ from ..checkpoint.space import CodeSource, SubjectCode
 from ..data import read_photos
 from ..errors import AdapterStateError, ConfigError
 from ..hub.loading import HubOptions, load
-from ..tuner import DownSource, MetaLoraConfig
+from ..tuner import DownSource, MetaLoraConfig, down_fingerprint
 from ..tuner.down import subject_config
 from ..tuner.merging import merged_or_as_before
 from ..tuner.on_model import configs_of, know_down, meta_layers
@@ -394,13 +394,14 @@ class MetaLoraLoaderMixin(ChoosingMixin):
                     "(evict them, if add_subject brought them)."
                 )
         refuse_fused(all_layers(self))
+        downs = {down_fingerprint(model, name) for name in ours}
         if others and hasattr(super(), "delete_adapters"):
             super().delete_adapters(others)  # type: ignore[misc]
         with books_of(model):
             for fingerprint, table in tables_of(model).items():
                 table.evict([name for name in ours if name in table])
-                if not table.names():
-                    # A table that holds nobody goes with the adapters that filled it.
+                if fingerprint in downs and not table.names():
+                    # A table that holds nobody goes with the adapters of its Down.
                     ours.append(table.adapter_name)
                     drop_tables(model, fingerprint)
         with offload_paused(self), saved_in_parts(model):
