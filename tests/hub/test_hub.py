@@ -4,6 +4,7 @@
 import io
 import json
 import multiprocessing
+import pickle
 import shutil
 
 import diffusers
@@ -20,6 +21,7 @@ from fake_hub import TOKEN, FakeHub, point_at
 from families_tiny import denoiser, tiny_pipeline
 from peft_metalora import MetaLoraConfig, errors, hub, save_down
 from peft_metalora.checkpoint.artefacts import load_down as load_local_down
+from peft_metalora.checkpoint.artefacts import load_subject as load_local_subject
 from peft_metalora.hub.publishing import pull, push_down, push_subject
 
 
@@ -213,6 +215,26 @@ def test_subfolders_of_one_repository_belong_together(server, pair):
         hub.load_subject("ann/all", subfolder="../ann")
 
 
+def test_what_is_pulled_from_a_subfolder_still_has_its_down(server, pair, tmp_path):
+    """Bug: the copy named its Down by the path inside the repository, which leads nowhere from the copy."""
+    server.add("ann/all", {f"{f.parent.name}/{f.name}": f.read_bytes() for folder in pair for f in folder.iterdir()})
+    folder = pull("ann/all", tmp_path / "copies" / "me", subfolder="ann")
+    assert load_local_subject(folder).down.fingerprint == load_local_down(pair[0]).fingerprint
+
+
+def test_a_subject_names_the_commit_that_it_was_checked_with(published, pair, monkeypatch):
+    """Bug: it named the commit that the Down's repository was at when all was checked, which may hold another Down."""
+    server, commit = published
+
+    def pushed_meanwhile(*args, **kwargs):
+        server.add("ann/faces", {"README.md": b"newer"})
+        return load_local_down(*args, **kwargs)
+
+    monkeypatch.setattr("peft_metalora.hub.publishing.load_local_down", pushed_meanwhile)
+    push_subject(pair[1], "ann/again", down="ann/faces")
+    assert json.loads(server.repos["ann/again"].files()["adapter_config.json"])["down_revision"] == commit
+
+
 def test_tokens_open_private_repositories(published, monkeypatch, tmp_path):
     # Where huggingface_hub looks; it has read HF_TOKEN before any test.
     monkeypatch.setattr(huggingface_hub.utils._auth, "_get_token_from_environment", lambda: None)
@@ -222,6 +244,15 @@ def test_tokens_open_private_repositories(published, monkeypatch, tmp_path):
     with pytest.raises(errors.HubError, match=r"expected adapter_config.json"):
         hub.load_subject("ann/me", force_download=True)
     assert hub.load_subject("ann/me", token=TOKEN).down.fingerprint
+
+
+def test_a_token_stays_out_of_pickles(published):
+    """Bug: configurations kept the token that had fetched them, and so did every pickle of a model with the adapter."""
+    source = hub.load_subject("ann/me", token=TOKEN)
+    model = PeftModel.from_pretrained(TinyModel(), "ann/me", token=TOKEN)
+    for config in (source.config, model.peft_config["default"]):
+        kept = pickle.dumps(config)
+        assert TOKEN.encode() not in kept and pickle.loads(kept).located_down() == "ann/faces"
 
 
 @pytest.mark.parametrize(

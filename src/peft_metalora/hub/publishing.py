@@ -37,6 +37,7 @@ from ..errors import (
     WrongKindError,
 )
 from ..tuner import DownSource, MetaLoraConfig
+from ..tuner.config import reference_to_write
 from .cards import Picture, model_card
 from .loading import (
     HUB_FAILURES,
@@ -130,9 +131,11 @@ def push_subject(
                 "meant with save_subject(..., slot=<its number>)."
             )
         at = Location(reference, None, {"revision": down_revision or config.down_revision, "token": token})
-        its_down = load_local_down(fetch(at), expected_fingerprint=config.down_fingerprint)
+        place = fetch(at)
+        its_down = load_local_down(place, expected_fingerprint=config.down_fingerprint)
         source = found.subject(its_down, lambda: space_at(at, config, its_down))
-    config = dataclasses.replace(config, down=reference, down_revision=at.options["revision"] or _commit_of(at))
+    # The Hub's cache calls a folder by the commit that it holds: the subject keeps the Down that it was checked with.
+    config = dataclasses.replace(config, down=reference, down_revision=at.options["revision"] or place.name)
     # DoRA rescales the weight itself, which no ordinary LoRA can say.
     pairs = fold_subject(config, source.down.tensors, source.tensors) if not config.use_dora else {}
     content = source.code if isinstance(source, CodeSource) else source.tensors
@@ -184,6 +187,8 @@ def pull(
         check_fold(fold, pairs, component_name(config))
     if folder is None:
         return found.folder
+    if not found.is_down:  # which may lie in another folder of the repository
+        config = dataclasses.replace(config, down=reference_to_write(source.config.located_down(), folder))
     card = fetch_beside(at, CARD_FILE)
     text = card.read_bytes() if card is not None else None
     content = source.code if isinstance(source, CodeSource) else source.tensors
@@ -282,11 +287,3 @@ def _picture(path: str) -> bytes:
     if not Path(path).is_file():
         raise ArtefactNotFoundError(f"{path}: expected a picture for the gallery, found none. Check the path.")
     return png(load_image(path))
-
-
-def _commit_of(at: Location) -> str | None:
-    """The commit that a repository is at, so that a subject keeps the Down it was checked with."""
-    try:
-        return huggingface_hub.HfApi(token=at.options.get("token")).repo_info(at.name).sha
-    except HUB_FAILURES:
-        return None

@@ -158,6 +158,10 @@ class MetaLoraConfig(PeftConfig):
         self.__dict__["origin"] = {"name": name, "folder": folder, **origin}
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        origin = self.origin and {name: value for name, value in self.origin.items() if name != "token"}
+        return {**vars(self), "origin": origin}
+
     def located_down(self) -> str | None:
         """The Down by a name that finds it from anywhere: an absolute path where it was a relative one."""
         if self.down is None or self.origin is None or os.path.isabs(self.down):
