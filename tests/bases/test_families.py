@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 
@@ -275,6 +276,21 @@ def test_both_stages_and_the_pipeline(base, tmp_path):
     base.pipeline.load_lora_weights(tmp_path / "lora")
     assert not torch.equal(draw(), before)
     base.pipeline.unload_lora_weights()
+
+
+def test_an_image_that_names_no_size_has_the_pipelines_own(base, monkeypatch):
+    """Bug: a service of Z-Image or Krea 2 did not start without a resolution; the page took 512, and estimates others."""
+    asked = []
+
+    def prepare_latents(*args, **kwargs):
+        asked.append(inspect.signature(prepare).bind(*args, **kwargs).arguments["height"])
+        raise InterruptedError
+
+    prepare = base.pipeline.prepare_latents
+    monkeypatch.setattr(base.pipeline, "prepare_latents", prepare_latents)
+    with pytest.raises(InterruptedError):
+        base.draw(prompt=["a red shirt"], num_inference_steps=1)
+    assert asked == [base.default_side]
 
 
 def test_layers_that_run_prompts_together_are_refused():

@@ -99,7 +99,7 @@ class Studio:
         self._come_in()
         folder = folder_of(str(config.down), READER_FILES, **hub_of(config))
         self._reader = load_reader(folder, self.down, base.encode_images, config.face_model)
-        side = config.resolution or int(getattr(self._pipe, "default_sample_size", 64) * self._pipe.vae_scale_factor)
+        side = config.resolution or base.default_side
         self.side = side // base.pixel_multiple * base.pixel_multiple
         """Width and height of a picture, in pixels."""
 

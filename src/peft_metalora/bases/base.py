@@ -272,6 +272,14 @@ class Base(ABC):
         """Height and width of images must be divisible by this."""
         return self.pipeline.vae_scale_factor
 
+    @property
+    def default_side(self) -> int:
+        """Height and width in pixels of an image that names none, as the pipeline draws it."""
+        size = getattr(self.pipeline, "default_sample_size", None) or self.denoiser.config.get("sample_size")
+        if size is None:
+            return 1024
+        return (size if isinstance(size, int) else min(size)) * self.pipeline.vae_scale_factor
+
     def density(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw n numbers in (0, 1) by the weighting scheme."""
         return compute_density_for_timestep_sampling(
