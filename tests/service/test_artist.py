@@ -16,6 +16,7 @@ from PIL import Image
 
 from peft_metalora import load_subject
 from peft_metalora.bases import load_base
+from peft_metalora.service.artist import Artist
 from peft_metalora.service.people import Person
 from peft_metalora.service.tasks import RefusedError, Task
 from peft_metalora.service.tuning import Tuner
@@ -157,6 +158,49 @@ def test_people_with_files_and_those_whom_nobody_asks_for_leave(home, tmp_path, 
     people, first, again, (known, names) = run(work())
     assert len(set(first)) == 4 and first == again
     assert known == [one.uid for one in people[2:]] and {*names} == {*known, "nobody"}
+
+
+def test_who_is_asked_for_while_they_leave_is_brought_again(home, tmp_path, run, monkeypatch):
+    """Bug: who was asked for between the choice of who leaves and their leaving was waited for, and not there then."""
+    chosen, go = threading.Event(), threading.Event()
+
+    def slowly(self, uids):
+        if uids:
+            chosen.set()
+            go.wait(10)
+        evict(self, uids)
+
+    evict = Artist._evict
+    monkeypatch.setattr(Artist, "_evict", slowly)
+
+    async def work():
+        service, (ann, bob, _) = await with_people(home, tmp_path, host_capacity=1)
+        artist = service.pool.artists[0]
+        before = await artist.draw(task(ann))
+        other = asyncio.ensure_future(artist.draw(task(bob)))
+        await asyncio.to_thread(chosen.wait, 10)
+        again = asyncio.ensure_future(artist.draw(task(ann)))
+        while not artist.statistics()["waiting"]:
+            await asyncio.sleep(0.001)
+        go.set()
+        await other
+        return before.content == (await again).content
+
+    assert run(work())
+
+
+def test_a_service_that_starts_on_copies_that_run_shows_everybody(home, tmp_path, run):
+    """Bug: a copy that was told to forget all whom it knew refused them from then on as deleted."""
+
+    async def work():
+        service, (ann, *_) = await with_people(home, tmp_path)
+        artist = service.pool.artists[0]
+        before = await artist.draw(task(ann))
+        await artist.forget(None)
+        assert artist.statistics()["people"] == [] and artist._table.names() == ["nobody"]
+        return before.content == (await artist.draw(task(ann))).content
+
+    assert run(work())
 
 
 def test_who_cannot_be_shown_is_refused_in_a_sentence(home, tmp_path, run):

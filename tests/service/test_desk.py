@@ -261,6 +261,31 @@ def test_a_job_that_ends_early_leaves_nothing(home, tmp_path, run, how):
     assert person.status == (404 if how == "deleted" else 200)
 
 
+def test_photos_that_cannot_be_read_end_no_job(home, tmp_path, run):
+    """Bug: who was to be replaced by photos that no copy could read was tuned no more."""
+
+    class Blind(Tuning):
+        async def read(self, photos):
+            if self.blind:
+                raise RefusedError(422, "expected a face")
+            return await super().read(photos)
+
+        blind = False
+
+    async def work():
+        service = Service(home, tmp_path, pool=Blind(), tuners=1)
+        begun = await service.enrol("ann", tune=True)
+        service.pool.blind = True
+        assert (await service.enrol("ann", 1, replace=True)).status == 422
+        for _ in range(3):
+            service.pool.permits.release()
+        job = service.desk.job("acme", begun.json["job"])
+        await asyncio.wait([job.work])
+        return job.status
+
+    assert run(work()) == "done"
+
+
 def test_a_job_that_fails_says_so(home, tmp_path, run):
     class Failing(Gate):
         async def tune(self, photos, person, prompt):

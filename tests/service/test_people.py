@@ -47,6 +47,17 @@ def test_codes_and_files_are_there_at_the_next_start(place):
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == FILES
 
 
+def test_files_of_an_older_self_go(place):
+    """Bug: what the operator had put there lay on beside the files of who was tuned."""
+    people = People(place)
+    place.fs.makedirs(f"{place.root}/people/acme/ann")
+    place.fs.pipe_file(f"{place.root}/people/acme/ann/subject_code.safetensors", b"older")
+    people.put_files(people.find("acme", "ann"), FILES)
+    assert paths(place)[-2:] == [f"people/acme/ann/{name}" for name in sorted(FILES)] and b"older" not in contents(
+        place
+    )
+
+
 def test_a_rename_keeps_who_it_is_and_their_files(place):
     people = People(place)
     ann = people.put_files(people.put_code("acme", "ann", CODE, **OWN), FILES)

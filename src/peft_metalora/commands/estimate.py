@@ -332,11 +332,12 @@ def _adapted(base: Base, names: str | list[str]) -> list[Any]:
 
 def _of_drawing(config: GenerateConfig) -> tuple[Estimate, nn.Module]:
     name, revision = config.pretrained_model_name_or_path, None
-    first = next(iter([*config.subject, *([] if config.down is None else [config.down])]), None)
     if not name:
-        name, revision = base_to_load(None, None, read_config(folder_of(str(first))), str(first))
+        first = next(iter(config.subject), str(config.down))
+        found = read_config(folder_of(first, local_files_only=config.local_files_only))
+        name, revision = base_to_load(None, None, found, first)
     base, dtype = _open(config, name, revision, config)
-    side = config.resolution or base.pixel_multiple * 64
+    side = config.resolution or base.default_side
     at, own, width = _Held(base, config, dtype), one_pass(base, side), dtype.itemsize / 2
     guided = 1 if config.guidance_scale is not None and config.guidance_scale <= 1 else 2
     text, denoise, decode = at.drawing()

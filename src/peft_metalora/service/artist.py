@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -90,16 +91,14 @@ class Artist:
         self._errands: list[_Errand] = []
         self._arrived = asyncio.Event()
         self._loading = asyncio.Lock()
+        self._moving = threading.Lock()  # of people into the table and out of it
         self._counts: Counter[str] = Counter(images=0, batches=0, subjects=0)
         self._worker = asyncio.create_task(self._work())
 
     @property
     def offer(self) -> Offer:
         """What the pipeline has."""
-        multiple, side = self._base.pixel_multiple, self._config.resolution
-        if side is None:
-            size = getattr(self._pipe, "default_sample_size", None) or self._base.denoiser.config.get("sample_size")
-            side = (size if isinstance(size, int) else min(size)) * self._pipe.vae_scale_factor
+        multiple, side = self._base.pixel_multiple, self._config.resolution or self._base.default_side
         return Offer(side // multiple * multiple, multiple, "negative_prompt" in self._accepts)
 
     async def draw(self, task: Task) -> Drawn:
@@ -134,18 +133,20 @@ class Artist:
         return found
 
     async def forget(self, uid: str | None) -> None:
-        """Forget a person for good: what waits for them is refused, their numbers are overwritten. None: everybody."""
-        if uid is None:
-            for known in [*self._known]:
-                await self.forget(known)
-            return
-        self._gone.add(uid)
+        """Forget a person for good: what waits for them is refused, their numbers are overwritten.
+
+        None: overwrite everybody for whom nothing waits; whoever is here still comes again with the next request.
+        """
+        if uid is not None:
+            self._gone.add(uid)
         for waiting in self._queue:
             if any(one is not None and one.uid == uid for one in waiting.task.people) and not waiting.done.done():
                 waiting.done.set_exception(is_gone())
         async with self._loading:  # who was just being brought is there by now
-            pass
-        await self._between_batches(partial(self._evict, [uid]))
+            leaving = [one for one in self._known if one not in self._wanted] if uid is None else [uid]
+            for one in leaving:
+                self._known.pop(one, None)
+        await self._between_batches(partial(self._evict, leaving))
 
     def statistics(self) -> dict[str, Any]:
         """What this copy has done since it started, and whom it knows."""
@@ -163,25 +164,32 @@ class Artist:
             self._known.move_to_end(person.uid)
 
     def _surplus(self) -> list[str]:
-        """Who has to leave host memory: those that nobody has asked for the longest."""
+        """Who has to leave host memory, those that nobody has asked for the longest: known no more from now on."""
         over = len(self._known) - self._config.host_capacity
-        return [uid for uid in [*self._known] if uid not in self._wanted][:over] if over > 0 else []
+        leaving = [uid for uid in [*self._known] if uid not in self._wanted][:over] if over > 0 else []
+        for uid in leaving:
+            del self._known[uid]
+        return leaving
 
     def _evict(self, uids: Sequence[str]) -> None:
-        here = [uid for uid in uids if self._known.pop(uid, None) is not None]
-        if here:
-            self._table.evict(here)
+        """Let people out of the table, but for those who have been brought again meanwhile."""
+        with self._moving:
+            here = [uid for uid in uids if uid not in self._known and uid in self._table]
+            if here:
+                self._table.evict(here)
 
     def _bring(self, person: Person) -> None:
         try:
             if person.code is None:
                 with self._place.files(person) as folder:
-                    self._table.add(person.uid, load_subject(folder, known_down=self._known_down))
+                    enter = partial(self._table.add, person.uid, load_subject(folder, known_down=self._known_down))
             elif self._reader is None:
                 raise RefusedError(409, "expected a Down with the space of this person, found one without")
             else:
-                self._table.register_code(person.uid, code_of(person), self._reader.space)
-            self._known[person.uid] = person.revision
+                enter = partial(self._table.register_code, person.uid, code_of(person), self._reader.space)
+            with self._moving:
+                enter()
+                self._known[person.uid] = person.revision
         except (MetaLoraError, OSError) as error:
             log.warning("person cannot be shown", extra={"fields": {"person": person.uid, "error": str(error)}})
             raise RefusedError(

@@ -176,10 +176,10 @@ class Desk:
                     raise RefusedError(
                         409, f"expected a new name, found {order.name}, which is taken: give replace=true"
                     )
-                self._cancel_jobs(tenant, order.name)
                 code, down, space = await self._in_time(self.pool.read(photos))
                 put, named = self.people.put_code, (tenant, order.name, code)
                 person = await to_its_end(put, *named, down=down, space=space, consent=order.consent, before=before)
+                self._cancel_jobs(tenant, order.name)
         return person, self._start_job(person, photos, order.instance_prompt) if order.tune else None
 
     def _photos_of(self, order: SubjectOrder) -> list[bytes]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -88,7 +89,7 @@ class Door:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if self._tenants is None:
             # A page of the web whose name was turned to this address (DNS rebinding) gives itself away by the name.
-            if headers.get("host", "").rpartition(":")[0].strip("[]") not in LOOPBACK:
+            if re.sub(r":\d*$", "", headers.get("host", "")).strip("[]") not in LOOPBACK:
                 raise RefusedError(421, "expected a request to the loopback, found another host's name")
             tenant: str | None = LOCAL
         else:

@@ -126,12 +126,14 @@ class Place:
         """Write the files of somebody; what else was in their folder goes."""
         folder = self.folder(person)
         if not self.is_local:
-            for name in sorted(
-                files, key=lambda name: name.endswith(".json")
-            ):  # what names the tensors comes after them
+            for name in sorted(files, key=lambda name: name.endswith(".json")):  # which names the tensors
                 self.fs.pipe_file(f"{folder}/{name}", files[name])
+            for path in self.fs.ls(folder, detail=False):
+                if posixpath.basename(path) not in files:
+                    self.fs.rm(path)
             return
-        with staged_folder(folder) as stage:
+        others = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+        with staged_folder(folder, replaced=others) as stage:
             for name, content in files.items():
                 (stage / name).write_bytes(content)
 
