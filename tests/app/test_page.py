@@ -219,6 +219,15 @@ class TestPolishing:
         assert "is who they were: expected ann as they were" in [*states][-1].said
         assert app.library.people("local") == [] and app.kept() == []
 
+    def test_only_the_polishing_of_who_is_deleted_is_cancelled(self, tried):
+        """Bug: deleting anybody cancelled whoever was being polished in that tab."""
+        app, visit = tried(), Visit()
+        app.enrol("bob", 2), app.enrol("ann", 1, visit)
+        states = app.page.polish("local", visit, "ann", PROMPT, 2, 0)
+        next(states)
+        app.page.delete("local", visit, "bob")
+        assert [*states][-1].said == "ann is polished, in 2 steps"
+
     def test_it_needs_photos_of_that_person(self, tried):
         app, visit = tried(), Visit()
         app.enrol("ann", 1, keep=True), app.enrol("bob", 2, visit)

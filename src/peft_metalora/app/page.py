@@ -217,7 +217,7 @@ class Page:
         shutil.rmtree(self._folder / person.uid, ignore_errors=True)
         if visit.uid == person.uid:
             visit.photos, visit.uid = [], ""
-        if visit.polishing is not None:
+        if visit.polishing is not None and visit.polishing.person.uid == person.uid:
             visit.polishing.cancel()
         return person
 

@@ -24,7 +24,7 @@ class Polishing:
         photos, prompt, steps, every, seed: as `Studio.polish`.
 
     Attributes:
-        said: how it stands, in a sentence. done: whether it has ended. losses: of each step.
+        person: who they were. said: how it stands, in a sentence. done: whether it has ended. losses: of each step.
         pictures: step and picture.
     """
 
@@ -43,7 +43,7 @@ class Polishing:
         self.said, self.done = f"{person.name}: waits for its turn", False
         self.losses: list[float] = []
         self.pictures: list[tuple[int, Image.Image]] = []
-        self._library, self._person, self._steps = library, person, steps
+        self._library, self.person, self._steps = library, person, steps
         self._work = studio.polish(person, photos, prompt, steps, every=every, seed=seed)
         self._news, self._cancelled = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="polishing", daemon=True).start()
@@ -58,7 +58,7 @@ class Polishing:
         self._news.clear()
 
     def _run(self) -> None:
-        name = self._person.name
+        name = self.person.name
         try:
             self.said = self._train()
         except MetaLoraError as error:
@@ -72,12 +72,12 @@ class Polishing:
             self._news.set()
 
     def _train(self) -> str:
-        name = self._person.name
+        name = self.person.name
         for found in self._work:
             if self._cancelled.is_set():
                 return f"cancelled: {name} is who they were"
             if isinstance(found, dict):
-                self._library.polished(self._person, found)
+                self._library.polished(self.person, found)
                 return f"{name} is polished, in {len(self.losses)} steps"
             if found.picture is not None:
                 self.pictures.append((found.step, found.picture))
