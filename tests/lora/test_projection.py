@@ -96,6 +96,22 @@ def test_layers_that_the_down_lacks_are_named(pair, tmp_path):
             errors.WrongKindError,
             "base model",
         ),
+        # Bug: of factors that are no matrices, or several alphas, torch's own errors came out.
+        (
+            {"a.lora_A.weight": torch.ones(2, 8), "a.lora_B.weight": torch.ones(6, 2, 3, 3)},
+            errors.RankMismatchError,
+            "two factors",
+        ),
+        (
+            {"a.lora_A.weight": torch.ones(1), "a.lora_B.weight": torch.ones(6, 1)},
+            errors.RankMismatchError,
+            "two factors",
+        ),
+        (
+            {"a.lora_A.weight": torch.ones(1, 8), "a.lora_B.weight": torch.ones(6, 1), "a.alpha": torch.ones(2)},
+            errors.RankMismatchError,
+            "expected one number as the alpha of a",
+        ),
         (
             {"a.lora_A.weight": torch.full((1, 8), float("nan")), "a.lora_B.weight": torch.ones(6, 1)},
             errors.NonFiniteError,

@@ -65,8 +65,8 @@ def run_likeness(config: LikenessConfig) -> Done:
         "no_face": int((~made.found).sum()),
     }
     if threshold is not None:
-        for row in rows:
-            row["match"] = row["found"] and row["likeness"] >= threshold
+        for row, score in zip(rows, scores.per_image.tolist(), strict=True):
+            row["match"] = row["found"] and score >= threshold
         every["match_rate"] = sum(row["match"] for row in rows) / len(rows)
     if config.reference is not None:
         copied = copy_paste(made, faces.embed([photo.load() for photo in read_photos(config.reference)]), others)

@@ -211,14 +211,17 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, tor
         )
     pairs = {}
     for module, parts in found.items():
-        if not {"a", "b"} <= set(parts) or parts["b"].ndim < 2 or parts["a"].shape[0] != parts["b"].shape[1]:
+        a, b, alpha = parts.get("a"), parts.get("b"), parts.get("alpha")
+        if a is None or b is None or min(a.ndim, b.ndim) < 2 or b[0].numel() != len(a):
             raise RankMismatchError(
                 f"{file}: expected two factors of one rank in {module}, found others. Fetch it again."
             )
-        rank = parts["a"].shape[0]
-        alpha = float(parts["alpha"]) if "alpha" in parts else None
-        scale = alpha / rank if alpha is not None else _scale(config, module, rank)
-        pairs[module] = (parts["a"], parts["b"] * scale)
+        if alpha is not None and alpha.numel() != 1:
+            raise RankMismatchError(
+                f"{file}: expected one number as the alpha of {module}, found {tuple(alpha.shape)}. Fetch it again."
+            )
+        scale = _scale(config, module, len(a)) if alpha is None else float(alpha) / len(a)
+        pairs[module] = (a, b * scale)
     if not pairs:
         raise WrongKindError(f"{file}: expected a LoRA, found no tensors. Check the path.")
     return pairs
