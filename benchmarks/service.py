@@ -317,7 +317,7 @@ def draw_alone(work: tuple[Path, Sequence[tuple[Someone, int, bytes]]]) -> list[
     found = []
     for number, (person, seed, body) in enumerate(answers):
         if person.photo is not None:
-            code = reader.codes([[Image.open(io.BytesIO(person.photo)).convert("RGB")]])[0]
+            code = reader.codes([[Image.open(io.BytesIO(person.photo)).convert("RGB")]])[0][0]
         else:
             code = torch.from_numpy(np.frombuffer(person.code or b"", np.float32).copy())
         table.register_code("somebody", reader.space.coded(code), reader.space)

@@ -46,11 +46,22 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(people, tmp_path, 
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(BaseModelMismatchError, match="expected a base model"):
         drawn(people, tmp_path, pretrained_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="resolution must be a multiple of 8 for this base model, found 30"):
+        drawn(people, tmp_path, resolution=30)
+    with pytest.raises(ConfigError, match="resolution must be at least 1, found 0"):
+        drawn(people, tmp_path, resolution=0)
     with pytest.raises(ConfigError, match="to draw on a CPU: accelerate brings layers to a GPU only"):
         drawn(people, tmp_path, offload="sequential")
     (tmp_path / "ann.png").write_bytes(b"no image")
     with pytest.raises(UnreadableImageError, match=r"ann\.png"):
         drawn(people, tmp_path, subject=[], photo=[str(tmp_path / "ann.png")], down=str(people / "faces"))
+
+
+def test_what_the_pipeline_refuses_is_said_in_its_words(people, tmp_path):
+    """Bug: a ValueError of diffusers came out."""
+    with pytest.raises(ConfigError, match="expected what a FluxPipeline takes, found: .*max_sequence_length"):
+        drawn(people, tmp_path / "out", max_sequence_length=513)
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_of_generated_images_have_names_of_their_own() -> None:

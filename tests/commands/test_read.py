@@ -78,6 +78,8 @@ def test_a_photo_that_cannot_be_used_is_left_out_of_a_folder_and_refused_by_name
     assert read(home, "--data", people, "--output_dir", tmp_path / "out") == 0
     error = capsys.readouterr().err
     assert "warning: skipped 1 of 4 photos: expected an image, found" in error and "person-0/1.png" in error
+    read_of = [load_subject(tmp_path / "out" / f"person-{one}").config.facts["photos_read"] for one in (0, 1)]
+    assert read_of == [1, 2], "Bug: photos that were left out were counted"
     wanted = codes_of(home, people / "person-0" / "0.png")[0]
     torch.testing.assert_close(code_of(tmp_path / "out" / "person-0"), wanted, rtol=1e-4, atol=1e-5)
     (people / "person-0" / "0.png").write_bytes(b"no image")
@@ -175,11 +177,14 @@ def test_the_face_alone_is_read_and_what_a_mask_hides_is_not(home, tmp_path, cap
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(home, tmp_path, capsys):
-    photo, out = home / "people" / "person-0" / "0.png", tmp_path / "out"
+    photo, out, crop = home / "people" / "person-0" / "0.png", tmp_path / "out", ("--face_crop", "training_tiny:Bright")
     for arguments, told in (
         ([], "expected --photos of one person, or --data, a folder of people, found none"),
         (["--photos", photo, "--data", home / "people"], "found both"),
         (["--data", home / "people", "--subject_name", "ann"], "--subject_name is one person's"),
+        (["--photos", photo, "--face_margin", "0.3"], "--face_margin needs --face_crop, found none"),
+        (["--photos", photo, "--no-face_align"], "--face_align needs --face_crop, found none"),
+        (["--photos", photo, *crop, "--face_margin", "-1"], "--face_margin must be 0 or more, found -1.0"),
         (["--photos", tmp_path / "none.png"], "expected an image or a folder of images, found nothing at"),
         (["--data", tmp_path / "none"], "expected a folder with a folder of photos for each person, found no folder"),
     ):

@@ -25,6 +25,17 @@ def test_push_and_pull(server, pair, tmp_path, capsys):
     assert not server.repos["ann/all"].private
 
 
+def test_what_a_push_would_ignore_is_refused(server, pair, capsys):
+    """Bug: a prompt without a picture, and a Down of a Down, were passed over in silence."""
+    for arguments, told in (
+        (["--prompt", "a photo"], "expected a picture for each prompt, found 1 prompts and 0 pictures"),
+        (["--down", "ann/faces"], "expected --down with a subject alone, found"),
+    ):
+        assert main(["push", "--folder", pair[0], "--repo_id", "ann/faces", *arguments]) == 2
+        assert told in capsys.readouterr().err
+    assert server.repos == {}
+
+
 def test_export_and_project(pair, tmp_path, capsys):
     lora, again = str(tmp_path / "lora.safetensors"), str(tmp_path / "again")
     assert main(["export", "--subject", pair[1], "--output", lora]) == 0

@@ -82,5 +82,7 @@ def test_an_encoder_sees_as_it_was_trained_to_unless_told_otherwise():
     cropping = make_encoder(dataclasses.replace(CONFIG, face_crop=f"{__name__}:bright", face_margin=0.0), shrink)
     with pytest.raises(ConfigError, match=r"face_crop='.*:bright' if you trust it"):
         cropping.sight()
+    with pytest.raises(ConfigError, match="face_margin needs face_crop"):
+        make_encoder(CONFIG, shrink).sight(face_margin=0.25)
     assert cropping.sight(f"{__name__}:bright")(dotted()).size == (8, 8)
     assert cropping.sight(f"{__name__}:bright", 0.5)(dotted()).size == (16, 16)

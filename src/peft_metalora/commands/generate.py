@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MetaLoraError
 from ..settings import (
     BASE_MODEL,
     DEVICE,
@@ -70,9 +70,9 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ConfigError("prompt must name at least one prompt, found none")
-        for name in ("num_images_per_prompt", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("num_images_per_prompt", "num_inference_steps", "resolution", "max_sequence_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}")
         if bool(self.photo) != (self.down is not None):
             raise ConfigError(
                 f"expected `photo` and `down`, found `{'photo' if self.photo else 'down'}` alone: a Down reads photos, "
@@ -116,6 +116,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     from ..files import require_writable, write_bytes
     from ..hub.loading import HubOptions, folder_of, load
     from ..pipelines.loader import enable_meta_lora
+    from ..training.examples.shapes import crop_shapes
     from ..tuner import DownSource
 
     hub: HubOptions = {"local_files_only": config.local_files_only}
@@ -126,7 +127,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         found = read_photos(photo)
         if not Path(photo).is_dir():
             found[0].load()
-    Sight(config.face_crop)
+    Sight(config.face_crop, config.face_margin, config.face_align)
     named = [*config.subject, *([] if config.down is None else [config.down])]
     configs = [read_config(folder_of(name, **hub)) for name in named]
     if config.down is not None and configs[-1].encoder_fingerprint is None:
@@ -142,6 +143,8 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         memory=config,
         max_sequence_length=config.max_sequence_length,
     )
+    if config.resolution is not None:
+        crop_shapes(None, config.resolution, base.pixel_multiple)
     downs: dict[str, DownSource] = {}
     # What does not fit is refused before weights of the base are read.
     for name in named:
@@ -171,13 +174,18 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         if adapters:
             pipe.set_adapters(adapters[who])
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
-        images = base.draw(
-            prompt=config.prompt[number],
-            num_images_per_prompt=config.num_images_per_prompt,
-            num_inference_steps=config.num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **options,
-        )
+        try:
+            images = base.draw(
+                prompt=config.prompt[number],
+                num_images_per_prompt=config.num_images_per_prompt,
+                num_inference_steps=config.num_inference_steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                **options,
+            )
+        except MetaLoraError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"expected what a {type(pipe).__name__} takes, found: {error}") from error
         for count, image in enumerate(images):
             written.append(Path(config.output_dir) / f"{names[who]}-{number:02d}-{count:02d}.png")
             write_bytes(written[-1], png(image))

@@ -27,7 +27,9 @@ def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: 
     by_name = is_known(model_class(read_config(folder)))
     kind, lora = ("comfyui", f"ComfyUI/models/loras/{name}") if by_name else ("diffusers", name)
     file, whom = shlex.quote(f"{lora}.safetensors"), "for ComfyUI:" if by_name else "as a LoRA:  "
-    local = f" --down me/{Path(down).resolve().name}" if down is not None and os.path.isdir(down) else ""
+    local = (
+        f" --down {shlex.quote(f'me/{Path(down).resolve().name}')}" if down is not None and os.path.isdir(down) else ""
+    )
     return "\n".join(
         (
             f"draw:        metalora generate --subject {place} --prompt {drawn} --output_dir images",

@@ -110,7 +110,7 @@ def run_read(config: ReadConfig) -> Done:
     # What is wrong with photos, reader or detector is noticed before the base is opened.
     for photo in people[0].photos if chosen else ():
         photo.load()
-    Sight(config.face_crop)
+    Sight(config.face_crop, config.face_margin, config.face_align)
     reading = folder_of(config.down, READER_FILES, **options)
     device = choose_device(config.device)
     asked = config.pretrained_model_name_or_path
@@ -127,18 +127,18 @@ def run_read(config: ReadConfig) -> Done:
     reader.encoder.to(device)
     sight = reader.encoder.sight(config.face_crop, config.face_margin, config.face_align)
     photos = [person.photos for person in people]
-    codes = reader.codes(photos, sight, skip_unusable=not chosen, progress=len(people) > 1)
+    codes, counts = reader.codes(photos, sight, skip_unusable=not chosen, progress=len(people) > 1)
     named = {
         "down": os.path.abspath(config.down) if os.path.isdir(config.down) else config.down,
         "down_revision": config.down_revision,
         "base_model_name_or_path": base_name,
         "revision": revision,
     }
-    for person, place, code in zip(people, places, codes, strict=True):
+    for person, place, code, read in zip(people, places, codes, counts, strict=True):
         subject = reader.subject(code, down, subject_name=person.name, **named)
-        facts = {"photos_read": len(person.photos)}
+        facts = {"photos_read": read}
         save_read_subject(place, subject, facts=facts, whole=config.whole, overwrite=config.overwrite)
-    count = sum(len(person.photos) for person in people)
+    count = sum(counts)
     size = size_of(places[0])
     if config.data is None:
         told = f"read {count} photo(s) and wrote the subject {people[0].name!r} to {places[0]} ({in_words(size)})"

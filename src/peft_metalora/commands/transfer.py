@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.config_file import read_config
+from ..errors import ConfigError
 from ..files import require_apart
 from ..hub.loading import load_down, load_subject
 from ..hub.publishing import pull, push_down, push_subject
@@ -18,7 +19,11 @@ from . import Done
 
 @dataclass(kw_only=True)
 class PushConfig:
-    """Publish a Down or a subject on the Hub; a subject is private unless you say --public."""
+    """Publish a Down or a subject on the Hub; a subject is private unless you say --public.
+
+    Raises:
+        ConfigError: prompts without a picture.
+    """
 
     folder: str = setting("Folder of the Down or the subject.")
     repo_id: str = setting("Repository to push to, owner/name; made if there is none.")
@@ -28,6 +33,13 @@ class PushConfig:
     revision: str | None = setting("Branch to push to. Default: main.", None)
     image: list[str] = setting("Pictures for the card's gallery.", [])
     prompt: list[str] = setting("The prompts of the pictures, in their order.", [])
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) > len(self.image):
+            raise ConfigError(
+                f"expected a picture for each prompt, found {len(self.prompt)} prompts and {len(self.image)} pictures: "
+                "give each its `image`"
+            )
 
 
 @dataclass(kw_only=True)
@@ -67,6 +79,8 @@ def run_push(config: PushConfig) -> Done:
     gallery = {path: "".join(config.prompt[index : index + 1]) for index, path in enumerate(config.image)}
     is_down = read_config(config.folder).stage == "meta"
     public = is_down if config.public is None else config.public
+    if is_down and (config.down or config.down_revision):
+        raise ConfigError(f"expected `down` with a subject alone, found {config.folder}, which is a Down: leave it out")
     if is_down:
         commit = push_down(config.folder, config.repo_id, private=not public, gallery=gallery, revision=config.revision)
     else:

@@ -89,7 +89,7 @@ class SubjectEncoder(nn.Module):
     def __init__(self, config: EncoderConfig, source: Source) -> None:
         super().__init__()
         self.config, self.source = config, source
-        self._sights: dict[tuple[str | None, float, bool], Sight] = {}
+        self._sights: dict[tuple[str | None, float | None, bool | None], Sight] = {}
         self.trunk = source.trunk(config.width)
         with torch.no_grad():
             size = self.trunk(torch.zeros(1, *source.feature_shape)).shape[1]
@@ -149,23 +149,23 @@ class SubjectEncoder(nn.Module):
         """How it sees photos: as it was trained to, or around the faces that `face_crop` finds.
 
         Args:
-            face_margin, face_align: with `face_crop`; None: as it was trained.
+            face_margin, face_align: with `face_crop` alone; None: as it was trained.
 
         Raises:
             ConfigError: it was trained with a face detector of somebody's own, code that no file starts by itself, and
                 none is given. ConfigError, EmbedderUnavailableError: as `Sight`.
         """
-        own = self.config
-        if face_crop is None and ":" in own.face_crop:
+        own, wanted = self.config, (face_crop, face_margin, face_align)
+        if face_crop is not None:
+            margin = own.face_margin if face_margin is None else face_margin
+            wanted = face_crop, margin, own.face_align if face_align is None else face_align
+        elif ":" in own.face_crop:
             raise ConfigError(
                 f"expected face_crop for an encoder of photos that were cut by {own.face_crop!r}, code that a file "
                 f"must not start by itself, found none: give face_crop={own.face_crop!r} if you trust it"
             )
-        if face_crop is None:
-            wanted = own.face_crop or None, own.face_margin, own.face_align
-        else:
-            margin = own.face_margin if face_margin is None else face_margin
-            wanted = face_crop, margin, own.face_align if face_align is None else face_align
+        elif own.face_crop and wanted == (None, None, None):
+            wanted = own.face_crop, own.face_margin, own.face_align
         if wanted not in self._sights:  # a detector takes a second to load
             self._sights[wanted] = Sight(*wanted)
         return self._sights[wanted]

@@ -60,7 +60,8 @@ class Reader:
         Raises:
             FingerprintMismatchError: the space belongs to another Down. As `codes`.
         """
-        return self.subject(self.codes([photos], sight)[0], source, **config)
+        codes, _ = self.codes([photos], sight)
+        return self.subject(codes[0], source, **config)
 
     def subject(self, code: Tensor, source: DownSource, **config: Any) -> CodeSource:
         """The person of a code (k,); arguments and errors are those of `read`."""
@@ -74,8 +75,8 @@ class Reader:
         *,
         skip_unusable: bool = False,
         progress: bool = False,
-    ) -> Tensor:
-        """The code of each of many people, the mean over their photos: (n, k). Photos are encoded in batches.
+    ) -> tuple[Tensor, list[int]]:
+        """The code of each of many people, the mean over their photos: (n, k); and over how many it is.
 
         Args:
             sight: what is seen of a photo; None: as the encoder was trained.
@@ -113,7 +114,7 @@ class Reader:
         if unusable:
             text = "; ".join(str(error) for _, error in unusable)
             warnings.warn(f"skipped {len(unusable)} of {len(photos)} photos: {text}", stacklevel=2)
-        return total / count
+        return total / count, count[:, 0].int().tolist()
 
 
 _LeaveOut = Callable[[int, Exception], None]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..data import Photo, decode_image, decode_mask, read_file
-from ..errors import NoFaceError
+from ..errors import ConfigError, NoFaceError
 from ..metrics.face_crop import FaceCrop, Region
 
 _GREY = 127
@@ -62,14 +62,21 @@ class Sight:
     """Photos as an encoder sees them: what a mask hides is grey.
 
     Args:
-        face_crop, face_margin, face_align: as `FaceCrop`; None: all of a photo.
+        face_crop, face_margin, face_align: as `FaceCrop`; None: all of a photo, a margin of 0.5, and not aligned.
 
     Raises:
-        ConfigError, EmbedderUnavailableError: as `FaceCrop`.
+        ConfigError: a margin or an alignment of nothing. ConfigError, EmbedderUnavailableError: as `FaceCrop`.
     """
 
-    def __init__(self, face_crop: str | None = None, face_margin: float = 0.5, face_align: bool = False) -> None:
-        self._faces = None if face_crop is None else FaceCrop(face_crop, face_margin, face_align)
+    def __init__(
+        self, face_crop: str | None = None, face_margin: float | None = None, face_align: bool | None = None
+    ) -> None:
+        self._faces = None
+        if face_crop is not None:
+            self._faces = FaceCrop(face_crop, 0.5 if face_margin is None else face_margin, bool(face_align))
+        elif (face_margin, face_align) != (None, None):
+            name = "face_align" if face_margin is None else "face_margin"
+            raise ConfigError(f"{name} needs face_crop, found none: give face_crop 'insightface', or leave it out")
 
     def __call__(
         self, photo: Photo | Image.Image, name: str = "the image", content: bytes | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from ..errors import ConfigError
 from .detectors import Face, FaceDetector, InsightFaceDetector
 from .embedders import made_by
 
@@ -50,11 +51,13 @@ class FaceCrop:
         align: turn the photo so that the eyes are level.
 
     Raises:
-        ConfigError: there is no such function.
+        ConfigError: there is no such function, or less than no room.
         EmbedderUnavailableError: insightface or its weights are missing.
     """
 
     def __init__(self, detector: str, margin: float, align: bool) -> None:
+        if not margin >= 0:
+            raise ConfigError(f"face_margin must be 0 or more, found {margin}")
         self._detector, self._margin, self._align = load_detector(detector), margin, align
 
     def region(self, image: Image.Image) -> Region | None:

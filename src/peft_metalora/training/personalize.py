@@ -191,8 +191,9 @@ def _read(
 ) -> tuple[Reader, Tensor]:
     """The reader of a Down, and the code (k,) that it reads off photos of one person."""
     reader = load_reader(folder, down, base.encode_images, config.face_model)
-    sight = reader.encoder.sight(config.face_crop, config.face_margin, config.face_align)
-    return reader, reader.codes([photos], sight, skip_unusable=True)[0]
+    crop = (config.face_crop, config.face_margin, config.face_align) if config.face_crop else ()
+    codes, _ = reader.codes([photos], reader.encoder.sight(*crop), skip_unusable=True)
+    return reader, codes[0]
 
 
 def _write_as_read(
