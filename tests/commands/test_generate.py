@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(people, tmp_path, 
 
 def test_what_the_pipeline_refuses_is_said_in_its_words(people, tmp_path):
     """Bug: a ValueError of diffusers came out."""
-    with pytest.raises(ConfigError, match="expected what a FluxPipeline takes, found: .*max_sequence_length"):
+    with pytest.raises(ConfigError, match=r"expected what a FluxPipeline takes, found: .*max_sequence_length"):
         drawn(people, tmp_path / "out", max_sequence_length=513)
     assert not (tmp_path / "out").exists()
 
