@@ -279,7 +279,7 @@ def test_both_stages_and_the_pipeline(base, tmp_path):
 
 
 def test_an_image_that_names_no_size_has_the_pipelines_own(base, monkeypatch):
-    """Bug: a service of Z-Image or Krea 2 did not start without a resolution; the page took 512, and estimates others."""
+    """Bug: services of Z-Image and Krea 2 did not start without a resolution; the page took 512, estimates another."""
     asked = []
 
     def prepare_latents(*args, **kwargs):
