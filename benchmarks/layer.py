@@ -14,10 +14,13 @@ bound by the Python of the host, which varies far more than the GPU: there are f
 is the bytes that autograd saves for backward.
 
 LoRA trains in each way that people train it: factors in float32 as they are or under bfloat16 autocast, or in bfloat16;
-as it is written, with compiled blocks, and as a CUDA graph, which is recorded by the same code as ours. All steps have
-fused AdamW and no checkpointing. `eager` compares a step of ours, which is recorded by itself, with LoRA's fastest
-eager one; `graphed` and `compiled` like with like; `best` the fastest of both. What cannot be run is left out, and the
-details say why. `default` is what the README shows: a pipeline that loads a folder, and calls."""
+as it is written, with compiled blocks, and as a CUDA graph, which is recorded by the same code as ours, of both. All
+steps have fused AdamW and no checkpointing. `eager` compares a step of ours, which is recorded by itself, with LoRA's
+fastest eager one; `graphed`, `compiled` and `compiled_graph` like with like; `best` the fastest of both. `frozen` is
+the floor: the base alone, through which a gradient goes to the biases of its embedders. What cannot be run is left out,
+and the details say why. `default` is what the README shows: a pipeline that loads a folder, and calls.
+
+The part `quantized` has three double and six single blocks, written to disk and quantised as they are loaded."""
 
 from __future__ import annotations
 
@@ -34,23 +37,25 @@ from typing import Any, NamedTuple
 
 import torch
 from clock import forget_peak, median_of, once, peak_gib
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from flux_dev import ATTENTION, Flux
 from origin import origin, write
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from peft_metalora import enable_meta_lora, save_down, save_subject
+from peft_metalora.bases.memory import QUANTIZERS, Whole, quantization
+from peft_metalora.errors import MetaLoraError
 from peft_metalora.training.engine.replay import WARM_UP, ReplayedLoss
 from peft_metalora.tuner import MetaLoraConfig, fold, set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
 
-PARTS = "forward", "train", "compiled"
+PARTS = "forward", "train", "compiled", "quantized"
 FACTORS = "fp32", "autocast", "bf16"
 
 
 class Way(NamedTuple):
-    """How a step is trained: the precision of factors and products, and what runs it."""
+    """How a step is trained: the precision of factors and products ("own": as they are), and what runs it."""
 
     factors: str
     run: str
@@ -76,8 +81,8 @@ class Bench:
         self.fastest: dict[str, str] = {}  # which way of LoRA was
         self.left_out: dict[str, str] = {}  # and why
 
-    def in_turns(self, models: dict[str, nn.Module], batch: int, rounds: int) -> None:
-        """Time all models in turns; note each one's median, and the medians of its ratios to the first and to LoRA."""
+    def in_turns(self, models: dict[str, nn.Module], batch: int, rounds: int, held: str = "") -> None:
+        """Time all models in turns; note each one's median, and the medians of its ratios to the base and to LoRA."""
         runs = {name: self.forward(model, batch) for name, model in models.items()}
         for run in (*runs.values(), *runs.values()):
             run()
@@ -89,10 +94,10 @@ class Bench:
                 times[name].append(once(run, self.flux.device))
         gc.enable()
         for name, values in times.items():
-            self.note(f"{name}_b{batch}", statistics.median(values))
+            self.note(f"{name}{held}_b{batch}", statistics.median(values))
             for other in ("base", "lora_r1"):
                 ratio = statistics.median(one / two for one, two in zip(values, times[other], strict=True))
-                self.ratios[f"{name}_over_{other}_b{batch}"] = round(ratio, 4)
+                self.ratios[f"{name}_over_{other}{held}_b{batch}"] = round(ratio, 4)
 
     def note(self, name: str, value: float, unit: str = "ms") -> None:
         self.results[name] = round(value * 1000 if unit == "ms" else value, 6)
@@ -100,15 +105,15 @@ class Bench:
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
-    def lora(self, r: int) -> Any:
-        model = self.flux.twin()
+    def lora(self, r: int, model: Any = None) -> Any:
+        model = model or self.flux.twin()
         config = LoraConfig(r=r, lora_alpha=r, target_modules=ATTENTION, init_lora_weights=False)
         inject_adapter_in_model(config, model)
         return model
 
-    def meta_lora(self, slots: int = 1) -> Any:
+    def meta_lora(self, slots: int = 1, model: Any = None) -> Any:
         """A subject on a Down that a second adapter of the model holds."""
-        model = self.flux.twin()
+        model = model or self.flux.twin()
         shared = {"r": 1, "lora_alpha": 1, "meta_r": self.meta_r, "target_modules": ATTENTION, "init_weights": False}
         inject_adapter_in_model(MetaLoraConfig(**shared), model, "down")
         subject = MetaLoraConfig(**shared, stage="subject", down="down", num_slots=slots)
@@ -131,6 +136,13 @@ class Bench:
             pipe.load_meta_lora(f"{place}/someone")
         return pipe.transformer
 
+    def frozen(self) -> Any:
+        """The base alone, with a gradient that goes all the way back to the biases of its embedders."""
+        model = self.flux.twin()
+        for embedder in (model.x_embedder, model.context_embedder):
+            embedder.bias = nn.Parameter(embedder.bias.detach().clone())
+        return model
+
     def variants(self) -> dict[str, Any]:
         """The base, LoRA and a subject in each state. The merged one has its own copy of the adapted weights."""
         found = {"base": self.model, "lora_r1": self.lora(1), f"lora_r{self.lora_r}": self.lora(self.lora_r)}
@@ -146,7 +158,7 @@ class Bench:
     def step(self, model: Any, batch: int, way: Way) -> tuple[Callable[[], None], ReplayedLoss]:
         """A training step: forward, backward, fused AdamW; and what records its passes."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
+        for parameter in trained if way.factors in FACTORS else ():
             parameter.data = parameter.data.to(torch.bfloat16 if way.factors == "bf16" else torch.float32)
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         inputs, device = self.inputs(batch), self.flux.device
@@ -157,7 +169,7 @@ class Bench:
                 output = model(**given, return_dict=False)[0]
             return (output.float() - target.float()).square().mean()
 
-        recorded = way.run == "graph" and device.type == "cuda"
+        recorded = way.run.endswith("graph") and device.type == "cuda"
         replayed = ReplayedLoss(loss, model, trained, why_not=None if recorded else "as it is written")
 
         def run() -> None:
@@ -170,14 +182,14 @@ class Bench:
     def train(self, model: Any, batch: int, way: Way) -> tuple[float, float]:
         """Seconds of a step, and the peak of memory in GiB."""
         model.train()
-        if way.run == "compiled":
+        if way.run.startswith("compiled"):
             torch._dynamo.reset()
             model.compile_repeated_blocks(fullgraph=True)
         forget_peak(self.flux.device)
         step, replayed = self.step(model, batch, way)
         try:
             seconds = median_of(step, self.flux.device, self.repeats, warm_up=WARM_UP + 2)
-            if way.run == "graph" and not self.small and replayed.why_not is not None:
+            if way.run.endswith("graph") and not self.small and replayed.why_not is not None:
                 raise RuntimeError(f"not recorded: {replayed.why_not}")
             peak = self.peak(step)
         finally:
@@ -210,11 +222,12 @@ class Bench:
 
         Yields whenever there are figures.
         """
-        models = {"lora_r1": self.lora(1), "subject": self.meta_lora()}
+        models = {"lora_r1": self.lora(1), "subject": self.meta_lora(), "frozen": self.frozen()}
         turns = [("lora_r1", Way(factors, run)) for factors in FACTORS for run in ("eager", "graph")]
-        turns += [("subject", Way("fp32", run)) for run in ("eager", "graph")]
-        compiled = [("subject", Way("fp32", "compiled"))]
-        compiled += [("lora_r1", Way(factors, "compiled")) for factors in ("bf16", "autocast")]
+        turns += [("subject", Way("fp32", run)) for run in ("eager", "graph")] + [("frozen", Way("own", "graph"))]
+        compiled = [("subject", Way("fp32", "compiled")), ("lora_r1", Way("bf16", "compiled"))]
+        compiled += [(name, way._replace(run="compiled_graph")) for name, way in compiled]
+        compiled += [("frozen", Way("own", "compiled_graph")), ("lora_r1", Way("autocast", "compiled"))]
         steps: dict[tuple[str, Way], list[float]] = {}
         for number in range(rounds + 1):
             if number == rounds and not self.compile_too:
@@ -248,9 +261,9 @@ class Bench:
     def compare(self, found: dict[Any, float], steps: dict[Any, list[float]], batch: int) -> None:
         """Ratios of our steps to LoRA's: to one way of it within a round, to its fastest."""
 
-        def within_rounds(ours: Way, theirs: Way) -> float:
-            pairs = zip(steps["subject", ours], steps["lora_r1", theirs], strict=False)
-            return statistics.median(one / two for one, two in pairs)
+        def within_rounds(ours: Way, theirs: Way, of: str = "subject") -> float:
+            pairs = zip(steps[of, ours], steps["lora_r1", theirs], strict=False)
+            return round(statistics.median(one / two for one, two in pairs), 4)
 
         ways = {of: {way: t for (name, way), t in found.items() if name == of} for of in ("lora_r1", "subject")}
 
@@ -259,13 +272,16 @@ class Bench:
 
         eager, pairs = Way("fp32", "eager"), {}
         pairs["eager"] = fastest("subject", "graph", "eager"), fastest("lora_r1", "eager")  # ours is recorded by itself
-        for rival, run in (("graphed", "graph"), ("compiled", "compiled")):
+        for rival, run in (("graphed", "graph"), ("compiled", "compiled"), ("compiled_graph", "compiled_graph")):
             if all(any(way.run == run for way in of) for of in ways.values()):
                 pairs[rival] = Way("fp32", run), fastest("lora_r1", run)
-        pairs["best"] = tuple(fastest(of, "eager", "graph", "compiled") for of in ("subject", "lora_r1"))
-        self.ratios[f"subject_step_over_lora_r1_b{batch}"] = round(within_rounds(eager, eager), 4)
+            if rival in pairs and ("frozen", Way("own", run)) in steps:
+                floor = within_rounds(Way("own", run), pairs[rival][1], "frozen")
+                self.ratios[f"frozen_step_over_{rival}_lora_r1_b{batch}"] = floor
+        pairs["best"] = tuple(min(of, key=lambda way: of[way]) for of in (ways["subject"], ways["lora_r1"]))
+        self.ratios[f"subject_step_over_lora_r1_b{batch}"] = within_rounds(eager, eager)
         for rival, (ours, theirs) in pairs.items():
-            self.ratios[f"step_over_{rival}_lora_r1_b{batch}"] = round(within_rounds(ours, theirs), 4)
+            self.ratios[f"step_over_{rival}_lora_r1_b{batch}"] = within_rounds(ours, theirs)
             memory = self.results[f"subject_{ours}_memory_b{batch}"] / self.results[f"lora_r1_{theirs}_memory_b{batch}"]
             self.ratios[f"memory_over_{rival}_lora_r1_b{batch}"] = round(memory, 4)
             self.fastest[f"{rival}_b{batch}"] = f"{ours} / {theirs}"
@@ -297,6 +313,38 @@ class Bench:
             for module in model.modules():
                 module._compiled_call_impl = None
 
+    # ---- quantised -----------------------------------------------------------------------------------------------
+
+    def quantized(self) -> None:
+        """The base, LoRA and a subject in each state, on weights of fewer bits."""
+        few = Flux(self.small, num_layers=3, num_single_layers=6) if not self.small else self.flux
+        with tempfile.TemporaryDirectory() as place:
+            few.model.save_pretrained(place)
+            for kind in QUANTIZERS:
+                torch._dynamo.reset()
+
+                def load(kind: str = kind) -> Any:
+                    recipe = None if kind == "none" else quantization(Whole(kind), few.model, few.dtype)
+                    options = {"quantization_config": recipe, "torch_dtype": few.dtype}
+                    model = FluxTransformer2DModel.from_pretrained(place, **options)
+                    return model.to(few.device).eval().requires_grad_(False)
+
+                try:
+                    models = {"base": load(), "lora_r1": self.lora(1, load())}
+                    models["unfolded"], models["folded"], merged = (self.meta_lora(1, load()) for _ in range(3))
+                except (ImportError, ValueError, RuntimeError) as error:
+                    self.left_out[kind] = f"{type(error).__name__}: {error}"[:2000]
+                    continue
+                fold(models["folded"])
+                try:
+                    for _, layer in meta_lora_layers(merged):
+                        layer.merge()
+                    models["merged"] = merged
+                except MetaLoraError as error:
+                    self.left_out[f"merged_{kind}"] = str(error)
+                for batch in (1, 4):
+                    self.in_turns(models, batch, 4 * self.repeats // batch, f"_{kind}")
+
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def forwards(self) -> None:
@@ -319,6 +367,9 @@ class Bench:
         if self.compile_too and "compiled" in parts and time.monotonic() < self.until:
             self.compiled()
             yield
+        if "quantized" in parts and time.monotonic() < self.until:
+            self.quantized()
+            yield
 
     def figures(self) -> dict[str, float]:
         names = {
@@ -336,7 +387,16 @@ class Bench:
             "train_step_over_eager_lora_r1_b1": "step_over_eager_lora_r1_b1",
             "train_step_over_graphed_lora_r1_b1": "step_over_graphed_lora_r1_b1",
             "train_step_over_compiled_lora_r1_b1": "step_over_compiled_lora_r1_b1",
+            "train_step_over_best_lora_r1_b1": "step_over_best_lora_r1_b1",
             "train_step_over_best_lora_r1_b4": "step_over_best_lora_r1_b4",
+            "frozen_step_over_graphed_lora_r1_b1": "frozen_step_over_graphed_lora_r1_b1",
+            "frozen_step_over_graphed_lora_r1_b4": "frozen_step_over_graphed_lora_r1_b4",
+            **{
+                f"{state}_over_base_{kind}_b{batch}": f"{state}_over_base_{kind}_b{batch}"
+                for kind in QUANTIZERS[1:]
+                for state in ("lora_r1", "unfolded", "folded", "merged")
+                for batch in (1, 4)
+            },
             "train_mem_over_best_lora_r1_b4": "memory_over_best_lora_r1_b4",
         }
         return {name: self.ratios[source] for name, source in names.items() if source in self.ratios}
