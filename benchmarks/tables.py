@@ -542,6 +542,36 @@ def story(results: dict[str, Data]) -> str:
     return "\n".join([*lines, key]) + "\n" + zero_source(results) + clock
 
 
+# Figure of memory.json -> base and side of its recipe, and how the base is held there.
+SMALL_CARDS = {
+    "klein_personalize_gib": "FLUX.2 klein 4B, 1024 px, int8",
+    "sdxl_personalize_gib": "SDXL, 1024 px, int8",
+    "flux_personalize_1024_gib": "FLUX.1-dev, 1024 px, int8 in host memory",
+    "flux_personalize_512_gib": "FLUX.1-dev, 512 px, nf4 in host memory",
+}
+DOWN_SAMPLES = 40_000
+VIEWS_A_STEP = 4  # as the recipes gather them
+
+
+def down_hours(results: dict[str, Data]) -> str:
+    """Hours of a Down's training, by base and size of the card, from seconds a sample that were measured."""
+    training, memory = results["training"], results.get("memory", {"details": {}})
+    whole = training["details"]["stage1_samples_per_second"]["1"]
+    ways: list[tuple[str, str, float | None]] = [("FLUX.1-dev, 512 px, bf16", "80 GB", whole)]
+    for figure, name in SMALL_CARDS.items():
+        found = memory["details"].get(figure, {})
+        seconds = found.get("seconds_a_step") if found.get("fits") else None
+        card = f"{found['card']} GB" if "card" in found else ""
+        ways.append((name, card, seconds and VIEWS_A_STEP / seconds))
+    rows = [
+        [name, card, "not measured", ""]
+        if rate is None
+        else [name, card, f"{rate:.2g}", f"{DOWN_SAMPLES / rate / 3600:.2g}"]
+        for name, card, rate in ways
+    ]
+    return table(["base", "card", "samples a second", f"hours of {DOWN_SAMPLES:,} samples"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "story": ("convergence", story),
     "rivals": ("evaluation", rivals),
@@ -562,6 +592,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "zero_curves": ("convergence", zero_curves),
     "zero_bad": ("convergence", zero_bad),
     "service_flux": ("service_flux", lambda results: goals(results["service_flux"], SERVICE_FLUX)),
+    "down_hours": ("training", down_hours),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),
 }
 """Name of a block -> the file it needs, and what writes it."""

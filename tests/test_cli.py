@@ -148,12 +148,16 @@ WANTING = {  # what a command asks for: what is worth a try, in this order
     "generate": (["--prompt", "x", "--num_images_per_prompt", "4"], ["--quantize int8", "--offload model"]),
     "evaluate": (["--data", "x", "--output", "x", "--method", "base"], ["--quantize int8"]),
     "read": (["--down", "x", "--photos", "x"], []),
+    "serve": (["--down", "x", "--people", "x"], ["--quantize int8", "--offload model"]),
 }
 
 
 @pytest.mark.parametrize("command", WANTING)
 def test_want_of_memory_names_what_the_command_has_left_to_try(command, monkeypatch, capsys, tmp_path):
-    """Bug: a list of everything there is, whatever was given already and whether or not it goes together."""
+    """Bug: a list of everything there is, whatever was given already and whether or not it goes together.
+
+    Bug: a service was told to quantise, and never to offload.
+    """
     given, wanted = WANTING[command]
 
     def full(config):
@@ -161,8 +165,8 @@ def test_want_of_memory_names_what_the_command_has_left_to_try(command, monkeypa
 
     function = COMMANDS[command].function
     monkeypatch.setattr(f"peft_metalora.{function.replace(':', '.')}", full)
-    base = [] if command == "evaluate" else ["--output_dir", str(tmp_path / "out")]
-    if command not in ("evaluate", "read"):
+    base = [] if command in ("evaluate", "serve") else ["--output_dir", str(tmp_path / "out")]
+    if command not in ("evaluate", "read", "serve"):
         base += ["--pretrained_model_name_or_path", "base"]
     assert main([command, *base, *given, "--device", "cpu"]) == 2
     tried = capsys.readouterr().err.partition("most of it first: ")[2].partition(". See")[0].split(", ")

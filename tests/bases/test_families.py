@@ -158,6 +158,21 @@ def test_qwen_image():
     assert base.time_shift(torch.zeros(1, 4, 64, 64)) > math.exp(0.5)
 
 
+def test_qwen_image_is_guided_without_a_negative_prompt():
+    """Bug: what was drawn by a command had no guidance at all, for want of a negative prompt."""
+    base = base_for(tiny_qwen_image_pipeline())
+
+    def draw(**options):
+        noise = torch.Generator().manual_seed(0)
+        size = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "pt"}
+        return base.draw(prompt=["a red shirt"], generator=noise, **size, **options)
+
+    guided = draw()
+    assert torch.equal(guided, draw(guidance_scale=4.0))
+    assert torch.equal(guided, draw(true_cfg_scale=4.0, negative_prompt=[" "]))
+    assert not torch.allclose(guided, draw(guidance_scale=1.0), atol=1e-4)
+
+
 @pytest.mark.parametrize("is_distilled", [False, True])
 def test_krea2(is_distilled):
     base = base_for(tiny_krea2_pipeline(is_distilled=is_distilled))
@@ -228,6 +243,20 @@ def test_times_are_drawn_where_the_family_has_noise_levels(base):
         assert times.float().mean().item() == pytest.approx(500, abs=15)  # uniform
     else:
         assert times.min() > 0 and times.max() < 1
+
+
+def test_the_side_where_nobody_says_is_the_pipelines_own(base, monkeypatch):
+    """Bug: an estimate of SDXL was of pictures of 512 px, and a service of Z-Image did not start."""
+    taken = []
+
+    def prepare_latents(*args, **options):
+        taken.append(options.get("height", args[2] if len(args) > 2 else None))
+        raise InterruptedError
+
+    monkeypatch.setattr(base.pipeline, "prepare_latents", prepare_latents)
+    with pytest.raises(InterruptedError):
+        base.pipeline(prompt="a photo", **({"max_sequence_length": 16} if base.takes_sequence_length else {}))
+    assert taken == [base.default_side]
 
 
 def test_default_targets_are_the_linears_that_work_on_tokens(base):

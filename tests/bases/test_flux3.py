@@ -9,11 +9,16 @@ import diffusers
 import pytest
 import torch
 
-from peft_metalora import enable_meta_lora, hub
+from diffusers.loaders import single_file_utils
+from safetensors.torch import load_file
+
+from peft_metalora import enable_meta_lora, hub, load_subject
 from peft_metalora.bases import base_for
 from peft_metalora.checkpoint.config_file import read_config
-from peft_metalora.errors import PipelineError
+from peft_metalora.errors import ExportError, PipelineError
 from peft_metalora.hub.cards import model_card
+from peft_metalora.lora.export import export_subject
+from peft_metalora.lora.original_names import original_names
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.training.meta_train import meta_train_on
@@ -137,6 +142,28 @@ def test_a_place_shows_its_person(learned):
     halves = draw(pipe, regions=[("ann", (0, 0, 12, 16)), ("bob", (12, 0, 24, 16))])
     assert not torch.allclose(halves, everywhere, atol=1e-5)
     assert not torch.allclose(draw(pipe, regions=[(None, (0, 0, 24, 16))]), everywhere, atol=1e-5)
+
+
+def test_a_comfyui_file_has_the_names_of_the_published_checkpoint(learned, tmp_path):
+    """Bug: other tools could not be given anybody of FLUX.3."""
+    path = export_subject(load_subject(learned / "ann"), tmp_path / "ann.safetensors", "comfyui")
+    pipe = tiny_flux3_pipeline()
+    layers = {name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    original = {layer: one.name for layer, one in original_names("Flux3Transformer2DModel", layers).items() if one}
+    there = single_file_utils.convert_flux3_transformer_checkpoint_to_diffusers
+    back = there({f"{one}.weight": one for one in original.values()})
+    assert {name.removesuffix(".weight"): one for name, one in back.items()} == original
+    assert set(original) >= {name for name in layers if "blocks." in name}
+    found = {key.split(".lora_")[0] for key in load_file(path)}
+    assert found <= {f"diffusion_model.{one}" for one in original.values()} and len(found) == 12
+    before = draw(pipe)
+    pipe.load_lora_weights(path)
+    ours = enable_meta_lora(tiny_flux3_pipeline())
+    ours.load_meta_lora(learned / "ann")
+    torch.testing.assert_close(draw(pipe), draw(ours), atol=1e-4, rtol=0)
+    assert not torch.allclose(draw(pipe), before, atol=1e-3)
+    with pytest.raises(ExportError, match="expected a model that kohya's scripts know, found a Flux3"):
+        export_subject(load_subject(learned / "ann"), tmp_path / "k.safetensors", "kohya")
 
 
 def test_a_modular_pipeline_without_a_denoiser_is_refused():

@@ -72,6 +72,16 @@ def test_a_folder_of_people_is_read_at_once(home, tmp_path, capsys):
     torch.testing.assert_close(code_of(tmp_path / "one"), code_of(out / "person-1"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("held", [("nf4", "group"), ("int8", "sequential")])
+def test_flags_of_a_base_that_is_held_in_few_bits_are_taken_and_change_nothing(home, tmp_path, held):
+    """Bug: of the flags that learn and draw a person on a small card, the command that reads one knew none."""
+    photo = home / "people" / "person-0" / "0.png"
+    assert read(home, "--photos", photo, "--output_dir", tmp_path / "plain") == 0
+    flags = ["--quantize", held[0], "--offload", held[1]]
+    assert read(home, "--photos", photo, "--output_dir", tmp_path / "held", *flags) == 0
+    assert torch.equal(code_of(tmp_path / "plain"), code_of(tmp_path / "held"))
+
+
 def test_a_photo_that_cannot_be_used_is_left_out_of_a_folder_and_refused_by_name(home, tmp_path, capsys):
     people = write_people(tmp_path / "people", subjects=2)
     (people / "person-0" / "1.png").write_bytes(b"no image")

@@ -21,6 +21,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from ..errors import TrainingError
+from .memory import MODULAR, require_supported
 from .parts import Parts, is_hull
 from .streaming import BlockStream
 
@@ -153,9 +154,14 @@ class Base(ABC):
 
         Args:
             device: where it will compute, as `Parts.bring` takes it.
+
+        Raises:
+            ConfigError: weights are to wait, and this kind of pipeline has no hooks that bring them to draw.
         """
         if self.parts is None:
             return
+        if not hasattr(self.pipeline, "enable_model_cpu_offload"):
+            require_supported(self.parts.memory, "draw", MODULAR)
         if self.parts.memory.offload == "none":
             self.parts.bring(self.pipeline, list(self.pipeline.components), device)
         else:  # one after another, so that a device never holds them all
@@ -274,11 +280,11 @@ class Base(ABC):
 
     @property
     def default_side(self) -> int:
-        """Height and width in pixels of an image that names none, as the pipeline draws it."""
+        """Height and width of an image where nobody says, in pixels: the pipeline's own."""
         size = getattr(self.pipeline, "default_sample_size", None) or self.denoiser.config.get("sample_size")
-        if size is None:
+        if size is None:  # pipelines that have it as a number in their call
             return 1024
-        return (size if isinstance(size, int) else min(size)) * self.pipeline.vae_scale_factor
+        return int((size if isinstance(size, int) else min(size)) * self.pipeline.vae_scale_factor)
 
     def density(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw n numbers in (0, 1) by the weighting scheme."""

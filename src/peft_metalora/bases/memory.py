@@ -32,6 +32,7 @@ CIRCUMSTANCES = CPU, COMPILED, DIVIDED, DRAWING, UNCHECKPOINTED, OTHER_METHODS, 
 
 QUANTIZERS, OFFLOADS = QUANTIZE[2], OFFLOAD[2]
 _QUANTIZED, _WAITING = QUANTIZERS[1:], OFFLOADS[1:]
+_LOADED = "train", "draw", "evaluate"  # reading loads nothing that is quantised, or waits
 _PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 
 
@@ -63,8 +64,8 @@ class _Refused:
 
 # All families have linear layers in blocks that repeat and are checkpointed, so that the table holds for each alike.
 _TABLE = (
-    _Refused("bitsandbytes' quantiser in diffusers needs a GPU", quantize=("nf4",), where=CPU),
-    _Refused("accelerate brings layers to a GPU only", offload=("sequential",), where=CPU),
+    _Refused("bitsandbytes' quantiser in diffusers needs a GPU", quantize=("nf4",), use=_LOADED, where=CPU),
+    _Refused("accelerate brings layers to a GPU only", offload=("sequential",), use=_LOADED, where=CPU),
     _Refused("layers have left again when the backward pass needs them", offload=("sequential",), use=("train",)),
     _Refused("accelerate takes quantised weights apart", quantize=_QUANTIZED, offload=("sequential",), use=("draw",)),
     _Refused("diffusers parks 4-bit weights without their scales", ("nf4",), ("group",), ("draw",)),
@@ -121,7 +122,8 @@ def _refusal(quantize: str, offload: str, use: str, circumstances: Iterable[str]
 
 def lighter(config: Any) -> list[str]:
     """Changes of a command's settings that take less memory, as flags, in the order in which they are worth a try."""
-    use = "train" if hasattr(config, "gradient_checkpointing") else "draw" if hasattr(config, "prompt") else "evaluate"
+    told_by = {"gradient_checkpointing": "train", "photos": "read", "method": "evaluate"}
+    use = next((use for name, use in told_by.items() if hasattr(config, name)), "draw")
     on_cpu = getattr(config, "device", None) == "cpu" or not torch.cuda.is_available()
     compiled = getattr(config, "dynamo_backend", None) not in (None, "no")
     here = [*([CPU] if on_cpu else []), *([COMPILED] if compiled else [])]
@@ -130,7 +132,7 @@ def lighter(config: Any) -> list[str]:
         changes.append("--gradient_checkpointing")
     if getattr(config, "mixed_precision", None) == "no":
         changes.append("--mixed_precision bf16")
-    quantize, offload = getattr(config, "quantize", None), getattr(config, "offload", None)
+    quantize, offload = (getattr(config, name, None) if use != "read" else None for name in ("quantize", "offload"))
     if quantize == "none":
         fits = [one for one in ("nf4", "int8") if _refusal(one, str(offload), use, here) is None]
         changes += [f"--quantize {one}" for one in fits[:1]]

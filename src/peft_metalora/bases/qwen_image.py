@@ -9,6 +9,7 @@ attention and feed-forward layers of both streams; the modulation layers see the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,16 @@ class QwenImage(QwenLatents):
         r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
         r"|(img|txt)_mlp\.net\.(0\.proj|2))"
     )
+
+    def draw(self, **options: Any) -> Any:
+        """As of any base; guidance takes a negative prompt here, and an empty one stands in for none."""
+        if not self.denoiser.config.guidance_embeds:
+            guidance, prompt = options.pop("guidance_scale", None), options["prompt"]
+            if guidance is not None:
+                options.setdefault("true_cfg_scale", guidance)
+            if options.get("true_cfg_scale", 2) > 1:  # the pipeline's own is
+                options.setdefault("negative_prompt", " " if isinstance(prompt, str) else [" "] * len(prompt))
+        return super().draw(**options)
 
     def text_of(self, prompts: Sequence[str]) -> Text:
         """`sequence` (n, longest, d), and `mask` (n, longest), which is false where a shorter prompt is filled up."""

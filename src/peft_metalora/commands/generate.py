@@ -105,7 +105,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     from tqdm.auto import tqdm
 
     from ..bases import open_base
-    from ..bases.memory import CPU, MODULAR, ready_to_draw, require_supported
+    from ..bases.memory import CPU, ready_to_draw, require_supported
     from ..bases.precision import choose_device, choose_dtype
     from ..checkpoint.base_model import base_to_load
     from ..checkpoint.config_file import read_config
@@ -152,8 +152,6 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         down = source if isinstance(source, DownSource) else source.down
         downs[down.fingerprint] = down
     del downs
-    if not hasattr(base.pipeline, "enable_model_cpu_offload"):
-        require_supported(config, "draw", MODULAR)
     base.load(device)
     pipe = enable_meta_lora(base.pipeline)
     ready_to_draw(pipe, config, device)

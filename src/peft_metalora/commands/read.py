@@ -14,8 +14,10 @@ from ..settings import (
     DOWN_REVISION,
     FACE_MODEL,
     LOCAL_FILES_ONLY,
+    OFFLOAD,
     OVERWRITE,
     PRECISION,
+    QUANTIZE,
     READ_FACE_ALIGN,
     READ_FACE_CROP,
     READ_FACE_MARGIN,
@@ -24,6 +26,8 @@ from ..settings import (
 )
 from . import Done
 from .next_steps import in_words, next_steps, size_of
+
+_NEITHER = "Reading loads the VAE alone, so that this is as if it were none."
 
 
 @dataclass(kw_only=True)
@@ -49,6 +53,8 @@ class ReadConfig:
     revision: str | None = setting(*REVISION)
     down_revision: str | None = setting(*DOWN_REVISION)
     mixed_precision: str = setting(*PRECISION)
+    quantize: str = setting(f"{QUANTIZE[0]} {_NEITHER}", *QUANTIZE[1:])
+    offload: str = setting(f"{OFFLOAD[0]} {_NEITHER}", *OFFLOAD[1:])
     local_files_only: bool = setting(*LOCAL_FILES_ONLY)
     device: str | None = setting(*DEVICE)
     whole: bool = setting("Write Mid and Up with their fold, not the code alone that they are expanded from.", False)
@@ -80,6 +86,7 @@ def run_read(config: ReadConfig) -> Done:
         Everything that `hub.load_down` and `encoder.load_reader` raise.
     """
     from ..bases import open_base
+    from ..bases.memory import CPU, require_supported
     from ..bases.precision import choose_device, choose_dtype
     from ..checkpoint.artefacts import require_replaceable, save_read_subject
     from ..checkpoint.base_model import base_to_load, check_fits
@@ -90,6 +97,8 @@ def run_read(config: ReadConfig) -> Done:
     from ..files import require_apart, require_writable
     from ..hub.loading import HubOptions, folder_of, load_down
 
+    device = choose_device(config.device)
+    require_supported(config, "read", *([CPU] if device.type == "cpu" else []))
     inputs = {f"photos[{number}]": path for number, path in enumerate(config.photos)}
     require_apart(config.output_dir, down=config.down, data=config.data, **inputs)
     require_writable(Path(config.output_dir))
@@ -112,7 +121,6 @@ def run_read(config: ReadConfig) -> Done:
         photo.load()
     Sight(config.face_crop, config.face_margin, config.face_align)
     reading = folder_of(config.down, READER_FILES, **options)
-    device = choose_device(config.device)
     asked = config.pretrained_model_name_or_path
     base_name, revision = base_to_load(asked, config.revision, down.config, config.down)
     base = open_base(
@@ -120,6 +128,7 @@ def run_read(config: ReadConfig) -> Done:
         revision=revision,
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
+        memory=config,
     )
     check_fits(base.denoiser, down, name=config.down)
     base.place(device, encoders=False, denoiser=False, vae=True)

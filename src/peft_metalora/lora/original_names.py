@@ -76,6 +76,12 @@ _KREA2_BLOCK: _Layers = {
     "attn.to_gate": ("attn.gate", 0, None),
     **{f"ff.{part}": (f"mlp.{part}", 0, None) for part in ("gate", "up", "down")},
 }
+_FLUX3_BLOCK: _Layers = {
+    **{f"attn.to_{part}": (f"{part}_proj", 0, None) for part in "qkv"},
+    "attn.to_out.0": ("attn_out", 0, None),
+    "ff.linear_in": ("mlp_in", 0, None),
+    "ff.linear_out": ("mlp_out", 0, None),
+}
 _FLUX1_OUTSIDE = {
     "x_embedder": "img_in",
     "context_embedder": "txt_in",
@@ -94,6 +100,15 @@ _FLUX2_OUTSIDE = {
     "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
     "proj_out": "final_layer.linear",
 }
+_FLUX3_OUTSIDE = {
+    "x_embedders.image": "emb_in.image",
+    "context_embedder": "txt_in",
+    "timestep_embedder.linear_1": "time_in.in_layer",
+    "timestep_embedder.linear_2": "time_in.out_layer",
+    "target_timestep_embedder.linear_1": "ref_time_in.in_layer",
+    "target_timestep_embedder.linear_2": "ref_time_in.out_layer",
+    "proj_out": "final_layer.image.linear",
+}
 # Class of the denoiser -> (diffusers' block, original block, its layers) ..., and the layers outside of blocks.
 _TRANSFORMERS: dict[str, tuple[tuple[tuple[str, str, _Layers], ...], dict[str, str]]] = {
     "FluxTransformer2DModel": (
@@ -109,6 +124,15 @@ _TRANSFORMERS: dict[str, tuple[tuple[tuple[str, str, _Layers], ...], dict[str, s
             ("single_transformer_blocks", "single_blocks", _FLUX2_SINGLE),
         ),
         _FLUX2_OUTSIDE,
+    ),
+    "Flux3Transformer2DModel": (
+        (
+            ("mode_blocks.image", "content_mode_blocks.image", _FLUX3_BLOCK),
+            ("mode_blocks.image_cond", "content_mode_blocks.image_cond", _FLUX3_BLOCK),
+            ("single_transformer_blocks", "single_blocks", _FLUX3_BLOCK),
+            ("txt_mode_blocks", "txt_mode_blocks", _FLUX3_BLOCK),
+        ),
+        _FLUX3_OUTSIDE,
     ),
     "SD3Transformer2DModel": (
         (("transformer_blocks", "joint_blocks", _SD3_JOINT),),
@@ -189,7 +213,7 @@ def has_depth(modules: Iterable[str]) -> bool:
 def _transformer_name(model_class: str, module: str) -> OriginalName | None:
     blocks, outside = _TRANSFORMERS.get(model_class, ((), {}))
     for ours, theirs, layers in blocks:
-        found = re.fullmatch(rf"{ours}\.(\d+)\.(.+)", module)
+        found = re.fullmatch(rf"{re.escape(ours)}\.(\d+)\.(.+)", module)
         if found and found[2] in layers:
             name, part, parts = layers[found[2]]
             return OriginalName(f"{theirs}.{found[1]}.{name}", part, parts)
