@@ -245,20 +245,6 @@ def test_times_are_drawn_where_the_family_has_noise_levels(base):
         assert times.min() > 0 and times.max() < 1
 
 
-def test_the_side_where_nobody_says_is_the_pipelines_own(base, monkeypatch):
-    """Bug: an estimate of SDXL was of pictures of 512 px, and a service of Z-Image did not start."""
-    taken = []
-
-    def prepare_latents(*args, **options):
-        taken.append(options.get("height", args[2] if len(args) > 2 else None))
-        raise InterruptedError
-
-    monkeypatch.setattr(base.pipeline, "prepare_latents", prepare_latents)
-    with pytest.raises(InterruptedError):
-        base.pipeline(prompt="a photo", **({"max_sequence_length": 16} if base.takes_sequence_length else {}))
-    assert taken == [base.default_side]
-
-
 def test_default_targets_are_the_linears_that_work_on_tokens(base):
     linears = {name for name, module in base.denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
     adapted = {name for name in linears if re.fullmatch(base.target_modules, name)}

@@ -8,7 +8,6 @@ import re
 import diffusers
 import pytest
 import torch
-
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file
 

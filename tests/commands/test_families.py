@@ -53,8 +53,8 @@ def test_from_photos_to_pictures(family, tmp_path, monkeypatch, capsys):
 
     Bug: no encoder could be taught on Qwen-Image, where the text of the last block is not used again.
 
-    Bug: FLUX.3, a modular pipeline, was not found on disk by any command. A service of it, or of Z-Image, ended in a
-    traceback, for want of a resolution and where weights were to wait.
+    Bug: FLUX.3, a modular pipeline, was not found on disk by any command; a service of it whose weights were to wait
+    ended in a traceback.
     """
     pytest.importorskip("torchao")
     if family == "flux3" and not hasattr(diffusers, "Flux3ModularPipeline"):
@@ -103,7 +103,7 @@ def test_from_photos_to_pictures(family, tmp_path, monkeypatch, capsys):
     served = two_pictures(ServeConfig(down=str(down), people=str(tmp_path), device="cpu", max_sequence_length=8))
     assert served[0] != served[1]
     if family == "flux3":
-        with pytest.raises(ConfigError, match="to draw with a modular pipeline: .* possible there: offload none"):
+        with pytest.raises(ConfigError, match=r"to draw with a modular pipeline: .* possible there: offload none"):
             load_base(tmp_path / "base", memory=Whole(offload="model"))
     assert load_subject(ann).config.auto_mapping["base_model_class"] == type(denoiser(pipe)).__name__
     assert all(torch.isfinite(tensor).all() for tensor in load_subject(tmp_path / "read").tensors.values())

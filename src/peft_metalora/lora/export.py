@@ -25,7 +25,6 @@ from ..tuner import MetaLoraConfig
 from ..tuner.convert import lora_config
 from .original_names import OriginalName, has_depth, original_names
 
-
 _NOT_KOHYAS = {"Flux3Transformer2DModel"}
 
 
@@ -106,8 +105,8 @@ def _peft(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[s
 def _kohya(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if model_class(config) in _NOT_KOHYAS:
         raise ExportError(
-            f"expected a model that kohya's scripts know, found a {model_class(config)}. Export to comfyui or diffusers "
-            "instead."
+            f"expected a model that kohya's scripts know, found a {model_class(config)}. Export to comfyui or "
+            "diffusers instead."
         )
     is_sd15 = component_name(config) == "unet" and not has_depth(pairs)
     # sd-scripts trains SD 1.5 on diffusers' UNet and everything else on the original models.
