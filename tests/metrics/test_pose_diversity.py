@@ -38,6 +38,14 @@ def test_a_copied_pose_has_no_difference_wherever_and_however_large() -> None:
         head_pose(FRONT[0])
 
 
+def test_without_a_mouth_a_pose_is_roll_and_turn_and_without_a_face_it_is_none() -> None:
+    aside = FRONT.clone()
+    aside[0, 2] += torch.tensor([8.0, 5])
+    aside[0, 3:] = math.nan
+    missed = torch.full_like(FRONT, math.nan)
+    assert pose_difference(torch.cat([aside, missed]), FRONT).tolist() == pytest.approx([0.2, math.nan], nan_ok=True)
+
+
 def test_diversity_is_the_mean_over_pairs_of_scaled_images() -> None:
     images = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     found = diversity(images, lambda a, b: (a - b).abs().mean((1, 2, 3)))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A face recogniser whose weights are free: dlib's, from the package index.
 
-The package face-recognition-models holds four files. Three are in the public domain (CC0) and are read here: the
-recogniser, the five landmarks and, not needed, a detector. The fourth, 68 landmarks, was trained on data that forbid
-commercial use and is never opened.
+The package face-recognition-models holds four files, of which two are read here: the recogniser and the five landmarks,
+both in the public domain (CC0). The detector is part of dlib itself. Of the others, 68 landmarks were trained on data
+that forbid commercial use: that file is never opened.
 """
 
 from __future__ import annotations
@@ -51,21 +51,28 @@ class DlibEmbedder:
         self._detect, self._landmarks, self._recognise = _networks()
 
     def embed(self, images: Images) -> Embeddings:
-        """Vectors (n, 128) of the largest face of each image, and how large it is.
+        """Vectors (n, 128) of the largest face of each image, how large it is, and its eyes and nose.
+
+        The five landmarks are the corners of the eyes and the foot of the nose: `landmarks` has no mouth (nan).
 
         Raises:
             MetricInputError: no images, or a tensor of another shape than (n, 3, h, w) in [0, 1].
         """
         pictures = as_pil(images)
         vectors, sizes = torch.zeros(len(pictures), self.dim), torch.zeros(len(pictures))
+        landmarks = torch.full((len(pictures), 5, 2), torch.nan)
         for row, picture in enumerate(pictures):
             pixels = np.ascontiguousarray(picture)
             faces = self._detect(pixels, int(min(picture.size) < _LEAST))
             if faces:
                 face = max(faces, key=lambda one: one.area())
-                seen = self._recognise.compute_face_descriptor(pixels, self._landmarks(pixels, face))
+                marks = self._landmarks(pixels, face)
+                seen = self._recognise.compute_face_descriptor(pixels, marks)
                 vectors[row], sizes[row] = torch.tensor(list(seen)), face.height() / picture.height
-        return Embeddings(vectors, sizes > 0, sizes=sizes, compared=Comparison(_similarity, torch.cdist))
+                # The eye on the right comes first, each by its two corners.
+                corners = torch.tensor([[float(mark.x), float(mark.y)] for mark in marks.parts()])
+                landmarks[row, :3] = torch.stack([corners[2:4].mean(0), corners[:2].mean(0), corners[4]])
+        return Embeddings(vectors, sizes > 0, landmarks, sizes, Comparison(_similarity, torch.cdist))
 
 
 @cache

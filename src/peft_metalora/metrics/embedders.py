@@ -54,7 +54,7 @@ class Embeddings:
         vectors: (n, d) float32 on the CPU, as a rule of length 1; zeros where nothing was found.
         found: (n,) bool; a face embedder says False where it saw no face.
         landmarks: (n, 5, 2), x and y in pixels of eyes, nose and corners of the mouth (see `scores.head_pose`), nan
-            where nothing was found; None from an embedder that has none.
+            where nothing was found, or where a model knows no mouth; None from an embedder that has none.
         sizes: (n,) height of the face as a share of the image's, 0 where nothing was found; None from an embedder that
             does not know.
         compared: how the vectors are compared.

@@ -133,7 +133,8 @@ def head_pose(landmarks: Tensor) -> Tensor:
 
     A stand-in of ours for angles, from what every face detector gives (insightface's `kps`): roll is the angle of the
     line between the eyes in radians; turn is how far the nose lies to the side of their middle, in distances between
-    the eyes; nod is how far down it lies on the way from the eyes to the mouth, in [0, 1] for a face seen from before.
+    the eyes; nod is how far down it lies on the way from the eyes to the mouth, in [0, 1] for a face seen from before,
+    and nan where the mouth is not known.
 
     Args:
         landmarks: x and y in pixels of left eye, right eye, nose, left and right corner of the mouth, as seen.
@@ -156,13 +157,16 @@ def head_pose(landmarks: Tensor) -> Tensor:
 def pose_difference(generated: Tensor, reference: Tensor) -> Tensor:
     """Distance of each head's pose from the reference's, (n,): near 0 in all images says that the pose was copied.
 
+    Without a mouth it is that of roll and turn alone; without a face it is nan.
+
     Args:
         generated: landmarks (n, 5, 2). reference: landmarks (1, 5, 2); see `head_pose`.
 
     Raises:
         MetricInputError: other shapes.
     """
-    return (head_pose(generated) - head_pose(reference)).norm(dim=1)
+    roll, turn, nod = (head_pose(generated) - head_pose(reference)).unbind(1)
+    return torch.stack([roll, turn, nod.nan_to_num()], dim=1).norm(dim=1)
 
 
 def distances_to_others(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
