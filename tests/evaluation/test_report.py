@@ -16,6 +16,7 @@ from peft_metalora.evaluation.plots import panels, plot
 from peft_metalora.evaluation.report import write_report
 
 SIZE = (1000, 600)
+CEILING = {"ann": 0.8, "bob": 0.9}
 
 
 def cell(output: Path, method: str, subject: str, scores: dict[int, float], failure: str | None = None) -> dict:
@@ -34,6 +35,7 @@ def cell(output: Path, method: str, subject: str, scores: dict[int, float], fail
         "subject": subject,
         "reference": str(output / f"{subject}.png"),
         "tags": {},
+        "real_ceiling": CEILING[subject],
         "rows": rows,
         "points": points,
         "failure": failure,
@@ -78,6 +80,24 @@ def test_results_and_tables_say_the_same(page: str, tmp_path: Path) -> None:
     assert "Coverage: share of prompts with an image that reaches R-FaceSim 0.5." in table
     assert "| lora | 0.500 [0.400, 0.600] |" in table and "20.0 [20.0, 20.0]" in table
     assert "<td>0.500<small>[0.400, 0.600]</small></td>" in page
+
+
+def test_what_real_photos_reach_is_in_every_table_and_plot_of_likeness(tmp_path: Path) -> None:
+    """Bug: of all tables and plots of a report one had it, as a column."""
+    cells = [cell(tmp_path, "lora", who, {5: 0.2, 10: 0.5}) for who in ("ann", "bob")]
+    for one in cells:
+        for row in one["rows"]:
+            row["face_size"] = 0.2
+        one["edited"] = [{**one["rows"][0], "edits": 1}]
+    bad = [{**one, "condition": "blur", "strength": 1.0} for one in cells]
+    write_report(tmp_path, cells, bad)
+    table = (tmp_path / "report.md").read_text()
+    assert "| real photos |" in table.splitlines()[6]
+    ceiling = "| real photos among themselves | 0.850 [0.800, 0.900] |"
+    assert table.count(ceiling) == 3  # by size, edited, bad references
+    drawings = (tmp_path / "report.html").read_text().split("<svg")
+    likeness = [one for one in drawings if ">R-FaceSim</text>" in one]
+    assert len(likeness) == 4 and all(">real photos among themselves</text>" in one for one in likeness)
 
 
 def test_more_lines_than_colours_are_told_apart() -> None:

@@ -34,6 +34,8 @@ LABELS = {
     "failed": "failed",
 }
 
+REAL = "real photos among themselves"
+
 _BINS = (
     ("face_size", "By height of the face, as a share of the image's", (0.15, 0.3)),
     ("pose_difference", "By distance of the head's pose from the reference's", (0.2, 0.5)),
@@ -65,12 +67,18 @@ def summary(
             for name in LABELS
             if name in known
         }
-        ceilings = {cell["subject"]: cell["real_ceiling"] for cell in own if cell.get("real_ceiling") is not None}
-        if ceilings:
-            table[method]["real_ceiling"] = bootstrap(torch.tensor(list(ceilings.values())))
+        ceiling = real_photos(own)
+        if ceiling is not None:
+            table[method]["real_ceiling"] = ceiling
         if thresholds:
             table[method]["coverage"] = _coverage(rows, {name: at for name, at in thresholds.items() if name in known})
     return table
+
+
+def real_photos(cells: Sequence[Cell]) -> Interval | None:
+    """R-FaceSim of people's photos among themselves, with an interval over people; None where nobody has two."""
+    known = {cell["subject"]: cell["real_ceiling"] for cell in cells if cell.get("real_ceiling") is not None}
+    return bootstrap(torch.tensor(list(known.values()))) if known else None
 
 
 def reaches(row: Mapping[str, Any], thresholds: Mapping[str, float]) -> bool:
@@ -95,7 +103,10 @@ def _last_rows(cells: Sequence[Cell]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _binned(cells: Sequence[Cell], metric: str, title: str, edges: Sequence[float]) -> Table:
-    """R-FaceSim of the images with a face, by what else was measured of them; no rows where it was not."""
+    """R-FaceSim of the images with a face, by what else was measured of them; no rows where it was not.
+
+    The last row is what real photos reach, of whatever size and pose.
+    """
     bounds = [0.0, *edges, math.inf]
     names = [f"below {edges[0]:g}", *(f"{low:g} to {high:g}" for low, high in pairwise(edges)), f"from {edges[-1]:g}"]
     rows = []
@@ -107,11 +118,14 @@ def _binned(cells: Sequence[Cell], metric: str, title: str, edges: Sequence[floa
             scores = torch.tensor([score for _, score in some])
             row.append(f"{bootstrap(scores, [who for who, _ in some])}, n = {len(some)}" if some else "")
         rows += [row] if seen else []
-    return title, ["R-FaceSim", *names], rows
+    return title, ["R-FaceSim", *names], _beside_photos(rows, cells)
 
 
 def edited_table(cells: Sequence[Cell]) -> Table:
-    """R-FaceSim of the images that were edited, before and after each edit; no rows where nothing was."""
+    """R-FaceSim of the images that were edited, before and after each edit; no rows where nothing was.
+
+    The last row is what real photos reach.
+    """
     rows, most = [], 0
     for method, own in by_method(cells).items():
         edited = [(cell["subject"], row) for cell in own for row in cell.get("edited", [])]
@@ -126,7 +140,14 @@ def edited_table(cells: Sequence[Cell]) -> Table:
         ]
         rows.append([method, *map(str, means)])
     heads = ["as drawn", *(f"after {count}" for count in range(1, most + 1))]
-    return "Edited again and again", ["R-FaceSim", *heads], [row + [""] * (most + 2 - len(row)) for row in rows]
+    rows = [row + [""] * (most + 2 - len(row)) for row in rows]
+    return "Edited again and again", ["R-FaceSim", *heads], _beside_photos(rows, cells)
+
+
+def _beside_photos(rows: list[list[str]], cells: Sequence[Cell]) -> list[list[str]]:
+    """Rows that are not none with what real photos reach, in each of their columns."""
+    ceiling = real_photos(cells)
+    return [*rows, [REAL, *[str(ceiling)] * (len(rows[0]) - 1)]] if rows and ceiling is not None else rows
 
 
 def _table(cells: Sequence[Cell], thresholds: Mapping[str, float] | None) -> tuple[list[str], list[list[str]]]:
@@ -160,15 +181,19 @@ def degraded(cells: Sequence[Cell], bad: Sequence[Cell]) -> dict[str, dict[str, 
     return found
 
 
-def degraded_table(found: Mapping[str, Mapping[str, Mapping[float, Interval]]]) -> Table:
-    """A row for each condition and strength, a column for each method."""
+def degraded_table(cells: Sequence[Cell], found: Mapping[str, Mapping[str, Mapping[float, Interval]]]) -> Table:
+    """A row for each condition and strength, a column for each method; the last row is what real photos reach.
+
+    Args:
+        cells: of good references. found: as `degraded` gives it.
+    """
     methods = list(dict.fromkeys(method for own in found.values() for method in own))
     rows = [["good", *(str(next(own[method][0.0] for own in found.values())) for method in methods)]]
     for name, own in found.items():
         for strength in sorted({one for curve in own.values() for one in curve} - {0.0}):
-            cells = [str(own[method][strength]) if strength in own.get(method, {}) else "" for method in methods]
-            rows.append([f"{name.replace('_', ' ')} {strength:g}", *cells])
-    return "Bad references", ["R-FaceSim", *methods], rows
+            scores = [str(own[method][strength]) if strength in own.get(method, {}) else "" for method in methods]
+            rows.append([f"{name.replace('_', ' ')} {strength:g}", *scores])
+    return "Bad references", ["R-FaceSim", *methods], _beside_photos(rows, cells)
 
 
 def by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

@@ -94,13 +94,14 @@ def panels(
     names: Sequence[str] | None = None,
     size: tuple[int, int] = (300, 230),
     columns: int = 3,
+    rules: Mapping[str, float] | None = None,
 ) -> str:
     """An SVG of small plots with equal axes, a panel each, and one legend below.
 
     Args:
         grids: series by the panel's name.
         x_label: `{}` in it becomes the panel's name.
-        names: as `plot` takes them. size: of a panel.
+        names, rules: as `plot` takes them. size: of a panel.
     """
     width, height = size
     shown = list(dict.fromkeys(name for series in grids.values() for name in series))
@@ -119,6 +120,7 @@ def panels(
             x_range=x_range,
             y_range=y_range,
             names=names,
+            rules=rules,
         )
         place = f'<svg x="{number % columns * width}" y="{number // columns * height}" '
         parts.append(drawn.replace("<svg ", place, 1))

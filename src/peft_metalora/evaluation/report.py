@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..files import write_bytes
 from ..hub.markdown import as_text
 from .cells import Cell
-from .figures import LABELS, Table, by_method, degraded, degraded_table, reaches, summary, tables
+from .figures import LABELS, REAL, Table, by_method, degraded, degraded_table, reaches, real_photos, summary, tables
 from .plots import key, panels, plot
 
 _THUMBNAIL = 160
@@ -69,7 +69,7 @@ def write_report(
 
 
 def _markdown(cells: Sequence[Cell], bad: Sequence[Cell], thresholds: Mapping[str, float]) -> str:
-    found = tables(cells, thresholds) + ([degraded_table(degraded(cells, bad))] if bad else [])
+    found = tables(cells, thresholds) + ([degraded_table(cells, degraded(cells, bad))] if bad else [])
     parts = ["# Evaluation", _counts(cells, bad), _note(cells, thresholds)]
     for title, heads, rows in found:
         lines = [heads, ["---"] * len(heads), *rows]
@@ -212,8 +212,9 @@ def _plots(cells: Sequence[Cell]) -> str:
             if x not in ("steps", "seconds") or methods[method][0]["points"]
         }
         series = {method: line for method, line in series.items() if line}
-        size = (460, 320)
-        return f"<div>{plot(series, x_label, LABELS[y], size=size, with_legend=False, names=list(methods))}</div>"
+        options: dict[str, Any] = {"size": (460, 320), "with_legend": False, "names": list(methods)}
+        rules = _rules(cells) if y == "r_facesim" else {}
+        return f"<div>{plot(series, x_label, LABELS[y], rules=rules, **options)}</div>"
 
     parts = []
     if obeys is not None:
@@ -226,6 +227,11 @@ def _plots(cells: Sequence[Cell]) -> str:
     return "".join(parts)
 
 
+def _rules(cells: Sequence[Cell]) -> dict[str, float]:
+    ceiling = real_photos(cells)
+    return {} if ceiling is None else {REAL: ceiling.value}
+
+
 def _bad_references(cells: Sequence[Cell], bad: Sequence[Cell]) -> str:
     found = degraded(cells, bad)
     grids = {
@@ -234,8 +240,8 @@ def _bad_references(cells: Sequence[Cell], bad: Sequence[Cell]) -> str:
         }
         for name, own in found.items()
     }
-    _, heads, rows = degraded_table(found)
+    _, heads, rows = degraded_table(cells, found)
     note = "The reference alone is made worse; images are compared with good photos. Strength 0 is the good reference."
-    drawn = panels(grids, "{}: strength", "R-FaceSim", names=list(by_method(cells)))
+    drawn = panels(grids, "{}: strength", "R-FaceSim", names=list(by_method(cells)), rules=_rules(cells))
     table = _html_table(("", heads, rows))
     return f'<h2>Bad references</h2><p>{note}</p><div class="scroll">{drawn}</div>{table}'
