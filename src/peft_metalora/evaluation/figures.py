@@ -121,26 +121,29 @@ def _binned(cells: Sequence[Cell], metric: str, title: str, edges: Sequence[floa
     return title, ["R-FaceSim", *names], _beside_photos(rows, cells)
 
 
-def edited_table(cells: Sequence[Cell]) -> Table:
-    """R-FaceSim of the images that were edited, before and after each edit; no rows where nothing was.
-
-    The last row is what real photos reach.
-    """
-    rows, most = [], 0
+def edited_rows(cells: Sequence[Cell]) -> dict[str, list[Interval]]:
+    """R-FaceSim by method of the images that were edited: as drawn, and after each edit. Nothing where none was."""
+    found = {}
     for method, own in by_method(cells).items():
         edited = [(cell["subject"], row) for cell in own for row in cell.get("edited", [])]
         if not edited:
             continue
         before = [(who, {**row, "edits": 0}) for who, row in _last_rows(own) if row["seed"] == 0]
-        counts = range(max(row["edits"] for _, row in edited) + 1)
-        most = max(most, counts[-1])
-        chains = [[(who, row) for who, row in (*before, *edited) if row["edits"] == count] for count in counts]
-        means = [
-            bootstrap(torch.tensor([row["r_facesim"] for _, row in one]), [who for who, _ in one]) for one in chains
+        chains: list[list[tuple[str, float]]] = [[] for _ in range(max(row["edits"] for _, row in edited) + 1)]
+        for who, row in (*before, *edited):
+            chains[row["edits"]].append((who, row["r_facesim"]))
+        found[method] = [
+            bootstrap(torch.tensor([score for _, score in one]), [who for who, _ in one]) for one in chains
         ]
-        rows.append([method, *map(str, means)])
+    return found
+
+
+def edited_table(cells: Sequence[Cell]) -> Table:
+    """`edited_rows` as a table; the last row is what real photos reach."""
+    found = edited_rows(cells)
+    most = max(map(len, found.values()), default=1) - 1
     heads = ["as drawn", *(f"after {count}" for count in range(1, most + 1))]
-    rows = [row + [""] * (most + 2 - len(row)) for row in rows]
+    rows = [[method, *map(str, row), *[""] * (most + 1 - len(row))] for method, row in found.items()]
     return "Edited again and again", ["R-FaceSim", *heads], _beside_photos(rows, cells)
 
 

@@ -134,11 +134,17 @@ class DemoJudge(FaceJudge):
     """The embedded domain's scene judge besides, for `adherence` in [0, 1], and by default its face embedder."""
 
     def __init__(
-        self, faces: Embedder | None = None, *models: Any, device: str | torch.device = "cpu", **options: Any
+        self,
+        faces: Embedder | None = None,
+        *models: Any,
+        match_threshold: float | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        from ..demo.judges import load_embedder, load_judge
+        from ..demo.judges import MATCH_THRESHOLD, load_embedder, load_judge
 
-        super().__init__(faces or load_embedder().to(device), *models, **options)
+        if faces is None and match_threshold is None:
+            match_threshold = MATCH_THRESHOLD
+        super().__init__(faces or load_embedder().to(device), *models, match_threshold=match_threshold)
         self.scene = load_judge().to(device)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], person: Known) -> list[dict[str, Any]]:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of the reference is copied, how many images match, and who it still is after one to four edits.
+
+    python benchmarks/copying.py                 16 held-out people; writes benchmarks/results/copying.json
+    python benchmarks/copying.py --small         2 people and few steps, to check the script
+
+Everything goes the way of a user's `metalora evaluate`, on the embedded base and its own Down, which reads photos:
+people as they are read in zero steps, a LoRA after 100 steps, the base, and the reference in the place of every image.
+The images of every prompt are edited image to image by the next prompt, the results by the one after it, and so on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+
+from origin import origin, write
+
+from peft_metalora.data import read_subjects
+from peft_metalora.demo.faces import write_dataset
+from peft_metalora.demo.scoring import PROMPTS
+from peft_metalora.evaluation.cells import read_cells
+from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
+from peft_metalora.evaluation.figures import edited_rows, real_photos, summary
+from peft_metalora.evaluation.prompts import image_name
+from peft_metalora.evaluation.protocol import evaluate
+
+PHOTOS = 7
+READ, BASE, COPIES = "meta-lora:start=encoder", "base", "reference"
+LORA = "lora:r=1,lr=1e-2"  # the rate of docs/results.md
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a check of this script")
+    parser.add_argument("--people", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=100, help="of the LoRA")
+    parser.add_argument("--edits", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--keep", type=Path, help="folder of the images, where a rerun goes on")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the figures")
+    given = parser.parse_args()
+    if given.small:
+        given.people, given.steps, given.edits = 2, 2, 1
+    with tempfile.TemporaryDirectory() as folder:
+        home = given.keep or Path(folder)
+        people = home / "people"
+        if not people.exists():
+            write_dataset(people, "held-out", given.people, PHOTOS)
+        copies = home / COPIES
+        for subject in read_subjects(people):
+            (copies / subject.name).mkdir(parents=True, exist_ok=True)
+            for number in range(len(PROMPTS)):
+                shutil.copy(subject.split()[0].path, copies / subject.name / image_name(number, 0))
+        whole = EvaluateConfig(
+            data=str(people), output=str(home / "out"), method=[BASE, READ], images=[f"{COPIES}={copies}"], steps=[0],
+            edits=given.edits, device=given.device, num_inference_steps=4 if given.small else 20,
+        )  # fmt: skip
+        evaluate(whole)
+        evaluate(dataclasses.replace(whole, method=[LORA], images=[], steps=[given.steps]))
+        cells = read_cells(home / "out", [READ, LORA, BASE, COPIES])
+    figures = {method: {name: vars(one) for name, one in row.items()} for method, row in summary(cells).items()}
+    edited = {method: [vars(one) for one in row] for method, row in edited_rows(cells).items()}
+    ceiling = real_photos(cells)
+    assert ceiling is not None
+    facts = {"people": given.people, "prompts": len(PROMPTS), "steps": given.steps, "real_photos": vars(ceiling)}
+    facts["edit_strength"] = whole.edit_strength
+    write(given.output / "copying.json", {**origin(given.device), **facts, "figures": figures, "edited": edited})
+
+
+if __name__ == "__main__":
+    main()
