@@ -15,20 +15,22 @@ import argparse
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from origin import origin, write
 
 from peft_metalora.data import read_subjects
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.scoring import PROMPTS
-from peft_metalora.evaluation.cells import read_cells
+from peft_metalora.evaluation.cells import Cell, read_cells
 from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.evaluation.figures import edited_rows, real_photos, summary
 from peft_metalora.evaluation.prompts import image_name
 from peft_metalora.evaluation.protocol import evaluate
 
-PHOTOS = 7
+PHOTOS, STRENGTH = 7, 0.6
 READ, BASE, COPIES = "meta-lora:start=encoder", "base", "reference"
 LORA = "lora:r=1,lr=1e-2"  # the rate of docs/results.md
 
@@ -39,12 +41,14 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=16)
     parser.add_argument("--steps", type=int, default=100, help="of the LoRA")
     parser.add_argument("--edits", type=int, default=4)
+    parser.add_argument("--inference-steps", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", type=Path, help="folder of the images, where a rerun goes on")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the figures")
     given = parser.parse_args()
     if given.small:
-        given.people, given.steps, given.edits = 2, 2, 1
+        given.people, given.steps, given.edits, given.inference_steps = 2, 2, 1, 4
+    facts = {"people": given.people, "prompts": len(PROMPTS), "steps": given.steps, "edit_strength": STRENGTH}
     with tempfile.TemporaryDirectory() as folder:
         home = given.keep or Path(folder)
         people = home / "people"
@@ -57,18 +61,24 @@ def main() -> None:
                 shutil.copy(subject.split()[0].path, copies / subject.name / image_name(number, 0))
         whole = EvaluateConfig(
             data=str(people), output=str(home / "out"), method=[BASE, READ], images=[f"{COPIES}={copies}"], steps=[0],
-            edits=given.edits, device=given.device, num_inference_steps=4 if given.small else 20,
+            edits=given.edits, edit_strength=STRENGTH, device=given.device, num_inference_steps=given.inference_steps,
         )  # fmt: skip
-        evaluate(whole)
-        evaluate(dataclasses.replace(whole, method=[LORA], images=[], steps=[given.steps]))
-        cells = read_cells(home / "out", [READ, LORA, BASE, COPIES])
-    figures = {method: {name: vars(one) for name, one in row.items()} for method, row in summary(cells).items()}
-    edited = {method: [vars(one) for one in row] for method, row in edited_rows(cells).items()}
+        learned = dataclasses.replace(whole, method=[LORA], images=[], steps=[given.steps])
+        for config, methods in ((whole, [READ, BASE, COPIES]), (learned, [READ, LORA, BASE, COPIES])):
+            evaluate(config)
+            cells = read_cells(home / "out", methods)
+            write(given.output / "copying.json", {**origin(given.device), **facts, **figures_of(cells)})
+
+
+def figures_of(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Means with intervals over people: by method and score, by method and number of edits, and of real photos."""
     ceiling = real_photos(cells)
     assert ceiling is not None
-    facts = {"people": given.people, "prompts": len(PROMPTS), "steps": given.steps, "real_photos": vars(ceiling)}
-    facts["edit_strength"] = whole.edit_strength
-    write(given.output / "copying.json", {**origin(given.device), **facts, "figures": figures, "edited": edited})
+    return {
+        "real_photos": vars(ceiling),
+        "figures": {method: {name: vars(one) for name, one in row.items()} for method, row in summary(cells).items()},
+        "edited": {method: [vars(one) for one in row] for method, row in edited_rows(cells).items()},
+    }
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from PIL import Image
 from prompt_adapters import ImagePromptAdapter, TokenAdapter
 from torch import Tensor
 
-from evaluation import PHOTOS, Bench, People
+from evaluation import PHOTOS, Bench, People, among_themselves
 from peft_metalora.bases import Base, base_for
 from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.data.degrade import DEGRADATIONS, make_worse
@@ -372,13 +372,6 @@ def embedded(embed: Callable[[Tensor], Tensor], photos: np.ndarray[Any, Any]) ->
     """Embeddings (people, photos, d) of photos as bytes, (people, photos, h, w, 3)."""
     pixels = torch.from_numpy(photos.reshape(-1, *photos.shape[2:])).permute(0, 3, 1, 2) / 255
     return embed(pixels).unflatten(0, photos.shape[:2])
-
-
-def among_themselves(vectors: Tensor) -> list[float]:
-    """Mean cosine of each person's (people, photos, d) different photos."""
-    similar, count = vectors @ vectors.mT, vectors.shape[1]
-    found = (similar.sum((1, 2)) - similar.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
-    return [round(value, 4) for value in found.tolist()]
 
 
 def _make_worse(job: tuple[np.ndarray[Any, Any], tuple[str, ...], bool, int]) -> list[np.ndarray[Any, Any]]:

@@ -39,6 +39,7 @@ from peft_metalora.demo.scoring import INFERENCE_STEPS
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, Rival, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.summary import METRICS, interval, summarise
 from peft_metalora.evaluation.textual_inversion import WordStack
+from peft_metalora.metrics import Embeddings, copy_paste
 from peft_metalora.training.engine.stacked import AdapterStack, train_stack
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_subjects
@@ -56,6 +57,9 @@ BLOCK = 25  # steps between two looks at the clock
 STRENGTHS = (0.5, 1.0)
 ROBUST = ("meta_lora_stored", "meta_lora_mean", "lora_r1", "lora_r4")
 DOWN_STARTS = ("uniform", "orthogonal", "pissa", "eva")
+
+
+COPIED = "copy_paste"
 
 
 class OutOfTimeError(Exception):
@@ -173,7 +177,10 @@ class Bench:
     def score(
         self, stack: AdapterStack | WordStack | None, people: People, rows: int, seeds: Sequence[int]
     ) -> dict[str, Any]:
-        """The four metrics of each row, as `demo.scoring.Scorer` computes them; row n is person n // len(seeds)."""
+        """The four metrics of each row, as `demo.scoring.Scorer` computes them; row n is person n // len(seeds).
+
+        Beside them `copy_paste`, as `metrics.copy_paste` defines it.
+        """
         images = self.draw(stack, rows, seeds)
         made = self.embedder.embed(images).vectors.view(rows, len(self.prompts), -1)
         person = [row // len(seeds) for row in range(rows)]
@@ -183,7 +190,11 @@ class Bench:
         references = torch.nn.functional.normalize(people.references, dim=-1)[person]
         result["r_facesim"] = torch.einsum("rpd,rod->rpo", made, others).mean((1, 2)).tolist()
         result["face_sim"] = torch.einsum("rpd,rd->rp", made, references).mean(1).tolist()
+        result[COPIED] = []
         for row in range(rows):
+            result[COPIED].append(
+                float(copy_paste(*map(_seen, (made[row], references[row, None], others[row]))).mean())
+            )
             own = seen[row * len(asked) : (row + 1) * len(asked)]
             result["prompt_adherence"].append(adherence(asked, own)["all"])
             wall = people.walls[person[row]]
@@ -300,6 +311,17 @@ def report(
     return result
 
 
+def among_themselves(vectors: Tensor) -> list[float]:
+    """Mean cosine of each person's (people, photos, d) different photos."""
+    similar, count = vectors @ vectors.mT, vectors.shape[1]
+    found = (similar.sum((1, 2)) - similar.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
+    return [round(value, 4) for value in found.tolist()]
+
+
+def _seen(vectors: Tensor) -> Embeddings:
+    return Embeddings(vectors, torch.ones(len(vectors), dtype=torch.bool))
+
+
 def mean_lora_start(bench: Bench) -> dict[str, Tensor]:
     """LoRAs of many meta people, trained from one start, averaged: what LoRA gets for a stage 1."""
     args, rival = bench.args, RIVALS["mean_lora"]
@@ -321,6 +343,8 @@ def rivals(bench: Bench, file: File) -> None:
     if "base" not in file.data:
         rows = args.people * args.seeds
         file.put("base", bench.score(None, held_out, rows, seeds))
+    if "real_photos" not in file.data:
+        file.put("real_photos", among_themselves(held_out.others))
     mean_start = None
     spent = 0.0
     for name in args.method or RIVALS:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
+from peft_metalora.evaluation.figures import REAL
 from peft_metalora.evaluation.plots import legend, panels, plot
 
 Data = dict[str, Any]
@@ -34,6 +35,8 @@ def plots(results: dict[str, Data], read: Labels, fine_tuned: Labels) -> dict[st
         read, fine_tuned: what encoders and rivals of `convergence.json` are called.
     """
     data, drawings = results["evaluation"], {}
+    photos = data.get("real_photos")
+    rules = {REAL: mean(photos)} if photos else {}
     for group, names in GROUPS.items():
         chosen = {data["methods"][name]["label"]: data["methods"][name]["curve"] for name in names}
         means = {
@@ -46,9 +49,9 @@ def plots(results: dict[str, Data], read: Labels, fine_tuned: Labels) -> dict[st
         }
         for metric, axis, y_label in (("r_facesim", 1, "R-FaceSim"), ("adherence", 2, "adherence")):
             lines = {label: [(point[0], point[axis]) for point in points] for label, points in means.items()}
-            drawings[f"{metric}_{group}.svg"] = plot(lines, "steps", y_label)
+            drawings[f"{metric}_{group}.svg"] = plot(lines, "steps", y_label, rules=rules if axis == 1 else {})
         lines = {label: [(point[2], point[1]) for point in points] for label, points in means.items()}
-        drawings[f"tradeoff_{group}.svg"] = plot(lines, "adherence", "R-FaceSim")
+        drawings[f"tradeoff_{group}.svg"] = plot(lines, "adherence", "R-FaceSim", rules=rules)
     drawings["robustness.svg"] = _robustness_grid(data)
     drawings |= _story(results, read, fine_tuned)
     drawings |= _of_encoders(results["convergence"]["figures"])
@@ -88,13 +91,14 @@ def _story(results: dict[str, Data], read: Labels, fine_tuned: Labels) -> dict[s
                 with_legend=False,
                 names=order,
                 y_range=(0.0,),
-                rules={"real photos among themselves": data["figures"]["real_ceiling"]["value"]},
+                rules={REAL: data["figures"]["real_ceiling"]["value"]},
                 hollow={(x, y) for points in series.values() for x, y, kept in points if kept < KEPT},
                 log_x=axis == "seconds",
             )
         constant = {**curves[domain], **{n: _points(one["curve"]) for n, one in data["rivals"].items() if n in names}}
         trades = {names[name]: [(kept, score) for _, score, kept in points] for name, points in constant.items()}
-        drawings[f"story_tradeoff_{domain}.svg"] = plot(trades, "adherence", "R-FaceSim", names=order)
+        ceiling = {REAL: data["figures"]["real_ceiling"]["value"]}
+        drawings[f"story_tradeoff_{domain}.svg"] = plot(trades, "adherence", "R-FaceSim", names=order, rules=ceiling)
     box = f'viewBox="0 0 340 {18 * len(order) + 30}" width="340" height="{18 * len(order) + 30}"'
     ring = f"Rings: an adherence below {KEPT}"
     drawings["story_key.svg"] = (
@@ -108,7 +112,7 @@ def _story(results: dict[str, Data], read: Labels, fine_tuned: Labels) -> dict[s
 def _of_encoders(figures: Data) -> dict[str, str]:
     """Zero steps against what training had, beside what fine-tuning reaches."""
     drawings = {}
-    lines = {"real photos among themselves": "real_ceiling", "the best fine-tuned method": "best_rival_r_facesim"}
+    lines = {REAL: "real_ceiling", "the best fine-tuned method": "best_rival_r_facesim"}
     rules = {label: figures[key]["value"] for label, key in lines.items()}
     for name, label, unit in (("people", "people in training", 1), ("images", "thousand target images seen", 1000)):
         points = [(float(count) / unit, score["value"]) for count, score in figures[f"by_{name}"].items()]
@@ -156,7 +160,10 @@ def _robustness_grid(data: Data) -> str:
             if kind:
                 line = grids.setdefault(kind.replace("_", " "), {}).setdefault(data["methods"][name]["label"], [])
                 line += [(float(strength), score)] if line else [(0.0, scores["clean"]), (float(strength), score)]
-    return panels(grids, "{}: strength", "R-FaceSim", size=(210, 180), columns=2)
+    people = len(next(iter(found.values()))["clean"]["r_facesim"])
+    photos = data.get("real_photos")
+    rules = {"real photos": mean(photos[:people])} if photos else {}
+    return panels(grids, "{}: strength", "R-FaceSim", size=(210, 180), columns=2, rules=rules)
 
 
 def _standalone(drawing: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from result_plots import domains, plots
 
+from peft_metalora.evaluation.figures import REAL
 from peft_metalora.evaluation.summary import interval
 from peft_metalora.files import write_bytes
 
@@ -196,6 +197,38 @@ def spread(found: Data, digits: int = 3) -> str:
     return f"{found['value']:.{digits}f} [{low}, {high}]"
 
 
+def beside_photos(rows: Sequence[Sequence[str]], ceiling: Data | None, *columns: int) -> list[Sequence[str]]:
+    """Rows with a last one: what real photos reach, in the columns of R-FaceSim; without it where it was not measured.
+
+    Args:
+        columns: numbers of those columns; the second one if none is given.
+    """
+    if ceiling is None:
+        return list(rows)
+    shown = columns or (1,)
+    last = [spread(ceiling) if number in shown else "" for number in range(len(rows[0]))]
+    return [*rows, [f"*{REAL}*", *last[1:]]]
+
+
+def photos_of(data: Data, people: int | None = None) -> Data | None:
+    """The ceiling of a file of `evaluation.py`, of all or of the first people."""
+    found = data.get("real_photos")
+    return interval(found[:people]) if found else None
+
+
+COPIED = "copy_paste"
+
+
+def with_copies(scores: Sequence[Data]) -> list[str]:
+    """The further column of a table where some row has a copy-paste score: its heading is "copy-paste"."""
+    return ["copy-paste"] if any(COPIED in one for one in scores) else []
+
+
+def copied(one: Data, head: Sequence[str]) -> list[str]:
+    """Its cell."""
+    return [spread(one[COPIED]) if COPIED in one else "" for _ in head]
+
+
 EVALUATION_COMMAND = "python benchmarks/evaluation.py --output benchmarks/results"
 
 
@@ -226,7 +259,7 @@ def rivals(results: dict[str, Data]) -> str:
     metrics = ("r_facesim", "face_sim", "prompt_adherence", "copied_background")
     rows.append(["base model", "0", *(spread(base[metric]) for metric in metrics), "", ""])
     heads = ["method", "numbers trained", "R-FaceSim", "FaceSim", "adherence", "copied wall", "ms a person", "rate"]
-    return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
+    return table(heads, beside_photos(rows, photos_of(data), 2)) + source(data, EVALUATION_COMMAND, drawn(data))
 
 
 def at_adherence(one: Data, wanted: float) -> str:
@@ -248,6 +281,7 @@ def steps(results: dict[str, Data]) -> str:
         rows.append([one["label"], *cells, spread(one["speed_up"], 2), at_adherence(one, EQUAL_ADHERENCE)])
     heads = ["method", *(f"{step} steps" for step in counts)]
     heads += ["fewer steps than LoRA r=1, times", f"R-FaceSim at adherence {EQUAL_ADHERENCE}"]
+    rows = beside_photos(rows, photos_of(data), *range(1, len(counts) + 1))
     return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
 
 
@@ -261,6 +295,7 @@ def robustness(results: dict[str, Data]) -> str:
     people = len(next(iter(found.values()))["clean"]["r_facesim"])
     note = f". R-FaceSim after {data['headline_steps']} steps; {people} people, one seed; mean [95 % interval]."
     heads = ["reference", *(data["methods"][name]["label"] for name in found)]
+    rows = beside_photos(rows, photos_of(data, people), *range(1, len(heads)))
     return table(heads, rows) + source(data, EVALUATION_COMMAND, note)
 
 
@@ -277,6 +312,7 @@ def variants(results: dict[str, Data]) -> str:
         for name, one in data["variants"].items()
     ]
     heads = ["variant", "numbers trained", "rate", "R-FaceSim", "adherence", "ms a person"]
+    rows = beside_photos(rows, photos_of(results["evaluation"]), 3)
     return table(heads, rows) + source(data, EVALUATION_COMMAND, drawn(data))
 
 
@@ -291,6 +327,7 @@ def down_starts(results: dict[str, Data]) -> str:
     stage_1 = next(iter(data["down_starts"].values()))["stage_1_steps"]
     note = f". A stage 1 of {stage_1} steps; {data['subjects']} held-out people, one seed; mean [95 % interval]."
     heads = ["Down starts as", "stored Mid: R-FaceSim", "adherence", "mean: R-FaceSim", "adherence"]
+    rows = beside_photos(rows, photos_of(results["evaluation"]), 1, 3)
     return table(heads, rows) + source(data, EVALUATION_COMMAND, note)
 
 
@@ -316,15 +353,20 @@ def regions(results: dict[str, Data]) -> str:
 def readme(results: dict[str, Data]) -> str:
     """People who are read beside each fine-tuned method at the number of steps at which it is nearest to them."""
     data, rows = results["convergence"], []
-    for family in ("main", "small", "image_prompt"):
+    for family in ("main", "small", "lora", "random", "image_prompt"):
+        if f"{family}-0" not in data["recipes"]:
+            continue
         clean = data["recipes"][f"{family}-0"]["clean"]
         rows.append([ZERO_STEPS[family], "0", spread(clean["r_facesim"]), spread(clean["prompt_adherence"])])
-    for kind in ("lora_r1", "lora_r16", "full", "meta_lora_mean"):
+    for kind in ("lora_r1", "lora_r16", "t_lora", "textual_inversion", "mean_lora", "full", "meta_lora_mean"):
         curves = [one["curve"] for name, one in data["rivals"].items() if name.partition(", ")[0] == kind]
+        if not curves:
+            continue
         step, best = max(
             (point for curve in curves for point in curve.items()), key=lambda point: point[1]["r_facesim"]["value"]
         )
         rows.append([FINE_TUNED[kind], step, spread(best["r_facesim"]), spread(best["prompt_adherence"])])
+    rows = beside_photos(rows, data["figures"]["real_ceiling"], 2)
     return table(["method", "steps", "R-FaceSim", "adherence"], rows) + zero_source(results)
 
 
@@ -463,6 +505,7 @@ def zero_curves(results: dict[str, Data]) -> str:
     ]
     rows = [[f"{int(count):,} people, 3,000 steps", spread(score)] for count, score in people.items()]
     rows += [[f"4,096 people, {int(count):,} target images", spread(score)] for count, score in images.items()]
+    rows = beside_photos(rows, figures["real_ceiling"])
     return "\n".join(plots) + "\n\n" + table(["training", "R-FaceSim, 0 steps"], rows) + zero_source(results)
 
 
@@ -488,35 +531,53 @@ def zero_goals(results: dict[str, Data]) -> str:
 
 def zero_steps(results: dict[str, Data]) -> str:
     recipes, rows = results["convergence"]["recipes"], []
+    more = with_copies([one["clean"] for one in recipes.values()])
     for family, label in ZERO_STEPS.items():
         for name, one in recipes.items():
             if name.rpartition("-")[0] == family:
                 scores = [one["clean"][key] for key in ("r_facesim", "prompt_adherence", "copied_background")]
-                cells = [*map(spread, scores), spread(one["clean"]["factor_distance"])]
+                cells = [*map(spread, scores), spread(one["clean"]["factor_distance"]), *copied(one["clean"], more)]
                 rows.append([f"{label}, training {name[-1]}", f"{one['numbers']:,}", f"{one['seconds']:.0f}", *cells])
     first = recipes["main-0"]["zero_steps"]
     for variant in ("code fitted to other photos", "nearest training person", "another person's photo", "mean subject"):
         keys = ("r_facesim", "prompt_adherence", "copied_background", "factor_distance")
-        rows.append([f"*{variant}*", "", "", *(spread(first[variant][key]) for key in keys)])
+        scores = [spread(first[variant][key]) for key in keys]
+        rows.append([f"*{variant}*", "", "", *scores, *copied(first[variant], more)])
     heads = ["0 steps", "numbers", "s of training", "R-FaceSim", "adherence", "copied wall", "distance of factors"]
-    return table(heads, rows) + zero_source(results)
+    rows = beside_photos(rows, results["convergence"]["figures"]["real_ceiling"], 3)
+    return table([*heads, *more], rows) + zero_source(results)
+
+
+SHOWN_STEPS = ("100", "300", "700")
 
 
 def zero_rivals(results: dict[str, Data]) -> str:
-    rows = []
-    for name, one in results["convergence"]["rivals"].items():
+    """Of each method, after some numbers of steps, the schedule of rates that came nearer to the person by then."""
+    data, rows = results["convergence"], []
+    kinds: dict[str, list[tuple[str, Data]]] = {}
+    for name, one in data["rivals"].items():
         kind, _, how = name.partition(", ")
-        label = f"{FINE_TUNED[kind]}, {how}" if how else FINE_TUNED[kind]
-        for step, scores in one["curve"].items():
-            if how or step in ("25", "100", "300", "700"):
-                cells = [spread(scores[key]) for key in ("r_facesim", "prompt_adherence", "copied_background")]
-                rows.append([label, step, *cells, spread(scores["factor_distance"]), f"{one['learning_rate']:g}"])
-    for step, scores in results["convergence"]["recipes"]["main-0"]["tuning"][RATE_OF_READ].items():
-        if step in ("0", "25", "100"):
-            cells = [spread(scores[key]) for key in ("r_facesim", "prompt_adherence", "copied_background")]
-            rows.append(["**read, then tuned**", step, *cells, spread(scores["factor_distance"]), RATE_OF_READ])
-    heads = ["method", "steps", "R-FaceSim", "adherence", "copied wall", "distance of factors", "rate"]
-    return table(heads, rows) + zero_source(results)
+        kinds.setdefault(kind, []).append((how or "constant", one))
+    tuned = data["recipes"]["main-0"]["tuning"][RATE_OF_READ]
+    points = [(label, kinds[kind], step) for kind, label in FINE_TUNED.items() if kind in kinds for step in SHOWN_STEPS]
+    more = with_copies(
+        [*tuned.values(), *(scores for one in data["rivals"].values() for scores in one["curve"].values())]
+    )
+
+    def cells(scores: Data) -> list[str]:
+        keys = ("r_facesim", "prompt_adherence", "copied_background", "factor_distance")
+        return [*(spread(scores[key]) for key in keys), *copied(scores, more)]
+
+    for label, ways, step in points:
+        there = [(how, one["learning_rate"], one["curve"][step]) for how, one in ways if step in one["curve"]]
+        if there:
+            how, rate, scores = max(there, key=lambda way: way[2]["r_facesim"]["value"])
+            rows.append([label, step, *cells(scores), f"{rate:g}, {how.partition(' over')[0]}"])
+    rows += [
+        ["**read, then tuned**", step, *cells(tuned[step]), f"{RATE_OF_READ}, constant"] for step in ("0", "25", "100")
+    ]
+    heads = ["method", "steps", "R-FaceSim", "adherence", "copied wall", "distance of factors", *more, "rate"]
+    return table(heads, beside_photos(rows, data["figures"]["real_ceiling"], 2)) + zero_source(results)
 
 
 def zero_bad(results: dict[str, Data]) -> str:
@@ -528,6 +589,7 @@ def zero_bad(results: dict[str, Data]) -> str:
         for variant in first
         if variant == "clean" or variant.endswith((" 0.5", " 1.0"))
     ]
+    rows = beside_photos(rows, results["convergence"]["figures"]["real_ceiling"], 1, 2)
     return table(["photo that is read", *shown.values()], rows) + zero_source(results)
 
 
@@ -572,6 +634,30 @@ def down_hours(results: dict[str, Data]) -> str:
     return table(["base", "card", "samples a second", f"hours of {DOWN_SAMPLES:,} samples"], rows)
 
 
+COPYING = {
+    "meta-lora:start=encoder": "**read, 0 steps**",
+    "lora:r=1,lr=1e-2": "LoRA, rank 1, {steps} steps",
+    "base": "base model",
+    "reference": "the reference itself, for every prompt",
+}
+
+
+def copying(results: dict[str, Data]) -> str:
+    """What is copied and what matches, and beside it who it still is after edits."""
+    data, metrics = results["copying"], ("r_facesim", "match", "copy_paste", "face_sim", "adherence")
+    most = max(map(len, data["edited"].values()))
+    rows = []
+    for name, label in COPYING.items():
+        edits = [f"{one['value']:.3f}" for one in data["edited"].get(name, [])[1:]]
+        cells = [spread(data["figures"][name][metric], 2) for metric in metrics]
+        rows.append([label.format(**data), *cells, *(edits or [""] * (most - 1))])
+    rows.append([f"*{REAL}*", spread(data["real_photos"], 2), *[""] * (len(metrics) + most - 2)])
+    heads = ["", "R-FaceSim", "match rate", "copy-paste", "FaceSim", "adherence"]
+    heads += [f"R-FaceSim after {count} edit{'s' * (count > 1)}" for count in range(1, most)]
+    note = f". {data['people']} held-out people, {data['prompts']} prompts; mean [95 % interval over people]."
+    return table(heads, rows) + source(data, note=note)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "story": ("convergence", story),
     "rivals": ("evaluation", rivals),
@@ -586,6 +672,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "image_gen": ("image_gen", image_gen),
     "service": ("service", lambda results: goals(results["service"], SERVICE)),
     "stopping": ("stopping", stopping),
+    "copying": ("copying", copying),
     "zero_goals": ("convergence", zero_goals),
     "zero_steps": ("convergence", zero_steps),
     "zero_rivals": ("convergence", zero_rivals),

@@ -55,6 +55,45 @@ def test_identity_at_equal_adherence_lies_on_the_curve(tables: ModuleType) -> No
     assert tables.at_adherence({"curve": curve}, 0.5) == "-"
 
 
+LIKENESS = "rivals", "steps", "robustness", "variants", "down_starts", "readme"
+LIKENESS += "zero_steps", "zero_rivals", "zero_bad", "zero_curves"  # every table with R-FaceSim of the first judge
+
+
+def test_what_real_photos_reach_is_in_every_table_and_plot_of_likeness(tables: ModuleType) -> None:
+    """Bug: one table of ten and three plots of nine had it."""
+    results = tables.load()
+    for name in LIKENESS:
+        last = tables.TABLES[name][1](results).split("\n\n")[-2].splitlines()[-1]
+        assert last.startswith("| *real photos among themselves* | ") and "0.83" in last, name
+    for name, drawing in tables.plots(results, tables.ZERO_STEPS, tables.FINE_TUNED).items():
+        if ">R-FaceSim</text>" in drawing:
+            assert ">real photos" in drawing, name
+
+
+def test_a_rival_shows_the_better_schedule_and_copies_where_they_were_measured(tables: ModuleType) -> None:
+    keys = "r_facesim", "prompt_adherence", "copied_background", "factor_distance"
+
+    def at(score: float, **more: float) -> dict[str, dict[str, float]]:
+        scores = dict.fromkeys(keys, score) | more
+        return {name: {"value": value, "low": value, "high": value} for name, value in scores.items()}
+
+    data = {
+        "figures": {"real_ceiling": at(0.9)["r_facesim"]},
+        "origins": {"a": {"machine": "a GPU", "date": "2026-01-01", "command": "python c.py"}},
+        "recipes": {"main-0": {"tuning": {tables.RATE_OF_READ: {"0": at(0.8)} | {"25": at(0.8), "100": at(0.8)}}}},
+        "rivals": {
+            "lora_r1": {"learning_rate": 0.003, "curve": {"100": at(0.4, copy_paste=0.25), "300": at(0.6)}},
+            "lora_r1, decay over 100": {"learning_rate": 0.03, "curve": {"100": at(0.5)}},
+        },
+    }
+    rows = tables.zero_rivals({"convergence": data}).splitlines()
+    assert rows[0].endswith("| distance of factors | copy-paste | rate |")
+    assert "| LoRA, rank 1 | 100 | 0.500 [0.500, 0.500] |" in rows[2] and rows[2].endswith("|  | 0.03, decay |")
+    assert rows[3].startswith("| LoRA, rank 1 | 300 | 0.600") and rows[3].endswith("|  | 0.003, constant |")
+    data["rivals"]["lora_r1"]["curve"]["300"] |= {"copy_paste": at(0.25)["r_facesim"]}
+    assert "| 0.250 [0.250, 0.250] | 0.003, constant |" in tables.zero_rivals({"convergence": data})
+
+
 def test_a_block_of_an_unknown_name_is_refused_and_one_without_results_is_open(tables: ModuleType) -> None:
     with pytest.raises(SystemExit, match="table 'nonsense': expected one of story"):
         tables.fill("<!-- table: nonsense -->\n<!-- end -->", tables.load())
