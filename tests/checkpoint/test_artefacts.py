@@ -387,7 +387,7 @@ def test_saving_refuses_what_loading_would(tmp_path):
     model = with_subject(with_down())
     with pytest.raises(errors.WrongKindError):
         save_down(tmp_path / "x", model, "ann")
-    with pytest.raises(errors.AdapterNotFoundError, match="found \\['ann', 'faces'\\]"):
+    with pytest.raises(errors.AdapterNotFoundError, match="found no 'bob' among \\['ann', 'faces'\\]"):
         save_subject(tmp_path / "x", model, "bob")
     with torch.no_grad():
         model.blocks[0].to_q.metalora_up["ann"].fill_(float("nan"))

@@ -128,6 +128,14 @@ def test_what_cannot_be_projected_is_refused(pair, tmp_path, tensors, error, wor
         project(tmp_path / "nothing", load_down(pair[0]), tmp_path / "new")
 
 
+def test_on_a_down_of_dora_the_subject_is_a_plain_one(pair, tmp_path):
+    """Bug: it was written as one with magnitudes, had none, and did not load."""
+    lora = export_subject(load_subject(pair[1]), tmp_path / "lora", "diffusers")
+    edit_config(pair[0], use_dora=True)
+    project(lora, load_down(pair[0]), tmp_path / "new", down_reference=str(pair[0]))
+    assert not load_subject(tmp_path / "new").config.use_dora
+
+
 def test_keys_with_the_name_of_an_adapter_are_read(pair, tmp_path):
     """Bug: what PEFT's state_dict holds, `to_q.lora_A.default.weight`, was refused as no plain LoRA."""
     lora = export_subject(load_subject(pair[1]), tmp_path / "lora", "diffusers")

@@ -163,10 +163,7 @@ class Studio:
             accepted = self._reader.space.coded(self._reader.space.accept(code_of(person)))
             return CodeSource(config, accepted, self._reader.space, self.down)
         with self._place.files(person) as folder:
-            return load_subject(folder, known_down=self._known_down)
-
-    def _known_down(self, fingerprint: str) -> DownSource | None:
-        return self.down if fingerprint == self.down.fingerprint else None
+            return load_subject(folder, known_down=self.down.named)
 
     def between(self, people: Mapping[str, tuple[Person, float]]) -> Person:
         """Somebody between others, for whom there is no record.

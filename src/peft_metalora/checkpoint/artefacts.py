@@ -23,14 +23,12 @@ import torch
 from torch import nn
 
 from ..errors import (
-    AdapterNotFoundError,
     ArtefactNotFoundError,
     ConfigFormatError,
     CorruptFileError,
     FingerprintMismatchError,
     MetaLoraError,
     MissingDownError,
-    NonFiniteError,
     OutputExistsError,
     UnsafeNameError,
     WrongKindError,
@@ -39,6 +37,7 @@ from ..files import EMBEDDED, require_apart, staged_folder
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, down_state, fingerprint, subject_state
 from ..tuner.config import reference_to_write
 from ..tuner.down import MID, digest_of
+from ..tuner.placing import require_adapter
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
 from .base_model import REPO_ID, bare_model, base_model_name, check_layers
 from .config_file import CONFIG_FILE, FORMAT_VERSION, PEFT_TYPE, check_values, config_json, read_config
@@ -51,6 +50,7 @@ from .factors import (
     check_subject_on_down,
     config_of,
     open_weights,
+    require_finite,
     save_factors,
 )
 from .folded import FOLD_FILE, LoraPair, component_name, fold_subject, save_diffusers
@@ -448,8 +448,7 @@ def save_subject(
     )
     code = None if whole else code_on_model(model, adapter_name)
     fold = code is None if fold is None else fold
-    # DoRA rescales the weight itself, which no ordinary LoRA can say.
-    pairs = fold_subject(config, factors, tensors) if fold and not config.use_dora else {}
+    pairs = fold_subject(config, factors, tensors) if fold else {}
     return write_artefact(target, config, code or tensors, pairs, overwrite=overwrite)
 
 
@@ -478,8 +477,7 @@ def save_read_subject(
     config.facts = None if facts is None else dict(facts)
     if not whole:
         return write_artefact(target, config, subject.code, overwrite=overwrite)
-    # DoRA rescales the weight itself, which no ordinary LoRA can say.
-    pairs = {} if config.use_dora else fold_subject(config, subject.down.tensors, subject.tensors)
+    pairs = fold_subject(config, subject.down.tensors, subject.tensors)
     return write_artefact(target, config, subject.tensors, pairs, overwrite=overwrite)
 
 
@@ -491,18 +489,12 @@ def know_code(model: nn.Module, adapter_name: str, code: SubjectCode) -> None:
 
 def code_on_model(model: nn.Module, adapter_name: str) -> SubjectCode | None:
     """The code of a subject on the model, if its factors are what they were when they were expanded from one."""
-    known = getattr(model, "peft_config", {})[adapter_name].expanded_from
+    known = require_adapter(model, adapter_name).expanded_from
     return known[0] if known is not None and known[1] == digest_of(subject_state(model, adapter_name)) else None
 
 
 def _adapter_config(model: nn.Module, adapter_name: str, stage: str) -> MetaLoraConfig:
-    configs = getattr(model, "peft_config", {})
-    config = configs.get(adapter_name)
-    if not isinstance(config, MetaLoraConfig):
-        raise AdapterNotFoundError(
-            f"expected a Meta-LoRA adapter named {adapter_name!r}, found {sorted(configs) or 'no adapters'}. "
-            "Give the name of one of them."
-        )
+    config = require_adapter(model, adapter_name)
     _require_stage(config, stage, Path(adapter_name))
     if config.bias != "none" or config.modules_to_save:
         raise ConfigFormatError(
@@ -581,12 +573,7 @@ def write_artefact(
     """
     code = content if isinstance(content, SubjectCode) else None
     tensors = content if not isinstance(content, SubjectCode) else {"the code": content.code}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteError(
-                f"{folder}: expected finite numbers in {name}, found NaN or infinity. "
-                "Lower the learning rate, or save an earlier step."
-            )
+    require_finite(tensors, folder)
     require_replaceable(folder, config.stage, config.subject_name, overwrite=overwrite)
     edited = (folder / CARD_FILE).exists() and not is_made_card(folder / CARD_FILE)
     edited = edited and what_else(folder, config.stage, config.subject_name) is None

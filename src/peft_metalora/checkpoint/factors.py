@@ -76,13 +76,18 @@ class FactorFile:
         """All tensors, on the CPU; raises CorruptFileError, and NonFiniteError for NaN or infinity."""
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in self._file.read().items()}
         tensors = {name: tensors[name] for name in self.entries}
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteError(
-                    f"{self.path}: expected finite numbers in {name}, found NaN or infinity. The training diverged or "
-                    "the file is damaged: use an earlier checkpoint, or fetch it again."
-                )
+        require_finite(tensors, self.path)
         return tensors
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
+    """Raise NonFiniteError where a tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{where}: expected finite numbers in {name}, found NaN or infinity. The training diverged or the file "
+                "is damaged: use an earlier one, or fetch it again."
+            )
 
 
 @contextmanager

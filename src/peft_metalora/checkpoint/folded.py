@@ -38,12 +38,13 @@ def fold_subject(
 
     Returns:
         A pair a module, in the order of the modules' names and in Mid's dtype; products are taken in float32 or better.
+        No pair with DoRA, which rescales the weight itself: no ordinary LoRA can say that.
 
     Raises:
         NonFiniteError: the product does not fit into that dtype.
     """
     pairs = {}
-    for module in sorted({name.rpartition(".")[0] for name in subject}):
+    for module in () if config.use_dora else sorted({name.rpartition(".")[0] for name in subject}):
         mid, up = subject[f"{module}.{MID}"][0], subject[f"{module}.{UP}"][0]
         factor = down[f"{module}.{DOWN}"].to(mid.device)
         wide = torch.promote_types(mid.dtype, torch.float32)
@@ -85,14 +86,15 @@ def check_fold(path: Path, pairs: Mapping[str, LoraPair], component: str) -> Non
             name: entry.shape for name, entry in file.header.entries.items()
         }
         found = file.read() if same else {}
-    for name, tensor in wanted.items():
+    for name, tensor in found.items():
         # Another machine rounds a product otherwise: a hundredth of the largest number is less than bfloat16's step.
-        limit = 1e-2 * tensor.float().abs().max() + 1e-12
-        if not same or not ((found[name].float() - tensor.float()).abs() <= limit).all():
-            raise CorruptFileError(
-                f"{path}: expected the exact fold of the subject beside it, found something else. Do not use it: pull "
-                "it from its author again, or load the subject with peft_metalora."
-            )
+        limit = 1e-2 * wanted[name].float().abs().max() + 1e-12
+        same = same and bool(((tensor.float() - wanted[name].float()).abs() <= limit).all())
+    if not same:
+        raise CorruptFileError(
+            f"{path}: expected the exact fold of the subject beside it, found something else. Do not use it: pull it "
+            "from its author again, or load the subject with peft_metalora."
+        )
 
 
 def with_names(pairs: Mapping[str, LoraPair], name: str) -> dict[str, torch.Tensor]:

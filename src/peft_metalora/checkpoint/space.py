@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from ..errors import (
 from ..files import write_tensors
 from ..tuner import MetaLoraConfig
 from ..tuner.down import MID, UP, DownSource, digest_of
-from .factors import SubjectSource
+from .factors import SubjectSource, require_finite
 from .untrusted import Header, open_tensors
 
 SPACE_FILE = "subject_space.safetensors"
@@ -327,7 +327,7 @@ def load_space(
             )
         _check(file.header, down, path)
         parts = file.read()
-    require_finite(parts, str(path))
+    require_finite(parts, path)
     names = sorted(name.removesuffix(f".{_MEAN}") for name in parts if name.endswith(f".{_MEAN}"))
     means, bases = ([parts[f"{name}.{what}"] for name in names] for what in (_MEAN, _BASIS))
     layout = [(name, tuple(mean.shape)) for name, mean in zip(names, means, strict=True)]
@@ -345,7 +345,7 @@ def save_code(folder: str | os.PathLike[str], subject: SubjectCode) -> Path:
     """Write a code with the fingerprints of its Down and space; raises NonFiniteError and WriteFailedError."""
     path = Path(folder) / CODE_FILE
     code = subject.code.detach().float().cpu().contiguous()
-    require_finite({_CODE: code}, str(path))
+    require_finite({_CODE: code}, path)
     named = {} if subject.subject_name is None else {_NAME: subject.subject_name}
     write_tensors(path, {_CODE: code}, {_DOWN: subject.down_fingerprint, _SPACE: subject.space_fingerprint, **named})
     return path
@@ -369,7 +369,7 @@ def load_code(folder: str | os.PathLike[str]) -> SubjectCode:
     code = tensors[_CODE]
     if code.ndim != 1:
         raise ShapeMismatchError(f"{path}: expected a code (k,), found {tuple(code.shape)}. Read the photo again.")
-    require_finite(tensors, str(path))
+    require_finite(tensors, path)
     return SubjectCode(code.float(), down, space, name)
 
 
@@ -411,16 +411,6 @@ def _check(header: Header, down: DownSource | None, path: Path) -> None:
             f"{path}: expected the factors of its Down, found a difference in {', '.join(differ[:3])}. Put the files "
             "of one training into a folder."
         )
-
-
-def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise NonFiniteError where a tensor holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteError(
-                f"{where}: expected finite numbers in {name}, found NaN or infinity. The training diverged or the file "
-                "is damaged: use an earlier one, or fetch it again."
-            )
 
 
 def _has_mixed_product() -> bool:

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..checkpoint.factors import require_finite
 from ..checkpoint.reader_files import ENCODER_CONFIG_FILE, ENCODER_FILE, encoder_fingerprint
-from ..checkpoint.space import CODE_SIZE, SubjectSpace, require_finite
+from ..checkpoint.space import CODE_SIZE, SubjectSpace
 from ..checkpoint.untrusted import read_json, read_tensors
 from ..errors import (
     ConfigError,
@@ -253,7 +254,7 @@ def load_encoder(
             f"not start by itself, found {face_model!r}. Give face_model={detail!r} if you trust it."
         )
     weights = read_tensors(Path(folder) / ENCODER_FILE)
-    require_finite(weights, str(Path(folder) / ENCODER_FILE))
+    require_finite(weights, Path(folder) / ENCODER_FILE)
     source = make_source(config.source, resolution=config.resolution, encode_images=encode_images)
     with torch.device("meta"):  # a configuration may ask for more than any memory holds: its weights are compared first
         encoder = SubjectEncoder(config, source)

@@ -136,8 +136,7 @@ def push_subject(
         source = found.subject(its_down, lambda: space_at(at, config, its_down))
     # The Hub's cache calls a folder by the commit that it holds: the subject keeps the Down that it was checked with.
     config = dataclasses.replace(config, down=reference, down_revision=at.options["revision"] or place.name)
-    # DoRA rescales the weight itself, which no ordinary LoRA can say.
-    pairs = fold_subject(config, source.down.tensors, source.tensors) if not config.use_dora else {}
+    pairs = fold_subject(config, source.down.tensors, source.tensors)
     content = source.code if isinstance(source, CodeSource) else source.tensors
     return _push(config, content, pairs, repo_id, private, gallery or {}, revision, commit_message, token)
 

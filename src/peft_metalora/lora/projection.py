@@ -21,14 +21,13 @@ import torch
 from ..checkpoint.artefacts import require_replaceable, write_artefact
 from ..checkpoint.base_model import PREFIX
 from ..checkpoint.config_file import CONFIG_FILE, check_values
-from ..checkpoint.factors import WEIGHTS_FILE, listed
+from ..checkpoint.factors import WEIGHTS_FILE, listed, require_finite
 from ..checkpoint.folded import FOLD_FILE, fold_subject
 from ..checkpoint.untrusted import open_tensors, read_json, read_tensors
 from ..errors import (
     ArtefactNotFoundError,
     CorruptFileError,
     ForeignKeysError,
-    NonFiniteError,
     RankMismatchError,
     WrongKindError,
 )
@@ -108,6 +107,7 @@ def project(
     config = subject_config(
         down,
         inference_mode=True,
+        use_dora=False,  # a LoRA says nothing of the lengths of rows
         down=reference_to_write(down_reference, Path(folder)),
         down_revision=down_revision,
         facts={"projected from": Path(lora).name},
@@ -189,6 +189,7 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, tor
         )
     check_values(config, file, expressions=True)
     tensors = read_tensors(file)
+    require_finite(tensors, file)
     found: dict[str, dict[str, torch.Tensor]] = {}
     adapters = set()
     for name, tensor in tensors.items():
@@ -198,8 +199,6 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, tor
                 f"{file}: expected the factors of a plain LoRA, found {name}. DoRA, LoKr and text encoders cannot be "
                 "projected; kohya files first go through pipe.load_lora_weights and save_lora_weights."
             )
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"{file}: expected finite numbers in {name}, found NaN or infinity. Fetch it again.")
         adapters.add(key["adapter"])
         module, part = key["module"] or key["of"], _PARTS.get(key["part"], "alpha")
         prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")

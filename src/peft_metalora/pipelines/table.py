@@ -474,7 +474,7 @@ class SubjectTable:
             read = self._read[name]
             if read is None:  # rows that cannot be read again are never dropped
                 raise AdapterNotFoundError(f"expected {name!r} in host memory, found nothing. Register it again.")
-            source = read(lambda fingerprint: self.down if fingerprint == self.down.fingerprint else None)
+            source = read(self.down.named)
             if source.down.fingerprint != self.down.fingerprint:
                 raise FingerprintMismatchError(
                     f"{name}: expected a subject on the Down {self.down.fingerprint[:16]} as when it was added, found "

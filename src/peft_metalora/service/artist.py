@@ -182,7 +182,8 @@ class Artist:
         try:
             if person.code is None:
                 with self._place.files(person) as folder:
-                    enter = partial(self._table.add, person.uid, load_subject(folder, known_down=self._known_down))
+                    source = load_subject(folder, known_down=self._table.down.named)
+                enter = partial(self._table.add, person.uid, source)
             elif self._reader is None:
                 raise RefusedError(409, "expected a Down with the space of this person, found one without")
             else:
@@ -197,10 +198,6 @@ class Artist:
                 f"expected {person.name} to be somebody whom this service can show, found {type(error).__name__}: "
                 "bring them in again",
             ) from error
-
-    def _known_down(self, fingerprint: str) -> DownSource | None:
-        down: DownSource = self._table.down
-        return down if fingerprint == down.fingerprint else None
 
     def _read(self, reader: Reader, photos: Sequence[bytes]) -> tuple[bytes, str, str]:
         try:

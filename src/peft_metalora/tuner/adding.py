@@ -32,7 +32,7 @@ from .conv import Conv
 from .down import DOWN, DOWN_PARTS, MID, MID_INIT, UP, DownSource, check_files, load_down_source
 from .layer import MetaLoraLayer, subjects_aside
 from .linear import Linear
-from .on_model import down_fingerprint, meta_lora_layers, module_path
+from .on_model import configs_of, down_fingerprint, meta_lora_layers, module_path
 from .ranks import Ranks, ranks_of
 from .registration import PREFIX
 from .subject_index import SubjectIndex, layers_changed
@@ -85,9 +85,7 @@ def plan_injection(
     plan = Plan(adapter_name, ranks)
     if config.stage == "subject":
         _resolve_down(model, config, plan, targets)
-    elif not config.inference_mode:
-        plan.fingerprint = None  # it will train, so that a stored hash would soon be wrong
-    else:
+    elif config.inference_mode:  # of one that trains a stored hash would soon be wrong
         plan.fingerprint = config.down_fingerprint
     return plan
 
@@ -225,7 +223,7 @@ def _predecessor_aside(model: nn.Module, adapter_name: str) -> Iterator[None]:
     Raises:
         AdapterStateError: it is merged, others use its Down, or it is of another method.
     """
-    configs = getattr(model, "peft_config", {})
+    configs = configs_of(model)
     if adapter_name not in configs:
         yield
         return

@@ -15,9 +15,9 @@ from peft import LoraConfig
 from peft.tuners.lora import conversion
 from torch import Tensor, nn
 
-from ..errors import AdapterNotFoundError, AdapterStateError, ConfigError
+from ..errors import AdapterStateError, ConfigError
 from .layer import MetaLoraLayer
-from .on_model import meta_lora_layers, require_slot
+from .on_model import layers_of, require_slot
 from .ranks import exceptions, whole_paths
 
 
@@ -51,10 +51,7 @@ def to_lora(model: nn.Module, adapter_name: str = "default", slot: int = 0) -> t
         AdapterNotFoundError: no such adapter.
         AdapterStateError: no such slot, or a weight-decomposed (DoRA) adapter, which is no sum.
     """
-    layers = [(path, layer) for path, layer in meta_lora_layers(model) if adapter_name in layer.metalora_mid]
-    if not layers:
-        known = sorted({name for _, layer in meta_lora_layers(model) for name in layer.metalora_mid})
-        raise AdapterNotFoundError(f"The model has no adapter {adapter_name!r}. It has: {', '.join(known) or 'none'}.")
+    layers = layers_of(model, adapter_name)
     require_slot(layers[0][1], adapter_name, slot)
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}

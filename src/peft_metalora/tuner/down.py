@@ -39,6 +39,10 @@ class DownSource:
     tensors: dict[str, Tensor]
     fingerprint: str
 
+    def named(self, fingerprint: str) -> DownSource | None:
+        """Itself, where it is the Down of this fingerprint."""
+        return self if fingerprint == self.fingerprint else None
+
 
 def subject_config(source: DownSource, *, r: int | None = None, **changes: Any) -> MetaLoraConfig:
     """The configuration of a subject on a Down: its modules, ranks and scales, one slot, whatever `changes` says else.

@@ -339,6 +339,13 @@ class MetaLoraLayer(Mergeable):
         """Names of the adapters that use the Down of adapter `key`, itself left out."""
         return sorted(name for name, used in self.down_key.items() if used == key and name != key)
 
+    def require_deletable(self, adapter_name: str) -> None:
+        """Raise AdapterStateError if other adapters use this adapter's Down."""
+        if users := self.subjects_of(adapter_name):
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} holds the Down that {', '.join(map(repr, users))} use(s). Delete them first."
+            )
+
     def rename_adapter(self, old: str, new: str) -> None:
         """Keep an unmerged adapter, and the Down that it trains, under another name; what is active is so by name."""
         for name in (*self.adapter_layer_names, *self.other_param_names):
@@ -352,16 +359,8 @@ class MetaLoraLayer(Mergeable):
         layers_changed()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; a Down that a subject brought goes with its last user.
-
-        Raises:
-            AdapterStateError: other adapters use this adapter's Down.
-        """
-        users = self.subjects_of(adapter_name)
-        if users:
-            raise AdapterStateError(
-                f"Adapter {adapter_name!r} holds the Down that {', '.join(map(repr, users))} use(s). Delete them first."
-            )
+        """Delete an adapter; a Down that a subject brought goes with its last user. Raises as `require_deletable`."""
+        self.require_deletable(adapter_name)
         alone = self.active_adapters == [adapter_name]
         super().delete_adapter(adapter_name)
         if alone and [self.stage[name] for name in self.active_adapters] == ["subject"]:  # PEFT chose one

@@ -102,11 +102,8 @@ class MetaLoraModel(BaseTuner):
             raise AdapterNotFoundError(
                 f"Adapter {adapter_name} does not exist. The model has: {', '.join(self.peft_config) or 'none'}."
             )
-        users = sorted({user for _, layer in meta_lora_layers(self) for user in layer.subjects_of(adapter_name)})
-        if users:
-            raise AdapterStateError(
-                f"Adapter {adapter_name!r} holds the Down that {', '.join(map(repr, users))} use(s). Delete them first."
-            )
+        for _, layer in meta_lora_layers(self):
+            layer.require_deletable(adapter_name)
         super().delete_adapter(adapter_name)
 
     add_weighted_adapter = add_weighted_subject

@@ -122,17 +122,21 @@ def down_state(model: nn.Module, name: str) -> dict[str, Tensor]:
         MissingDownError: the model has no such Down.
     """
     state: dict[str, Tensor] = {}
-    for path, layer in meta_lora_layers(model):
-        key = layer.down_key.get(name, name)
-        if key not in layer.metalora_down:
-            continue
+    for path, layer, key in _with_down(model, name):
         mid, up = layer.mean_subject(key)
         state[f"{path}.{DOWN}"] = layer.metalora_down[key].detach()
         state[f"{path}.{MID_INIT}"] = layer.metalora_mid_init[key]
         state[f"{path}.{MID}"], state[f"{path}.{UP}"] = mid.unsqueeze(0), up.unsqueeze(0)
-    if not state:
-        raise MissingDownError(f"The model holds no Down named {name!r}. Load one, or name an adapter that has one.")
     return state
+
+
+def _with_down(model: nn.Module, name: str) -> list[tuple[str, MetaLoraLayer, str]]:
+    """The layers that hold a Down, with path and its key there; `name` and the error are those of `down_state`."""
+    keys = ((path, layer, layer.down_key.get(name, name)) for path, layer in meta_lora_layers(model))
+    found = [(path, layer, key) for path, layer, key in keys if key in layer.metalora_down]
+    if not found:
+        raise MissingDownError(f"The model holds no Down named {name!r}. Load one, or name an adapter that has one.")
+    return found
 
 
 def down_fingerprint(model: nn.Module, name: str) -> str:
@@ -144,18 +148,12 @@ def down_fingerprint(model: nn.Module, name: str) -> str:
     Raises:
         MissingDownError: the model has no such Down.
     """
-    downs: dict[str, Tensor] = {}
-    key, known = name, set()
-    for path, layer in meta_lora_layers(model):
-        key = layer.down_key.get(name, name)
-        if key in layer.metalora_down:
-            downs[f"{path}.{DOWN}"] = layer.metalora_down[key].detach()
-            known.add(layer.known_fingerprint(key))
-    if not downs:
-        raise MissingDownError(f"The model holds no Down named {name!r}. Load one, or name an adapter that has one.")
+    layers = _with_down(model, name)
+    downs = {f"{path}.{DOWN}": layer.metalora_down[key].detach() for path, layer, key in layers}
+    known = {layer.known_fingerprint(key) for _, layer, key in layers}
     if len(known) == 1 and (mark := known.pop()) is not None:
         return mark
-    found, claimed = fingerprint(downs), getattr(configs_of(model).get(key), "down_fingerprint", None)
+    found, claimed = fingerprint(downs), getattr(configs_of(model).get(layers[-1][2]), "down_fingerprint", None)
     for dtype in (torch.bfloat16, torch.float16) if claimed not in (None, found) else ():
         narrow = {path: down.to(dtype) for path, down in downs.items()}  # PEFT widens what it loads
         same = all(torch.equal(narrow[path].to(down.dtype), down) for path, down in downs.items())

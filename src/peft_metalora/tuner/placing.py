@@ -34,7 +34,7 @@ def require_adapter(model: nn.Module, name: str) -> MetaLoraConfig:
     if not isinstance(configs.get(name), MetaLoraConfig):
         raise AdapterNotFoundError(
             f"expected a loaded Down or subject, found no {name!r} among {sorted(configs) or 'no adapters'}. "
-            "Load it with load_meta_lora."
+            "Give the name of one of them, or load it with load_meta_lora."
         )
     return configs[name]
 
