@@ -102,7 +102,7 @@ def test_registering_the_conversion_again_changes_nothing():
 
 def test_unknown_adapter_or_slot():
     model = adapted()
-    with pytest.raises(AdapterNotFoundError, match="no adapter 'ann'"):
+    with pytest.raises(AdapterNotFoundError, match="no Meta-LoRA adapter 'ann'"):
         to_lora(model, "ann")
     with pytest.raises(AdapterStateError, match="0 to 0; got 1"):
         to_lora(model, slot=1)
