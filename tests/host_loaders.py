@@ -11,7 +11,7 @@ sd-scripts 48d368fa, musubi-tuner 30c658c4:
 - comfy/weight_adapter/lora.py, `LoRAAdapter.load` and `calculate_weight`: the names of the two factors, alpha, and
   that their product must have as many numbers as the weight.
 - networks/lora.py, `create_network_from_weights` and `LoRANetwork` (also in lora_flux.py, lora_sd3.py; musubi-tuner's
-  lora_flux_2.py, lora_qwen_image.py, lora_krea2.py): inside which blocks layers are taken, and the factors' shapes.
+  lora_flux_2.py, lora_qwen_image.py, lora_krea2.py, lora_wan.py): inside which blocks layers are taken, and the factors' shapes.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ _KREA2_BLOCK = (
     "attn.to_q {0}.attn.wq; attn.to_k {0}.attn.wk; attn.to_v {0}.attn.wv; attn.to_gate {0}.attn.gate;"
     "attn.to_out.0 {0}.attn.wo; ff.gate {0}.mlp.gate; ff.up {0}.mlp.up; ff.down {0}.mlp.down"
 )
+_WAN_ATTENTION = "to_q {0}.q; to_k {0}.k; to_v {0}.v; to_out.0 {0}.o"
 _TABLES = {
     "flux": _FLUX_BOTH,
     "flux2": _FLUX_BOTH,
@@ -100,6 +101,18 @@ _TABLES = {
         ("text_fusion.refiner_blocks.N", _KREA2_BLOCK.format("txtfusion.refiner_blocks.N")),
         ("", "img_in first; final_layer.linear last.linear"),
     ),
+    "wan": (
+        ("blocks.N.attn1", _WAN_ATTENTION.format("blocks.N.self_attn")),
+        ("blocks.N.attn2", _WAN_ATTENTION.format("blocks.N.cross_attn")),
+        ("blocks.N", "ffn.net.0.proj blocks.N.ffn.0; ffn.net.2 blocks.N.ffn.2"),
+        (
+            "condition_embedder",
+            "text_embedder.linear_1 text_embedding.0; text_embedder.linear_2 text_embedding.2;"
+            "time_embedder.linear_1 time_embedding.0; time_embedder.linear_2 time_embedding.2;"
+            "time_proj time_projection.1",
+        ),
+        ("", "proj_out head.head"),
+    ),
 }
 _RESNET = "conv1 in_layers.2; conv2 out_layers.3; time_emb_proj emb_layers.1; conv_shortcut skip_connection"
 _UNET = (
@@ -118,6 +131,7 @@ _KOHYA_BLOCKS = {
     "flux2": r"(double|single)_blocks_\d+_.*",
     "qwen_image": r"transformer_blocks_\d+_.*",
     "krea2": r".*",
+    "wan": r"blocks_\d+_(self_attn|cross_attn|ffn)_.*",
 }
 
 

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -30,6 +31,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -49,6 +53,8 @@ from transformers import (
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 WORDS = (
@@ -463,6 +469,53 @@ def tiny_krea2_pipeline(*, is_distilled: bool = False) -> Krea2Pipeline:
     )
 
 
+def tiny_umt5(vocabulary: int, eos_token_id: int) -> UMT5EncoderModel:
+    """A one-layer UMT5 encoder."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocabulary,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            pad_token_id=0,
+            eos_token_id=eos_token_id,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def tiny_wan_transformer(in_channels: int = 4) -> WanTransformer3DModel:
+    """Two blocks, two heads."""
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=in_channels,
+        out_channels=in_channels,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
+
+
+@seeded
+def tiny_wan_pipeline(*, ti2v: bool = False) -> WanPipeline:
+    """Wan's format: frames divided by 4, four of them by one; `ti2v`: 2.2's, cut into 2 x 2 patches before, by 8."""
+    numbers = {"latents_mean": [0.1, -0.1, 0.2, 0.0], "latents_std": [1.5, 0.8, 1.0, 1.2]}
+    levels = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True] * 2}
+    own = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12} if ti2v else {}
+    return WanPipeline(
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        vae=AutoencoderKLWan(**numbers, **levels, **own, scale_factor_spatial=8 if ti2v else 4),
+        transformer=tiny_wan_transformer(),
+        expand_timesteps=ti2v,
+        **texts(tiny_umt5),
+    )
+
+
 class _Processor:
     """What FLUX.3 calls its tokenizer: one inside of a processor."""
 
@@ -536,4 +589,5 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "z_image": tiny_z_image_pipeline,
     "qwen_image": tiny_qwen_image_pipeline,
     "krea2": tiny_krea2_pipeline,
+    "wan": tiny_wan_pipeline,
 }

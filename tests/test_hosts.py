@@ -50,6 +50,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("bf8245163abe", "tuner/base_layers.py", "called, its rounding undone"),
     "bitsandbytes.nn.modules.Linear4bit":
         ("75972034120e", "tuner/base_layers.py, tuner/merging.py", "when it packs; quant_state is kept twice"),
+    "diffusers.configuration_utils.ConfigMixin.to_json_string":
+        ("76499701dfad", "bases/parts.py", "says a pipeline's class: _class_name"),
     "diffusers.hooks.group_offloading.GroupOffloadingHook":
         ("791abfd6fb19", "pipelines/denoiser.py", "its group and config are read"),
     "diffusers.hooks.group_offloading.ModuleGroup":

@@ -12,7 +12,7 @@ import torch
 
 from peft_metalora import enable_meta_lora, hub
 from peft_metalora.bases import FAMILIES, base_for
-from peft_metalora.errors import BaseModelMismatchError, ConfigError
+from peft_metalora.errors import BaseModelMismatchError, ConfigError, PipelineError
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.meta_train import meta_train_on
 from peft_metalora.training.personalize import personalize_many
@@ -25,6 +25,8 @@ from pipelines_tiny import (
     tiny_sd3_pipeline,
     tiny_sd15_pipeline,
     tiny_sdxl_pipeline,
+    tiny_wan_pipeline,
+    tiny_wan_transformer,
     tiny_z_image_pipeline,
 )
 from training_tiny import meta_config, personal_config
@@ -37,9 +39,9 @@ def base(request):
     return base_for(PIPELINES[request.param]())
 
 
-def encoded(base):
+def encoded(base, width=24):
     generator = torch.Generator().manual_seed(0)
-    latents = base.encode_images(torch.rand(2, 3, 16, 24, generator=generator) * 2 - 1)
+    latents = base.encode_images(torch.rand(2, 3, 16, width, generator=generator) * 2 - 1)
     return latents, base.encode_text(PROMPTS), torch.randn(latents.shape, generator=generator)
 
 
@@ -195,6 +197,32 @@ def test_krea2(is_distilled):
     assert math.isclose(small, large) == is_distilled
 
 
+@pytest.mark.parametrize("ti2v", [False, True])
+def test_wan(ti2v):
+    base = base_for(tiny_wan_pipeline(ti2v=ti2v))
+    pipe, (latents, text, noise), times = base.pipeline, encoded(base, 32), torch.tensor([0.1, 0.8])
+    t = times.view(-1, 1, 1, 1)
+    sequence, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=16)
+    noisy = ((1 - t) * latents + t * noise).unsqueeze(2)
+    # As the pipeline calls it: where a picture may begin a clip, every token has its own time.
+    told = (1000 * times)[:, None].expand(-1, noisy[0, 0, :, ::2, ::2].numel()) if ti2v else 1000 * times
+    with torch.no_grad():
+        velocity = pipe.transformer(noisy, told, sequence).sample
+    expected = (velocity.squeeze(2) - (noise - latents)).square().mean((1, 2, 3))
+    assert torch.allclose(base.loss(latents, text, noise, times), expected, rtol=1e-4)
+    assert base.time_shift(latents) == 3.0
+    assert base.pixel_multiple == (16 if ti2v else 8) and base.frames_per_second == (24 if ti2v else 16)
+
+
+def test_wan_of_two_transformers_is_refused():
+    pipe = tiny_wan_pipeline()
+    pipe.register_modules(transformer_2=tiny_wan_transformer())
+    with pytest.raises(BaseModelMismatchError, match=r"found one of two.* give Wan 2\.1 T2V or Wan 2\.2 TI2V-5B"):
+        base_for(pipe)
+    with pytest.raises(PipelineError, match="would be half shown"):
+        enable_meta_lora(pipe)
+
+
 def test_a_masked_loss_is_the_weighted_mean_and_nothing_outside_counts(base, monkeypatch):
     (latents, text, noise), generator = encoded(base), torch.Generator().manual_seed(1)
     times = base.sample_times(latents, generator)
@@ -248,7 +276,7 @@ def test_times_are_drawn_where_the_family_has_noise_levels(base):
 def test_default_targets_are_the_linears_that_work_on_tokens(base):
     linears = {name for name, module in base.denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
     adapted = {name for name in linears if re.fullmatch(base.target_modules, name)}
-    in_blocks = re.compile(r"(.*transformer_blocks|layers|noise_refiner)\.\d+\.(?!(.*norm|.*_mod\.|adaLN))")
+    in_blocks = re.compile(r"(.*transformer_blocks|blocks|layers|noise_refiner)\.\d+\.(?!(.*norm|.*_mod\.|adaLN))")
     assert adapted == {name for name in linears if in_blocks.match(name)}
     assert adapted
 
@@ -273,7 +301,7 @@ def test_both_stages_and_the_pipeline(base, tmp_path):
     def draw():
         options = {"max_sequence_length": 16} if base.takes_sequence_length else {}
         generator = torch.Generator().manual_seed(0)
-        return base.pipeline(
+        images = base.draw(
             prompt="a photo",
             height=16,
             width=16,
@@ -281,7 +309,8 @@ def test_both_stages_and_the_pipeline(base, tmp_path):
             output_type="pt",
             generator=generator,
             **options,
-        ).images
+        )
+        return torch.stack([*images])
 
     before = draw()
     base.pipeline.load_meta_lora(tmp_path / "ann")
@@ -298,14 +327,18 @@ def test_an_image_that_names_no_size_has_the_pipelines_own(base, monkeypatch):
     asked = []
 
     def prepare_latents(*args, **kwargs):
-        asked.append(inspect.signature(prepare).bind(*args, **kwargs).arguments["height"])
+        given = inspect.signature(prepare).bind(*args, **kwargs).arguments
+        asked.append(given["height"] * given["width"])
         raise InterruptedError
 
     prepare = base.pipeline.prepare_latents
     monkeypatch.setattr(base.pipeline, "prepare_latents", prepare_latents)
     with pytest.raises(InterruptedError):
         base.draw(prompt=["a red shirt"], num_inference_steps=1)
-    assert asked == [base.default_side]
+    side, multiple = base.default_side, base.pixel_multiple
+    assert side % multiple == 0
+    # Clips are no squares.
+    assert asked == [side**2] or (base.frames_per_second and 0 <= math.isqrt(*asked) - side < multiple)
 
 
 def test_layers_that_run_prompts_together_are_refused():

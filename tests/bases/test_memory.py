@@ -116,7 +116,7 @@ def there(bases):
 
 # All quantisers on one family, and on each of the others one.
 STREAMED = [*(("flux", quantize) for quantize in QUANTIZERS), ("sd15", "fp8"), ("sdxl", "nf4"), ("sd3", "int8")]
-STREAMED += [("flux2", "nf4"), ("z_image", "int8"), ("qwen_image", "nf4"), ("krea2", "fp8")]
+STREAMED += [("flux2", "nf4"), ("z_image", "int8"), ("qwen_image", "nf4"), ("krea2", "fp8"), ("wan", "int8")]
 
 
 @pytest.mark.parametrize(("family", "quantize"), STREAMED)
@@ -189,6 +189,8 @@ def test_what_is_quantised(bases, monkeypatch):
 
 
 DRAWN = ("none", "group"), ("int8", "model"), ("int8", "group"), ("fp8", "group"), ("nf4", "model")
+# A video autoencoder keeps what it saw of the frames before.
+DRAWN = [*(("flux", *cell) for cell in DRAWN), ("wan", "none", "group"), ("wan", "int8", "model")]
 
 
 def drawn(folder, held):
@@ -198,11 +200,13 @@ def drawn(folder, held):
     pipe.set_progress_bar_config(disable=True)
     ready_to_draw(pipe, held, CPU)
     options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", "max_sequence_length": 8}
-    return pipe("a photo of a person", generator=torch.Generator().manual_seed(0), **options).images
+    options |= {"num_frames": 5} if base.frames_per_second else {}
+    generator = torch.Generator().manual_seed(0)
+    return np.stack([*base.clips(prompt="a photo of a person", generator=generator, **options)[0]])
 
 
-@pytest.mark.parametrize(("quantize", "offload"), DRAWN)
-def test_drawing_is_the_same_wherever_weights_wait(bases, quantize, offload, monkeypatch):
+@pytest.mark.parametrize(("family", "quantize", "offload"), DRAWN)
+def test_drawing_is_the_same_wherever_weights_wait(bases, family, quantize, offload, monkeypatch):
     four_bits.allow_on_a_cpu(monkeypatch)
-    there, waiting = drawn(bases / "flux", Whole(quantize)), drawn(bases / "flux", Whole(quantize, offload))
+    there, waiting = drawn(bases / family, Whole(quantize)), drawn(bases / family, Whole(quantize, offload))
     assert np.abs(there - waiting).max() < 1e-5

@@ -92,10 +92,12 @@ def test_from_photos_to_pictures(family, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     metalora(*shlex.split(export))
     drawing = "--prompt", "a photo", "--num_inference_steps", "1", "--max_sequence_length", "8"
+    drawing += ("--num_frames", "5") if family == "wan" else ()
     metalora(
         "generate", *base, *small, *drawing, "--subject", ann, tmp_path / "read", "--output_dir", tmp_path / "images"
     )
-    assert len(list((tmp_path / "images").iterdir())) == 2
+    kind = "webp" if family == "wan" else "png"
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {f"{who}-00-00.{kind}" for who in ("ann", "read")}
     metalora("export", "--subject", ann, "--output", tmp_path / "lora")
     before = drawn(pipe, family)
     pipe.load_lora_weights(tmp_path / "lora")

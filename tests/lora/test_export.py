@@ -91,7 +91,7 @@ def test_a_peft_lora_folder_shows_the_same_image(subjects, family, tmp_path):
 
 # FLUX.1's single blocks and SD3 are checked below: diffusers converts those of the real width alone, and no SD3.
 FLUX_DOUBLE = ["attn.to_out.0", "attn.add_q_proj", "attn.add_v_proj", "norm1.linear", "ff.net.2"]
-KOHYA = {"sd15": None, "sdxl": None, "flux": FLUX_DOUBLE, "flux2": None, "z_image": None, "qwen_image": None}
+KOHYA = dict.fromkeys(("sd15", "sdxl", "flux", "flux2", "z_image", "qwen_image", "wan")) | {"flux": FLUX_DOUBLE}
 
 
 @pytest.mark.parametrize("family", KOHYA)
@@ -103,7 +103,7 @@ def test_stock_diffusers_shows_the_same_image_from_a_kohya_file(subjects, family
     assert_same(picture(pipe, family), wanted, base)
 
 
-@pytest.mark.parametrize("family", ["flux2", "qwen_image", "krea2"])
+@pytest.mark.parametrize("family", ["flux2", "qwen_image", "krea2", "wan"])
 def test_stock_diffusers_shows_the_same_image_from_a_comfyui_file(subjects, family, tmp_path):
     folder, wanted, base = subjects(family)
     path = export_subject(load_subject(folder), tmp_path, "comfyui")

@@ -102,7 +102,7 @@ def test_comfyui_takes_every_tensor_to_where_it_belongs(exported, family, format
 
 
 @pytest.mark.parametrize(
-    "family", sorted({"sd15", "sdxl", "sd3", "flux", "flux2", "qwen_image", "krea2"} & {*FAMILIES})
+    "family", sorted({"sd15", "sdxl", "sd3", "flux", "flux2", "qwen_image", "krea2", "wan"} & {*FAMILIES})
 )
 def test_kohyas_scripts_have_a_layer_of_that_shape_for_every_tensor(exported, family):
     """Bug: a file that sd-scripts reads without a word and without effect."""
@@ -120,6 +120,8 @@ def test_kohyas_scripts_have_a_layer_of_that_shape_for_every_tensor(exported, fa
         *("input_blocks_0_0", "out_2", "time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2"),
         *("time_in_in_layer", "time_in_out_layer", "vector_in_in_layer", "vector_in_out_layer", "context_embedder"),
         *("guidance_in_in_layer", "guidance_in_out_layer", "final_layer_linear"),
+        *("text_embedding_0", "text_embedding_2", "time_embedding_0", "time_embedding_2"),
+        *("time_projection_1", "head_head"),
     }
     assert outside <= known
 

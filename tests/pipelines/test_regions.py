@@ -19,6 +19,7 @@ IMAGE_ONLY = {
     "qwen_image": r"transformer_blocks\.0\.(attn\.to_[qkv]|img_mlp\.net\.2)|img_in",
     "z_image": r"noise_refiner\.0\.(attention\.to_[qkv]|feed_forward\.w2)",
     "krea2": r"img_in|final_layer\.linear",
+    "wan": r"blocks\.\d+\.(attn1\.to_[qkv]|attn2\.to_q|ffn\.net\.2)|proj_out",
     "sd15": r".*(attn1\.to_q|attn1\.to_v|ff\.net\.2|conv1|attn2\.to_q|conv)",
     "sdxl": r".*(attn1\.to_q|attn1\.to_v|ff\.net\.2|conv1|attn2\.to_q|proj_in|conv)",
 }
@@ -27,6 +28,7 @@ WITH_TEXT = {
     "qwen_image": r".*(to_q|to_v|add_k_proj|img_mlp\.net\.2|img_mod\.1)|txt_in",
     "z_image": r"(layers|noise_refiner|context_refiner)\.\d+\.(attention\.to_[qv]|feed_forward\.w2)",
     "krea2": r"img_in|.*blocks\.\d+\.(attn\.to_[qv]|ff\.down)",
+    "wan": r"blocks\.\d+\.(attn[12]\.to_[qkv]|ffn\.net\.2)|condition_embedder\.(text_embedder\.linear_1|time_proj)",
     "sd15": r".*(to_q|to_k|to_v|conv1)",
     "sdxl": r".*(to_q|to_k|to_v|conv1|proj_in|add_embedding\.linear_1)",
 }
@@ -36,6 +38,7 @@ BESIDE = {
     "krea2": {"transformer_blocks": (4, 0)},
     "z_image": {"layers.": (0, 32)},
 }
+FRAMES = {"wan": 2}  # of a clip, as its denoiser sees them
 SIZES = [(32, 32), (32, 48), (64, 16)]
 # Z-Image fills up an image to a multiple of 32 tokens, which then show nobody: these sizes need no filling.
 FULL = [(64, 32), (32, 64), (64, 64)]
@@ -103,7 +106,7 @@ def test_every_layer_sees_the_subjects_of_its_tokens(people, family, height, wid
                     found = [there for part, there in BESIDE.get(family, {}).items() if part in path]
                     lead, tail = found[0] if found else (0, 0)
                     tokens = height * width // 64 if family == "z_image" else count[0] - lead - tail
-                    columns = round((tokens * width / height) ** 0.5)
+                    columns = round((tokens / FRAMES.get(family, 1) * width / height) ** 0.5)
                     column = torch.arange(tokens) % columns
                     halves = [lead + torch.nonzero(column // (columns // 2) == half)[:, 0] for half in (0, 1)]
                     places = [(half, (slice(None), where)) for half, where in enumerate(halves)]
@@ -125,11 +128,14 @@ def test_every_layer_sees_the_subjects_of_its_tokens(people, family, height, wid
 
     hooks = [layer.register_forward_hook(check(path, layer)) for path, layer in meta_lora_layers(denoiser(pipe))]
     (table,) = tables_of(denoiser(pipe)).values()
-    images = 1 if family == "flux" else 2
+    images = 1 if family in ("flux", "wan") else 2
     made = picture(pipe, family, (0, 1), images=images, regions=[("ann", left), ("bob", mask)], **size)
     for hook in hooks:
         hook.remove()
-    assert made.shape[:3] == (2 * images, height, width) and {shown for _, shown in seen} == {True, False}
+    assert (made.shape[0], *made.shape[-3:]) == (2 * images, height, width, 3) and {shown for _, shown in seen} == {
+        True,
+        False,
+    }
 
 
 @pytest.mark.parametrize("family", sorted(WITH_TEXT))

@@ -24,6 +24,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
     "StableDiffusionPipeline": ("sd15", "StableDiffusion15"),
     "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "WanPipeline": ("wan", "Wan"),
     "ZImagePipeline": ("z_image", "ZImage"),
 }
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -192,11 +192,16 @@ class Base(ABC):
         self._here = names
 
     @property
-    def call_arguments(self) -> frozenset[str]:
-        """Names of what a call of the pipeline takes."""
+    def call_parameters(self) -> Mapping[str, inspect.Parameter]:
+        """What a call of the pipeline takes."""
         # The stock class: one that derives from it (as Meta-LoRA's own does, under its name) may hide the parameters.
         stock = [cls for cls in type(self.pipeline).__mro__ if cls.__name__ == self.pipeline_class][-1]
-        return frozenset(inspect.signature(stock.__call__).parameters)
+        return inspect.signature(stock.__call__).parameters
+
+    @property
+    def call_arguments(self) -> frozenset[str]:
+        """Names of what a call of the pipeline takes."""
+        return frozenset(self.call_parameters)
 
     def draw(self, **options: Any) -> Any:
         """Images of a call of the pipeline, of whatever kind `output_type` asks for.
@@ -206,6 +211,23 @@ class Base(ABC):
                 each image.
         """
         return self.pipeline(**options).images
+
+    @property
+    def frames_per_second(self) -> int:
+        """Of the clips that it draws; 0: it draws pictures."""
+        return 0
+
+    def latent_frames(self, num_frames: int | None) -> int:
+        """Frames that the denoiser sees of a clip of so many frames, or of as many as the pipeline draws unasked."""
+        return 1
+
+    def clips(self, **options: Any) -> Any:
+        """Clips of a call of the pipeline, a list of frames each, of whatever kind `output_type` asks for.
+
+        Args:
+            options: as `draw` takes them, and `num_frames`. A base that draws pictures draws clips of one frame.
+        """
+        return [[image] for image in self.draw(**options)]
 
     @property
     def takes_sequence_length(self) -> bool:
@@ -274,17 +296,22 @@ class Base(ABC):
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
     @property
-    def pixel_multiple(self) -> int:
-        """Height and width of images must be divisible by this."""
+    def vae_scale_factor(self) -> int:
+        """Pixels of an image's side for one of its latents."""
         return self.pipeline.vae_scale_factor
 
     @property
+    def pixel_multiple(self) -> int:
+        """Height and width of images must be divisible by this."""
+        return self.vae_scale_factor
+
+    @property
     def default_side(self) -> int:
-        """Height and width of an image where nobody says, in pixels: the pipeline's own."""
+        """Height and width of a square image where nobody says, in pixels: as many as the pipeline's own has."""
         size = getattr(self.pipeline, "default_sample_size", None) or self.denoiser.config.get("sample_size")
         if size is None:  # pipelines that have it as a number in their call
             return 1024
-        return int((size if isinstance(size, int) else min(size)) * self.pipeline.vae_scale_factor)
+        return int((size if isinstance(size, int) else min(size)) * self.vae_scale_factor)
 
     def density(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw n numbers in (0, 1) by the weighting scheme."""

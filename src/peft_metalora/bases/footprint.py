@@ -75,13 +75,17 @@ def _bytes_of(model: nn.Module, memory: Memory, dtype: torch.dtype, quantized: b
     return each
 
 
-def one_pass(base: Base, resolution: int) -> Pass:
-    """What a sample of `resolution` pixels takes on its way through the denoiser, in two bytes a number."""
-    side = resolution // base.pipeline.vae_scale_factor
+def one_pass(base: Base, resolution: int, frames: int = 1) -> Pass:
+    """What a sample of `resolution` pixels takes on its way through the denoiser, in two bytes a number.
+
+    Args:
+        frames: of a clip, as the denoiser sees them (`Base.latent_frames`).
+    """
+    side = resolution // base.vae_scale_factor
     if isinstance(base.denoiser, UNet2DConditionModel):
         units = list(_of_unet(base.denoiser, side))
     else:
-        units = list(_of_transformer(base, side))
+        units = list(_of_transformer(base, side, frames))
     inner = [2 * _KEPT * unit.numbers for unit in units]
     return Pass(
         kept=sum(inner),
@@ -100,25 +104,30 @@ class _Unit:
     operations: float = 0.0
 
 
-def _of_transformer(base: Base, side: int) -> Iterator[_Unit]:
-    tokens = base.pixel_multiple // base.pipeline.vae_scale_factor
-    image, text = (side // tokens) ** 2, base.max_sequence_length
+def _of_transformer(base: Base, side: int, frames: int) -> Iterator[_Unit]:
+    tokens = base.pixel_multiple // base.vae_scale_factor
+    image, text = frames * (side // tokens) ** 2, base.max_sequence_length
     names = {id(module): path for path, module in base.denoiser.named_modules()}
     for block in blocks_of(base.denoiser):
         layers = [(path, one) for path, one in block.named_modules() if isinstance(one, nn.Linear)]
+        crossing = {path for path, one in block.named_modules() if getattr(one, "is_cross_attention", False)}
         two_streams = any(sign in path for path, _ in layers for sign in _TEXT_SIDE)
-        both = text if any(sign in names[id(block)] for sign in _TEXT_SIDE) else image if two_streams else image + text
+        together = image if crossing else image + text
+        both = text if any(sign in names[id(block)] for sign in _TEXT_SIDE) else image if two_streams else together
         unit, width = _Unit(), 0
         for path, layer in layers:
-            seen = text if two_streams and any(sign in path for sign in _TEXT_SIDE) else both
+            attention, _, name = path.rpartition(".")
+            crosses = attention in crossing
+            of_text = two_streams and any(sign in path for sign in _TEXT_SIDE)
+            seen = text if of_text or (crosses and name in ("to_k", "to_v")) else both
             if any(sign in path for sign in _OF_TIME):
                 seen = 1
             unit.numbers += seen * layer.out_features
             unit.operations += 2.0 * seen * layer.in_features * layer.out_features
-            if path.endswith("to_q"):
+            if name == "to_q":
                 width = layer.in_features
-                unit.operations += 4.0 * (image + text) ** 2 * layer.out_features
-        unit.boundary = (image + text) * (width or max(layer.in_features for _, layer in layers))
+                unit.operations += 4.0 * (image * text if crosses else together**2) * layer.out_features
+        unit.boundary = together * (width or max(layer.in_features for _, layer in layers))
         yield unit
 
 
@@ -164,9 +173,12 @@ def _of_unet(unet: Any, side: int) -> Iterator[_Unit]:
 def of_autoencoder(vae: nn.Module, resolution: int, *, decoding: bool = False) -> float:
     """Bytes that an autoencoder has at once at the full size of an image, in two bytes a number."""
     config: Any = vae.config
-    widths = getattr(config, "block_out_channels", None) or [getattr(config, "base_dim", 128)]
+    widths, side = config.get("block_out_channels"), resolution
+    if widths is None:  # one for clips, and some of those cut frames into patches first
+        widths = [(config.get("decoder_base_dim") if decoding else None) or config.get("base_dim", 128)]
+        side //= config.get("patch_size") or 1
     # Going up, the full size is reached before the last narrowing.
-    return 3.0 * 2 * max(widths[: 2 if decoding else 1]) * resolution**2
+    return 3.0 * 2 * max(widths[: 2 if decoding else 1]) * side**2
 
 
 def numbers_of_subject(layers: Sequence[Any], rank: int, meta_rank: int) -> tuple[int, int]:

@@ -141,8 +141,8 @@ def lighter(config: Any) -> list[str]:
         later = order[order.index(offload) + 1 :] if offload in order else order if offload == "none" else ()
         fits = [one for one in later if _refusal(str(quantize), one, use, here) is None]
         changes += [f"--offload {one}" for one in (fits[-1:] if use == "train" else fits[:1])]
-    for name in ("train_batch_size", "subjects_per_batch", "num_images_per_prompt"):
-        if getattr(config, name, 1) > 1:
+    for name in ("train_batch_size", "subjects_per_batch", "num_images_per_prompt", "num_frames"):
+        if (getattr(config, name, 1) or 1) > 1:
             changes.append(f"a smaller --{name}")
     if hasattr(config, "resolution"):
         changes.append("a smaller --resolution")

@@ -79,6 +79,7 @@ class Parts:
         Raises:
             BaseModelMismatchError: there is none.
         """
+        import diffusers
         from diffusers import DiffusionPipeline, ModularPipeline
 
         with self._understood():
@@ -92,7 +93,9 @@ class Parts:
             for name, cls in named.items():
                 if cls is not None:
                     self._add_hull(name, _Files(cls, self.name, {"subfolder": name, **self._source}))
-            return DiffusionPipeline.from_pretrained(self.name, dtype=self._dtype, **self._hulls, **self._source)
+            # Its own class: the general one reads what its class may do without, as Wan's transformer, beside the hull.
+            own = getattr(diffusers, str(index.get("_class_name")), DiffusionPipeline)
+            return own.from_pretrained(self.name, dtype=self._dtype, **self._hulls, **self._source)
 
     def _modular_pipeline(self) -> Any:
         from diffusers import ModularPipeline

@@ -18,7 +18,7 @@ from .base import FlowBase, Text, send
 
 
 class QwenLatents(FlowBase):
-    """Bases with Qwen-Image's autoencoder."""
+    """Bases with Qwen-Image's autoencoder, which is one for clips."""
 
     def latents_of(self, pixels: Tensor) -> Tensor:
         vae = self.pipeline.vae
@@ -31,7 +31,7 @@ class QwenLatents(FlowBase):
 
     @property
     def pixel_multiple(self) -> int:
-        return 2 * self.pipeline.vae_scale_factor
+        return 2 * self.vae_scale_factor
 
 
 class QwenImage(QwenLatents):

@@ -30,6 +30,7 @@ EXTRAS = {
     "dlib": "likeness by a recogniser with free weights, --embedder dlib",
     "lpips": "diversity in evaluate (--lpips)",
     "serve": "the service on Ray",
+    "video": "clips as MP4 (generate --clip_format mp4)",
 }
 """What each extra of the package is for."""
 OTHERS = {

@@ -337,19 +337,21 @@ def _of_drawing(config: GenerateConfig) -> tuple[Estimate, nn.Module]:
         found = read_config(folder_of(first, local_files_only=config.local_files_only))
         name, revision = base_to_load(None, None, found, first)
     base, dtype = _open(config, name, revision, config)
-    side = config.resolution or base.default_side
-    at, own, width = _Held(base, config, dtype), one_pass(base, side), dtype.itemsize / 2
+    side, frames = config.resolution or base.default_side, base.latent_frames(config.num_frames)
+    at, own, width = _Held(base, config, dtype), one_pass(base, side, frames), dtype.itemsize / 2
     guided = 1 if config.guidance_scale is not None and config.guidance_scale <= 1 else 2
     text, denoise, decode = at.drawing()
     samples = config.num_images_per_prompt
+    # Of a clip what one of its latents becomes is decoded at a time.
+    decoded = samples * (base.pipeline.vae_scale_factor_temporal if frames > 1 else 1)
     phases = {
         "encoding": text,
         "drawing": denoise + guided * samples * width * own.alive,
-        "decoding": decode + samples * width * of_autoencoder(base.pipeline.vae, side, decoding=True),
+        "decoding": decode + decoded * width * of_autoencoder(base.pipeline.vae, side, decoding=True),
     }
     pictures = max(1, len(config.subject) + bool(config.photo)) * len(config.prompt)
     seconds, rate = _seconds(at, own, pictures * config.num_inference_steps, guided * samples, 1)
-    written = pictures * samples * 2.0 * side**2
+    written = pictures * samples * frames * 2.0 * side**2
     return _told(at, phases, seconds, rate, (*base.encoder_names, base.denoiser_name), written), base.denoiser
 
 

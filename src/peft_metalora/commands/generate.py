@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of subjects from prompts: load a base and subjects, draw, write PNG files."""
+"""Images or clips of subjects from prompts: load a base and subjects, draw, write PNG files or clips."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class GenerateConfig:
     pretrained_model_name_or_path: str | None = setting(
         f"{BASE_MODEL} Default: the one that the first subject or the Down names.", None
     )
-    output_dir: str = setting("Folder for the images, <subject>-<prompt number>-<image number>.png.")
+    output_dir: str = setting(
+        "Folder for the images, <subject>-<prompt number>-<image number>.png; of clips, .webp or .mp4."
+    )
     prompt: list[str] = setting("One or more prompts.")
     subject: list[str] = setting(
         "Subjects (or Downs, which show their mean subject): folders or repository ids. None: the base.", []
@@ -57,6 +59,12 @@ class GenerateConfig:
     num_inference_steps: int = setting("Steps of the sampler.", 28)
     guidance_scale: float | None = setting("Guidance. Default: the pipeline's own.", None)
     resolution: int | None = setting("Height and width in pixels. Default: the pipeline's own.", None)
+    num_frames: int | None = setting(
+        "Frames of a clip, on a base that draws clips; 1 is a picture. Default: the pipeline's own.", None
+    )
+    clip_format: str = setting(
+        "File of a clip: an animated webp, or mp4, which needs the extra [video].", "webp", ("webp", "mp4")
+    )
     max_sequence_length: int | None = setting(
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
     )
@@ -70,7 +78,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ConfigError("prompt must name at least one prompt, found none")
-        for name in ("num_images_per_prompt", "num_inference_steps", "resolution", "max_sequence_length"):
+        names = "num_images_per_prompt", "num_inference_steps", "resolution", "num_frames", "max_sequence_length"
+        for name in names:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value}")
         if bool(self.photo) != (self.down is not None):
@@ -118,11 +127,13 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     from ..pipelines.loader import enable_meta_lora
     from ..training.examples.shapes import crop_shapes
     from ..tuner import DownSource
+    from .clips import clip, require_clip_format
 
     hub: HubOptions = {"local_files_only": config.local_files_only}
     device = choose_device(config.device)
     require_supported(config, "draw", *([CPU] if device.type == "cpu" else []))
     require_writable(config.output_dir)
+    require_clip_format(config.clip_format)
     for photo in config.photo:
         found = read_photos(photo)
         if not Path(photo).is_dir():
@@ -145,6 +156,11 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     )
     if config.resolution is not None:
         crop_shapes(None, config.resolution, base.pixel_multiple)
+    if config.num_frames is not None and not base.frames_per_second:
+        raise ConfigError(
+            f"num_frames is for a base that draws clips, found a {type(base.pipeline).__name__}, which draws pictures: "
+            "leave it out"
+        )
     downs: dict[str, DownSource] = {}
     # What does not fit is refused before weights of the base are read.
     for name in named:
@@ -161,6 +177,8 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         options["guidance_scale"] = config.guidance_scale
     if config.resolution is not None:
         options.update(height=config.resolution, width=config.resolution)
+    if config.num_frames is not None:
+        options["num_frames"] = config.num_frames
     adapters = [pipe.load_meta_lora(name, **hub) for name in config.subject]
     if config.down is not None:
         sight = {name: getattr(config, name) for name in ("face_crop", "face_margin", "face_align", "face_model")}
@@ -173,7 +191,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
             pipe.set_adapters(adapters[who])
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
         try:
-            images = base.draw(
+            clips = base.clips(
                 prompt=config.prompt[number],
                 num_images_per_prompt=config.num_images_per_prompt,
                 num_inference_steps=config.num_inference_steps,
@@ -184,9 +202,11 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
             raise
         except ValueError as error:
             raise ConfigError(f"expected what a {type(pipe).__name__} takes, found: {error}") from error
-        for count, image in enumerate(images):
-            written.append(Path(config.output_dir) / f"{names[who]}-{number:02d}-{count:02d}.png")
-            write_bytes(written[-1], png(image))
+        for count, frames in enumerate(clips):
+            kind = config.clip_format if len(frames) > 1 else "png"
+            written.append(Path(config.output_dir) / f"{names[who]}-{number:02d}-{count:02d}.{kind}")
+            content = png(frames[0]) if kind == "png" else clip(frames, base.frames_per_second, kind)
+            write_bytes(written[-1], content)
     return written
 
 

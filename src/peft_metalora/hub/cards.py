@@ -37,6 +37,10 @@ BASE_LICENSES: dict[str, tuple[str, str | None, str | None]] = {
     },
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None, None),
     "stabilityai/stable-diffusion-xl-base-1.0": ("openrail++", None, None),
+    **{
+        f"Wan-AI/{name}-Diffusers": ("apache-2.0", None, None)
+        for name in ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-TI2V-5B")
+    },
     "stabilityai/stable-diffusion-3-medium-diffusers": (
         "other",
         "stabilityai-ai-community",
@@ -51,9 +55,11 @@ _FAMILIES = {
     "QwenImageTransformer2DModel": "qwen-image",
     "SD3Transformer2DModel": "sd3",
     "UNet2DConditionModel": "stable-diffusion",
+    "WanTransformer3DModel": "wan",
     "ZImageTransformer2DModel": "z-image",
 }
 _MODULAR = {"Flux3Transformer2DModel"}
+_OF_CLIPS = {"WanTransformer3DModel"}
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,10 @@ def _metadata(
 ) -> ModelCardData:
     base = config.base_model_name_or_path
     licence, licence_name, licence_link = BASE_LICENSES.get(base or "", (None, None, None))
-    family = _FAMILIES.get((config.auto_mapping or {}).get("base_model_class", ""))
+    of = _base_class(config)
+    family, task = _FAMILIES.get(of), "text-to-video" if of in _OF_CLIPS else "text-to-image"
     kind = "meta-lora-down" if config.stage == "meta" else "meta-lora-subject"
-    tags = ["meta-lora", kind, "lora", "template:sd-lora", "text-to-image", "diffusers", *([family] if family else [])]
+    tags = ["meta-lora", kind, "lora", "template:sd-lora", task, "diffusers", *([family] if family else [])]
     evaluation = {name: value for name, value in (facts.get("evaluation") or {}).items() if _is_number(value)}
     extra: dict[str, Any] = {}
     if base:
@@ -125,7 +132,7 @@ def _metadata(
         extra["widget"] = [{"text": picture.prompt, "output": {"url": picture.path}} for picture in gallery]
     results = [
         EvalResult(
-            task_type="text-to-image",
+            task_type=task,
             dataset_type="custom",
             dataset_name=str(facts.get("evaluation_data", "see the card")),
             metric_type=name.lower().replace(" ", "-"),
@@ -140,12 +147,16 @@ def _metadata(
         license=facts.get("license") or licence,
         license_name=None if facts.get("license") else licence_name,
         license_link=None if facts.get("license") else licence_link,
-        pipeline_tag="text-to-image",
+        pipeline_tag=task,
         tags=tags,
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
         **extra,
     )
+
+
+def _base_class(config: MetaLoraConfig) -> str:
+    return str((config.auto_mapping or {}).get("base_model_class", ""))
 
 
 def _is_number(value: Any) -> bool:
@@ -171,15 +182,20 @@ def _opening(config: MetaLoraConfig, facts: Mapping[str, Any]) -> str:
 def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has_fold: bool) -> str:
     base = config.base_model_name_or_path or "<base model>"
     prompt = facts.get("trigger") or "a photo of a person"
-    modular = (config.auto_mapping or {}).get("base_model_class") in _MODULAR
+    modular, clips = _base_class(config) in _MODULAR, _base_class(config) in _OF_CLIPS
     kind = "ModularPipeline" if modular else "DiffusionPipeline"
-    call = f"prompt={as_literal(prompt)}, output='images')[0]" if modular else f"{as_literal(prompt)}).images[0]"
+    call = f"image = pipe({as_literal(prompt)}).images[0]"
+    if modular:
+        call = f"image = pipe(prompt={as_literal(prompt)}, output='images')[0]"
+    if clips:
+        call = f"frames = pipe({as_literal(prompt)}).frames[0]\nexport_to_video(frames, 'clip.mp4', fps=16)"
     load = f"{kind}.from_pretrained({as_literal(base)}"
     ours = [
         "```python",
         "import torch",
         "import peft_metalora",
         f"from diffusers import {kind}",
+        *(["from diffusers.utils import export_to_video"] if clips else []),
         "",
         *([f"pipe = {load})", "pipe.load_components(dtype=torch.bfloat16)"] if modular else []),
         *([] if modular else [f"pipe = {load}, torch_dtype=torch.bfloat16)"]),
@@ -188,7 +204,7 @@ def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has
     ]
     if config.stage == "meta":
         return "\n".join([*ours, "# then a subject that stands on it: pipe.load_meta_lora(<subject>)", "```", ""])
-    lines = [*ours, f"image = pipe({call}", "```", ""]
+    lines = [*ours, call, "```", ""]
     if has_fold:
         lines += [
             "Without this package, as an ordinary LoRA (the exact fold, scale included):",

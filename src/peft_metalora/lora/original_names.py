@@ -82,6 +82,15 @@ _FLUX3_BLOCK: _Layers = {
     "ff.linear_in": ("mlp_in", 0, None),
     "ff.linear_out": ("mlp_out", 0, None),
 }
+_WAN_BLOCK: _Layers = {
+    **{
+        f"{ours}.{layer}": (f"{theirs}.{name}", 0, None)
+        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for layer, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    },
+    "ffn.net.0.proj": ("ffn.0", 0, None),
+    "ffn.net.2": ("ffn.2", 0, None),
+}
 _FLUX1_OUTSIDE = {
     "x_embedder": "img_in",
     "context_embedder": "txt_in",
@@ -153,6 +162,17 @@ _TRANSFORMERS: dict[str, tuple[tuple[tuple[str, str, _Layers], ...], dict[str, s
             ("text_fusion.refiner_blocks", "txtfusion.refiner_blocks", _KREA2_BLOCK),
         ),
         {"img_in": "first", "final_layer.linear": "last.linear"},
+    ),
+    "WanTransformer3DModel": (
+        (("blocks", "blocks", _WAN_BLOCK),),
+        {
+            "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+            "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+            "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+            "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+            "condition_embedder.time_proj": "time_projection.1",
+            "proj_out": "head.head",
+        },
     ),
 }
 _RESNET = {

@@ -60,7 +60,8 @@ class PerSampleMixin:
             regions: pairs of a subject (or None) and its place in every image of the call: a box (x0, y0, x1, y1) in
                 pixels, or a mask of the image's size (a PIL image, or a tensor (h, w)). Image tokens show the subject
                 of the region that holds most of them, the later one where regions meet; all else, text tokens too, is
-                the base. For UNets and the transformers of FLUX, Qwen-Image, Z-Image and Krea 2.
+                the base; of a clip, in every frame. For UNets and the transformers of FLUX, Qwen-Image, Z-Image, Krea 2
+                and Wan.
 
         Raises:
             AdapterNotFoundError: a subject that is not loaded.

@@ -37,6 +37,12 @@ def named_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     Raises:
         PipelineError: there is none, or there are several.
     """
+    if isinstance(getattr(pipe, "transformer_2", None), nn.Module):
+        raise PipelineError(
+            f"expected a pipeline of one denoiser, found a {type(pipe).__name__} of two transformers, each for a part "
+            "of the noise levels (as Wan 2.2 A14B has), where a person on one would be half shown. Use a base of one, "
+            "such as Wan 2.2 TI2V-5B or Wan 2.1 T2V."
+        )
     for component in ("transformer", "unet"):
         model = getattr(pipe, component, None)
         if isinstance(model, nn.Module):

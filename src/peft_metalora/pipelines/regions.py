@@ -32,10 +32,11 @@ _TEXT = {
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder"),
     *("txt_in", "txt_mlp", "context_refiner", "cap_embedder", "text_fusion", "encoder_hid_proj"),
     *("txt_mode_blocks", "image_cond"),  # of FLUX.3, the second for reference images
+    "condition_embedder",  # of Wan, the time's too
 }
 _TRANSFORMERS = {
     *("FluxTransformer2DModel", "Flux2Transformer2DModel", "Flux3Transformer2DModel"),
-    *("QwenImageTransformer2DModel", "Krea2Transformer2DModel", "ZImageTransformer2DModel"),
+    *("QwenImageTransformer2DModel", "Krea2Transformer2DModel", "ZImageTransformer2DModel", "WanTransformer3DModel"),
 }
 _Z_IMAGE_MULTIPLE = 32  # image and text are filled up to this many tokens each
 
@@ -118,11 +119,11 @@ class _Layout:
         self._class = type(model).__name__
         if not {"img_ids", "sample"} & set(names) and self._class not in _TRANSFORMERS:
             raise PipelineError(
-                "expected a transformer of FLUX, Qwen-Image, Z-Image or Krea 2, or a UNet, for regions, found a "
+                "expected a transformer of FLUX, Qwen-Image, Z-Image, Krea 2 or Wan, or a UNet, for regions, found a "
                 f"{self._class}. Use subjects= instead."
             )
         self._model, self._regions, self._slots = model, regions, slots
-        self._factor: int = pipe.vae_scale_factor
+        self._factor: int = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
         self._image = TokenSlots()
         self._seen: tuple[int, ...] | None = None
 
@@ -168,6 +169,11 @@ class _Layout:
             filling = torch.ones(-rows * columns % _Z_IMAGE_MULTIPLE, 3, dtype=torch.int64)
             longest = max(len(text) for text in texts)
             return torch.cat([_grid_ids(0, rows, columns), filling]), 0, longest + -longest % _Z_IMAGE_MULTIPLE
+        if self._class == "WanTransformer3DModel":
+            patches: Any = self._model.config
+            sides = zip(given["hidden_states"].shape[2:], patches.patch_size, strict=True)
+            frames, rows, columns = (side // patch for side, patch in sides)
+            return _grid_ids(0, rows, columns).repeat(frames, 1), 0, 0
         text = given["encoder_hidden_states"].shape[1]
         if self._class == "QwenImageTransformer2DModel":
             grids = given["img_shapes"][0]
