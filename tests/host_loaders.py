@@ -11,7 +11,8 @@ sd-scripts 48d368fa, musubi-tuner 30c658c4:
 - comfy/weight_adapter/lora.py, `LoRAAdapter.load` and `calculate_weight`: the names of the two factors, alpha, and
   that their product must have as many numbers as the weight.
 - networks/lora.py, `create_network_from_weights` and `LoRANetwork` (also in lora_flux.py, lora_sd3.py; musubi-tuner's
-  lora_flux_2.py, lora_qwen_image.py, lora_krea2.py, lora_wan.py): inside which blocks layers are taken, and the factors' shapes.
+  lora_flux_2.py, lora_qwen_image.py, lora_krea2.py, lora_wan.py): inside which blocks layers are taken, and the
+  factors' shapes.
 """
 
 from __future__ import annotations

@@ -17,17 +17,7 @@ from peft_metalora.evaluation.methods import MethodRun, run_method
 from peft_metalora.evaluation.textual_inversion import NewWord, replace_word
 from pipelines_tiny import PIPELINES, tiny_flux_pipeline
 
-TEXT_ENCODERS = {
-    "sd15": 1,
-    "sdxl": 2,
-    "sd3": 3,
-    "flux": 2,
-    "flux2": 1,
-    "z_image": 1,
-    "qwen_image": 1,
-    "krea2": 1,
-    "wan": 1,
-}
+TEXT_ENCODERS = dict.fromkeys(PIPELINES, 1) | {"sdxl": 2, "sd3": 3, "flux": 2}
 PROMPT = "a photo of a {} , smiling"
 
 

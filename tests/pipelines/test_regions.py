@@ -132,10 +132,8 @@ def test_every_layer_sees_the_subjects_of_its_tokens(people, family, height, wid
     made = picture(pipe, family, (0, 1), images=images, regions=[("ann", left), ("bob", mask)], **size)
     for hook in hooks:
         hook.remove()
-    assert (made.shape[0], *made.shape[-3:]) == (2 * images, height, width, 3) and {shown for _, shown in seen} == {
-        True,
-        False,
-    }
+    assert (made.shape[0], *made.shape[-3:]) == (2 * images, height, width, 3)
+    assert {shown for _, shown in seen} == {True, False}
 
 
 @pytest.mark.parametrize("family", sorted(WITH_TEXT))
