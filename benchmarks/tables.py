@@ -634,6 +634,23 @@ def down_hours(results: dict[str, Data]) -> str:
     return table(["base", "card", "samples a second", f"hours of {DOWN_SAMPLES:,} samples"], rows)
 
 
+TARGETS = 4  # photos that judge each person in a step, in `training.py` and in `convergence.py`
+
+
+def encoder_hours(results: dict[str, Data]) -> str:
+    """What target images gave on the drawn domain, and the hours they take on FLUX.1-dev's shapes."""
+    training = results["training"]
+    rate = TARGETS * training["figures"]["encoder_train_people_per_second_flux"]
+    rows = [
+        [f"{int(count):,}", spread(score), f"{int(count) / rate / 3600:.0f}"]
+        for count, score in results["convergence"]["figures"]["by_images"].items()
+    ]
+    note = next(note for note in training["notes"] if note.startswith("The training of an encoder: "))
+    heads = ["target images", "R-FaceSim in zero steps, drawn faces", f"hours at {rate:.1f} a second"]
+    rows = beside_photos(rows, results["convergence"]["figures"]["real_ceiling"])
+    return table(heads, rows) + f"\n{note}\n"
+
+
 COPYING = {
     "meta-lora:start=encoder": "**read, 0 steps**",
     "lora:r=1,lr=1e-2": "LoRA, rank 1, {steps} steps",
@@ -673,6 +690,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "service": ("service", lambda results: goals(results["service"], SERVICE)),
     "stopping": ("stopping", stopping),
     "copying": ("copying", copying),
+    "encoder_hours": ("training", encoder_hours),
     "zero_goals": ("convergence", zero_goals),
     "zero_steps": ("convergence", zero_steps),
     "zero_rivals": ("convergence", zero_rivals),
