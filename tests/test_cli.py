@@ -81,6 +81,14 @@ def test_bad_files_are_one_sentence(tmp_path, capsys, text, message):
     assert error.startswith("metalora: ") and error.count("\n") == 1
 
 
+def test_a_choice_in_a_file_is_one_of_those_that_a_flag_has(tmp_path, capsys):
+    """Bug: of commands that do not train, a KeyError came out."""
+    file = tmp_path / "run.yaml"
+    file.write_text("prompt: a photo\nmixed_precision: fp8\n")
+    assert main(["generate", *REQUIRED, "--config", str(file)]) == 2
+    assert "--mixed_precision must be one of 'auto', 'no', 'bf16', 'fp16', found 'fp8'" in capsys.readouterr().err
+
+
 HOSTILE = {
     "deep": "rank: " + "[" * 50000,
     "deep map": "{a: " * 20000,

@@ -384,7 +384,7 @@ def make_config(cls: type, file: str | None, given: dict[str, Any]) -> Any:
     ]
     if missing:
         raise ConfigError(f"expected {', '.join(missing)}, found nothing: give it as a flag or in the file of --config")
-    if fault := fault_of(values):
+    if fault := fault_of(values, cls):
         raise ConfigError(fault)
     return cls(**values)
 

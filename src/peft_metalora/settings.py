@@ -87,8 +87,9 @@ def settings_list(cls: type) -> str:
     return "\n\n".join(entries)
 
 
-def fault_of(values: Mapping[str, Any]) -> str | None:
-    """What is wrong with settings one by one, whatever they mean: numbers are finite and of a size, texts are texts."""
+def fault_of(values: Mapping[str, Any], cls: type) -> str | None:
+    """What is wrong with settings of a dataclass one by one, whatever they mean: numbers are finite and of a size,
+    texts are texts, and where there are choices each is one of them."""
     for name, value in values.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):
@@ -97,6 +98,10 @@ def fault_of(values: Mapping[str, Any]) -> str | None:
                 return f"{name} must be a number below 2**62, found a larger one"
             if isinstance(item, str) and ("\0" in item or not _is_unicode(item)):
                 return f"{name} must be a text that UTF-8 can hold, without NUL, found {shown(item)}"
+    for one in fields(cls):
+        value, choices = values.get(one.name, one.default), one.metadata.get("choices")
+        if choices and value not in (*choices, one.default):
+            return f"{one.name} must be one of {', '.join(map(repr, choices))}, found {shown(value)}"
     return None
 
 

@@ -19,7 +19,16 @@ READ = ["--photos", "{home}/people/person-0", "--output_dir", "{out}", "--down",
 DRAW = ["--prompt", "a photo", "--output_dir", "{out}"]
 PHOTO = ["--photo", "{home}/ann.png"]
 VALIDATION = ["--validation_steps", "1", "--validation_subjects", "1", "--validation_prompt", "a photo"]
-JUDGED = ["--data", "{home}/people", "--output", "{out}", "--base", "{home}/base", "--embedder", "training_tiny:Bright"]
+JUDGED = [
+    "--data",
+    "{home}/people",
+    "--output",
+    "{out}",
+    "--base",
+    "{home}/base",
+    "--embedder",
+    "training_tiny:Brightness",
+]
 JUDGED += ["--method", "base"]
 ENCODER = ["train-encoder", "--down", "{home}/down"]
 REFUSED = {
@@ -80,6 +89,14 @@ REFUSED = {
         ["generate", *BASE, *DRAW, *PHOTO, "--down", "{home}/reading", "--face_crop", "nobody:Such"],
         "nobody:Such",
     ),
+    "generate: device": (["generate", *BASE, *DRAW, "--device", "toaster"], "--device must be 'cpu', 'cuda'"),
+    "personalize: device": (["personalize", *ONE, "--device", "xla:3"], "one that is here, found 'xla:3'"),
+    "likeness: judge": (
+        ["likeness", "{home}/ann.png", "{home}/ann.png", "--embedder", "training_tiny:Bright"],
+        "has no attribute 'embed'",
+    ),
+    "demo-data: nobody": (["demo-data", "{out}", "--subjects", "0"], "expected at least one subject, found 0"),
+    "demo-data: no size": (["demo-data", "{out}", "--size", "0"], "expected at least one pixel, found 0"),
     "evaluate: nobody": (["evaluate", *JUDGED, "--data", "{home}/empty"], "{home}/empty"),
     "evaluate: Down": (["evaluate", *JUDGED, "--method", "meta-lora:down={home}/nowhere"], "{home}/nowhere"),
     "evaluate: no Down": (["evaluate", *JUDGED, "--method", "meta-lora"], "needs a Down"),
@@ -118,7 +135,8 @@ def test_it_is_refused_in_a_sentence_and_no_base_is_opened(home, case, tmp_path,
     monkeypatch.setattr(Parts, "pipeline", lambda *_: pytest.fail("a base is opened"))
     before = sorted(home.rglob("*"))
     out = tmp_path / "out"
-    assert main([one.format(home=home, out=out) for one in [*arguments, *SHORT]]) == 2
+    short = [] if "--device" in arguments or arguments[0] in ("likeness", "demo-data") else SHORT
+    assert main([one.format(home=home, out=out) for one in [*arguments, *short]]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert message.format(home=home) in error
     assert not out.exists() and sorted(home.rglob("*")) == before

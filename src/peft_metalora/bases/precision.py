@@ -9,11 +9,30 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError
+
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or this process's GPU if there is one, or the CPU."""
+    """The device of that name, or this process's GPU if there is one, or the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return torch.device(name or (gpu if torch.cuda.is_available() else "cpu"))
+    device = device_called(name or (gpu if torch.cuda.is_available() else "cpu"))
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device must be one that is here, found {name!r}: {_first_line(error)}") from error
+    return device
+
+
+def device_called(name: str) -> torch.device:
+    """A device that may be elsewhere; raises ConfigError for a name that no device has."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be 'cpu', 'cuda', 'cuda:1' or the like, found {name!r}") from error
 
 
 def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
@@ -21,6 +40,10 @@ def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     if mixed_precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def autocast(mixed_precision: str, device: torch.device, *, adapter_casts: bool = False) -> Any:

@@ -28,7 +28,7 @@ from ..bases.footprint import (
     streamed,
 )
 from ..bases.memory import Memory, Whole, lighter
-from ..bases.precision import choose_dtype
+from ..bases.precision import choose_dtype, device_called
 from ..checkpoint.base_model import base_to_load
 from ..checkpoint.config_file import read_config
 from ..data import read_subjects
@@ -177,7 +177,7 @@ def measured(config: Any, denoiser: nn.Module) -> dict[str, Any] | None:
 
 def _open(config: Any, base_name: str, revision: str | None, memory: Memory) -> tuple[Base, torch.dtype]:
     # Without a device of its own a command is estimated for the GPU that it is meant for.
-    dtype = choose_dtype(config.mixed_precision, torch.device(config.device or "cuda"))
+    dtype = choose_dtype(config.mixed_precision, device_called(config.device or "cuda"))
     options = {"max_sequence_length": getattr(config, "max_sequence_length", None)}
     return open_base(
         base_name,

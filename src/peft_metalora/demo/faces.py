@@ -98,13 +98,14 @@ def write_dataset(
         The directory.
 
     Raises:
-        ConfigError: if there is no such split or subject, or no image is asked for.
+        ConfigError: if there is no such split or subject, or no subject, image or pixel is asked for.
         WriteFailedError: if a folder cannot be written; subjects written before it stay.
     """
-    if images_per_subject < 1:
-        raise ConfigError(f"expected at least one image per subject, found {images_per_subject}")
-    directory = Path(directory)
     indices = range(subjects) if isinstance(subjects, int) else list(subjects)
+    for what, count in (("subject", len(indices)), ("image per subject", images_per_subject), ("pixel", size)):
+        if count < 1:
+            raise ConfigError(f"expected at least one {what}, found {count}")
+    directory = Path(directory)
     identities = {index: subject_identity(split, index) for index in indices}  # all are checked before any is drawn
     for index, identity in tqdm(identities.items(), desc=f"Drawing {split} subjects", unit="subject"):
         scene = _subject_scenes(split, index, images_per_subject, seed)

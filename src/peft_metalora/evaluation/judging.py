@@ -184,7 +184,9 @@ def _faces(config: EvaluateConfig) -> Embedder:
 
 
 def _distance(name: str, device: torch.device) -> Distance:
-    distance: Distance = made_by(name, "lpips", "alex, vgg, squeeze") if ":" in name else Lpips(name, device=device)
+    if ":" not in name:
+        return Lpips(name, device=device)
+    distance: Distance = made_by(name, "lpips", "__call__", "alex, vgg, squeeze")
     return distance
 
 

@@ -332,22 +332,24 @@ def face_embedder(name: str, setting: str = "embedder", **options: Any) -> Embed
         from .dlib_faces import DlibEmbedder
 
         return DlibEmbedder()
-    embedder: Embedder = made_by(name, setting, "'insightface', 'dlib'")
+    embedder: Embedder = made_by(name, setting, "embed", "'insightface', 'dlib'")
     return embedder
 
 
-def made_by(name: str, setting: str, ours: str = "'insightface'") -> Any:
+def made_by(name: str, setting: str, method: str, ours: str = "'insightface'") -> Any:
     """What `module:function` returns, such as an embedder of somebody's own.
 
     Args:
-        setting: that named it. ours: what else it takes.
+        setting: that named it. method: that it must have. ours: what else the setting takes.
 
     Raises:
-        ConfigError: there is no such function.
+        ConfigError: there is no such function, or it returns something else.
     """
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)()
+        made = getattr(importlib.import_module(module), function)()
+        getattr(made, method)
+        return made
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{setting} must be {ours} or module:function, found {name!r}: {error}") from error
 

@@ -97,5 +97,5 @@ def _turned(face: Face, image: Image.Image, margin: float) -> Region | None:
 
 def load_detector(name: str) -> FaceDetector:
     """'insightface', or `module:function` that returns a detector; raises as `FaceCrop`."""
-    detector: FaceDetector = InsightFaceDetector() if name == "insightface" else made_by(name, "face_crop")
+    detector: FaceDetector = InsightFaceDetector() if name == "insightface" else made_by(name, "face_crop", "detect")
     return detector

@@ -128,13 +128,8 @@ class TrainingConfig:
     tracker_project_name: str = setting("Name of the project, or of the run in logging_dir.", "metalora")
 
     def __post_init__(self) -> None:
-        if fault := fault_of(vars(self)):
+        if fault := fault_of(vars(self), type(self)):
             raise ConfigError(fault)
-        for one in fields(self):
-            choices = one.metadata.get("choices")
-            value = getattr(self, one.name)
-            if choices and value not in choices and (value is not None or one.default is not None):
-                raise ConfigError(f"{one.name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
         for name in self._at_least_one():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
