@@ -63,6 +63,18 @@ def test_a_given_pipeline_keeps_its_models():
     assert pipe.text_encoder_2 is encoder and not is_hull(encoder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_photos_go_where_layers_come_one_by_one(dtype, monkeypatch):
+    """Bug: `generate --photo --offload sequential` sent the photo to where the weights wait, and ended in a traceback."""
+    pipe = tiny_flux_pipeline().to(dtype)
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.enable_sequential_cpu_offload(device="cpu")  # accelerate computes so on a GPU only
+    base, seen = base_for(pipe), []
+    monkeypatch.setattr(base, "latents_of", lambda pixels: seen.append(pixels) or pixels)
+    base.encode_images(torch.zeros(1, 3, 16, 16))
+    assert [(pixels.device.type, pixels.dtype) for pixels in seen] == [("cpu", dtype)]
+
+
 def test_every_process_of_a_divided_run_reads_the_text_encoders(tmp_path, monkeypatch):
     """Bug: transformers below 5.21 gave zeros for text encoders to all processes but the first of `--use_fsdp`."""
     seen = []

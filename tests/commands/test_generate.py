@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from peft_metalora.bases.parts import Parts
 from peft_metalora.commands.generate import GenerateConfig, _file_names, generate
 from peft_metalora.errors import BaseModelMismatchError, ConfigError, UnreadableImageError
 from pipelines_tiny import tiny_flux_pipeline
+from training_tiny import teach_to_read
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,17 @@ def test_it_draws_the_same_from_weights_that_wait(people, tmp_path):
     waiting = drawn(people, tmp_path / "waiting", quantize="int8", offload="model")
     assert np.abs(there - waiting).max() <= 1
     assert np.abs(there - drawn(people, tmp_path / "base", subject=[], quantize="int8")).max() > 1
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_a_photo_is_read_wherever_weights_wait(people, tmp_path, offload):
+    shutil.copytree(people / "faces", tmp_path / "faces")
+    teach_to_read(tmp_path / "faces", spread=4.0)
+    Image.new("RGB", (24, 24), "grey").save(tmp_path / "ann.png")
+    reading = {"subject": [], "photo": [str(tmp_path / "ann.png")], "down": str(tmp_path / "faces")}
+    there = drawn(people, tmp_path / "there", **reading)
+    waiting = drawn(people, tmp_path / "waiting", offload=offload, **reading)
+    assert np.abs(there - waiting).max() <= 1
 
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(people, tmp_path, monkeypatch):

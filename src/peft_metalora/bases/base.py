@@ -275,17 +275,16 @@ class Base(ABC):
         """
         self._have_here("vae")
         vae = self.pipeline.vae
-        # Hooks of accelerate bring a VAE to its device, but not what it is to encode.
-        device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or next(vae.parameters()).device
+        device = _device_of_hooks(vae) or next(vae.parameters()).device
         dtype = next(vae.parameters()).dtype
         size = batch_size or min(16, max(1, 2**20 // (pixels.shape[-2] * pixels.shape[-1])))
         overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)  # as SDXL's does
-        if overflows:
+        if overflows and not is_hull(vae):  # weights that come layer by layer stay what they are
             dtype = vae.float().dtype
         try:
             parts = [_finite(self.latents_of(part.to(device, dtype)).cpu(), "the VAE") for part in pixels.split(size)]
         finally:
-            if overflows:
+            if overflows and not is_hull(vae):
                 vae.half()
         return torch.cat(parts).float()
 
@@ -404,6 +403,14 @@ class FlowBase(Base):
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return noise - latents
+
+
+def _device_of_hooks(model: torch.nn.Module) -> torch.device | None:
+    """Where hooks of accelerate bring a model, or its layers; what it is to compute with they do not bring."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((device for device in devices if device is not None), None)
+    return None if found is None else torch.device(found)
 
 
 def _finite(tensor: Tensor, source: str) -> Tensor:
