@@ -65,7 +65,7 @@ def test_a_given_pipeline_keeps_its_models():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_photos_go_where_layers_come_one_by_one(dtype, monkeypatch):
-    """Bug: `generate --photo --offload sequential` sent the photo to where the weights wait, and ended in a traceback."""
+    """Bug: `generate --photo --offload sequential` sent the photo to where the weights wait: a traceback."""
     pipe = tiny_flux_pipeline().to(dtype)
     pipe.vae.register_to_config(force_upcast=True)
     pipe.enable_sequential_cpu_offload(device="cpu")  # accelerate computes so on a GPU only
