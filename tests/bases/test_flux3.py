@@ -143,8 +143,8 @@ def test_a_place_shows_its_person(learned):
     assert not torch.allclose(draw(pipe, regions=[(None, (0, 0, 24, 16))]), everywhere, atol=1e-5)
 
 
-def test_a_comfyui_file_has_the_names_of_the_published_checkpoint(learned, tmp_path):
-    """Bug: other tools could not be given anybody of FLUX.3."""
+def test_a_comfyui_file_has_the_names_of_the_original_checkpoint(learned, tmp_path):
+    """Bug: there was no file of anybody of FLUX.3 by the names that diffusers converts."""
     path = export_subject(load_subject(learned / "ann"), tmp_path / "ann.safetensors", "comfyui")
     pipe = tiny_flux3_pipeline()
     layers = {name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)}

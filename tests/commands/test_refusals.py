@@ -13,6 +13,7 @@ from training_tiny import save_tiny_down, teach_to_read, write_people
 SHORT = ["--device", "cpu"]
 BASE = ["--pretrained_model_name_or_path", "{home}/base"]
 NO_CAPTION = "expected a caption for "
+OVER_THE_BASE = "expected an output apart from --pretrained_model_name_or_path, found '{home}/base'"
 MANY = ["--train_data_dir", "{home}/people", "--output_dir", "{out}"]
 ONE = ["--instance_data_dir", "{home}/people/person-0", "--output_dir", "{out}", "--down", "{home}/down"]
 READ = ["--photos", "{home}/people/person-0", "--output_dir", "{out}", "--down", "{home}/reading"]
@@ -52,6 +53,7 @@ REFUSED = {
     "train-encoder: no caption": ([*ENCODER, *MANY, "--train_data_dir", "{home}/silent"], NO_CAPTION),
     "train-encoder: Down": ([*ENCODER, *MANY, "--down", "{home}/nowhere"], "{home}/nowhere"),
     "train-encoder: output": ([*ENCODER, *MANY, "--output_dir", "{home}/ann"], "found a subject"),
+    "train-encoder: over the base": ([*ENCODER, *MANY, "--output_dir", "{home}/base"], OVER_THE_BASE),
     "train-encoder: cell": ([*ENCODER, *MANY, "--quantize", "nf4"], "needs a GPU"),
     "train-encoder: eyes": ([*ENCODER, *MANY, "--encoder", "ears"], "'ears'"),
     "personalize: no caption": (["personalize", *ONE, "--instance_data_dir", "{home}/ann.png"], NO_CAPTION),
@@ -62,6 +64,7 @@ REFUSED = {
     "personalize: Down": (["personalize", *ONE, "--down", "{home}/nowhere"], "{home}/nowhere"),
     "personalize: a Down that cannot read": (["personalize", *ONE, "--start", "encoder"], "a Down with an encoder"),
     "personalize: output": (["personalize", *ONE, "--output_dir", "{home}/ann"], "--overwrite to replace it"),
+    "personalize: over the base": (["personalize", *ONE, "--output_dir", "{home}/base"], OVER_THE_BASE),
     "personalize: cell": (["personalize", *ONE, "--quantize", "nf4"], "needs a GPU"),
     "personalize: optimiser": (["personalize", *ONE, "--optimizer", "Such"], "found 'Such'"),
     "personalize: rank": (["personalize", *ONE, "--rank", "3"], "--rank must be the Down's, 2"),
@@ -69,6 +72,7 @@ REFUSED = {
     "read: Down": (["read", *READ, "--down", "{home}/nowhere"], "{home}/nowhere"),
     "read: a Down that cannot": (["read", *READ, "--down", "{home}/down"], "a Down with an encoder"),
     "read: output": (["read", *READ, "--output_dir", "{home}/ann"], "--overwrite to replace it"),
+    "read: over the base": (["read", *READ, "--output_dir", "{home}/base"], OVER_THE_BASE),
     "read: detector": (["read", *READ, "--face_crop", "nobody:Such"], "nobody:Such"),
     "generate: subject": (["generate", *BASE, *DRAW, "--subject", "{home}/nowhere"], "{home}/nowhere"),
     "generate: Down": (
@@ -130,7 +134,10 @@ def home(tmp_path_factory):
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_refused_in_a_sentence_and_no_base_is_opened(home, case, tmp_path, monkeypatch, capsys):
-    """Bug: a missing caption, a Down that cannot read or a detector that is not there cost a download of 30 GB."""
+    """Bug: a missing caption, a Down that cannot read or a detector that is not there cost a download of 30 GB.
+
+    Bug: a person was written into the folder of the base that the Down names.
+    """
     arguments, message = REFUSED[case]
     monkeypatch.setattr(Parts, "pipeline", lambda *_: pytest.fail("a base is opened"))
     before = sorted(home.rglob("*"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoint.config_file import read_config
 from ..checkpoint.folded import model_class
 from ..files import EMBEDDED
-from ..lora.original_names import is_known
+from ..lora.original_names import is_elsewhere
 
 
 def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: str | None = None) -> str:
@@ -23,8 +23,8 @@ def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: 
     place, name = shlex.quote(os.fspath(folder)), Path(folder).resolve().name
     drawn = shlex.quote(f"{prompt or 'a photo of a person'}, laughing, on a beach")
     drawn += " --resolution 64" if down in EMBEDDED else ""  # the embedded base knows no other
-    # Of a base whose original names are unknown, other tools take the file that diffusers takes.
-    by_name = is_known(model_class(read_config(folder)))
+    # Of a base that other tools do not know, there is the file that diffusers takes.
+    by_name = is_elsewhere(model_class(read_config(folder)))
     kind, lora = ("comfyui", f"ComfyUI/models/loras/{name}") if by_name else ("diffusers", name)
     file, whom = shlex.quote(f"{lora}.safetensors"), "for ComfyUI:" if by_name else "as a LoRA:  "
     local = (

@@ -123,6 +123,7 @@ def run_read(config: ReadConfig) -> Done:
     reading = folder_of(config.down, READER_FILES, **options)
     asked = config.pretrained_model_name_or_path
     base_name, revision = base_to_load(asked, config.revision, down.config, config.down)
+    require_apart(config.output_dir, pretrained_model_name_or_path=base_name)
     base = open_base(
         base_name,
         revision=revision,

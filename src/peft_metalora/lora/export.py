@@ -23,9 +23,7 @@ from ..errors import ExportError
 from ..files import require_apart, save_tensors, staged_folder, write_tensors
 from ..tuner import MetaLoraConfig
 from ..tuner.convert import lora_config
-from .original_names import OriginalName, has_depth, original_names
-
-_NOT_KOHYAS = {"Flux3Transformer2DModel"}
+from .original_names import OriginalName, has_depth, is_elsewhere, original_names
 
 
 def export_subject(
@@ -103,10 +101,10 @@ def _peft(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[s
 
 
 def _kohya(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if model_class(config) in _NOT_KOHYAS:
+    if model_class(config) and not is_elsewhere(model_class(config)):
         raise ExportError(
-            f"expected a model that kohya's scripts know, found a {model_class(config)}. Export to comfyui or "
-            "diffusers instead."
+            f"expected a model that kohya's scripts know, found a {model_class(config)}. Export to "
+            "diffusers or peft instead."
         )
     is_sd15 = component_name(config) == "unet" and not has_depth(pairs)
     # sd-scripts trains SD 1.5 on diffusers' UNet and everything else on the original models.

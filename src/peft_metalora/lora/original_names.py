@@ -220,9 +220,13 @@ def original_names(model_class: str, modules: Iterable[str]) -> dict[str, Origin
     return {module: _transformer_name(model_class, module) for module in modules}
 
 
-def is_known(model_class: str) -> bool:
-    """Whether layers of a denoiser of this class have original names here."""
-    return model_class == "UNet2DConditionModel" or model_class in _TRANSFORMERS
+def is_elsewhere(model_class: str) -> bool:
+    """Whether other tools know a denoiser of this class, by the names that its layers have here.
+
+    None knows FLUX.3 yet: its names are those from which diffusers converts its checkpoint.
+    """
+    known = model_class == "UNet2DConditionModel" or model_class in _TRANSFORMERS
+    return known and model_class != "Flux3Transformer2DModel"
 
 
 def has_depth(modules: Iterable[str]) -> bool:

@@ -23,6 +23,7 @@ from ..checkpoint.space import CodeSource
 from ..data import Photo, Subject
 from ..encoder.reader import Reader, load_reader, no_encoder
 from ..errors import ConfigError
+from ..files import require_apart
 from ..hub.loading import HubOptions, folder_of
 from ..tuner import DownSource
 from .engine.origin import photos_of
@@ -82,6 +83,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         asked = config.pretrained_model_name_or_path
         base_name, revision = base_to_load(asked, config.revision, down.config, str(config.down))
         config = replace(config, pretrained_model_name_or_path=base_name, revision=revision)
+        require_apart(config.output_dir, pretrained_model_name_or_path=base_name)
     if config.max_train_steps == 0 and down is not None and folder is not None:
         if processes.is_main:
             _write_as_read(config, subject, name, down, folder, device)

@@ -82,6 +82,7 @@ def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
     down = load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
     base_name, revision = base_to_load(config.pretrained_model_name_or_path, config.revision, down.config, config.down)
     config = dataclasses.replace(config, pretrained_model_name_or_path=base_name, revision=revision)
+    require_apart(config.output_dir, pretrained_model_name_or_path=base_name)
     subjects, others = split_subjects(training_subjects(config), config)
     warn_of_few(subjects)
     device = choose_device(config.device)
