@@ -665,6 +665,8 @@ def copying(results: dict[str, Data]) -> str:
     most = max(map(len, data["edited"].values()))
     rows = []
     for name, label in COPYING.items():
+        if name not in data["figures"]:
+            continue
         edits = [f"{one['value']:.3f}" for one in data["edited"].get(name, [])[1:]]
         cells = [spread(data["figures"][name][metric], 2) for metric in metrics]
         rows.append([label.format(**data), *cells, *(edits or [""] * (most - 1))])
