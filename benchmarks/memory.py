@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the recipes of `examples/recipes` take, run as they are printed, on whole pipelines of the real shapes.
 
-FLUX.1-dev (T5-XXL and the VAE included), SDXL, FLUX.2 klein 4B, Z-Image, Krea 2 and Qwen-Image with random weights in
-bf16, written to disk as a download would lie there; each command in a process of its own whose memory is capped.
+FLUX.1-dev (T5-XXL and the VAE included), SDXL, FLUX.2 klein 4B, Z-Image, Krea 2, Qwen-Image and Wan 2.2 TI2V-5B with
+random weights in bf16, written to disk as a download would lie there; each command in a process of its own whose memory is capped.
 
     python benchmarks/memory.py                       100 GB of disk (--work); writes results/memory.json
     python benchmarks/memory.py --only flux_read_gib sdxl_personalize_gib
@@ -49,6 +49,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -61,6 +62,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -83,6 +86,8 @@ from transformers import (
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from peft_metalora import MetaLoraConfig, load_down, save_down
@@ -338,6 +343,35 @@ def krea2(small: bool) -> Any:
     )
 
 
+def wan(small: bool) -> Any:
+    """Wan 2.2 TI2V-5B, with the 6 billion numbers of UMT5-XXL."""
+    umt5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384}
+    shapes = {"num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "num_layers": 30}
+    vae = {"base_dim": 160, "decoder_base_dim": 256}
+    if small:
+        umt5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 100}
+        shapes = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "num_layers": 1, "text_dim": 32}
+        vae = {"base_dim": 8, "decoder_base_dim": 8}
+    return WanPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=AutoencoderKLWan(
+            **vae,
+            z_dim=48,
+            is_residual=True,
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+            scale_factor_spatial=16,
+            latents_mean=[0.0] * 48,
+            latents_std=[1.0] * 48,
+        ),
+        text_encoder=UMT5EncoderModel(UMT5Config(feed_forward_proj="gated-gelu", decoder_start_token_id=0, **umt5)),
+        tokenizer=tokenizer(100, 512),
+        transformer=WanTransformer3DModel(in_channels=48, out_channels=48, **shapes),
+        expand_timesteps=True,
+    )
+
+
 @dataclass(frozen=True)
 class Base:
     """How a pipeline is made, what it is called in the recipes, and its Down."""
@@ -354,6 +388,7 @@ BASES = {
     "z_image": Base(z_image, "Tongyi-MAI/Z-Image", "z-image-faces"),
     "krea2": Base(krea2, "krea/Krea-2-Raw", "krea2-faces"),
     "qwen_image": Base(qwen_image, "Qwen/Qwen-Image", "qwen-faces"),
+    "wan": Base(wan, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan-faces"),
 }
 
 

@@ -19,6 +19,7 @@ from peft_metalora.bases.footprint import one_pass
 from peft_metalora.bases.parts import Parts
 from peft_metalora.checkpoint.config_file import read_config
 from peft_metalora.commands.clips import clip
+from peft_metalora.commands.estimate import occasion
 from peft_metalora.commands.generate import GenerateConfig, generate
 from peft_metalora.errors import ConfigError
 from peft_metalora.hub.cards import model_card
@@ -140,6 +141,14 @@ def test_a_pass_is_that_of_all_frames():
         attention = 4 * (image**2 + image * text) * width
         assert one_pass(base, 64, base.latent_frames(4 * frames - 3)).operations == layers * (linear + attention)
     assert base.latent_frames(None) == 21, "81 frames, as the pipeline draws unasked"
+
+
+def test_what_was_measured_on_other_frames_is_not_said():
+    """Bug: what a clip of the pipeline's own length took would be said of a picture."""
+    settings = {"prompt": ["a photo"], "output_dir": "out", "pretrained_model_name_or_path": "base"}
+    model = tiny_wan_pipeline().transformer
+    whole, short = (occasion(GenerateConfig(**settings, num_frames=frames), model) for frames in (None, 5))
+    assert whole is not None and short == {**whole, "num_frames": 5}
 
 
 def test_the_card_of_a_person_writes_a_clip(people):

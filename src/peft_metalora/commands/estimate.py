@@ -156,6 +156,7 @@ def occasion(config: Any, denoiser: nn.Module) -> dict[str, Any] | None:
         "denoiser": type(denoiser).__name__,
         "numbers": sum(parameter.numel() for parameter in denoiser.parameters()),
         **{name: getattr(config, name) for name in _DECIDE if hasattr(config, name)},
+        **({"num_frames": frames} if (frames := getattr(config, "num_frames", None)) else {}),
     }
 
 
