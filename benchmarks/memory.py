@@ -2,7 +2,8 @@
 """What the recipes of `examples/recipes` take, run as they are printed, on whole pipelines of the real shapes.
 
 FLUX.1-dev (T5-XXL and the VAE included), SDXL, FLUX.2 klein 4B, Z-Image, Krea 2, Qwen-Image and Wan 2.2 TI2V-5B with
-random weights in bf16, written to disk as a download would lie there; each command in a process of its own whose memory is capped.
+random weights in bf16, written to disk as a download would lie there; each command in a process of its own whose
+memory is capped.
 
     python benchmarks/memory.py                       100 GB of disk (--work); writes results/memory.json
     python benchmarks/memory.py --only flux_read_gib sdxl_personalize_gib
