@@ -130,6 +130,11 @@ def test_weights_scale_and_names_are_checked(artefacts, pipe):
     with pytest.raises(errors.AdapterNotFoundError, match="load_meta_lora"):
         pipe.set_adapters(["ann", "eve"])
     assert pipe.get_active_adapters() == ["ann"]
+    pipe.set_adapters([])
+    for weight in ({"transformer": 0.5}, float("nan"), "1"):  # Bug: she was chosen, and then a TypeError came out
+        with pytest.raises(errors.AdapterStateError, match="expected a finite number"):
+            pipe.set_adapters("ann", weight)
+    assert pipe.get_active_adapters() == []
 
 
 def test_disable_and_enable(artefacts, pipe):

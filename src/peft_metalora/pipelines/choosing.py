@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -63,7 +65,7 @@ class ChoosingMixin(PerSampleMixin):
 
         Raises:
             AdapterNotFoundError: an adapter that is not loaded.
-            AdapterStateError: the number of weights is not that of the names, or something is fused.
+            AdapterStateError: weights that are no numbers, or not as many as names; or something is fused.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
@@ -79,6 +81,8 @@ class ChoosingMixin(PerSampleMixin):
         if ordinary & set(names):
             super().set_adapters(names, weights)  # type: ignore[misc]
             return
+        if strange := [one for one in weights if not (one is None or (isinstance(one, Real) and math.isfinite(one)))]:
+            raise AdapterStateError(f"expected a finite number as the weight of an adapter, found {strange[0]!r}.")
         choose(self, names)
         for name, weight in zip(names, weights, strict=True):
             for layer in meta_layers(model):
@@ -105,13 +109,14 @@ class ChoosingMixin(PerSampleMixin):
         }
 
     @while_idle
-    def set_lora_device(self, adapter_names: Sequence[str], device: torch.device | str | int) -> None:
+    def set_lora_device(self, adapter_names: str | Sequence[str], device: torch.device | str | int) -> None:
         """Move adapters to another device, ordinary LoRAs included; a Down goes with the last of its users.
 
         Raises:
             AdapterNotFoundError: an adapter that is not loaded.
         """
-        names, loaded = list(adapter_names), self._loaded()
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        loaded = self._loaded()
         for name in names:
             if name not in loaded:
                 raise AdapterNotFoundError(
