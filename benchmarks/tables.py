@@ -358,7 +358,7 @@ def readme(results: dict[str, Data]) -> str:
             continue
         clean = data["recipes"][f"{family}-0"]["clean"]
         rows.append([ZERO_STEPS[family], "0", spread(clean["r_facesim"]), spread(clean["prompt_adherence"])])
-    for kind in ("lora_r1", "lora_r16", "t_lora", "textual_inversion", "mean_lora", "full", "meta_lora_mean"):
+    for kind in ("lora_r1", "lora_r16", "mean_lora", "full", "meta_lora_mean"):
         curves = [one["curve"] for name, one in data["rivals"].items() if name.partition(", ")[0] == kind]
         if not curves:
             continue
