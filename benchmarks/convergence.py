@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from convergence_figures import summarise
 from domains import DOMAINS, Setting
-from encoder_world import Known, Recipe, World
+from encoder_world import Known, Recipe, World, set_noise_shift
 from known_truth import FIT_STEPS, same_scenes
 from origin import origin
 from PIL import Image
@@ -55,24 +55,24 @@ from peft_metalora.training.examples.encoding import encode_captions
 STRENGTHS = (0.5, 1.0)
 SCALES = (0.9, 1.1, 1.25)  # of the way from the mean subject to the one that was read
 METHODS = RIVALS | FURTHER
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # of noise, at which losses are compared
 SETTLED = 10  # steps after which time is counted
 SHOWN = 300  # steps after which a machine has shown how fast it is
 FITTING_RATE = 0.05  # of codes, which are of length sqrt(k)
 
-
 SPEED = 64.0  # steps a second of an encoder on an H100
+COMPILING = 60.0  # seconds there, once for recipes of one shape
 
 
-def expected(job: str, speed: float = SPEED) -> float:
-    """Seconds on an H100: what each took on an H200, and a tenth more.
+def expected(job: Recipe | str, speed: float = SPEED) -> float:
+    """Seconds on an H100: what each took on an H200, and a tenth more; without the first compilation.
 
     Args:
-        speed: of encoders, as far as this machine has shown it.
+        job: a recipe, or the name of a rival. speed: of encoders, as far as this machine has shown it.
     """
-    if job in METHODS:
+    if isinstance(job, str):
         return {"mean_lora": 130.0, "textual_inversion": 160.0, "dora": 160.0, "oft": 140.0}.get(job, 110.0)
-    recipe = Recipe.parse(job)
-    return recipe.steps / speed / (1.3 if recipe.kind == "image_prompt" else 1) + (105, 30, 18)[recipe.brief]
+    return job.steps / speed / (1.3 if job.kind == "image_prompt" else 1) + (105, 30, 18)[job.brief]
 
 
 @dataclass
@@ -117,8 +117,7 @@ def score(
 def train(world: World, recipe: Recipe) -> Trained:
     """Train a recipe's encoder and space; `facts` has the scores on the way."""
     args, begin = world.args, world.now()
-    base = world.train_base
-    stack = world.put(base, recipe, recipe.rows)
+    stack, gradients = world.to_train(recipe)
     layout = [(name, tuple(tensor.shape[1:])) for name, tensor in stack.parameters.items()]
     basis = torch.zeros(recipe.k, stack.values.shape[1], device=world.device)
     space = SubjectSpace(layout, stack.values[0], basis, world.down.fingerprint)
@@ -128,7 +127,7 @@ def train(world: World, recipe: Recipe) -> Trained:
     trained = Trained(recipe, space, encoder, {})
     reads, examples = world.reads(recipe), world.targets(recipe.people, recipe.photos)
     run = EncoderTraining(
-        RowGradients(base, stack, compiled=args.compile),
+        gradients,
         space,
         encoder,
         PhotoPairs(reads, examples, torch.arange(len(examples))),
@@ -187,8 +186,7 @@ def train(world: World, recipe: Recipe) -> Trained:
         "losses": [round(loss, 5) for loss in losses],
         "curve": curve,
     }
-    del run, stack
-    world.take_off(base)
+    del run, stack, gradients
     world.clear()
     return trained
 
@@ -237,19 +235,25 @@ def nearest(world: World, recipe: Recipe) -> Tensor:
     return world.seen(pixels[found.numpy()], recipe)
 
 
-def fitted(world: World, trained: Trained) -> Tensor:
-    """A ceiling of the space: subjects whose codes were fitted to the other photos of the test people by gradient."""
+def other_photos(world: World) -> Examples:
+    """The photos of the test people that are not read, as what is denoised."""
     args, photos = world.args, world.known().photos
-    count = len(photos)
     captions_of = [photo.caption or "" for one in world.read(args.split, args.people) for photo in one.split()[1]]
     rows = {text: row for row, text in enumerate(dict.fromkeys(captions_of))}
-    examples = Examples(
+    return Examples(
         world.latents(photos[:, 1:].reshape(-1, *photos.shape[2:])),
         encode_captions(world.base, list(rows)),
         torch.tensor([rows[text] for text in captions_of]),
-        torch.arange(count).repeat_interleave(photos.shape[1] - 1),
+        torch.arange(len(photos)).repeat_interleave(photos.shape[1] - 1),
     ).to(world.device)
-    positions = torch.stack(examples.by_subject())
+
+
+def fitted(world: World, trained: Trained) -> Tensor:
+    """A ceiling of the space: subjects whose codes were fitted to the other photos of the test people by gradient."""
+    args, photos, examples = world.args, world.known().photos, other_photos(world)
+    set_noise_shift(world.base, trained.recipe.shift)
+    count = len(photos)
+    positions = torch.stack(examples.by_subject()).to(world.device)
     stack = world.put(world.base, trained.recipe, count)
     gradients = Recorded(RowGradients(world.base, stack), args.graph and world.device.type == "cuda")
     codes = trained.codes(world.seen(photos[:, 0], trained.recipe)).clone().requires_grad_(True)
@@ -268,6 +272,34 @@ def fitted(world: World, trained: Trained) -> Tensor:
     del stack, gradients
     world.clear()
     return trained.space(codes).detach()
+
+
+def denoised(world: World, trained: Trained) -> dict[str, dict[str, list[float]]]:
+    """By noise level: the loss on other photos with the mean subject, and what share of it the read one saves.
+
+    It moves long before pictures do, and needs no judge. Noises are the same for all.
+    """
+    people, examples = world.known(), other_photos(world)
+    index = torch.stack(examples.by_subject()).flatten().to(world.device)
+    read_subjects = read(world, trained, people)
+    base = world.base
+    stack = world.put(base, trained.recipe, len(people.names))
+    latents, text, _ = examples.batch(index)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(world.device)
+    found = {}
+    for level in LEVELS:
+        times = torch.full((len(latents),), level, device=world.device)
+        losses = []
+        for subjects in (trained.space.mean.detach(), read_subjects, read_subjects.roll(1, 0)):
+            stack.values.copy_(subjects)
+            with torch.no_grad(), stack.installed_in(base.pipeline):
+                losses.append(base.loss(latents, text, noise, times).view(stack.count, -1).mean(1).cpu())
+        mean, own, another = losses
+        columns = {"loss": mean, "saved": 1 - own / mean, "saved by another's": 1 - another / mean}
+        found[str(level)] = {name: [round(value, 5) for value in column.tolist()] for name, column in columns.items()}
+    del stack
+    world.clear()
+    return found
 
 
 def truth(world: World, trained: Trained) -> dict[str, Any]:
@@ -326,6 +358,7 @@ def read(world: World, trained: Trained, people: Known) -> Tensor:
 def tuning(world: World, trained: Trained, people: Known, rates: Sequence[float], seeds: int) -> dict[str, Any]:
     """Stage 2 from the read start, at every rate and with the noise of every seed, after each number of steps."""
     args, start = world.args, read(world, trained, people)
+    set_noise_shift(world.base, trained.recipe.shift)
     each = len(rates) * seeds
     rows = len(start) * each
     stack = world.put(world.base, trained.recipe, rows)
@@ -379,28 +412,42 @@ def line(scores: Mapping[str, Sequence[float]]) -> str:
 def rival(world: World, name: str) -> dict[str, Any]:
     """A fine-tuned method on the test people: with a constant rate, and warmed up and decayed to 0 over a run.
 
-    Each rate is the best of `tune` people at its best number of steps; every number of steps is kept.
+    Each rate is the best of `tune` people at its best number of steps, and so are the noise levels, of the constant
+    rate; every number of steps is kept.
     """
     args = world.args
     tune, people = world.people("tune", args.tune_people), world.known()
-    start = mean_lora_start(world) if name == "mean_lora" else None
-    result = {}
+    result, starts, shifts = {}, {}, args.rival_shifts
     for length in (0, *args.decays):
         at = [length] if length else args.rival_steps
-        tried = _rival(world, tune, name, METHODS[name].rates, at, length, [0], start)
-        best = max(tried, key=lambda rate: max(interval(one["r_facesim"])["value"] for one in tried[rate].values()))
+        tried: dict[tuple[float, str], dict[str, Any]] = {}
+        for shift in shifts:
+            set_noise_shift(world.base, shift)
+            if shift not in starts:
+                starts[shift] = mean_lora_start(world) if name == "mean_lora" else None
+            found = _rival(world, tune, name, METHODS[name].rates, at, length, [0], starts[shift])
+            tried |= {(shift, rate): curve for rate, curve in found.items()}
+        best = max(tried, key=lambda key: max(interval(one["r_facesim"])["value"] for one in tried[key].values()))
+        shift, rate = best
+        shifts = [shift]
+        set_noise_shift(world.base, shift)
         label = f"{name}, decay over {length}" if length else name
+        seeds = list(range(args.seeds))
         result[label] = {
-            "learning_rate": float(best),
-            "tuning": {rate: {step: line(one) for step, one in curve.items()} for rate, curve in tried.items()},
-            "curve": _rival(world, people, name, [float(best)], at, length, list(range(args.seeds)), start)[best],
+            "learning_rate": float(rate),
+            "shift": shift,
+            "tuning": {
+                rate if shift == 1 else f"{rate}, shift {shift:g}": {step: line(one) for step, one in curve.items()}
+                for (shift, rate), curve in tried.items()
+            },
+            "curve": _rival(world, people, name, [float(rate)], at, length, seeds, starts[shift])[rate],
         }
-        print(label, best, {step: line(one) for step, one in result[label]["curve"].items()}, flush=True)
+        shown = {step: line(one) for step, one in result[label]["curve"].items()}
+        print(label, rate, f"shift {shift:g}", shown, flush=True)
         if name == "lora_r1" and not length and args.truth:
-            best_rate = [float(best)]
-            result[label]["marked"] = _rival(world, world.known("marked"), name, best_rate, at, length, [0], start)[
-                best
-            ]
+            marked = world.known("marked")
+            result[label]["marked"] = _rival(world, marked, name, [float(rate)], at, length, [0], starts[shift])[rate]
+    set_noise_shift(world.base, 1.0)
     return result
 
 
@@ -445,9 +492,13 @@ def _rival(
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", default=[], help="name:key=value,...; see encoder_world.Recipe")
+    parser.add_argument("--changes", default="", help="key=value,... of every recipe, whatever it says")
     parser.add_argument("--plan", action="store_true", help="the recipes and rivals of the report")
     parser.add_argument("--rival", action="append", default=[], choices=tuple(METHODS), help="a fine-tuned method")
     parser.add_argument("--rival-steps", type=int, nargs="+", default=[25, 50, 100, 200, 300, 500, 700])
+    parser.add_argument(
+        "--rival-shifts", type=float, nargs="+", default=[1.0], help="of a rival's noise levels, to choose from"
+    )
     parser.add_argument("--decays", type=int, nargs="*", default=[100, 300], help="steps of runs that decay")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing that would end later")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
@@ -515,6 +566,9 @@ def one(world: World, recipe: Recipe) -> dict[str, Any]:
     data["zero_steps"] = judge(world, trained)
     for name, scores in data["zero_steps"].items():
         print(" ", recipe.name, name, line(scores), flush=True)
+    data["denoised"] = denoised(world, trained)
+    saved = {level: f"{100 * sum(one['saved']) / len(one['saved']):.2f} %" for level, one in data["denoised"].items()}
+    print(" ", recipe.name, "saves of the loss", saved, flush=True)
     if recipe.brief < 2:
         data["tuning"] = tuning(world, trained, world.known(), args.tuning_rates, args.seeds)
         for rate, at in data["tuning"].items():
@@ -543,11 +597,15 @@ def main() -> None:
         facts = {**origin(world.device), "split": args.split, "people": args.people, "noises": args.seeds}
         print(f"ready after {args.seconds - world.left:.0f} s on {facts['machine']}", flush=True)
         world.speed = SPEED
+        changes = dict(part.split("=", 1) for part in args.changes.split(",") if part)
         with vmap_ready():
             for job in (*args.recipe, *args.rival, *(setting.plan if args.plan else ())):
-                recipe = None if job in METHODS else Recipe.parse(job)
+                recipe = None if job in METHODS else Recipe.parse(job, changes)
                 path = args.output / (f"{recipe.name}.json" if recipe else f"rivals-{job}.json")
-                if not path.exists() and world.left < expected(job, world.speed):
+                needed = expected(recipe or job, world.speed)
+                if recipe and args.compile and not world.ready_to_train(recipe):
+                    needed += COMPILING
+                if not path.exists() and world.left < needed:
                     print(f"no time for {job}: {world.left:.0f} s left", flush=True)
                     continue
                 if not claimed(path):

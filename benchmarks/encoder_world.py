@@ -29,7 +29,7 @@ from peft_metalora.encoder.sources.latents import even_exposure
 from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off
 from peft_metalora.evaluation.textual_inversion import WordStack
 from peft_metalora.training.encoder_training import Reads
-from peft_metalora.training.engine.stacked import AdapterStack
+from peft_metalora.training.engine.stacked import AdapterStack, RowGradients
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.tuner.down import DownSource
@@ -53,7 +53,8 @@ class Recipe:
             reads that are made worse.
         expose: 1: dark photos are made brighter before they are read. erase: 1: boxes of photos are erased, too.
         brief: 1: judged on clean photos alone. 2: and not tuned.
-        width, hidden, dropout: of the encoder. lr, space_lr: rates. steps: of training. seed: of everything.
+        width, hidden, dropout: of the encoder. lr, space_lr: rates. shift: of the noise levels of
+            training, above 1 to more noise. steps: of training. seed: of everything.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Recipe:
     dropout: float = 0.1
     lr: float = 1e-3
     space_lr: float = 3e-4
+    shift: float = 1.0
     decay: float = 0.6
     expose: int = 1
     erase: int = 1
@@ -84,9 +86,9 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str, changes: dict[str, str] | None = None) -> Recipe:
-        """'name:key=value,...'"""
+        """'name:key=value,...'; `changes` win."""
         name, _, rest = text.partition(":")
-        values = {**(changes or {}), **dict(part.split("=", 1) for part in rest.split(",") if part)}
+        values = {**dict(part.split("=", 1) for part in rest.split(",") if part), **(changes or {})}
         kinds = {field.name: type(field.default) for field in dataclasses.fields(cls) if field.name != "name"}
         return cls(name, **{key: kinds[key](value) for key, value in values.items()})
 
@@ -147,6 +149,7 @@ class World(Bench):
         self.drawn = torch.empty(0)
         self.speed = 0.0
         self._known: dict[str, Known] = {}
+        self._training: tuple[Any, AdapterStack, RowGradients] | None = None
 
     def photos(self, people: int, count: int) -> tuple[np.ndarray[Any, Any], list[str]]:
         """`count` photos of each of some training people, as bytes, and their captions; photo 0 is a reference."""
@@ -357,6 +360,33 @@ class World(Bench):
         base.denoiser.to(base.dtype)  # what an adapter adds is float32
         return stack
 
+    def to_train(self, recipe: Recipe) -> tuple[AdapterStack, RowGradients]:
+        """The adapter of a recipe on the base that encoders are trained on, at its start, and its gradients.
+
+        Compiling them takes longer than a short training: recipes of one shape share them.
+        """
+        start = self.put(self.base, recipe, 1).values[0].clone()
+        self.take_off(self.base)
+        if not self.ready_to_train(recipe):
+            self._training = None
+            stack = self.put(self.train_base, recipe, recipe.rows)
+            gradients = RowGradients(self.train_base, stack, compiled=self.args.compile)
+            self._training = self._shape(recipe), stack, gradients
+        assert self._training
+        _, stack, gradients = self._training
+        stack.values.copy_(start.expand_as(stack.values))
+        set_noise_shift(self.train_base, recipe.shift)
+        return stack, gradients
+
+    def ready_to_train(self, recipe: Recipe) -> bool:
+        """Whether the last recipe that was trained had the same shape."""
+        return self._training is not None and self._training[0] == self._shape(recipe)
+
+    @staticmethod
+    def _shape(recipe: Recipe) -> tuple[Any, ...]:
+        frozen = recipe.seed if recipe.kind == "random" else None  # its Down is of that seed
+        return recipe.kind, recipe.r, recipe.tokens, recipe.rows, recipe.targets, frozen
+
     def take_off(self, base: Base) -> None:
         """A base as it was."""
         take_off(base)
@@ -366,6 +396,11 @@ class World(Bench):
         """As the bench clears."""
         super().clear()
         self.take_off(self.base)
+
+
+def set_noise_shift(base: Base, shift: float) -> None:
+    """Train at other noise levels, t' = s t / (1 + (s - 1) t); pictures are drawn as ever."""
+    base.pipeline.scheduler.register_to_config(shift=shift)
 
 
 def embedded(embed: Callable[[Tensor], Tensor], photos: np.ndarray[Any, Any]) -> Tensor:

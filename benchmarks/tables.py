@@ -482,9 +482,9 @@ FINE_TUNED = {
 ZERO_STEPS_NOTE = ". 32 held-out people, one reference, 3 noises, 8 prompts; mean [95 % interval over people]."
 
 
-def zero_source(results: dict[str, Data]) -> str:
+def zero_source(results: dict[str, Data], file: str = "convergence") -> str:
     """Where the runs were made: the first one, and which ones elsewhere."""
-    first, *others = results["convergence"]["origins"].items()
+    first, *others = results[file]["origins"].items()
     elsewhere: dict[str, dict[str, None]] = {}
     for name, origin in others:
         if origin["machine"] != first[1]["machine"]:
@@ -578,6 +578,44 @@ def zero_rivals(results: dict[str, Data]) -> str:
     ]
     heads = ["method", "steps", "R-FaceSim", "adherence", "copied wall", "distance of factors", *more, "rate"]
     return table(heads, beside_photos(rows, data["figures"]["real_ceiling"], 2)) + zero_source(results)
+
+
+def typefaces(results: dict[str, Data]) -> str:
+    """The second domain: read fonts, each fine-tuned method at its best number of steps, floors and ceilings."""
+    data = results["typefaces"]
+    figures, recipes = data["figures"], data["recipes"]
+    keys = "r_facesim", "second_r_facesim", "prompt_adherence", "content_right"
+
+    def row(label: str, steps: str, scores: Data) -> list[str]:
+        return [label, steps, *(spread(scores[key]) for key in keys)]
+
+    ceilings = spread(figures["real_ceiling"]), spread(figures["second_judge_ceiling"])
+    rows = [["photos of a font among themselves", "", *ceilings, "", ""]]
+    for family, label in ZERO_STEPS.items():
+        own = [name for name in recipes if name.rpartition("-")[0] == family]
+        rows += [row(f"{label}, training {name[-1]}", "0", recipes[name]["clean"]) for name in own]
+    best: dict[str, tuple[str, Data]] = {}
+    for name, one in data["rivals"].items():
+        for step, scores in one["curve"].items():
+            kind = name.partition(", ")[0]
+            if kind not in best or scores["r_facesim"]["value"] > best[kind][1]["r_facesim"]["value"]:
+                best[kind] = step, scores
+    rows += [row(FINE_TUNED[kind], *found) for kind, found in best.items()]
+    variants = "code fitted to other photos", "nearest training person", "another person's photo", "mean subject"
+    first = recipes["main-0"]["zero_steps"]
+    rows += [row(f"*{name.replace('person', 'font')}*", "", first[name]) for name in variants]
+    heads = ["", "steps", "R-FaceSim", "second judge", "adherence", "letters right"]
+    return table(heads, rows) + zero_source(results, "typefaces")
+
+
+def noise_levels(results: dict[str, Data]) -> str:
+    """What share of a gradient is a person's own, by noise level and domain."""
+    data = results["noise_levels"]
+    found: dict[str, list[Data]] = data["figures"]
+    bands = [f"{row['from']:g} to {row['to']:g}" for row in next(iter(found.values()))]
+    columns = [[f"{row['share']:.3f}" for row in rows] for rows in found.values()]
+    rows = [list(cells) for cells in zip(bands, *columns, strict=True)]
+    return table(["noise level", *found], rows) + "".join(source(one) for one in data["origins"].values())
 
 
 def zero_bad(results: dict[str, Data]) -> str:
@@ -698,6 +736,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "zero_rivals": ("convergence", zero_rivals),
     "zero_curves": ("convergence", zero_curves),
     "zero_bad": ("convergence", zero_bad),
+    "typefaces": ("typefaces", typefaces),
+    "noise_levels": ("noise_levels", noise_levels),
     "service_flux": ("service_flux", lambda results: goals(results["service_flux"], SERVICE_FLUX)),
     "down_hours": ("training", down_hours),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),

@@ -34,6 +34,7 @@ def main() -> None:
     run.add_argument("--seconds", type=float, default=1200, help="everything has ended by then")
     run.add_argument("--base-seconds", type=float, default=280)
     run.add_argument("--down-seconds", type=float, default=75)
+    run.add_argument("--changes", default="", help="key=value,... of every recipe of the plan")
     run.add_argument("--gpus", type=int, default=1)
     run.add_argument("--tiny", action="store_true", help="everything once, as small as it gets, on a CPU")
     jobs.add_parser("train", add_help=False)
@@ -42,7 +43,7 @@ def main() -> None:
     for one in (specimen, photos):
         one.add_argument("--assets", type=Path, required=True)
         one.add_argument("--output", type=Path, required=True)
-    specimen.add_argument("--fonts", type=int, default=6)
+    specimen.add_argument("--fonts", type=int, default=3)
     specimen.add_argument("--lora-steps", type=int, default=100)
     args, rest = parser.parse_known_args()
     if args.job == "train":

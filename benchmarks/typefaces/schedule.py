@@ -16,8 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 _TO_END = 12  # seconds for files to be written after the last process was stopped
 _TO_START = 15  # until a worker's clock runs
-_ENCODER = 330  # seconds: with fewer left, workers make rivals alone
-_RIVALS = ("lora_r1", "full", "meta_lora_mean", "lora_r16", "mean_lora")
+_DOWN_STEPS = 3000
+_SHIFT = 4  # of the noise levels of training, as `domains.py` says why; rivals choose between it and none
 
 
 @dataclass
@@ -85,20 +85,22 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         options = (tiny if args.tiny else full).split()
         return Task(job, [*python, "train", job, "--output", str(assets), *options], *done(job), done(*needs))
 
+    base = f"--seconds {args.base_seconds} --batch 768"
+    down = f"--seconds {args.down_seconds} --down-steps {_DOWN_STEPS} --shift {_SHIFT}"
     networks = [
         train("vae", [], "--steps 1200", "--steps 2 --pool 16"),
         train("embedder", [], "--steps 5000", "--steps 2"),
         train("judge", [], "--steps 6000", "--steps 4"),
         train("second", [], "--steps 5000", "--steps 2"),
-        train("base", ["vae"], f"--seconds {args.base_seconds} --batch 768", "--seconds 4 --pool 16 --batch 4"),
-        train("down", ["base"], f"--seconds {args.down_seconds}", "--seconds 4 --people 4"),
+        train("base", ["vae"], base, "--seconds 4 --pool 16 --batch 4"),
+        train("down", ["base"], down, "--seconds 4 --people 4"),
     ]
     if not args.tiny:
         networks.append(train("report", ["base", "embedder", "judge"], "", ""))
     convergence = [sys.executable, str(HERE.parent / "convergence.py")]
     ready = done("down", "embedder", "judge", "second")
     workers = [Task(f"worker {number}", convergence, output / f"worker-{number}", ready) for number in range(args.gpus)]
-    draw = [*python, "specimen", "--assets", str(assets), "--output", str(output), "--fonts", "1" if args.tiny else "6"]
+    draw = [*python, "specimen", "--assets", str(assets), "--output", str(output), "--fonts", "1" if args.tiny else "3"]
     needs = [output / "main-0.json", output / "rivals-lora_r1.json"]
     return [*networks, *workers, Task("specimen", draw, output / "specimen.png", needs, shares=True)]
 
@@ -113,7 +115,7 @@ def _start(task: Task, gpu: int, left: float, args: argparse.Namespace) -> subpr
 
 
 def _worker(args: argparse.Namespace, left: float) -> list[str]:
-    """What a worker makes: everything, or rivals alone where an encoder would not be done in time."""
+    """The options of a worker: what the plan still lacks, as far as it would be done in time."""
     options = [
         "--domain",
         "typefaces",
@@ -128,16 +130,16 @@ def _worker(args: argparse.Namespace, left: float) -> list[str]:
         options += ["--people", "2", "--tune-people", "1", "--meta-people", "2", "--mean-steps", "1", "--views", "1"]
         options += ["--inference-steps", "1", "--rival-steps", "1", "--decays", "--at", "1", "25", "--seeds", "1"]
         options += ["--looks", "--conditions", "blur", "--fitting-steps", "1", "--workers", "1", "--save", "main-0"]
+        options += ["--changes", args.changes, "--rival-shifts", "1", str(_SHIFT)]
         tiny = "steps=2,people=4,photos=3,rows=2,targets=1,k=8"
         options += ["--recipe", f"main-0:{tiny}", "--recipe", f"lora-0:kind=lora,r=1,{tiny}"]
         options += ["--recipe", f"image_prompt-0:kind=image_prompt,{tiny}", "--recipe", f"random-0:kind=random,{tiny}"]
         return [*options, "--rival", "lora_r1"]
     options += ["--rival-steps", "25", "50", "100", "200", "300", "500", "--decays", "300", "--precision", "bf16"]
     options += ["--compile", "--save", "main-0", "--seconds", f"{left - _TO_START:.0f}"]
+    options += ["--changes", args.changes, "--rival-shifts", "1", str(_SHIFT)]
     options += ["--workers", str(max(1, (os.cpu_count() or 4) // args.gpus - 1))]
-    if left > _ENCODER:
-        return [*options, "--plan"]
-    return [*options, *(part for name in _RIVALS for part in ("--rival", name))]
+    return [*options, "--plan"]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -4,21 +4,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from convergence import parse
 from domains import DOMAINS
 from encoder_world import Recipe, World
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from peft_metalora.checkpoint.reader_files import ENCODER_CONFIG_FILE, ENCODER_FILE
 from peft_metalora.checkpoint.space import load_space
 from peft_metalora.checkpoint.untrusted import read_tensors
+from peft_metalora.demo.embedded import RESOLUTION
 from peft_metalora.demo.scoring import to_pil
 from peft_metalora.demo.sheet import Row, sheet
 from peft_metalora.encoder import EncoderConfig, make_encoder
@@ -29,8 +32,17 @@ from .domain import Typefaces
 from .glyphs import CHARACTERS
 from .scene import captions
 
-SHOWN = "ABEGMQRSabcdefghikmnpqrsty2345"
+SHOWN = "AEGMQRaegmqr25"
+"""Letters of the specimen: some that no reference shows, in both cases."""
 _RATE, _TUNED, _WARM_UP = 3e-4, 25, 10
+
+_PAPER, _INK, _GREY = "#fbfaf7", "#1f2328", "#57606a"
+_CUT = 6, 2  # pixels that are left out at the sides of a letter's picture, and above and below
+_LETTER, _REFERENCE = 58, 150  # width of a letter and of the reference on the sheet
+_MARGIN, _LABEL, _GAP, _BETWEEN = 22, 196, 4, 30
+_TEXT, _SMALL = 17, 15
+_GREYS = 17  # between two that letters are drawn in: the file is half as large
+_AROUND, _WHITE = 9, 0.94  # pixels; the share of a paper's brightness that counts as white
 
 
 def photos(assets: Path, output: Path, fonts: int = 14, count: int = 12) -> None:
@@ -50,8 +62,17 @@ def photos(assets: Path, output: Path, fonts: int = 14, count: int = 12) -> None
     sheet(rows).save(output)
 
 
-def specimen(assets: Path, output: Path, fonts: int = 6, lora_steps: int = 100) -> None:
-    """`specimen.png`: of held-out fonts the reference, the true alphabet, ours at 0 and 25 steps, and LoRA's."""
+@dataclass(frozen=True)
+class Specimen:
+    """One font: its name, the photo that is read, and letters (n, 3, 64, 64) by what drew them, in that order."""
+
+    name: str
+    reference: Image.Image
+    letters: Mapping[str, Tensor]
+
+
+def specimen(assets: Path, output: Path, fonts: int = 3, lora_steps: int = 100) -> None:
+    """`specimen.png`: of the first held-out fonts the reference, the true letters, and those of ours and of LoRA."""
     args = parse(["--domain", "typefaces", "--assets", str(assets), "--output", str(output), "--split", "held-out"])
     args.people = fonts
     setting = DOMAINS["typefaces"](assets, torch.device(args.device))
@@ -70,10 +91,10 @@ def specimen(assets: Path, output: Path, fonts: int = 6, lora_steps: int = 100) 
             subjects = space(encoder(world.seen(people.photos[:, 0], recipe)))
         count = len(people.names)
         of_alphabet(world, domain)
-        drawn = {}
+        drawn = {"the font itself": true_alphabet(domain, people.identity)}
         stack = world.put(world.base, recipe, count)
         stack.values.copy_(subjects)
-        drawn["read, 0 steps"] = world.draw(stack, count, [0])
+        drawn["read from the one glyph,\nno training"] = world.draw(stack, count, [0])
         options = {"batch_size": 4, "seed": 0, "graph": args.graph}
         warm = train_stack(
             world.base,
@@ -86,25 +107,58 @@ def specimen(assets: Path, output: Path, fonts: int = 6, lora_steps: int = 100) 
         )
         for _ in warm:
             pass
-        drawn[f"{_TUNED} steps more"] = world.draw(stack, count, [0])
+        drawn[f"the same, tuned on it\nfor {_TUNED} steps"] = world.draw(stack, count, [0])
         world.take_off(world.base)
         rate = best_rate(output / "rivals-lora_r1.json")
         stack = put_on(world.base, RIVALS["lora_r1"], world.down, world.config, count, [0])
         for _ in train_stack(world.base, stack, people.examples, steps=lora_steps, lr=rate, **options):
             pass
-        drawn[f"LoRA, {lora_steps} steps"] = world.draw(stack, count, [0])
+        drawn[f"LoRA of rank 1, trained\non it for {lora_steps} steps"] = world.draw(stack, count, [0])
         take_off(world.base)
-    true = true_alphabet(domain, people.identity)
-    rows = []
+    found = []
     for number in range(count):
-        reference = Image.fromarray(people.photos[number, 0])
-        font = domain.glyphs.names[int(people.identity[number, 0])]
-        for label, images in {f"{font[:20]}\nthe font": true, **drawn}.items():
-            own = images.unflatten(0, (count, -1))[number].cpu()
-            shown = [reference if label.endswith("font") else Image.new("RGB", reference.size, "#fbfaf7")]
-            rows.append(Row(label, [*shown, *(to_pil(image) for image in own)]))
-    whole = sheet(rows)
-    whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.LANCZOS).save(output / "specimen.png")
+        name = domain.glyphs.names[int(people.identity[number, 0])]
+        own = {label: images.unflatten(0, (count, -1))[number].cpu() for label, images in drawn.items()}
+        found.append(Specimen(name, Image.fromarray(people.photos[number, 0]), own))
+    of_specimens(found).save(output / "specimen.png", optimize=True)
+
+
+def of_specimens(fonts: Sequence[Specimen]) -> Image.Image:
+    """The sheet: a block for each font, the reference at the left, a row for each way, letters in columns."""
+    font, small = ImageFont.load_default(_TEXT), ImageFont.load_default(_SMALL)
+    across, down = _CUT
+    height = round(_LETTER * (RESOLUTION - 2 * down) / (RESOLUTION - 2 * across)) + _GAP
+    left = _MARGIN + _REFERENCE + _MARGIN + _LABEL
+    ways, count = len(fonts[0].letters), len(next(iter(fonts[0].letters.values())))
+    block = max(ways * height, _REFERENCE + 4 * _TEXT) + _BETWEEN
+    size = left + count * (_LETTER + _GAP) + _MARGIN, _MARGIN + len(fonts) * block
+    page = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(page)
+    for number, one in enumerate(fonts):
+        top = _MARGIN + number * block
+        draw.text((_MARGIN, top), "The glyph that is read", _GREY, small)
+        side = _REFERENCE, _REFERENCE
+        page.paste(one.reference.resize(side, Image.Resampling.LANCZOS), (_MARGIN, top + _TEXT + 6))
+        draw.text((_MARGIN, top + _TEXT + _REFERENCE + 12), one.name, _INK, small)
+        for row, (label, letters) in enumerate(one.letters.items()):
+            above = top + row * height
+            text = left - _LABEL, above + height // 2
+            draw.multiline_text(text, label, _INK, font, anchor="lm", spacing=5)
+            for column, image in enumerate(on_white(letters)):
+                picture = to_pil(image[:, down : RESOLUTION - down, across : RESOLUTION - across]).convert("L")
+                shown = picture.resize((_LETTER, height - _GAP), Image.Resampling.LANCZOS)
+                shown = shown.point([round(level / _GREYS) * _GREYS for level in range(256)])
+                page.paste(shown, (left + column * (_LETTER + _GAP), above))
+    return page
+
+
+def on_white(images: Tensor) -> Tensor:
+    """Pictures (n, 3, h, w) of black ink on white paper as ink alone: the light that falls on paper, and tints, go."""
+    grey = images.mean(1, keepdim=True)
+    reach = 2 * _AROUND + 1  # wider than strokes are
+    paper = -F.max_pool2d(-F.max_pool2d(grey, reach, 1, _AROUND), reach, 1, _AROUND)
+    paper = F.avg_pool2d(paper, reach, 1, _AROUND, count_include_pad=False)
+    return (grey / (_WHITE * paper).clamp(min=0.2)).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 def of_alphabet(world: World, domain: Typefaces) -> None:

@@ -145,3 +145,17 @@ def test_held_out_fonts_are_shown_as_they_are_and_meta_fonts_are_multiplied(doma
     assert domain.subject_identities("held-out", 5).tolist() == [[2, 0, 0, 1, 0]]
     many = domain.subject_identities("meta", 9)
     assert len(many) == 9 and len({tuple(one) for one in many.tolist()}) == 9 and (many[:, 0] == 0).all()
+
+
+def test_dots_of_a_paper_are_wider_than_its_lines(domain):
+    """Bug: dots as small as where two lines cross were gone behind the autoencoder, and with them a clause."""
+    identity = torch.tensor([[0.0, 0, 0, 1, 0]]).expand(40, -1)
+    scenes = domain.sample_scenes(identity, torch.Generator().manual_seed(0))
+    line = (torch.arange(64) + 0.5) / 32 - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    share = []
+    for pattern in ("plain", "lined", "dotted"):
+        scenes.pattern.fill_(scene.PATTERNS.index(pattern))
+        share.append(domain._paper(scenes, x, y).mean())
+    plain, lined, dotted = share
+    assert (plain - dotted) > 0.5 * (plain - lined)

@@ -40,7 +40,7 @@ from .judges import FaceEmbedder, SceneJudge, adherence
 
 # CosFace's defaults for small class counts (arXiv 1801.09414, section 4.2).
 _COSFACE_SCALE, _COSFACE_MARGIN = 32.0, 0.3
-_META_PEOPLE = 1024
+_META_PEOPLE, _DOWN_STEPS = 1024, 1000
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -124,19 +124,26 @@ def train_vae(
 
 
 def train_base(
-    vae: AutoencoderKL, seconds: float, device: torch.device, pool: int, batch: int, domain: Domain = FACES
+    vae: AutoencoderKL,
+    seconds: float,
+    device: torch.device,
+    pool: int,
+    batch: int,
+    domain: Domain = FACES,
+    start_base: Path | None = None,
 ) -> FluxPipeline:
     """Transformer and text encoders, together, by rectified flow as FLUX and SD3 train (arXiv 2403.03206, section 3).
 
     Args:
         seconds: how long to train, compilation included; the learning rate follows the clock.
         pool: images rendered beforehand, every one of another person; steps draw from them.
+        start_base: a base of this domain and autoencoder to go on from; None: random weights.
     """
-    pipe = build_pipeline(seed=0, vocabulary=domain.vocabulary)
+    pipe = load_base(start_base) if start_base else build_pipeline(seed=0, vocabulary=domain.vocabulary)
     pipe.register_modules(vae=vae)
     pipe.to(device)
     torch.manual_seed(0)
-    generator = torch.Generator(device).manual_seed(1_000_004)
+    generator = torch.Generator(device).manual_seed(1_000_104 if start_base else 1_000_004)  # other photos
     latents, token_ids = _latent_pool(pipe, pool, generator, domain)
     parts = nn.ModuleDict({"transformer": pipe.transformer, "clip": pipe.text_encoder, "t5": pipe.text_encoder_2})
     parts.train()
@@ -197,12 +204,18 @@ def train_down(
     count: int = _META_PEOPLE,
     images: int = 8,
     domain: Domain = FACES,
+    steps: int = _DOWN_STEPS,
+    shift: float = 1.0,
 ) -> None:
     """Stage 1 on `count` people of the `meta` split, `images` renders of each; writes `down`.
 
     The settings are those that `metalora meta-train` takes; only the files in between are left out.
+
+    Args:
+        shift: of the noise levels of training, t' = s t / (1 + (s - 1) t).
     """
     base = base_for(load_base(output / "base"))
+    base.pipeline.scheduler.register_to_config(shift=shift)
     base.place(device, encoders=True)
     people = domain.subject_identities("meta", count)
     generator = torch.Generator(device).manual_seed(1_000_006)
@@ -224,7 +237,7 @@ def train_down(
         learning_rate=2e-3,
         down_learning_rate=1e-3,
         bucket_size=min(256, len(people)),
-        max_train_steps=1000,
+        max_train_steps=steps,
         warmup_steps=20,
         subjects_per_batch=min(48, len(people)),
         images_per_subject=2,
@@ -419,6 +432,9 @@ def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, default=512, help="images in a step of `base`")
     parser.add_argument("--people", type=int, default=_META_PEOPLE, help="in `down`")
+    parser.add_argument("--start", type=Path, help="folder of a base that `base` goes on from")
+    parser.add_argument("--down-steps", type=int, default=_DOWN_STEPS)
+    parser.add_argument("--shift", type=float, default=1.0, help="of the noise levels of `down`, above 1 to more noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -438,7 +454,7 @@ def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
         )
     elif args.job == "base":
         vae = AutoencoderKL.from_pretrained(args.output / "vae", dtype=torch.float32).to(device)
-        pipe = train_base(vae, args.seconds, device, args.pool, args.batch, domain).to("cpu")
+        pipe = train_base(vae, args.seconds, device, args.pool, args.batch, domain, args.start).to("cpu")
         # Text encoders stay float32: `FluxPipeline.from_pretrained(folder)` without a dtype loads transformers' models
         # as they are stored and diffusers' models as float32, and the two must agree.
         pipe.vae.half()
@@ -446,7 +462,9 @@ def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
         pipe.save_pretrained(args.output / "base")
         _name_as_published(args.output / "base" / "text_encoder" / "model.safetensors")
     elif args.job == "down":
-        train_down(args.output, args.seconds, device, args.people, domain=domain)
+        train_down(
+            args.output, args.seconds, device, args.people, domain=domain, steps=args.down_steps, shift=args.shift
+        )
     elif args.job == "report":
         figures = report(args.output, device, domain=domain)
         (args.output / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
