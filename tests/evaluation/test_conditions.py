@@ -45,6 +45,8 @@ def test_each_is_learned_drawn_after_the_last_step_and_reported(people: Path, tm
     assert len(set(images)) == len(images)
     grey = load_image(tmp_path / "out" / "degraded" / "grey=1.0" / "references" / "held-out-0000.png")
     assert grey.tobytes() == degrade(load_image(people / "held-out-0000" / "0.png"), "grey", 1.0).tobytes()
+    good = load_image(tmp_path / "out" / "references" / "held-out-0000.png")  # the report's, not a photo of a condition
+    assert good.tobytes() == load_image(people / "held-out-0000" / "0.png").tobytes()
     table = (tmp_path / "out" / "report.md").read_text()
     assert "## Bad references" in table and "| yaw 0.5 |" in table and "| good |" in table
     page = (tmp_path / "out" / "report.html").read_text()
@@ -104,6 +106,6 @@ def test_figures_by_strength_start_from_the_good_reference() -> None:
     found = degraded(good, bad)
     assert found["blur"]["a"][0.0].value == pytest.approx(0.7) and found["blur"]["a"][1.0].value == pytest.approx(0.3)
     assert found["blur"]["b"][0.5].value == pytest.approx(0.4)
-    _, heads, rows = degraded_table(found)
+    _, heads, rows = degraded_table(good, found)
     assert heads == ["R-FaceSim", "a", "b"] and [row[0] for row in rows] == ["good", "blur 0.5", "blur 1"]
     assert rows[1][1] == "" and rows[1][2].startswith("0.400 [")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peft_metalora.bases import load_base
 from peft_metalora.cli import main
@@ -129,6 +130,22 @@ def test_a_rerun_computes_only_what_is_missing(done: tuple[Path, list[str]], mon
     assert main(arguments) == 0
     assert trained == [(METHODS[1], lost["subject"])]
     assert (output / lost["file"]).read_bytes() == kept  # the same seeds, the same image
+
+
+def test_another_down_of_the_same_name_makes_other_cells(people: Path, tmp_path: Path) -> None:
+    """Bug: cells of a Down that was trained again into its folder stayed what they were."""
+    down = tmp_path / "down"
+    shutil.copytree(DOWN, down)
+    method = "meta-lora:start=mean"
+    settings = {"data": str(people), "output": str(tmp_path / "out"), "method": [method], "down": str(down)}
+    config = EvaluateConfig(**settings, steps=[1], num_inference_steps=2, views_per_image=2, device="cpu")
+    evaluate(config, progress=False)
+    keys = {cell["key"] for cell in read_cells(config.output, [method])}
+    tensors = load_file(down / "adapter_model.safetensors")
+    mean = next(name for name in tensors if name.endswith("metalora_up"))
+    save_file({**tensors, mean: -tensors[mean]}, down / "adapter_model.safetensors")
+    evaluate(config, progress=False)
+    assert keys.isdisjoint(cell["key"] for cell in read_cells(config.output, [method]))
 
 
 def test_an_image_that_is_not_there_is_a_miss(people: Path, prompts: Path, tmp_path: Path) -> None:
@@ -255,6 +272,7 @@ def test_prompts_that_the_embedded_judge_cannot_read_stop_before_any_training(pe
         ({"method": ["full:lr=fast"]}, "expected lr to be a number above 0, found 'fast'"),
         ({"method": ["base", "base"]}, "found base twice"),
         ({"method": ["textual-inversion:tokens=0"]}, "expected tokens to be a whole number above 0, found '0'"),
+        ({"method": ["base"], "edits": 1, "edit_strength": 0.04}, "at least one step, found 0.04 of 20"),
         ({"method": ["base"], "lpips": "alex"}, "needs seeds of at least 2, found 1"),
         ({"method": ["base"], "coverage": ["r_facesim"]}, "coverage must be SCORE=NUMBER, .* found 'r_facesim'"),
         ({"method": ["base"], "subject_name": " "}, "subject_name must be a text"),

@@ -100,6 +100,25 @@ def test_what_real_photos_reach_is_in_every_table_and_plot_of_likeness(tmp_path:
     assert len(likeness) == 4 and all(">real photos among themselves</text>" in one for one in likeness)
 
 
+def test_failures_are_in_the_figures_as_what_they_are(tmp_path: Path) -> None:
+    """Bugs: who failed first took the others' line out of the plots; where all failed there was no report at all; and
+    who failed was no 0 among the edited."""
+    cells = [
+        cell(tmp_path, "full", "ann", {5: 0.1, 10: 0.1}, "found nan"),
+        cell(tmp_path, "full", "bob", {5: 0, 10: 1}),
+    ]
+    cells[1]["edited"] = [{**cells[1]["rows"][0], "r_facesim": 0.8, "edits": 1}]
+    write_report(tmp_path, cells)
+    training = (tmp_path / "report.html").read_text().split("<h2>Against training</h2>")[1].split("<h2>")[0]
+    assert training.count('<svg viewBox="0 0 460') == 4 and all(
+        "<polyline" in one for one in training.split("<div>")[1:]
+    )
+    assert "| full | 0.500 [0.000, 1.000] | 0.400 [0.000, 0.800] |" in (tmp_path / "report.md").read_text()
+    write_report(tmp_path, [cell(tmp_path, "full", "ann", {5: 0.1, 10: 0.1}, "found nan")])
+    page = (tmp_path / "report.html").read_text()
+    assert "full, ann: found nan" in page and "Against training" not in page
+
+
 def test_more_lines_than_colours_are_told_apart() -> None:
     drawn = plot({str(number): [(0, number), (1, number)] for number in range(10)}, "x", "y")
     assert drawn.count("stroke-dasharray") == 2 and drawn.count('<rect x="') == 6

@@ -26,6 +26,7 @@ from ..errors import ConfigError, MetricInputError, TrainingError
 from ..files import write_bytes
 from ..hub.loading import folder_of
 from ..tuner import DownSource
+from ..tuner.down import digest_of
 from .cells import Cell, hash_of, home_of, is_complete
 from .conditions import Condition, bad_reference
 from .evaluation_settings import DEMO, EvaluateConfig, Method, safe
@@ -35,7 +36,7 @@ from .prompts import Prompt, image_name
 
 # Of the settings, what the images of a trained cell depend on.
 _MADE_FROM = (
-    "base", "down", "instance_prompt", "learning_rate", "train_batch_size", "views_per_image", "num_inference_steps",
+    "base", "instance_prompt", "learning_rate", "train_batch_size", "views_per_image", "num_inference_steps",
     "mixed_precision", "subject_name",
 )  # fmt: skip
 _JUDGES = "base", "embedder", "match_threshold", "face_pack", "clip_model", "dino_model", "dinov2_model", "lpips"
@@ -64,6 +65,7 @@ class Bench:
         self._asked = [(number, seed) for number in range(len(self.prompts)) for seed in range(config.seeds)]
         self._base: Base | None = None
         self._downs: dict[str, DownSource] = {}
+        self._digests: dict[str, str] = {}
         self._readers: dict[str, Reader] = {}
         self._judge: Judge | None = None
         self._people: dict[str, Known] = {}
@@ -115,6 +117,7 @@ class Bench:
         edits = config.edits if condition is None else 0
         made_from = {
             "method": method.text,
+            "down": self._mark(method),
             **{name: getattr(config, name) for name in _MADE_FROM},
             **({} if config.quantize == "none" else {"quantize": config.quantize}),  # cells of before stay valid
             "resolution": config.side,
@@ -127,7 +130,7 @@ class Bench:
         if is_complete(self.output, folder, key):
             return
         _ = self.base  # whatever is missing is told before anything is written
-        cell: Cell = {"rows": [], "points": [], "failure": None, "reference": self._show(subject, reference)}
+        cell: Cell = {"rows": [], "points": [], "failure": None, "reference": self._show(subject, reference, home)}
         if condition is not None:
             cell |= {"condition": condition.name, "strength": condition.strength}
         try:
@@ -154,15 +157,15 @@ class Bench:
             return
         images = [load_image(path) if path.is_file() else None for path in paths]
         rows = self._score(folder, images, subject, 0)
-        reference = self._show(subject, subject.split()[0])
+        reference = self._show(subject, subject.split()[0], self.output)
         cell = {"rows": rows, "points": [], "failure": None, "reference": reference}
         self._finish(folder, key, name, subject, cell)
 
-    def _show(self, subject: Subject, reference: Photo) -> str:
+    def _show(self, subject: Subject, reference: Photo, home: Path) -> str:
         """A small copy of a reference for the report, without what else its file says; its place in `output`."""
         path = reference.path
         if not path.is_relative_to(self.output):
-            image, path = load_image(path), self.output / "references" / f"{subject.name}.png"
+            image, path = load_image(path), home / "references" / f"{subject.name}.png"
             image.thumbnail((self.config.side, self.config.side))
             write_bytes(path, png(image))
         return path.relative_to(self.output).as_posix()
@@ -242,6 +245,16 @@ class Bench:
         if name not in self._downs:
             self._downs[name] = hub.load_down(name, local_files_only=self.config.local_files_only)
         return self._downs[name]
+
+    def _mark(self, method: Method) -> list[str | None] | None:
+        """What of its Down and of who reads for it a method depends on: what they are, whatever their names."""
+        down = self.down(method)
+        if down is None:
+            return None
+        name = down_name(self.config, method)
+        if name not in self._digests:
+            self._digests[name] = digest_of(down.tensors)
+        return [self._digests[name], down.config.encoder_fingerprint, self.config.face_model]
 
     def _draw(self, subject_name: str) -> list[Image.Image]:
         """Every prompt with every seed; the noise of an image depends on its seed alone."""

@@ -113,6 +113,11 @@ class EvaluateConfig:
             raise ConfigError(
                 f"edits must be at least 0 and edit_strength in (0, 1], found {self.edits} and {self.edit_strength}"
             )
+        if self.edits and self.num_inference_steps * self.edit_strength < 1:
+            raise ConfigError(
+                "edits take the share edit_strength of num_inference_steps, expected at least one step, found "
+                f"{self.edit_strength} of {self.num_inference_steps}"
+            )
         if self.lpips is not None and self.seeds < 2:
             raise ConfigError("lpips compares images of one prompt, which needs seeds of at least 2, found 1")
         if not self.subject_name.strip():

@@ -132,6 +132,8 @@ def edited_rows(cells: Sequence[Cell]) -> dict[str, list[Interval]]:
         chains: list[list[tuple[str, float]]] = [[] for _ in range(max(row["edits"] for _, row in edited) + 1)]
         for who, row in (*before, *edited):
             chains[row["edits"]].append((who, row["r_facesim"]))
+        for chain in chains[1:]:
+            chain += [(cell["subject"], 0.0) for cell in own if cell["failure"]]
         found[method] = [
             bootstrap(torch.tensor([score for _, score in one]), [who for who, _ in one]) for one in chains
         ]

@@ -203,13 +203,13 @@ def _plots(cells: Sequence[Cell]) -> str:
         for steps in sorted({row["steps"] for cell in own for row in cell["rows"]}):
             times = [point["seconds"] for cell in own for point in cell["points"] if point["steps"] == steps]
             found = {name: interval.value for name, interval in summary(own, steps)[method].items()}
-            points[method].append({**found, "steps": steps, "seconds": sum(times) / max(1, len(times))})
+            trained = {"steps": steps, "seconds": sum(times) / len(times)} if times else {}
+            points[method].append({**found, **trained})
 
     def drawn(x: str, y: str, x_label: str) -> str:
         series = {
             method: [(point[x], point[y]) for point in own if x in point and y in point]
             for method, own in points.items()
-            if x not in ("steps", "seconds") or methods[method][0]["points"]
         }
         series = {method: line for method, line in series.items() if line}
         options: dict[str, Any] = {"size": (460, 320), "with_legend": False, "names": list(methods)}
@@ -219,7 +219,7 @@ def _plots(cells: Sequence[Cell]) -> str:
     parts = []
     if obeys is not None:
         parts += ["<h2>Identity against adherence</h2>", key(list(methods)), drawn(obeys, "r_facesim", LABELS[obeys])]
-    if any(len(own) > 1 for own in points.values()):
+    if any(sum("steps" in point for point in own) > 1 for own in points.values()):
         parts += ["<h2>Against training</h2>", key(list(methods)), '<div class="plots">']
         for metric in filter(None, ("r_facesim", obeys)):
             parts += [drawn("steps", metric, "steps"), drawn("seconds", metric, "seconds of training")]
