@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the recipes of `examples/recipes` take, run as they are printed, on whole pipelines of the real shapes.
 
-FLUX.1-dev (T5-XXL and the VAE included), SDXL, FLUX.2 klein 4B, Z-Image, Krea 2, Qwen-Image and Wan 2.2 TI2V-5B with
-random weights in bf16, written to disk as a download would lie there; each command in a process of its own whose
-memory is capped.
+FLUX.1-dev (T5-XXL and the VAE included), SDXL, FLUX.2 klein 4B, Z-Image, Krea 2, Qwen-Image, Wan 2.2 TI2V-5B and
+FLUX.3 (of the sizes that diffusers' classes have by default) with random weights in bf16, written to disk as a download
+would lie there; each command in a process of its own whose memory is capped.
 
     python benchmarks/memory.py                       100 GB of disk (--work); writes results/memory.json
     python benchmarks/memory.py --only flux_read_gib sdxl_personalize_gib
@@ -84,6 +84,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
@@ -93,7 +94,7 @@ from transformers import (
 
 from peft_metalora import MetaLoraConfig, load_down, save_down
 from peft_metalora.bases import open_base
-from peft_metalora.bases.memory import OFFLOADS, QUANTIZERS, Whole, require_supported
+from peft_metalora.bases.memory import MODULAR, OFFLOADS, QUANTIZERS, Whole, require_supported
 from peft_metalora.bases.parts import Parts, is_hull
 from peft_metalora.checkpoint.space import SubjectSpace
 from peft_metalora.cli import COMMANDS, build_parser, make_config
@@ -373,6 +374,64 @@ def wan(small: bool) -> Any:
     )
 
 
+class Modular:
+    """The parts of FLUX.3, which diffusers has as a modular pipeline, and how its repository lies on a disk."""
+
+    def __init__(self, name: str, **components: Any) -> None:
+        self.name, self.components = name, components
+
+    @property
+    def transformer(self) -> Any:
+        """The denoiser."""
+        return self.components["transformer"]
+
+    def save_config(self, folder: Path) -> None:
+        """The index; and what makes a whole processor of the tokenizer."""
+        kinds = {name: _library_and_class(part) for name, part in self.components.items()}
+        kinds["tokenizer"] = ["transformers", "Qwen3VLProcessor"]
+        processor = {
+            "processor_config": {"processor_class": "Qwen3VLProcessor"},
+            "preprocessor_config": {"image_processor_type": "Qwen2VLImageProcessor"},
+            "video_preprocessor_config": {"video_processor_type": "Qwen3VLVideoProcessor"},
+        }
+        for file, text in processor.items():
+            (folder / "tokenizer" / f"{file}.json").write_text(json.dumps(text))
+        places = {
+            name: [*kind, {"pretrained_model_name_or_path": self.name, "subfolder": name, "type_hint": kind}]
+            for name, kind in kinds.items()
+        }
+        index = {"_class_name": "Flux3ModularPipeline", "_blocks_class_name": "Flux3AutoBlocks", **places}
+        (folder / "modular_model_index.json").write_text(json.dumps(index))
+
+
+def _library_and_class(part: Any) -> list[str]:
+    return [type(part).__module__.partition(".")[0], type(part).__name__]
+
+
+def flux3(small: bool) -> Any:
+    """FLUX.3 as diffusers' classes have it by default, with the 4 billion numbers of Qwen3-VL; without its writer."""
+    from diffusers import Flux3Transformer2DModel  # diffusers 0.41, the last for Python 3.10, has none
+
+    shapes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    shapes |= {"joint_attention_dim": 8 * 8, "in_channels": 16, "cond_in_channels": 16, "axes_dims_rope": (4, 4, 4, 4)}
+    vae = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4} if small else {}
+    text = language(small, *QWEN3_4B, **QWEN3_REST) | {"rope_parameters": rope(small, 24, 20, 20)}
+    if small:
+        text |= {"num_hidden_layers": 32}
+    more = {"deepstack_visual_indexes": [0, 1] if small else [5, 11, 17], "num_position_embeddings": 2304}
+    eye = vision(small, 1024, 4096, 24, 2560, **more)
+    return Modular(
+        FLUX3,
+        vae=AutoencoderKLFlux2(**vae),
+        text_encoder=Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=eye)),
+        tokenizer=chat_tokenizer(),
+        transformer=Flux3Transformer2DModel(**(shapes if small else {})),
+    )
+
+
+FLUX3 = "black-forest-labs/FLUX.3"
+
+
 @dataclass(frozen=True)
 class Base:
     """How a pipeline is made, what it is called in the recipes, and its Down."""
@@ -390,6 +449,7 @@ BASES = {
     "krea2": Base(krea2, "krea/Krea-2-Raw", "krea2-faces"),
     "qwen_image": Base(qwen_image, "Qwen/Qwen-Image", "qwen-faces"),
     "wan": Base(wan, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan-faces"),
+    "flux3": Base(flux3, FLUX3, "flux3-faces"),
 }
 
 
@@ -693,7 +753,7 @@ def cells(base: Base) -> Iterator[tuple[str, list[str]]]:
         held = ["--quantize", quantize, "--offload", offload, "--resolution", str(side)]
         for use, more in (("train", [["--train_batch_size", str(size)] for size in (1, 4)]), ("draw", [[]])):
             try:
-                require_supported(Whole(quantize, offload), use)
+                require_supported(Whole(quantize, offload), use, *([MODULAR] if base.make is flux3 else []))
             except ConfigError:
                 continue
             for extra in more:

@@ -19,7 +19,7 @@ from peft_metalora.demo.embedded import BASE
 from peft_metalora.demo.judges import load_embedder
 from peft_metalora.demo.scene import parse_caption
 from peft_metalora.metrics import Embeddings
-from pipelines_tiny import tiny_flux2_pipeline, tiny_flux_pipeline
+from pipelines_tiny import tiny_flux2_pipeline, tiny_flux_pipeline, tiny_qwen_image_pipeline
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "make_people.py"
 
@@ -94,6 +94,14 @@ def test_a_pipeline_that_takes_a_reference_draws_with_and_without_one(script):
     assert portrait.size == scene.size == (64, 64) and scene.tobytes() != other.tobytes()
     with pytest.raises(SystemExit, match="takes a reference image, found FluxPipeline"):
         script.drawer(tiny_flux_pipeline(), tiny_flux_pipeline())
+
+
+def test_a_pipeline_whose_guidance_asks_for_a_negative_prompt_gets_an_empty_one(script):
+    """Bug: portraits by Qwen-Image had no guidance."""
+    pipe, size = tiny_qwen_image_pipeline(), {"height": 16, "width": 16, "num_inference_steps": 1}
+    draw = script.drawer(pipe, tiny_flux2_pipeline(), **size)
+    wanted = pipe("a red shirt", negative_prompt=" ", generator=torch.Generator().manual_seed(0), **size).images[0]
+    assert draw("a red shirt", 0, None).tobytes() == wanted.tobytes()
 
 
 def test_a_down_of_people_who_do_not_exist(monkeypatch, tmp_path, capsys):
