@@ -101,9 +101,7 @@ def drawer(portraits: Any, editor: Any, **options: Any) -> Draw:
         pipe, given = (portraits, {}) if reference is None else (editor, {"image": reference})
         names = inspect.signature(pipe.__call__).parameters
         given |= {name: value for name, value in options.items() if value is not None and name in names}
-        if (
-            "true_cfg_scale" in names and names["true_cfg_scale"].default > 1
-        ):  # Qwen-Image's guidance, which asks for one
+        if "true_cfg_scale" in names and names["true_cfg_scale"].default > 1:  # Qwen-Image's guidance asks for one
             given.setdefault("negative_prompt", " ")
         return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **given).images[0].convert("RGB")
 
