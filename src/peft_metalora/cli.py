@@ -75,6 +75,12 @@ COMMANDS = {
         "commands.doctor:run_doctor",
         "metalora doctor",
     ),
+    "caption": Command(
+        "write captions of photos with a vision-language model",
+        "commands.caption:CaptionConfig",
+        "commands.caption:run_caption",
+        "metalora caption people --model Qwen/Qwen3-VL-2B-Instruct",
+    ),
     "meta-train": Command(
         "stage 1: train a Down on many subjects",
         "training.stage_settings:MetaTrainConfig",
