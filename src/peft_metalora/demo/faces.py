@@ -47,14 +47,6 @@ def sample_identities(n: int, generator: torch.Generator | None = None, device: 
     return torch.rand(n, len(IDENTITY_FACTORS), generator=generator, device=source).to(device)
 
 
-def flip_identity(identity: Tensor) -> Tensor:
-    """Mirror an identity; all factors are symmetric but the position of the mole."""
-    flipped = identity.clone()
-    mole = IDENTITY_FACTORS.index("mole_x")
-    flipped[..., mole] = 1 - identity[..., mole]
-    return flipped
-
-
 def subject_identity(split: str, index: int) -> Tensor:
     """Return the identity of one subject of a split, (len(IDENTITY_FACTORS),).
 

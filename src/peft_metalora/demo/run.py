@@ -28,7 +28,7 @@ from ..checkpoint.config_file import read_config
 from ..data import load_image
 from ..data.images import png
 from ..files import write_bytes
-from ..metrics import Embeddings
+from ..metrics import real_ceiling
 from ..pipelines.loader import enable_meta_lora
 from ..training.personalize import personalize
 from ..training.stage_settings import PersonalizeConfig
@@ -114,7 +114,7 @@ def _run(output: Path, person: int, steps: int | None) -> list[dict[str, Any]]:
             results.append(_result(method, scores, adapter, seconds, person, steps))
         photos = ([reference, *others], [load_image(path) for path in second])
         both, ways = _two_people(pipe, scorer.embedder, (files[0], second[0]), photos)
-    alike = among_themselves(scorer.embedder.embed(others))
+    alike = real_ceiling(scorer.embedder.embed(others))
     write_bytes(output / "demo.png", png(_picture(reference, others, alike, results, drawn)))
     write_bytes(output / "demo-two.png", png(both))
     write_bytes(output / "demo.json", (json.dumps(results, indent=2) + "\n").encode())
@@ -237,12 +237,6 @@ def _table_of_two(ways: dict[str, Apart]) -> str:
         cells = (float(values.mean()) for values in (found.right, found.wrong, found.swapped))
         lines.append(f"{label:24}" + "".join(f"{cell:>32.3f}" for cell in cells))
     return "\n".join(lines)
-
-
-def among_themselves(photos: Embeddings) -> float:
-    """Mean cosine of different photos of one person: what there is to reach."""
-    similar, count = photos.vectors @ photos.vectors.T, len(photos.vectors)
-    return float((similar.sum() - similar.trace()) / (count * (count - 1)))
 
 
 def _picture(

@@ -4,7 +4,7 @@
 A :class:`Scene` holds one value per image of every nuisance variable. Labels are derived from it, captions from
 the labels, and :func:`parse_caption` goes back from a caption to the labels. Left and right are those of the IMAGE:
 "facing left" means that the nose points to the left edge of the picture, so a horizontal flip of an image
-corresponds to swapping the two words in its caption (and to :meth:`Scene.flip`).
+corresponds to swapping the two words in its caption.
 """
 
 from __future__ import annotations
@@ -101,17 +101,6 @@ class Scene(SceneColumns):
     pattern: Tensor
     shirt: Tensor
     light: Tensor
-
-    def flip(self) -> Scene:
-        """Return the scene seen in a mirror: left and right are exchanged."""
-        return replace(
-            self,
-            yaw=-self.yaw,
-            roll=-self.roll,
-            shift_x=-self.shift_x,
-            light_x=-self.light_x,
-            pattern_angle=-self.pattern_angle,
-        )
 
 
 def sample_scenes(n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Scene:
