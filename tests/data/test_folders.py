@@ -16,11 +16,12 @@ from PIL import Image
 from peft_metalora.data import (
     Photo,
     Subject,
-    augment,
+    cut,
     cut_mask,
     decode_mask,
     flip_caption,
     load_image,
+    random_box,
     read_photos,
     read_subjects,
 )
@@ -246,40 +247,41 @@ def gradient(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([x, y, np.zeros_like(x)], -1).round().astype(np.uint8))
 
 
-class TestAugment:
+def crop(image: Image.Image, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    return cut(image, random_box(image.size, size, generator), size)
+
+
+class TestCrops:
     def test_shape_range_and_dtype(self) -> None:
-        pixels = augment(gradient(50, 40), (24, 16), torch.Generator().manual_seed(1))
+        pixels = crop(gradient(50, 40), (24, 16), torch.Generator().manual_seed(1))
         assert pixels.shape == (3, 24, 16) and pixels.dtype == torch.float32
         assert pixels.min() >= -1 and pixels.max() <= 1
 
     def test_the_generator_decides(self) -> None:
-        def crop(seed: int) -> torch.Tensor:
-            return augment(gradient(50, 40), 16, torch.Generator().manual_seed(seed))
-
-        assert torch.equal(crop(1), crop(1))
-        assert not torch.equal(crop(1), crop(2))
+        one, again, other = (
+            crop(gradient(50, 40), (16, 16), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        )
+        assert torch.equal(one, again) and not torch.equal(one, other)
 
     def test_a_flip_mirrors_the_same_crop(self) -> None:
-        plain, mirrored = (
-            augment(gradient(50, 40), 16, torch.Generator().manual_seed(1), flip=flip) for flip in (False, True)
-        )
+        plain, mirrored = (cut(gradient(50, 40), (5, 5, 30, 30), (16, 16), flip=flip) for flip in (False, True))
         assert torch.equal(plain.flip(-1), mirrored)
 
-    def test_the_whole_image_is_kept_when_nothing_may_be_cut(self) -> None:
-        pixels = augment(gradient(32, 32), 32, min_scale=1.0)
+    def test_the_whole_image_can_be_cut(self) -> None:
+        pixels = cut(gradient(32, 32), (0, 0, 32, 32), (32, 32))
         assert torch.allclose(pixels[0, 0], torch.linspace(-1, 1, 32), atol=0.01)
 
     def test_crops_are_as_large_as_promised(self) -> None:
         generator = torch.Generator().manual_seed(0)
         spans = []
         for _ in range(200):
-            red = augment(gradient(256, 256), 64, generator, min_scale=0.5)[0, 32]
+            red = crop(gradient(256, 256), (64, 64), generator)[0, 32]
             spans.append(float(red[-1] - red[0]) / 2)
-        assert 0.47 < min(spans) < 0.55 and 0.95 < max(spans) < 1.01
+        assert 0.77 < min(spans) < 0.82 and 0.97 < max(spans) < 1.01
 
     @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
     def test_any_sizes(self, width: int, height: int, rows: int, columns: int, seed: int) -> None:
-        pixels = augment(gradient(width, height), (rows, columns), torch.Generator().manual_seed(seed))
+        pixels = crop(gradient(width, height), (rows, columns), torch.Generator().manual_seed(seed))
         assert pixels.shape == (3, rows, columns)
 
 

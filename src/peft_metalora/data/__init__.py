@@ -22,7 +22,6 @@ from .folders import (
 from .images import (
     IMAGE_SUFFIXES,
     MAX_MEGAPIXELS,
-    augment,
     cut,
     cut_mask,
     decode_image,
@@ -43,7 +42,6 @@ __all__ = [
     "TRIGGER_MARK",
     "Photo",
     "Subject",
-    "augment",
     "caption_beside",
     "cut",
     "cut_mask",

@@ -195,45 +195,20 @@ def decode_mask(content: bytes, name: str | os.PathLike[str], size: tuple[int, i
     return mask if mask.size == size else mask.resize(size, Image.Resampling.BOX)
 
 
-def augment(
-    image: Image.Image,
-    size: int | tuple[int, int],
-    generator: torch.Generator | None = None,
-    *,
-    flip: bool = False,
-    min_scale: float = 0.8,
-) -> Tensor:
-    """Cut a random crop of the target's aspect ratio out of an image and scale it to the target.
+def random_box(image_size: tuple[int, int], size: tuple[int, int], generator: torch.Generator | None = None) -> Box:
+    """A random crop of the target's aspect ratio, whose sides are 0.8 to 1 of those of the largest that fits.
 
     Meta-LoRA trains on several crops and mirror images of its one photo, against overfitting to pose, background and
     light (https://arxiv.org/abs/2503.22352). The sizes of the crops are our choice.
 
     Args:
-        image: RGB.
-        size: height and width of the result, in pixels; one number for a square.
-        generator: source of the crop's size and place; the same state gives the same crop.
-        flip: mirror the crop; use `flip_caption` on its caption.
-        min_scale: sides of the smallest crop as a share of the largest that fits, in (0, 1]; 1 varies only the place.
-
-    Returns:
-        (3, height, width) float32 in [-1, 1].
-    """
-    target = (size, size) if isinstance(size, int) else size
-    return cut(image, random_box(image.size, target, generator, min_scale=min_scale), target, flip=flip)
-
-
-def random_box(
-    image_size: tuple[int, int], size: tuple[int, int], generator: torch.Generator | None = None, min_scale: float = 0.8
-) -> Box:
-    """A random crop of the target's aspect ratio; arguments as `augment` has them.
-
-    Args:
         image_size: width and height of the image, in pixels.
         size: height and width of the target.
+        generator: source of the crop's size and place; the same state gives the same crop.
     """
     (image_width, image_height), (height, width) = image_size, size
     scale, x, y = torch.rand(3, generator=generator).tolist()
-    unit = min(image_width / width, image_height / height) * (min_scale + (1 - min_scale) * scale)
+    unit = min(image_width / width, image_height / height) * (0.8 + (1 - 0.8) * scale)
     left, top = x * (image_width - width * unit), y * (image_height - height * unit)
     # The sum may exceed the image by a rounding error, which Pillow refuses.
     return left, top, min(left + width * unit, image_width), min(top + height * unit, image_height)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from peft_metalora.data import augment, load_image, read_subjects
+from peft_metalora.data import cut, load_image, random_box, read_subjects
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
@@ -85,10 +85,10 @@ def test_each_photo_is_cut_to_the_shape_nearest_to_its_own(base, people):
     assert found == [(4, 8, 8), (4, 8, 8), (4, 6, 10), (4, 6, 10), (4, 10, 6), (4, 10, 6)] * 4
     index = torch.tensor([4, 11])
     assert torch.equal(examples.pick(index)[0], torch.stack([examples.latents[4], examples.latents[11]]))
-    # What is cut is what `augment` cuts.
     photo = people[0].photos[1]
     generator = torch.Generator().manual_seed(int(hashlib.sha256(photo.read()).hexdigest()[:12], 16))
-    pixels = augment(load_image(photo.path), (24, 40), generator)
+    image = load_image(photo.path)
+    pixels = cut(image, random_box(image.size, (24, 40), generator), (24, 40))
     assert torch.allclose(examples.latents[2], base.encode_images(pixels[None])[0], atol=1e-5)
 
 
