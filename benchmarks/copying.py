@@ -6,7 +6,8 @@
 
 Everything goes the way of a user's `metalora evaluate`, on the embedded base and its own Down, which reads photos:
 people as they are read in zero steps, a LoRA after 100 steps, the base, and the reference in the place of every image.
-The images of every prompt are edited image to image by the next prompt, the results by the one after it, and so on.
+The images of every prompt are edited image to image by the next prompt, the results by the one after it, and so on,
+with the person on the base; those of read people also by the base alone, which says what the adapter keeps.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from typing import Any
 
 from origin import origin, write
 
-from peft_metalora.data import read_subjects
+from peft_metalora.data import load_image, read_subjects
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.demo.scoring import PROMPTS
+from peft_metalora.evaluation.bench import Bench, Stop
 from peft_metalora.evaluation.cells import Cell, read_cells
 from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.evaluation.figures import edited_rows, real_photos, summary
-from peft_metalora.evaluation.prompts import image_name
+from peft_metalora.evaluation.prompts import image_name, prompts_of
 from peft_metalora.evaluation.protocol import evaluate
 
 PHOTOS, STRENGTH = 7, 0.6
-READ, BASE, COPIES = "meta-lora:start=encoder", "base", "reference"
+READ, BASE, COPIES, ALONE = "meta-lora:start=encoder", "base", "reference", "read, then edited by the base alone"
 LORA = "lora:r=1,lr=1e-2"  # the rate of docs/results.md
 
 
@@ -68,16 +70,31 @@ def main() -> None:
             evaluate(config)
             cells = read_cells(home / "out", methods)
             write(given.output / "copying.json", {**origin(given.device), **facts, **figures_of(cells)})
+        alone = edited_alone(whole, [cell for cell in cells if cell["method"] == READ])
+        write(given.output / "copying.json", {**origin(given.device), **facts, **figures_of(cells, alone)})
 
 
-def figures_of(cells: Sequence[Cell]) -> dict[str, Any]:
+def edited_alone(config: EvaluateConfig, cells: Sequence[Cell]) -> list[Cell]:
+    """The same images of read people, edited by the base without them."""
+    bench, output = Bench(config, prompts_of(config)), Path(config.output)
+    people = {subject.name: subject for subject in read_subjects(config.data)}
+    found = []
+    for cell in cells:
+        drawn = [load_image(output / row["file"]) for row in cell["rows"]]
+        folder = output / ALONE / cell["subject"]
+        rows = bench.edit(folder, drawn, people[cell["subject"]], Stop(0, 0.0, 0, config.subject_name))
+        found.append({**cell, "method": ALONE, "edited": rows})
+    return found
+
+
+def figures_of(cells: Sequence[Cell], alone: Sequence[Cell] = ()) -> dict[str, Any]:
     """Means with intervals over people: by method and score, by method and number of edits, and of real photos."""
     ceiling = real_photos(cells)
     assert ceiling is not None
     return {
         "real_photos": vars(ceiling),
         "figures": {method: {name: vars(one) for name, one in row.items()} for method, row in summary(cells).items()},
-        "edited": {method: [vars(one) for one in row] for method, row in edited_rows(cells).items()},
+        "edited": {method: [vars(one) for one in row] for method, row in edited_rows([*cells, *alone]).items()},
     }
 
 

@@ -708,6 +708,9 @@ def copying(results: dict[str, Data]) -> str:
         edits = [f"{one['value']:.3f}" for one in data["edited"].get(name, [])[1:]]
         cells = [spread(data["figures"][name][metric], 2) for metric in metrics]
         rows.append([label.format(**data), *cells, *(edits or [""] * (most - 1))])
+    for name in data["edited"].keys() - data["figures"].keys():
+        edits = [f"{one['value']:.3f}" for one in data["edited"][name][1:]]
+        rows.insert(1, [f"*{name}*", *[""] * len(metrics), *edits])
     rows.append([f"*{REAL}*", spread(data["real_photos"], 2), *[""] * (len(metrics) + most - 2)])
     heads = ["", "R-FaceSim", "match rate", "copy-paste", "FaceSim", "adherence"]
     heads += [f"R-FaceSim after {count} edit{'s' * (count > 1)}" for count in range(1, most)]

@@ -138,7 +138,7 @@ class Bench:
                 images = self._draw(stop.subject_name)
                 cell["rows"] += self._score(folder, images, subject, stop.steps)
                 if edits and stop.steps == (0 if method.kind == "base" else max(steps)):
-                    cell["edited"] = self._edit(folder, images, subject, stop)
+                    cell["edited"] = self.edit(folder, images, subject, stop)
                 cell["points"].append({"steps": stop.steps, "seconds": round(stop.seconds, 3)})
                 cell["parameters"] = stop.parameters
         except TrainingError as error:
@@ -303,8 +303,12 @@ class Bench:
             self._people[subject.name] = self.judge.know(load_image(reference.path), photos)
         return self._people[subject.name]
 
-    def _edit(self, folder: Path, drawn: Sequence[Image.Image], subject: Subject, stop: Stop) -> list[dict[str, Any]]:
-        """Edit the images of seed 0 again and again, each by the prompts that follow its own; a row for each edit."""
+    def edit(self, folder: Path, drawn: Sequence[Image.Image], subject: Subject, stop: Stop) -> list[dict[str, Any]]:
+        """Edit the images of seed 0 again and again, each by the prompts that follow its own; a row for each edit.
+
+        Args:
+            folder: in `output`, for the images. drawn: of every prompt with every seed. stop: with whom on the base.
+        """
         pipe, config = image_to_image(self.base.pipeline), self.config
         sizes = {"height": config.side, "width": config.side} if "height" in signature(pipe.__call__).parameters else {}
         if self.base.takes_sequence_length:
