@@ -482,6 +482,10 @@ FINE_TUNED = {
 ZERO_STEPS_NOTE = ". 32 held-out people, one reference, 3 noises, 8 prompts; mean [95 % interval over people]."
 
 
+HERE = f"\n[Machines and command](#results){ZERO_STEPS_NOTE}\n"
+"""The line under further tables of the page that has both at its top."""
+
+
 def zero_source(results: dict[str, Data], file: str = "convergence") -> str:
     """Where the runs were made: the first one, and which ones elsewhere."""
     first, *others = results[file]["origins"].items()
@@ -506,7 +510,7 @@ def zero_curves(results: dict[str, Data]) -> str:
     rows = [[f"{int(count):,} people, 3,000 steps", spread(score)] for count, score in people.items()]
     rows += [[f"4,096 people, {int(count):,} target images", spread(score)] for count, score in images.items()]
     rows = beside_photos(rows, figures["real_ceiling"])
-    return "\n".join(plots) + "\n\n" + table(["training", "R-FaceSim, 0 steps"], rows) + zero_source(results)
+    return "\n".join(plots) + "\n\n" + table(["training", "R-FaceSim, 0 steps"], rows) + HERE
 
 
 def zero_goals(results: dict[str, Data]) -> str:
@@ -526,7 +530,7 @@ def zero_goals(results: dict[str, Data]) -> str:
             met = value is not None and (value >= goal if larger else value <= goal)
             reached = "open" if value is None else "yes" if met else "**no**"
         lines.append([text, shown, wanted, reached])
-    return table(["", "measured", "goal", "reached"], lines) + zero_source(results)
+    return table(["", "measured", "goal", "reached"], lines) + HERE
 
 
 def zero_steps(results: dict[str, Data]) -> str:
@@ -545,7 +549,7 @@ def zero_steps(results: dict[str, Data]) -> str:
         rows.append([f"*{variant}*", "", "", *scores, *copied(first[variant], more)])
     heads = ["0 steps", "numbers", "s of training", "R-FaceSim", "adherence", "copied wall", "distance of factors"]
     rows = beside_photos(rows, results["convergence"]["figures"]["real_ceiling"], 3)
-    return table([*heads, *more], rows) + zero_source(results)
+    return table([*heads, *more], rows) + HERE
 
 
 SHOWN_STEPS = ("100", "300", "700")
@@ -577,7 +581,7 @@ def zero_rivals(results: dict[str, Data]) -> str:
         ["**read, then tuned**", step, *cells(tuned[step]), f"{RATE_OF_READ}, constant"] for step in ("0", "25", "100")
     ]
     heads = ["method", "steps", "R-FaceSim", "adherence", "copied wall", "distance of factors", *more, "rate"]
-    return table(heads, beside_photos(rows, data["figures"]["real_ceiling"], 2)) + zero_source(results)
+    return table(heads, beside_photos(rows, data["figures"]["real_ceiling"], 2)) + HERE
 
 
 def typefaces(results: dict[str, Data]) -> str:
@@ -628,7 +632,7 @@ def zero_bad(results: dict[str, Data]) -> str:
         if variant == "clean" or variant.endswith((" 0.5", " 1.0"))
     ]
     rows = beside_photos(rows, results["convergence"]["figures"]["real_ceiling"], 1, 2)
-    return table(["photo that is read", *shown.values()], rows) + zero_source(results)
+    return table(["photo that is read", *shown.values()], rows) + HERE
 
 
 def story(results: dict[str, Data]) -> str:

@@ -77,6 +77,7 @@ def test_results_and_tables_say_the_same(page: str, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["covers"] for line in lines if line["method"] == "lora"] == [False] * 6 + [True] * 2
     table = (tmp_path / "report.md").read_text()
+    assert "\n| --- | --- |" in table, "Bug: the rule was escaped as text, and no table was one"
     assert "Coverage: share of prompts with an image that reaches R-FaceSim 0.5." in table
     assert "| lora | 0.500 [0.400, 0.600] |" in table and "20.0 [20.0, 20.0]" in table
     assert "<td>0.500<small>[0.400, 0.600]</small></td>" in page

@@ -72,8 +72,8 @@ def _markdown(cells: Sequence[Cell], bad: Sequence[Cell], thresholds: Mapping[st
     found = tables(cells, thresholds) + ([degraded_table(cells, degraded(cells, bad))] if bad else [])
     parts = ["# Evaluation", _counts(cells, bad), _note(cells, thresholds)]
     for title, heads, rows in found:
-        lines = [heads, ["---"] * len(heads), *rows]
-        table = "\n".join("| " + " | ".join(as_text(cell) for cell in line) + " |" for line in lines)
+        first, *others = ("| " + " | ".join(map(as_text, line)) + " |" for line in (heads, *rows))
+        table = "\n".join([first, "| --- " * len(heads) + "|", *others])
         parts += [f"## {as_text(title)}", table] if title else [table]
     return "\n\n".join(parts) + "\n"
 
