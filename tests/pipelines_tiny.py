@@ -19,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -42,6 +43,10 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -354,6 +359,27 @@ def chat_tokenizer(max_length: int = 64) -> PreTrainedTokenizerFast:
     made.model_max_length = max_length
     made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return made
+
+
+@seeded
+def tiny_flux2_dev_pipeline() -> Flux2Pipeline:
+    """FLUX.2 dev's format: the transformer of klein's with guidance, and text from three layers of a Mistral 3."""
+    tokenizer = chat_tokenizer()
+    part = "{% if c['type'] == 'text' and m['role'] == 'user' %}{{ c['text'] }}{% endif %}"
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{% for c in m['content'] %}}{part}{{% endfor %}}{{% endfor %}}"
+    )
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "head_dim": 8}
+    text = MistralConfig(vocab_size=len(tokenizer), num_hidden_layers=31, num_key_value_heads=1, **small)
+    eye = PixtralVisionConfig(num_hidden_layers=1, image_size=8, patch_size=4, **small)
+    parts = tiny_flux2_pipeline().components
+    return Flux2Pipeline(
+        scheduler=parts["scheduler"],
+        vae=parts["vae"],
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=eye)),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(**{**parts["transformer"].config, "guidance_embeds": True}),
+    )
 
 
 def tiny_qwen_vae() -> AutoencoderKLQwenImage:

@@ -17,6 +17,7 @@ from .parts import Parts
 # Pipeline class -> (file beside this one, class in it); loaded when a pipeline of that class is.
 FAMILIES = {
     "Flux2KleinPipeline": ("flux2", "Flux2Klein"),
+    "Flux2Pipeline": ("flux2", "Flux2Dev"),
     "Flux3ModularPipeline": ("flux3", "Flux3"),
     "FluxPipeline": ("flux1", "Flux1"),
     "Krea2Pipeline": ("krea2", "Krea2"),

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
@@ -95,7 +96,17 @@ class Parts:
                     self._add_hull(name, _Files(cls, self.name, {"subfolder": name, **self._source}))
             # Its own class: the general one reads what its class may do without, as Wan's transformer, beside the hull.
             own = getattr(diffusers, str(index.get("_class_name")), DiffusionPipeline)
-            return own.from_pretrained(self.name, dtype=self._dtype, **self._hulls, **self._source)
+            small = {
+                name: _processor(value[1], self.name, {"subfolder": name, **self._source})
+                for name, value in index.items()
+                if name == "tokenizer" and _names_a_class(name, value) and value[1].endswith("Processor")
+            }
+            # diffusers takes no half of one, but leaves out what is to be none.
+            given = {name: None if isinstance(part, _TextHalf) else part for name, part in small.items()}
+            pipe = own.from_pretrained(self.name, dtype=self._dtype, **self._hulls, **given, **self._source)
+            for name, part in small.items():
+                setattr(pipe, name, part)
+            return pipe
 
     def _modular_pipeline(self) -> Any:
         from diffusers import ModularPipeline
@@ -234,6 +245,14 @@ class _TextHalf:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.apply_chat_template = tokenizer, tokenizer.apply_chat_template
+
+
+def _processor(cls: str, repo: str, place: dict[str, Any]) -> Any:
+    """A processor of transformers; where what it needs for images is not installed, what it has for text."""
+    try:
+        return getattr(transformers, cls).from_pretrained(repo, **place)
+    except (ImportError, ValueError):
+        return _TextHalf(AutoTokenizer.from_pretrained(repo, **place))
 
 
 def _load_small(spec: Any, place: dict[str, Any]) -> Any:
