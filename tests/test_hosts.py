@@ -112,6 +112,14 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("848d522c6842", "bases/flux1.py", "called"),
     "diffusers.pipelines.flux.pipeline_flux.calculate_shift":
         ("4c10dc13eec1", "bases/base.py", "copied: the shift of noise levels"),
+    "diffusers.pipelines.flux2.pipeline_flux2.Flux2Pipeline._encode_vae_image":
+        ("a627499c3698", "bases/flux2.py", "called"),
+    "diffusers.pipelines.flux2.pipeline_flux2.Flux2Pipeline._pack_latents":
+        ("1f3f9f44c05d", "bases/flux2.py", "called"),
+    "diffusers.pipelines.flux2.pipeline_flux2.Flux2Pipeline._prepare_latent_ids":
+        ("767d2090a0b7", "bases/flux2.py", "called"),
+    "diffusers.pipelines.flux2.pipeline_flux2.Flux2Pipeline._prepare_text_ids":
+        ("45f85f0414ee", "bases/flux2.py", "called"),
     "diffusers.pipelines.flux2.pipeline_flux2_klein.Flux2KleinPipeline._encode_vae_image":
         ("a627499c3698", "bases/flux2.py", "called"),
     "diffusers.pipelines.flux2.pipeline_flux2_klein.Flux2KleinPipeline._pack_latents":

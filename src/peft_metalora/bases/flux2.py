@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLUX.2 klein and FLUX.2 dev.
 
-Text: hidden states of three layers of Qwen3 (klein) or Mistral 3 (dev). Images: latents whose 2 x 2 patches are channels
-already, normalised by the VAE's running statistics. Rectified flow; dev is guidance-distilled and trained at guidance 1,
-as FLUX.1's is. Adapted by default: attention and feed-forward layers of both streams; in the single blocks these are
-one projection in and one out.
+Text: hidden states of three layers of Qwen3 (klein) or Mistral 3 (dev). Images: latents whose 2 x 2 patches are
+channels already, normalised by the VAE's running statistics. Rectified flow; dev is guidance-distilled and trained at
+guidance 1, as FLUX.1's is. Adapted by default: attention and feed-forward layers of both streams; in the single blocks
+these are one projection in and one out.
 """
 
 from __future__ import annotations
