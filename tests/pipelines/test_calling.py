@@ -158,6 +158,23 @@ def test_the_least_recently_used_leaves_and_comes_back(served):
     assert set(table.bring([])) == set() and table.statistics().on_device == 2
 
 
+def test_of_several_downs_each_has_a_table(people, portraits, tmp_path):
+    pipe, model = pipeline("flux"), denoiser(tiny_pipeline("flux"))
+    others = write_subjects(tmp_path, model, "gil", seed=50, target_modules=TARGETS["flux"])
+    for folder, name in ((people("flux"), "faces"), (others, "others")):
+        pipe.load_meta_lora(folder / "faces", name)
+    with pytest.raises(errors.AdapterStateError, match="expected one Down on this pipeline, found 2"):
+        pipe.enable_subject_slots()
+    marks = [pipe.transformer.peft_config[name].down_fingerprint for name in ("faces", "others")]
+    tables = [pipe.enable_subject_slots(1, fingerprint=mark) for mark in marks]
+    for folder, name in ((people("flux"), "ann"), (others, "gil")):
+        pipe.add_subject(folder / name)
+    assert [table.names() for table in tables] == [["ann"], ["gil"]]
+    assert_same(picture(pipe, "flux", (0,), subjects="ann"), portraits["ann"])
+    with pytest.raises(errors.AdapterStateError, match="subjects of one Down in one batch"):
+        picture(pipe, "flux", (0, 1), subjects=["ann", "gil"])
+
+
 def test_a_swap_changes_no_module_and_no_address(served):
     pipe, table, _ = served
     model = pipe.transformer

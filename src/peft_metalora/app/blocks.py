@@ -367,10 +367,10 @@ def _bad(sentence: str) -> str:
     return f"{_MARK}{html.escape(sentence)}</span>"
 
 
-def _inline(image: Image.Image, height: int = _THUMB) -> str:
+def _inline(image: Image.Image) -> str:
     """An image as a URL of its own content, so that no file of it lies anywhere."""
     small = image.convert("RGB")
-    small.thumbnail((4 * height, height))
+    small.thumbnail((4 * _THUMB, _THUMB))
     stream = io.BytesIO()
     small.save(stream, "jpeg", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -88,7 +88,7 @@ def test_the_score_is_that_of_stage_2_on_the_down_as_it_is_by_then(tmp_path):
     run.config = config
     held = held_out.HeldOut(["a", "b"], [], [], [scored, scored])
     layers = dict(meta_lora_layers(run.base.denoiser))
-    validation = DownValidation(run, held, learned, Trackers(config, run.processes))
+    validation = DownValidation(run, held, learned, Trackers(config, run.processes), 0)
     assert validation.look(2) is None
     before = torch.get_rng_state()
     found = validation.look(3)

@@ -95,14 +95,14 @@ class AdapterStack:
         return RowGradients(base, self)
 
     @contextmanager
-    def installed_in(self, pipe: Any, name: str = "transformer") -> Iterator[None]:
+    def installed_in(self, pipe: Any) -> Iterator[None]:
         """While open, `pipe` denoises S * B samples: the first B are the first subject's, the next B the second's."""
-        original = getattr(pipe, name)
-        setattr(pipe, name, _StackedDenoiser(original, self))
+        original = pipe.transformer
+        pipe.transformer = _StackedDenoiser(original, self)
         try:
             yield
         finally:
-            setattr(pipe, name, original)
+            pipe.transformer = original
 
 
 def train_stack(

@@ -49,7 +49,7 @@ class DownValidation:
         done: steps of a resumed run so far.
     """
 
-    def __init__(self, run: MetaTraining, held: HeldOut, learned: Examples, trackers: Trackers, done: int = 0) -> None:
+    def __init__(self, run: MetaTraining, held: HeldOut, learned: Examples, trackers: Trackers, done: int) -> None:
         self.run, self.held, self.learned = run, held, learned
         self.watch = Watch(run.base, held, run.config, run.processes, trackers, done)
         self.stage_2 = _stage_2(run.config, len(held.names), run.processes.count)
