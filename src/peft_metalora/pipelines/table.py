@@ -27,7 +27,7 @@ from ..errors import AdapterNotFoundError, AdapterStateError, FingerprintMismatc
 from ..tuner import DownSource, MetaLoraConfig, MetaLoraLayer, subject_state
 from ..tuner.down import MAGNITUDE, MID, MID_INIT, UP, subject_config
 from ..tuner.folding import folds_follow
-from ..tuner.on_model import Seen, configs_of, down_on_model, meta_lora_layers, seen
+from ..tuner.on_model import Seen, configs_of, down_on_model, layers_of, seen
 from ..tuner.placing import choice_kept, inject
 from ..tuner.ranks import exceptions, ranks_of
 from .codes import CodeBook
@@ -120,7 +120,7 @@ class SubjectTable:
         with choice_kept(model):
             inject(model, self.config, self.adapter_name, down)
         self._model, self._lock, self._books = weakref.ref(model), lock_of(model), books_of(model)
-        self._layers = [(path, layer) for path, layer in meta_lora_layers(model) if self._has(layer)]
+        self._layers = layers_of(model, self.adapter_name)
         self._slots = Rows(self._layers, self.adapter_name)
         self._device_order: OrderedDict[str, int] = OrderedDict()
         self._host: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -139,9 +139,6 @@ class SubjectTable:
     @property
     def _flat(self) -> torch.Tensor:
         return self._slots.flat
-
-    def _has(self, layer: Any) -> bool:
-        return self.adapter_name in layer.metalora_mid
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the model holds the table as well; locks are of the model that it comes to.
@@ -488,7 +485,9 @@ class SubjectTable:
 
     def _write(self, slot: int, row: torch.Tensor | Callable[[torch.Tensor], None]) -> None:
         """Fill a slot: with a row, or by what writes into one."""
-        layers = [layer for _, layer in self._layers] if self._is_folded() else []
+        # Whether somebody has folded the model, which is all layers: by themselves they keep no fold of a table.
+        folded = self.adapter_name in self._layers[0][1].metalora_folded
+        layers = [layer for _, layer in self._layers] if folded else []
         with torch.no_grad(), folds_follow(layers, self.adapter_name, slot):
             if callable(row):
                 row(self._flat[slot])
@@ -496,10 +495,6 @@ class SubjectTable:
                 self._flat[slot].copy_(row, non_blocking=True)
         self._written = True
         self._layers[0][1].subject_index.factors = object()
-
-    def _is_folded(self) -> bool:
-        """Whether somebody has folded the model, which is all layers: by themselves they keep no fold of a table."""
-        return self.adapter_name in self._layers[0][1].metalora_folded
 
     def _free_slot(self, wanted: set[str]) -> int:
         if len(self._device_order) < self.capacity:

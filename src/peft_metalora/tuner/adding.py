@@ -136,7 +136,7 @@ def _resolve_down(model: nn.Module, config: MetaLoraConfig, plan: Plan, targets:
     wanted = config.down_fingerprint
     on_model = {key for _, layer in meta_lora_layers(model) for key in layer.metalora_down if not key.endswith(ASIDE)}
     marks = {key: down_fingerprint(model, key) for key in sorted(on_model)} if wanted or config.down else {}
-    named = config.down in on_model and not _is_fingerprint_key(str(config.down))
+    named = config.down in on_model and not str(config.down).startswith("fp-")
     if wanted and wanted in marks.values():
         plan.key = next(key for key, mark in marks.items() if mark == wanted)
         plan.fingerprint = wanted
@@ -210,10 +210,6 @@ def _check_fit(
             f"start={config.start!r} needs the rank of the Down's Mid, {mid_init[0]} at {key!r}, but r={r}. "
             f"Set r={mid_init[0]}, or start='fresh' (which loses the gain)."
         )
-
-
-def _is_fingerprint_key(key: str) -> bool:
-    return key.startswith("fp-")
 
 
 @contextmanager

@@ -184,7 +184,7 @@ class SubjectSampler:
             self._turns[shard] += 1
             queue = self._queues[shard][turn]
             if all(slot in chosen for slot in queue):
-                group = [slot for slot in self._members(shard) if self._group(slot) == self._names[turn]]
+                group = [slot for slot in self._members(shard) if self._groups[self.bucket[slot]] == self._names[turn]]
                 if not queue or not set(group) <= set(chosen):
                     queue += [group[place] for place in torch.randperm(len(group), generator=self._generator).tolist()]
             # A subject that a new round brings again waits until the next batch, if its group has another one.
@@ -192,9 +192,6 @@ class SubjectSampler:
             queue.remove(slot)
             chosen.append(slot)
         return chosen
-
-    def _group(self, slot: int) -> Hashable:
-        return self._groups[self.bucket[slot]]
 
     def state_dict(self) -> dict[str, Any]:
         """For a resumed run; the bucket is the caller's."""
