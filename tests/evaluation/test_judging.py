@@ -19,11 +19,14 @@ from face_models import SIDE, TILE, write_pack
 from metrics.test_clip_dino import dino_v2
 from metrics.test_clip_dino import tokenizer as clip_tokenizer
 from peft_metalora.cli import main
+from peft_metalora.data import load_image, read_subjects
+from peft_metalora.demo.faces import write_dataset
+from peft_metalora.demo.judges import MATCH_THRESHOLD
 from peft_metalora.errors import EmbedderUnavailableError, MetricInputError
 from peft_metalora.evaluation.cells import read_cells
 from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
 from peft_metalora.evaluation.figures import reaches, summary
-from peft_metalora.evaluation.judging import FaceJudge, judge_for
+from peft_metalora.evaluation.judging import DemoJudge, FaceJudge, judge_for
 from peft_metalora.metrics import Embeddings
 
 WHITE, YELLOW, PINK = (255, 255, 255), (255, 255, 0), (255, 0, 255)
@@ -204,3 +207,17 @@ def test_models_that_are_not_there_are_said_to_be_so(tmp_path: Path) -> None:
         judge_for(EvaluateConfig(**settings, dinov2_model=str(tmp_path)))
     with pytest.raises(ValueError, match="lpips must be alex, vgg, squeeze or module:function, found 'no:such'"):
         judge_for(EvaluateConfig(**settings, lpips="no:such"))
+
+
+def test_the_embedded_domain_has_a_line_between_people(tmp_path) -> None:
+    """Bug: a report on the embedded base had no match rate."""
+    subjects = read_subjects(write_dataset(tmp_path / "people", "tune", 8, 3))
+    photos = [[load_image(photo.path) for photo in subject.photos] for subject in subjects]
+    judge, prompt = DemoJudge(), "a photo of a person, smiling"
+    known = judge.know(photos[0][0], photos[0][1:2])
+    others = [one for own in photos[1:] for one in own]
+    rows = judge.score([photos[0][2], *others], [prompt] * (1 + len(others)), known)
+    assert rows[0]["match"] == 1 and sum(row["match"] for row in rows[1:]) <= 1
+    assert all(row["match"] == (row["r_facesim"] >= MATCH_THRESHOLD) for row in rows)
+    strict = DemoJudge(match_threshold=0.999)
+    assert strict.score([photos[0][2]], [prompt], known)[0]["match"] == 0
