@@ -229,6 +229,14 @@ def test_the_prompt_set_names_the_person_in_every_prompt() -> None:
     assert len(prompts) == 20 and all("a sks person" in prompt.text and "{" not in prompt.text for prompt in prompts)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "scenes: []", "scenes: [1]"])
+def test_a_file_without_prompts_is_refused(tmp_path: Path, text: str) -> None:
+    """Bug: of {} an evaluation without images was made, and no report could be."""
+    (tmp_path / "prompts.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="expected lists of prompts by kind"):
+        read_prompts(tmp_path / "prompts.yaml", "a person")
+
+
 def test_a_person_who_is_read_is_drawn_before_the_first_step_and_stays_when_the_run_stops(
     people: Path, prompts: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +280,7 @@ def test_prompts_that_the_embedded_judge_cannot_read_stop_before_any_training(pe
         ({"method": ["full:lr=fast"]}, "expected lr to be a number above 0, found 'fast'"),
         ({"method": ["base", "base"]}, "found base twice"),
         ({"method": ["textual-inversion:tokens=0"]}, "expected tokens to be a whole number above 0, found '0'"),
+        ({"method": ["base"], "resolution": 0}, "resolution must be at least 1, found 0"),
         ({"method": ["base"], "edits": 1, "edit_strength": 0.04}, "at least one step, found 0.04 of 20"),
         ({"method": ["base"], "lpips": "alex"}, "needs seeds of at least 2, found 1"),
         ({"method": ["base"], "coverage": ["r_facesim"]}, "coverage must be SCORE=NUMBER, .* found 'r_facesim'"),

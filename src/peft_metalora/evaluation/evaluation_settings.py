@@ -102,9 +102,10 @@ class EvaluateConfig:
     gallery: int = setting("People shown in the report's galleries.", 4)
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "train_batch_size", "views_per_image", "num_inference_steps", "gallery"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        counts = "seeds", "train_batch_size", "views_per_image", "num_inference_steps", "resolution", "gallery"
+        for name in counts:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}")
         if not self.steps or min(self.steps) < 0:
             raise ConfigError(f"steps must be one or more numbers of at least 0, found {self.steps}")
         if not (self.method or self.images or self.export_prompts):

@@ -44,7 +44,7 @@ def read_prompts(path: str | Path | None, subject_name: str) -> list[Prompt]:
         with importlib.resources.as_file(importlib.resources.files(__package__).joinpath("prompts.yaml")) as own:
             return read_prompts(own, subject_name)
     found = read_yaml(path)
-    if not isinstance(found, dict) or not all(
+    if not (found and isinstance(found, dict)) or not all(
         isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) for texts in found.values()
     ):
         raise ConfigError(f"{path}: expected lists of prompts by kind ('scenes: [...]'), found something else")
