@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from PIL import Image
 
+from peft_metalora import save_down
 from peft_metalora.bases.parts import Parts
 from peft_metalora.cli import main
-from training_tiny import save_tiny_down, teach_to_read, write_people
+from training_tiny import save_tiny_down, teach_to_read, with_tiny_down, write_people
 
 SHORT = ["--device", "cpu"]
 BASE = ["--pretrained_model_name_or_path", "{home}/base"]
@@ -147,3 +150,28 @@ def test_it_is_refused_in_a_sentence_and_no_base_is_opened(home, case, tmp_path,
     error = capsys.readouterr().err.splitlines()[-1]
     assert message.format(home=home) in error
     assert not out.exists() and sorted(home.rglob("*")) == before
+
+
+def test_a_base_of_another_name_is_refused_before_its_weights_and_a_twin_is_said(home, tmp_path, monkeypatch, capsys):
+    """Bug: that a base is another one was noticed when it had been loaded whole, and that it is a twin nobody saw."""
+    for name in ("turbo", "other"):
+        shutil.copytree(home / "base", tmp_path / "a" / name)
+    monkeypatch.chdir(tmp_path)
+    pipe = with_tiny_down(0)
+    save_down("down", pipe.transformer, "faces", base_model="a/raw", facts={"fits": ["a/turbo"]})
+    teach_to_read(tmp_path / "down")
+    photo = str(home / "people" / "person-0" / "0.png")
+    learn = ["personalize", "--down", "down", "--instance_data_dir", photo, "--max_train_steps", "1"]
+    commands = {
+        "personalize": [*learn, "--views_per_image", "1", "--resolution", "16"],
+        "read": ["read", "--down", "down", "--photos", photo],
+        "generate": ["generate", "--down", "down", "--photo", photo, "--prompt", "a photo"],
+    }
+    for command in commands.values():
+        on = [*command, *SHORT, "--output_dir", "out", "--pretrained_model_name_or_path"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Parts, "bring", lambda *_: pytest.fail("weights are loaded"))
+            assert main([*on, "a/other"]) == 2
+        assert "expected the base model a/raw, found a/other" in capsys.readouterr().err
+    assert main([*commands["read"], *SHORT, "--output_dir", "ann", "--pretrained_model_name_or_path", "a/turbo"]) == 0
+    assert "warning: down was trained on a/raw and says that it fits a/turbo" in capsys.readouterr().err

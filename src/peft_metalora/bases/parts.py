@@ -197,6 +197,7 @@ class Parts:
                 hull = files.cls(files.cls.config_class.from_pretrained(files.repo, **files.place))
             else:
                 hull = files.cls.from_config(files.cls.load_config(files.repo, **files.place))
+                hull.register_to_config(_name_or_path=files.repo)  # as a model that is loaded has it
         self._hulls[name], self._files[name] = hull.requires_grad_(False).eval(), files
 
     @contextmanager

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
     """Check that a Down was made for this base model: its modules are there, with these inputs and outputs.
 
     The model's name is compared as well when the Down names a Hub repository and the model knows one: it is the base
-    that the Down was trained on, or one that it says it fits, which is then logged.
+    that the Down was trained on, or one that it says it fits, which a warning says.
 
     Raises:
         BaseModelMismatchError
@@ -58,7 +58,7 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
                 f"{name}: expected the base model {wanted}, found {has}. Load it on the base that it was trained on"
                 f"{told}."
             )
-        logging.getLogger(__name__).warning("%s was trained on %s and says that it fits %s", name, wanted, has)
+        warnings.warn(f"{name} was trained on {wanted} and says that it fits {has}", stacklevel=2)
     layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
     modules = sorted({key.rpartition(".")[0] for key in source.tensors})
     absent = [module for module in modules if module not in layers]
