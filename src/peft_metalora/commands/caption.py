@@ -20,6 +20,7 @@ _QUESTION = (
     "Say in one sentence what this photo shows: pose, expression, clothes, place and light. Say nothing of the face, "
     "and give no name."
 )
+_LONGEST = 5_000  # characters; what a prefix leaves is far below what is read
 
 
 @dataclass(kw_only=True)
@@ -91,9 +92,6 @@ def run_caption(config: CaptionConfig) -> Done:
         warnings.warn(f"left out {len(left)} of {len(todo)} photos: {'; '.join(left[:3])}", stacklevel=2)
     values = {"captions": written, "kept": kept, "left_out": left}
     return Done(f"wrote the captions of {len(written)} photo(s){told}", values)
-
-
-_LONGEST = 5_000  # characters; what a prefix leaves is far below what is read
 
 
 def _photos_in(given: str) -> list[Any]:
