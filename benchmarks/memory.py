@@ -117,24 +117,22 @@ READ = "read --down faces --photos ann.jpg --output_dir ann"
 
 @dataclass(frozen=True)
 class Case:
-    """A figure: a command, as it is printed in a recipe or in the pages, and the card that it is made for, in GiB."""
+    """A figure: a command, as it is printed in a recipe, and the card that it is made for, in GiB."""
 
     figure: str
     base: str
     card: float
-    recipe: str | None = None
+    recipe: str
 
     def command(self) -> list[str]:
         """Its arguments."""
-        if self.recipe is None:
-            return shlex.split(READ)
         (printed,) = re.findall(r"^#   metalora (.*)$", (RECIPES / self.recipe).read_text(), re.MULTILINE)
         return shlex.split(printed)
 
 
 CASES = (
     Case("sdxl_personalize_gib", "sdxl", 6, "sdxl-1024-6gb.yaml"),
-    Case("flux_read_gib", "flux", 2),
+    Case("flux_read_gib", "flux", 2, "flux1-read-2gb.yaml"),
     Case("flux_personalize_512_gib", "flux", 8, "flux1-512-8gb.yaml"),
     Case("flux_personalize_1024_gib", "flux", 12, "flux1-1024-12gb.yaml"),
     Case("flux_generate_1024_gib", "flux", 8, "flux1-generate-8gb.yaml"),
