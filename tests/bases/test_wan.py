@@ -151,6 +151,10 @@ def test_what_was_measured_on_other_frames_is_not_said():
 
 def test_the_card_of_a_person_writes_a_clip(people):
     _, folder = people
-    card = model_card(read_config(folder / "ann"), "me/ann", folder / "ann")
+    config = read_config(folder / "ann")
+    config.base_model_name_or_path = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    assert "fps=24)" in model_card(config, "me/ann", folder / "ann")
+    config.base_model_name_or_path = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    card = model_card(config, "me/ann", folder / "ann")
     assert "export_to_video(frames, 'clip.mp4', fps=16)" in card and ".frames[0]" in card and ".images" not in card
     assert "pipeline_tag: text-to-video" in card and "\n- wan\n" in card and "text-to-image" not in card

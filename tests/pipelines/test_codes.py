@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 import tracemalloc
 
 import pytest
@@ -14,6 +15,7 @@ from artefacts_tiny import TinyModel, with_down
 from peft_metalora import errors, set_slots
 from peft_metalora.checkpoint.space import SubjectCode, SubjectSpace
 from peft_metalora.pipelines.calling import PerSampleMixin
+from peft_metalora.pipelines.codes import CodeBook
 from peft_metalora.pipelines.table import SubjectTable, put_table
 from peft_metalora.tuner import down_fingerprint, subject_state
 from peft_metalora.tuner.on_model import down_on_model
@@ -124,6 +126,40 @@ def test_two_spaces_of_one_down_stand_side_by_side(model, table, down, space):
     key = next(name for name, _ in space.layout if name.endswith("_up"))
     torch.testing.assert_close(shown(model, table, "ann")[key], space.expand(code(space).code)[key])
     torch.testing.assert_close(shown(model, table, "bob")[key], other.expand(code(other).code)[key])
+
+
+def test_a_code_that_is_asked_for_is_never_that_of_who_comes_into_its_place(table, space, monkeypatch):
+    """Bug: a person who left while their code was looked up gave the code of whoever took their place in the book."""
+    table.register_code("ann", code(space, 1), space)
+
+    def change():
+        table.evict(["ann"])
+        table.register_code("bob", code(space, 2), space)
+
+    def meanwhile(book, name):
+        others.start()
+        others.join(0.2)
+        return book._line(0).clone()
+
+    others = threading.Thread(target=change)
+    monkeypatch.setattr(CodeBook, "code", meanwhile)
+    assert torch.equal(table.code("ann").code, code(space, 1).code)
+    others.join()
+    assert table.names() == ["bob"]
+
+
+def test_somebody_of_another_space_may_come_while_one_is_looked_up(table, down, space, monkeypatch):
+    """Bug: the books of spaces changed in place, which broke the search of another thread."""
+    table.register_code("ann", code(space), space)
+    other, look = random_space(down, seed=5, size=7), CodeBook.__contains__
+
+    def meanwhile(book, name):
+        monkeypatch.setattr(CodeBook, "__contains__", look)
+        table.register_code("bob", code(other), other)
+        return look(book, name)
+
+    monkeypatch.setattr(CodeBook, "__contains__", meanwhile)
+    assert "carl" not in table and "bob" in table
 
 
 def test_what_does_not_belong_here_is_refused_and_changes_nothing(model, table, space):

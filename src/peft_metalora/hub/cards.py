@@ -60,6 +60,7 @@ _FAMILIES = {
 }
 _MODULAR = {"Flux3Transformer2DModel"}
 _OF_CLIPS = {"WanTransformer3DModel"}
+_FRAMES_A_SECOND = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": 24}  # as its authors play them; of the others 16
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has
     if modular:
         call = f"image = pipe(prompt={as_literal(prompt)}, output='images')[0]"
     if clips:
-        call = f"frames = pipe({as_literal(prompt)}).frames[0]\nexport_to_video(frames, 'clip.mp4', fps=16)"
+        fps = _FRAMES_A_SECOND.get(base, 16)
+        call = f"frames = pipe({as_literal(prompt)}).frames[0]\nexport_to_video(frames, 'clip.mp4', fps={fps})"
     load = f"{kind}.from_pretrained({as_literal(base)}"
     ours = [
         "```python",

@@ -178,7 +178,8 @@ class SubjectTable:
 
     def names(self) -> list[str]:
         """All subjects of the table, on the device or not."""
-        return [*self._read, *(name for book in self._codes.values() for name in book)]
+        with self._books:
+            return [*self._read, *(name for book in self._codes.values() for name in book)]
 
     def register(
         self,
@@ -231,10 +232,11 @@ class SubjectTable:
             self._require_finite(name, row)
         with self._books:
             self._enter(name)
-            book = self._codes.setdefault(subject.space_fingerprint, book)
+            book = self._codes.get(subject.space_fingerprint, book)
             book.put(name, code)
-            # A basis is large; the last one stays for whoever comes next.
-            self._codes = {mark: other for mark, other in self._codes.items() if len(other) or other is book}
+            # A basis is large; the last one stays for whoever comes next. Who looks somebody up may be in the old one.
+            others = {mark: other for mark, other in self._codes.items() if len(other) and other is not book}
+            self._codes = {**others, subject.space_fingerprint: book}
 
     def add(self, name: str, source: SubjectSource, read: Read | None = None) -> None:
         """Put a subject that was read into host memory, one that is a code as its code; raises as the two above."""
@@ -245,9 +247,10 @@ class SubjectTable:
 
     def code(self, name: str) -> SubjectCode | None:
         """The code of a subject that is one."""
-        for mark, book in self._codes.items():
-            if name in book:
-                return SubjectCode(book.code(name), self.down.fingerprint, mark, name)
+        with self._books:
+            for mark, book in self._codes.items():
+                if name in book:
+                    return SubjectCode(book.code(name), self.down.fingerprint, mark, name)
         return None
 
     def space(self, fingerprint: str) -> SubjectSpace | None:
