@@ -39,7 +39,7 @@ from peft_metalora.demo.scoring import INFERENCE_STEPS
 from peft_metalora.evaluation.rivals import RIVALS, VARIANTS, Rival, put_on, take_off, vmap_ready
 from peft_metalora.evaluation.summary import METRICS, interval, summarise
 from peft_metalora.evaluation.textual_inversion import WordStack
-from peft_metalora.metrics import Embeddings, copy_paste
+from peft_metalora.metrics import Embeddings, copy_paste, real_ceiling
 from peft_metalora.training.engine.stacked import AdapterStack, train_stack
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_subjects
@@ -312,10 +312,8 @@ def report(
 
 
 def among_themselves(vectors: Tensor) -> list[float]:
-    """Mean cosine of each person's (people, photos, d) different photos."""
-    similar, count = vectors @ vectors.mT, vectors.shape[1]
-    found = (similar.sum((1, 2)) - similar.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
-    return [round(value, 4) for value in found.tolist()]
+    """`metrics.real_ceiling` of each person's photos (people, photos, d)."""
+    return [round(real_ceiling(_seen(photos)), 4) for photos in vectors]
 
 
 def _seen(vectors: Tensor) -> Embeddings:

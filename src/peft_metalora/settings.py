@@ -105,6 +105,14 @@ def fault_of(values: Mapping[str, Any], cls: type) -> str | None:
     return None
 
 
+def below_one(settings: object, *names: str) -> str | None:
+    """What is wrong where one of these fields is a number below 1; None where none is. A field of None passes."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value < 1:
+            return f"{name} must be at least 1, found {value}"
+    return None
+
+
 def shown(value: object) -> str:
     """A value for a message, short whatever it is."""
     try:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import ConfigError, EmbedderUnavailableError, NoImagesError, UnreadableImageError
-from ..settings import DEVICE, LOCAL_FILES_ONLY, PRECISION, setting
+from ..settings import DEVICE, LOCAL_FILES_ONLY, PRECISION, below_one, setting
 from . import Done
 
 _QUESTION = (
@@ -43,8 +43,8 @@ class CaptionConfig:
     device: str | None = setting(*DEVICE)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+        if fault := below_one(self, "max_new_tokens"):
+            raise ConfigError(fault)
 
 
 def run_caption(config: CaptionConfig) -> Done:

@@ -22,6 +22,7 @@ from ..settings import (
     READ_FACE_ALIGN,
     READ_FACE_CROP,
     READ_FACE_MARGIN,
+    below_one,
     setting,
 )
 from . import Done
@@ -78,10 +79,9 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ConfigError("prompt must name at least one prompt, found none")
-        names = "num_images_per_prompt", "num_inference_steps", "resolution", "num_frames", "max_sequence_length"
-        for name in names:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, found {value}")
+        counts = "num_images_per_prompt", "num_inference_steps", "resolution", "num_frames", "max_sequence_length"
+        if fault := below_one(self, *counts):
+            raise ConfigError(fault)
         if bool(self.photo) != (self.down is not None):
             raise ConfigError(
                 f"expected `photo` and `down`, found `{'photo' if self.photo else 'down'}` alone: a Down reads photos, "

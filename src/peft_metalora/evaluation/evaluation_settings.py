@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..settings import DEVICE, FACE_MODEL, LOCAL_FILES_ONLY, OFFLOAD, PRECISION, QUANTIZE, setting
+from ..settings import DEVICE, FACE_MODEL, LOCAL_FILES_ONLY, OFFLOAD, PRECISION, QUANTIZE, below_one, setting
 
 DEMO = "demo"
 OPTIONS = {
@@ -103,9 +103,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         counts = "seeds", "train_batch_size", "views_per_image", "num_inference_steps", "resolution", "gallery"
-        for name in counts:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, found {value}")
+        if fault := below_one(self, *counts):
+            raise ConfigError(fault)
         if not self.steps or min(self.steps) < 0:
             raise ConfigError(f"steps must be one or more numbers of at least 0, found {self.steps}")
         if not (self.method or self.images or self.export_prompts):

@@ -16,6 +16,7 @@ from ..settings import (
     PRECISION,
     QUANTIZE,
     REVISION,
+    below_one,
     setting,
 )
 
@@ -100,9 +101,8 @@ class ServeConfig(DrawConfig):
             "max_subjects", "max_photos", "tune_steps",
         )  # fmt: skip
         optional = "max_replicas", "queue", "resolution", "max_resolution", "max_sequence_length"
-        for name in (*at_least_one, *optional):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, found {value}")
+        if fault := below_one(self, *at_least_one, *optional):
+            raise ConfigError(fault)
         for name in ("rate", "timeout", "max_megapixels", "max_body_mb", "max_guidance_scale"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ConfigError(f"{name} must be more than 0, found {value}")

@@ -26,6 +26,7 @@ from ..settings import (
     PRECISION,
     QUANTIZE,
     REVISION,
+    below_one,
     fault_of,
     setting,
 )
@@ -273,9 +274,8 @@ class EncoderTrainingConfig:
     accumulation: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "targets", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if fault := below_one(self, "steps", "targets", "accumulation"):
+            raise ConfigError(fault)
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"decay must be a share of the steps from 0 to 1, found {self.decay}")
 
