@@ -388,6 +388,7 @@ class Bench:
             "train_step_over_graphed_lora_r1_b1": "step_over_graphed_lora_r1_b1",
             "train_step_over_compiled_lora_r1_b1": "step_over_compiled_lora_r1_b1",
             "train_step_over_best_lora_r1_b1": "step_over_best_lora_r1_b1",
+            "train_step_over_graphed_lora_r1_b4": "step_over_graphed_lora_r1_b4",
             "train_step_over_best_lora_r1_b4": "step_over_best_lora_r1_b4",
             "frozen_step_over_graphed_lora_r1_b1": "frozen_step_over_graphed_lora_r1_b1",
             "frozen_step_over_graphed_lora_r1_b4": "frozen_step_over_graphed_lora_r1_b4",
@@ -397,6 +398,7 @@ class Bench:
                 for state in ("lora_r1", "unfolded", "folded", "merged")
                 for batch in (1, 4)
             },
+            "train_mem_over_graphed_lora_r1_b4": "memory_over_graphed_lora_r1_b4",
             "train_mem_over_best_lora_r1_b4": "memory_over_best_lora_r1_b4",
         }
         return {name: self.ratios[source] for name, source in names.items() if source in self.ratios}

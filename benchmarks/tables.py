@@ -58,7 +58,10 @@ LAYER: tuple[Goal, ...] = (
     ("train_mem_over_lora_r1_b4", "its peak memory / LoRA r=1 in float32, no autocast, batch 4", 0.84, False),
     ("train_step_over_eager_lora_r1_b1", "recorded training step / LoRA r=1, fastest eager way, batch 1", 0.6, False),
     ("train_step_over_graphed_lora_r1_b1", "the same / LoRA r=1 recorded, batch 1", 0.95, False),
+    ("frozen_step_over_graphed_lora_r1_b1", "the frozen base alone, recorded / that, batch 1: the floor", None, False),
     ("train_step_over_compiled_lora_r1_b1", "compiled training step / LoRA r=1 compiled, batch 1", 0.95, False),
+    ("train_step_over_graphed_lora_r1_b4", "training step, recorded / LoRA r=1 recorded, batch 4", None, False),
+    ("frozen_step_over_graphed_lora_r1_b4", "the frozen base alone, recorded / that, batch 4: the floor", None, False),
     ("train_step_over_best_lora_r1_b4", "training step, fastest way / LoRA r=1, fastest way, batch 4", 0.945, False),
     ("train_mem_over_best_lora_r1_b4", "its peak memory / that of LoRA's way, batch 4", 0.95, False),
 )
@@ -131,12 +134,11 @@ TRAINING: tuple[Goal, ...] = (
     ("people_per_gpu_hour_slots", "the same, eight people in slots", None, True),
     ("people_per_gpu_hour_whole", "people an hour and GPU, from photo to saved subject, default settings", None, True),
     ("stage1_speedup_embedded", "samples a second of stage 1 on the embedded base / before recorded steps", 3.0, True),
-    ("stage1_scaling_2gpu", "samples a second of stage 1, two GPUs / one", 1.9, True),
     *(
         (f"{job}_{way}_scaling_{count}gpu", f"{what}, {count} GPUs, share of ideal, {said}", goal, True)
         for job, what in (("stage1", "samples a second of stage 1"), ("encoder", "people a second of an encoder"))
-        for way, said, wanted in (("weak", "batch grows", 0.93), ("strong", "batch fixed", 0.75))
-        for count, goal in ((4, None), (8, wanted))
+        for way, said, two, eight in (("weak", "batch grows", 0.95, 0.93), ("strong", "batch fixed", 0.85, 0.75))
+        for count, goal in ((2, two if job == "stage1" else None), (4, None), (8, eight))
     ),
     ("encoder_train_people_per_second_flux", "people a second of an encoder's training, one GPU", None, True),
     ("encoder_train_peak_gib_flux", "its peak memory, GiB", None, False),
@@ -653,6 +655,52 @@ SMALL_CARDS = {
     "flux_personalize_1024_gib": "FLUX.1-dev, 1024 px, int8 in host memory",
     "flux_personalize_512_gib": "FLUX.1-dev, 512 px, nf4 in host memory",
 }
+CELL = re.compile(
+    r"(?P<base>\w+) (?P<job>personalize|generate) (?P<pixels>\d+) (?P<bits>\w+) (?P<away>\w+)(?: batch (?P<batch>\d+))?"
+)
+CELL_BASES = {
+    "flux": "FLUX.1-dev",
+    "flux3": "FLUX.3",
+    "krea2": "Krea 2",
+    "qwen_image": "Qwen-Image",
+    "wan": "Wan 2.2 5B",
+    "z_image": "Z-Image",
+}
+
+
+def memory_cells(results: dict[str, Data]) -> str:
+    """What other bases and other ways to hold them took, without a cap."""
+    data, rows = results["memory"], []
+    for name, found in sorted(data["cells"].items()):
+        cell = CELL.fullmatch(name)
+        if cell is None:
+            raise SystemExit(
+                f"memory.json: expected cells such as 'flux personalize 512 nf4 group batch 4', got {name!r}"
+            )
+        held = f"`{cell['bits']}`, `{cell['away']}`" + (f", batch {cell['batch']}" if cell["batch"] else "")
+        took = found["seconds_a_step"]
+        each = [f"{found['gib']:.2f}", "" if took is None else f"{took:.2f}", f"{found['host_gib']:.1f}"]
+        rows.append([CELL_BASES[cell["base"]], f"`{cell['job']}`", f"{cell['pixels']} px", held, *each])
+    heads = ["base", "command", "size", "quantize, offload", "peak, GiB", "seconds a step", "host memory, GiB"]
+    return table(heads, rows) + source(data)
+
+
+QUANTIZED_WAYS = {"lora_r1": "LoRA r=1", "unfolded": "ours", "folded": "ours, folded", "merged": "ours, merged"}
+
+
+def quantized(results: dict[str, Data]) -> str:
+    """What an adapter costs on weights of fewer bits."""
+    figures = results["layer"]["figures"]
+    rows = [
+        [f"`{bits}`, batch {batch}", *(f"{figures[f'{way}_over_base_{bits}_b{batch}']:.3f}" for way in QUANTIZED_WAYS)]
+        for bits in ("int8", "fp8", "nf4")
+        for batch in (1, 4)
+    ]
+    return table(["forward pass / base", *QUANTIZED_WAYS.values()], rows) + source(
+        {**results["layer"], "notes": []}, "python benchmarks/layer.py --part quantized"
+    )
+
+
 DOWN_SAMPLES = 40_000
 VIEWS_A_STEP = 4  # as the recipes gather them
 
@@ -660,7 +708,7 @@ VIEWS_A_STEP = 4  # as the recipes gather them
 def down_hours(results: dict[str, Data]) -> str:
     """Hours of a Down's training, by base and size of the card, from seconds a sample that were measured."""
     training, memory = results["training"], results.get("memory", {"details": {}})
-    whole = training["details"]["stage1_samples_per_second"]["1"]
+    whole = training["details"]["scaling"]["whole"]["1"]["stage1_weak"]["per_second"]
     ways: list[tuple[str, str, float | None]] = [("FLUX.1-dev, 512 px, bf16", "80 GB", whole)]
     for figure, name in SMALL_CARDS.items():
         found = memory["details"].get(figure, {})
@@ -747,6 +795,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "noise_levels": ("noise_levels", noise_levels),
     "service_flux": ("service_flux", lambda results: goals(results["service_flux"], SERVICE_FLUX)),
     "down_hours": ("training", down_hours),
+    "memory_cells": ("memory", memory_cells),
+    "quantized": ("layer", quantized),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),
 }
 """Name of a block -> the file it needs, and what writes it."""

@@ -54,6 +54,20 @@ def test_add_product_is_the_dense_product(r, factors, dtype, tolerance):
     torch.testing.assert_close(later, both, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("factors", [1, 3])
+def test_programs_may_share_the_columns_of_a_token(monkeypatch, factors):
+    y, x, _h, a, up = case(factors, 2, torch.float32, k=40, n=300)
+    wanted, z = y.clone(), torch.full((3, 7, 2), torch.nan, device=DEVICE)
+    kernels.add_product_(wanted, x, a, up, 0.5)
+    kernels._add_numbers.cache_clear()
+    monkeypatch.setattr(kernels, "_launchers", {})
+    monkeypatch.setattr(kernels, "ADD_TILES", ((5, kernels.Tile(2, 128, 1, shares=2)), (0, kernels.Tile(1, 64, 1))))
+    kernels.add_product_(y, x, a, up, 0.5, z)
+    kernels._add_numbers.cache_clear()
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(z, x @ a.mT)
+
+
 def test_tiles_need_not_fit():
     torch.manual_seed(0)
     y, x = torch.zeros(1, 5, 1500, device=DEVICE), torch.randn(1, 5, 2050, device=DEVICE)

@@ -122,6 +122,29 @@ def test_compiled_and_eager_serve_the_same(index, folded, r):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("index", [None, [2, 0, -1, 1]])
+def test_compiled_unfolded_multiplies_no_tokens_beside_the_base(index):
+    """Bug: without a fold Mid @ Down @ x ran as a matrix product that nothing melts into (1.044 of the base)."""
+    model, layer, _ = layer_and_input("subject", r=1, dtype=torch.float32)
+    x, products = torch.randn(4, 300, 12), []
+    set_slots(model, index)
+
+    def look(graph, _):
+        for node in graph.graph.nodes:
+            shape = getattr(node.meta.get("example_value"), "shape", ())
+            if any(word in str(node.target) for word in ("linear", "matmul", "mm")) and any(
+                size >= 300 for size in shape
+            ):
+                products.append(node)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend=look)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert len(products) == 1
+
+
 ROADS = {
     "hook on the base": lambda layer: layer.base_layer.register_forward_hook(lambda *_: None),
     "trainable base": lambda layer: layer.base_layer.weight.requires_grad_(True),

@@ -13,16 +13,28 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens and columns of one program's tile, and its warps; chosen on an H100.
-ADD_TOKENS, ADD_COLUMNS, ADD_WARPS = 4, 1024, 4
-GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS = 16, 512, 4
+
+class Tile(NamedTuple):
+    """Tokens and columns that a program has at once, its warps, and how many programs share the columns of a token."""
+
+    tokens: int
+    columns: int
+    warps: int
+    shares: int = 1
+
+
+Tiles = tuple[tuple[int, Tile], ...]
+# By the least number of tokens; chosen on an H200.
+ADD_TILES = ((0, Tile(2, 1024, 4, shares=3)),)
+GRADIENT_TILES = ((1800, Tile(16, 512, 4)), (0, Tile(8, 1024, 8)))
+SMALL = 512  # the longest rows of x that several programs go through for one token
 MOST_SHAPES = 2048  # whose launches are remembered: a service sees images of many sizes
 
 
@@ -37,7 +49,7 @@ def add_product_(
         z: (rows, tokens, r) float32: written where x is given, else read.
     """
     key, grid, numbers = _add_form(y, x, a, up, z)
-    _launch(_add_product, key, grid, (y, x, a, up, z, float(scaling), *numbers), ADD_WARPS)
+    _launch(_add_product, key, grid, (y, x, a, up, z, float(scaling), *numbers), ADD_TILES)
 
 
 def adder(y: Tensor, x: Tensor, a: Tensor, up: Tensor, scaling: float) -> Callable[[Tensor, Tensor], None] | None:
@@ -70,11 +82,18 @@ def _add_form(
 def _add_numbers(
     rows: int, tokens: int, n: int, k: int, strides: tuple[int, ...], r: int, from_x: bool, with_z: bool
 ) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
-    padded = triton.next_power_of_2(r)
-    columns = ADD_COLUMNS // padded
+    padded, tile = triton.next_power_of_2(r), _tile(ADD_TILES, (rows, tokens))
+    columns = tile.columns // padded
     width = max(16, min(triton.next_power_of_2(k), columns))
-    constants = (r, padded, from_x, with_z, ADD_TOKENS, width, columns)
-    return (triton.cdiv(tokens, ADD_TOKENS), rows, 1), (tokens, n, k, r * k, *strides, *constants)
+    shares = tile.shares if k <= SMALL else 1  # each has to go through all of x
+    constants = (r, padded, from_x, with_z, tile.tokens, width, columns)
+    return (triton.cdiv(tokens, tile.tokens), rows, shares), (tokens, n, k, r * k, *strides, *constants)
+
+
+def _tile(tiles: Tiles, key: tuple[Any, ...]) -> Tile:
+    """The tile for a key that begins with rows and tokens."""
+    tokens = key[0] * key[1]
+    return next(tile for least, tile in tiles if tokens >= least)
 
 
 def factor_gradients(dy: Tensor, z: Tensor, h: Tensor, up: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,19 +110,20 @@ def factor_gradients(dy: Tensor, z: Tensor, h: Tensor, up: Tensor, scaling: floa
     meta_r, r = h.shape[2], up.shape[2]
     if up.shape[0] == 1:
         rows, tokens = 1, rows * tokens
-    padded, blocks = triton.next_power_of_2(r), triton.cdiv(tokens, GRADIENT_TOKENS)
+    padded, tile = triton.next_power_of_2(r), _tile(GRADIENT_TILES, (rows, tokens))
+    blocks = triton.cdiv(tokens, tile.tokens)
     dz = torch.empty_like(z)
     parts = torch.empty(rows, blocks, (n + meta_r) * r, device=dy.device, dtype=torch.float32)
     constants = (
         r,
         padded,
-        GRADIENT_TOKENS,
-        GRADIENT_COLUMNS // padded,
+        tile.tokens,
+        tile.columns // padded,
         min(triton.next_power_of_2(meta_r), 128 // padded),
     )
     key = (rows, tokens, n, meta_r, r, dy.dtype, h.dtype, up.dtype)
     arguments = (dy, z, h, up, dz, parts, float(scaling), tokens, n, meta_r, *constants)
-    _launch(_factor_gradients, key, (blocks, rows, 1), arguments, GRADIENT_WARPS)
+    _launch(_factor_gradients, key, (blocks, rows, 1), arguments, GRADIENT_TILES)
     sums = parts.sum(1)
     return dz, sums[:, n * r :].reshape(rows, r, meta_r), sums[:, : n * r].reshape(rows, n, r)
 
@@ -118,7 +138,7 @@ def _known(key: tuple[Any, ...], first: Tensor, second: Tensor | None) -> tuple[
 
 
 def _launch(
-    kernel: Any, key: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[Any, ...], warps: int
+    kernel: Any, key: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[Any, ...], tiles: Tiles
 ) -> None:
     """Launch a kernel; from the second time on without the look-ups of Triton, slower than a product at batch 1."""
     known = _known(key, arguments[0], arguments[1])
@@ -126,7 +146,7 @@ def _launch(
     if launcher is not None:
         launcher(*arguments)
         return
-    compiled = kernel[grid](*arguments, num_warps=warps)
+    compiled = kernel[grid](*arguments, num_warps=_tile(tiles, key).warps)
     if compiled is not None:  # Triton's interpreter compiles nothing
         with _filling:
             while len(_launchers) >= MOST_SHAPES:
@@ -172,11 +192,11 @@ def _add_product(
             factor = tl.load(a + row * a_row + j * k + c, mask=(j < R) & (c < k), other=0).to(tl.float32)
             small += tl.sum(values[:, None, :] * factor[None, :, :], 2)
         if WITH_Z:
-            tl.store(z + place * R + rank, small, mask=known)
+            tl.store(z + place * R + rank, small, mask=known & (tl.program_id(2) == 0))
     else:
         small = tl.load(z + place * R + rank, mask=known, other=0)
     small *= scaling
-    for start in range(0, n, OUTER):
+    for start in range(tl.program_id(2) * OUTER, n, tl.num_programs(2) * OUTER):
         c = start + tl.arange(0, OUTER)
         factor = tl.load(
             up + row * up_row + c[:, None] * up_n + rank * up_r, mask=(c < n)[:, None] & (rank < R), other=0

@@ -224,12 +224,12 @@ class Linear(MetaLoraLayer):
         return total + (scale - 1).to(base.dtype) * product + scale.to(base.dtype) * delta
 
     def _pointwise_project(self, deep: Tensor, name: str, chosen: Chosen | None) -> tuple[Tensor, float]:
-        if not self.is_folded(name):
-            return self._project(deep, name, chosen)
-        folded = self._folded(name, deep.dtype, chosen)
+        inner, factor, scaling = self._inner(deep, name, chosen)
+        if inner is not deep:
+            return times(inner, factor), scaling
         dtype = dtype_of_sums(deep)
-        sums = [(deep * folded[:, k : k + 1]).sum(-1, dtype=dtype) for k in range(folded.shape[1])]
-        return torch.stack(sums, dim=-1), self.scaling[name] / self.fold_scale[name]
+        sums = [(deep * factor[:, k : k + 1]).sum(-1, dtype=dtype) for k in range(factor.shape[1])]
+        return torch.stack(sums, dim=-1), scaling
 
     def __repr__(self) -> str:
         return "metalora." + super().__repr__()
