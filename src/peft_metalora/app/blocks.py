@@ -110,7 +110,7 @@ def make_blocks(page: Page) -> gr.Blocks:
                     forget = gr.Button("Forget these photos", elem_id="forget")
                 new_said = _said("new-said")
             new_pictures = _pictures("new")
-        with gr.Tab("Pictures", id="pictures"), gr.Row():
+        with gr.Tab("Pictures", id="pictures") as pictures_tab, gr.Row():
             with gr.Column():
                 who = _who("Who", "who")
                 prompt, seed, steps = _wishes(config, "prompt", PROMPT)
@@ -123,7 +123,7 @@ def make_blocks(page: Page) -> gr.Blocks:
                     keep_blend = gr.Button("Keep in the library", elem_id="keep-blend")
                 said = _said("draw-said")
             pictures = _pictures("draw")
-        with gr.Tab("Two people", id="two"), gr.Row():
+        with gr.Tab("Two people", id="two") as two_tab, gr.Row():
             with gr.Column():
                 with gr.Row():
                     left, right = _who("First", "left"), _who("Second", "right")
@@ -141,7 +141,7 @@ def make_blocks(page: Page) -> gr.Blocks:
                 two = gr.Button("Draw both", variant="primary", elem_id="draw-two")
                 two_said = _said("two-said")
             two_pictures = _pictures("two")
-        with gr.Tab("Polish", id="polish"), gr.Row():
+        with gr.Tab("Polish", id="polish") as polish_tab, gr.Row():
             with gr.Column():
                 polished = _who("Who", "polished")
                 polish_prompt = gr.Textbox(label="What the photos show", value=PROMPT, elem_id="polish-prompt")
@@ -200,7 +200,18 @@ def make_blocks(page: Page) -> gr.Blocks:
         gpu: dict[str, Any] = {"concurrency_id": "base", "concurrency_limit": 1}
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         on(blocks.load, known, None, [*library, library_said])
-        on(library_tab.select, known, None, [*library, library_said])
+
+        def on_open(tenant: str) -> list[Any]:
+            return [*known(tenant), gr.skip()]
+
+        # Others have brought people in and deleted some since. What the tab said last stays.
+        for tab, its_said in (
+            (pictures_tab, said),
+            (two_tab, two_said),
+            (polish_tab, polish_said),
+            (library_tab, library_said),
+        ):
+            on(tab.select, on_open, None, [*library, its_said], show_progress="hidden")
         machine_tab.select(lambda: machine(studio, page.estimates), None, hardware, **hidden)
 
         # Somebody new
@@ -298,7 +309,9 @@ def _said(elem_id: str) -> gr.HTML:
 
 
 def _who(label: str, elem_id: str) -> gr.Dropdown:
-    return gr.Dropdown([], label=label, elem_id=elem_id)
+    # Of a choice that is not in its list any more, because another tab deleted them, Gradio would raise an error of its
+    # own before `page.py` can say whom it does not know.
+    return gr.Dropdown([], label=label, elem_id=elem_id, allow_custom_value=True)
 
 
 def _pictures(of: str) -> list[gr.Image]:
