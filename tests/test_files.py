@@ -2,17 +2,22 @@
 """Files that are written whole, never over what they are made from, and read only where they are files."""
 
 import os
+import signal
+import stat
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from artefacts_tiny import write_pair
-from peft_metalora import load_down, load_subject
+from peft_metalora import files, load_down, load_subject
 from peft_metalora.cli import main
 from peft_metalora.errors import CheckpointError, ConfigError
-from peft_metalora.files import open_regular, require_apart, staged_folder
+from peft_metalora.files import open_regular, require_apart, staged_folder, temporary_folder, write_bytes, write_tensors
 
 
 @pytest.fixture
@@ -65,6 +70,113 @@ def test_the_folder_that_somebody_works_in_stays_where_it_is(before, tmp_path):
     assert {path.name for path in place.iterdir()} == {"config", "weights", "found", *before}
     assert (place / "config").read_text() == (place / "weights").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+# What a killed process leaves
+
+
+def fork(work) -> int:
+    """A process of this program that does some work and is killed, whatever becomes of that."""
+    if (child := os.fork()) == 0:
+        try:
+            work()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return child
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def staged(folder: Path) -> None:
+    with staged_folder(folder / "ann") as stage:
+        (stage / "adapter_model.safetensors").write_bytes(b"ann")
+        killed()
+
+
+def saved(folder: Path) -> None:
+    # As safetensors does, which writes beside the file that it was given.
+    def save_file(tensors, path, metadata):
+        path.with_name(".tmpQ8vX2a").write_bytes(b"ann")
+        killed()
+
+    files.save_file = save_file
+    write_tensors(folder / "code.safetensors", {"code": torch.ones(2)})
+
+
+def written(folder: Path) -> None:
+    files._flush = lambda path: killed()
+    write_bytes(folder / "00.json", b"ann")
+
+
+def kept_apart(folder: Path) -> None:
+    tempfile.tempdir = str(folder)
+    with temporary_folder() as own:
+        (own / "photo").write_bytes(b"ann")
+        killed()
+
+
+def later(monkeypatch, seconds: float) -> None:
+    now = time.time() + seconds
+    monkeypatch.setattr(files.time, "time", lambda: now)
+    files._swept.clear()  # as another process, which has swept nothing yet
+
+
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@forks
+@pytest.mark.parametrize("work", [staged, saved, written, kept_apart])
+def test_what_a_killed_write_left_goes_with_the_next_one(work, tmp_path, monkeypatch):
+    """Bug: temporary files of a killed write stayed for good, and a person's weights in them."""
+    os.waitpid(fork(lambda: work(tmp_path)), 0)
+    assert b"ann" in [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    later(monkeypatch, files.STALE_SECONDS - 10)
+    write_bytes(tmp_path / "else", b"else")
+    assert len([*tmp_path.iterdir()]) == 2  # it may belong to a process on another machine
+    later(monkeypatch, 20)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_folder() as own:
+        assert stat.S_IMODE(own.stat().st_mode) == 0o700
+        assert {path.name for path in tmp_path.iterdir()} == {"else", own.name}
+    assert [path.name for path in tmp_path.iterdir()] == ["else"]
+
+
+@forks
+def test_what_a_living_process_writes_is_left_alone(tmp_path, monkeypatch):
+    told, tell = os.pipe()
+
+    def work() -> None:
+        with staged_folder(tmp_path / "ann") as stage:
+            (stage / "adapter_model.safetensors").write_bytes(b"ann")
+            os.write(tell, b".")
+            time.sleep(60)
+
+    child = fork(work)
+    os.read(told, 1)
+    later(monkeypatch, 10 * files._UNSEEN_SECONDS)
+    with staged_folder(tmp_path / "bob") as stage:
+        files.sweep(tmp_path, older_than=0)
+        assert stage.is_dir() and len([*tmp_path.iterdir()]) == 2
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    files.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bob"]
+
+
+def test_what_is_not_of_a_write_of_ours_is_never_swept(tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "photo").write_bytes(b"mine")
+    for name in (".ann.my-photos.tmp", ".ann.12-abcdefg1.tmp", "ann.12-0123abcd.tmp", ".ann.12-0123abcd.tmp.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".bob.12-0123abcd.tmp").symlink_to(mine)
+    (tmp_path / ".cleo.12-0123abcd.tmp").write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    later(monkeypatch, 10 * files._UNSEEN_SECONDS)
+    files.sweep(tmp_path, older_than=0)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.fixture

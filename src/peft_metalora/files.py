@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files that nobody finds half done: to a temporary name in the same folder, flushed to the disk, renamed.
+"""Writing files that nobody finds half done: in a temporary folder beside, flushed to the disk, renamed.
 
-Reading opens only what is a file. What the files mean is not known here: that is `checkpoint`.
+What a write that was killed left goes with the next one into the same folder. Reading opens only what is a file. What
+the files mean is not known here: that is `checkpoint`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,9 +30,15 @@ from safetensors.torch import save_file
 
 from .errors import ConfigError, MetaLoraError, WriteFailedError
 
+if sys.platform != "win32":
+    import fcntl
+
 EMBEDDED = {f"peft_metalora/demo-{part}": Path(__file__).parent / "demo" / "assets" / part for part in ("base", "down")}
 """What comes with the package, by the names that files call it: nobody is asked for a repository of such a name."""
-STALE_SECONDS = 24 * 3600
+STALE_SECONDS = 600
+"""Age from which a temporary folder that no process holds is what a killed one left."""
+_UNSEEN_SECONDS = 24 * 3600  # the same where the system cannot say whether a process holds it
+_MOST_SWEPT = 10_000  # folders that are remembered
 _YAML_BYTES = 1_000_000
 
 
@@ -156,20 +165,29 @@ def _order_metadata(path: Path) -> None:
 
 
 def _write_file(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = _temporary_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _flush(temporary)
-        if path.is_file():
-            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-        os.replace(temporary, path)
-        _flush(path.parent)
+        # A folder, because safetensors has a temporary file of its own beside the one that it writes.
+        with _stage_beside(path) as stage:
+            temporary = stage / path.name
+            write(temporary)
+            _flush(temporary)
+            if path.is_file():
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            os.replace(temporary, path)
+            _flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise _write_failed(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder in the system's place for temporary files that its user alone may read, gone after the block.
+
+    Of a process that is killed in the block it goes with the next one that is made.
+    """
+    with _stage_beside(Path(tempfile.gettempdir(), "peft_metalora")) as folder:
+        folder.chmod(stat.S_IRWXU)
+        yield folder
 
 
 @contextmanager
@@ -193,24 +211,19 @@ def staged_folder(
         WriteFailedError: the disk is full or refuses; `folder` is as it was.
     """
     target = Path(os.path.abspath(folder))
-    stage = _temporary_name(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
-        stage.mkdir()
-        yield stage
-        for path in stage.iterdir():
-            _flush(path)
-        _flush(stage)
-        _keep_rights(stage, target)
-        _install(stage, target, set(stale), set(replaced))
-        _flush(target.parent)
+        with _stage_beside(target) as stage:
+            yield stage
+            for path in stage.iterdir():
+                _flush(path)
+            _flush(stage)
+            _keep_rights(stage, target)
+            _install(stage, target, set(stale), set(replaced))
+            _flush(target.parent)
     except MetaLoraError:
         raise
     except (OSError, SafetensorError) as error:
         raise _write_failed(target, error) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _keep_rights(stage: Path, target: Path) -> None:
@@ -266,12 +279,88 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove what a save that was killed more than a day ago left beside the target."""
-    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9]+-[0-9a-f]{{8}}\.tmp")
-    for path in target.parent.iterdir():
-        if ours.fullmatch(path.name) and time.time() - path.lstat().st_mtime > STALE_SECONDS and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+_STAGE = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp", re.DOTALL)
+_live: set[str] = set()  # names of this process's own
+_swept: dict[str, float] = {}  # folder -> when
+
+
+@contextmanager
+def _stage_beside(target: Path) -> Iterator[Path]:
+    """An empty folder beside a target, held and gone after the block; what killed processes left there goes before."""
+    stage = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_at_times(target.parent)
+    _live.add(stage.name)
+    try:
+        stage.mkdir()
+        with _held(stage):
+            yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        _live.discard(stage.name)
+
+
+def _sweep_at_times(folder: Path) -> None:
+    """`sweep`, but not for each of many files that are written into a large folder."""
+    now, key = time.monotonic(), os.path.abspath(folder)
+    if now - _swept.get(key, -math.inf) > STALE_SECONDS:
+        if len(_swept) >= _MOST_SWEPT:
+            _swept.clear()
+        _swept[key] = now
+        sweep(folder)
+
+
+def sweep(folder: str | os.PathLike[str], older_than: float = STALE_SECONDS) -> None:
+    """Remove what writes into a folder that were killed left there, and nothing that a living process holds.
+
+    Args:
+        older_than: seconds since anything of it has changed. 0, where somebody is deleted, is for a folder that
+            nobody else writes to: not every system says what other processes hold.
+    """
+    with suppress(OSError):
+        for path in [path for path in Path(folder).iterdir() if _STAGE.fullmatch(path.name)]:
+            with suppress(OSError):
+                if path.name not in _live and stat.S_ISDIR(path.lstat().st_mode) and _is_left(path, older_than):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_left(stage: Path, older_than: float) -> bool:
+    changed = max(path.lstat().st_mtime for path in (stage, *stage.rglob("*")))
+    held = _is_held(stage)
+    if held is None and older_than:
+        older_than = max(older_than, _UNSEEN_SECONDS)
+    return not held and time.time() - changed >= older_than
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Let `_is_held` see, through the block, that a process works in a folder; the system ends it with the process."""
+    handle: int | None = None
+    with suppress(OSError):
+        if sys.platform != "win32":
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _is_held(folder: Path) -> bool | None:
+    """Whether a process holds a folder; None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
 
 
 def _flush(path: Path) -> None:
@@ -283,10 +372,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _temporary_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _write_failed(path: Path, error: Exception) -> WriteFailedError:

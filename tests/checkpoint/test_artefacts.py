@@ -450,15 +450,6 @@ def test_a_killed_save_leaves_the_old_files_or_the_new(tmp_path):
         assert source.config.facts == {"print": source.fingerprint}
 
 
-def test_a_killed_save_is_swept_up_the_next_day(pair, tmp_path):
-    old, new = tmp_path / ".faces.1-aaaaaaaa.tmp", tmp_path / ".faces.2-bbbbbbbb.tmp"
-    old.mkdir()
-    new.mkdir()
-    os.utime(old, (0, 0))
-    save_down(pair[0], with_down(), "faces")
-    assert not old.exists() and new.exists()
-
-
 def test_single_files_are_replaced_whole(tmp_path):
     write_bytes(tmp_path / "deep" / "a", b"one")
     write_bytes(tmp_path / "deep" / "a", b"two")

@@ -102,13 +102,14 @@ def test_rights_of_a_folder_and_of_its_files_stay(pair):
         assert keep or modes[FOLD] == 0o600
 
 
-def test_what_others_call_a_temporary_folder_is_not_swept_up(pair, tmp_path):
+def test_what_others_call_a_temporary_folder_is_not_swept_up(pair, tmp_path, monkeypatch):
     """Bug: the sweep took every old folder named .ann.<anything>.tmp, and a target called * took all of them."""
     kept = [tmp_path / ".ann.my-photos.tmp", tmp_path / ".ann.12-abcdefg1.tmp"]
     swept = tmp_path / ".ann.12-0123abcd.tmp"
     for path in (*kept, swept):
         path.mkdir()
         os.utime(path, (1, 1))
+    monkeypatch.setattr("peft_metalora.files._swept", {})  # as another process, which has swept nothing yet
     save_subject(pair[1], with_subject(with_down()), "ann", down=pair[0])
     assert all(path.exists() for path in kept) and not swept.exists()
 

@@ -112,6 +112,32 @@ def test_nothing_of_somebody_deleted_is_left(place):
     assert b"by ann" not in left and ann.uid.encode() not in left and before in left
 
 
+@pytest.mark.parametrize("how", ["deleted", "read anew"])
+def test_nothing_is_left_in_files_that_a_killed_service_never_finished(how, tmp_path):
+    """Bug: temporary files of a service that was killed kept the weights and the code of somebody who was deleted."""
+    people = People(Place(str(tmp_path)))
+    ann = people.put_files(people.put_code("acme", "ann", CODE, **OWN), FILES)
+    for left in (
+        "people/acme/.ann.12-0123abcd.tmp",
+        "people/acme/.anna.12-0123abcd.tmp",
+        "index/.00.json.12-0123abcd.tmp",
+    ):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "left").write_bytes(b"of ann")
+    if how == "deleted":
+        people.remove(ann)
+    else:
+        people.put_code("acme", "ann", CODE, **OWN, before=ann)
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
+def test_a_start_sweeps_the_index(tmp_path):
+    """Bug: what was left of an index stayed there with the codes of all people in it."""
+    (tmp_path / "index" / ".00.json.12-0123abcd.tmp").mkdir(parents=True)
+    People(Place(str(tmp_path)))
+    assert not [*(tmp_path / "index").iterdir()]
+
+
 def test_photos_of_who_was_replaced_go_with_them(place):
     """Bug: photos that the page had kept stayed, also where the service deleted somebody."""
     people = People(place)

@@ -10,7 +10,6 @@ One library is shared by all tabs and users of a name: what one changes, the oth
 from __future__ import annotations
 
 import re
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from ..checkpoint.artefacts import save_read_subject
 from ..checkpoint.space import CodeSource
 from ..errors import ConfigError, OutputExistsError, WriteFailedError
+from ..files import temporary_folder
 from ..hub.publishing import push_subject
 from ..lora.export import export_subject
 from ..service.people import People, Person, Place
@@ -131,13 +131,13 @@ class Library:
         Raises:
             As `push_subject`.
         """
-        with tempfile.TemporaryDirectory() as made:
+        with temporary_folder() as made:
             if person.code is None:
                 with self._place.files(person) as files:
                     return push_subject(files, repo_id, private=True, down=down)
             source = self._studio.subject(person)
             assert isinstance(source, CodeSource)
-            saved = save_read_subject(Path(made) / person.name, source)
+            saved = save_read_subject(made / person.name, source)
             return push_subject(saved, repo_id, private=True, down=down)
 
     def _write_photos(self, person: Person, photos: Sequence[bytes]) -> None:

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 # Before any import of gradio, which reads it once.
@@ -18,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from ..files import temporary_folder
 from ..service.people import Place
 from ..service.serve_settings import LOOPBACK, ServeConfig
 from ..service.tenants import OPERATOR, Tenants
@@ -43,8 +42,8 @@ def serving_page(
         As `Library`.
     """
     library = Library(place, studio)
-    with tempfile.TemporaryDirectory(prefix="metalora-app-") as folder, _gradio_keeps_files_in(folder):
-        blocks = make_blocks(Page(studio, library, config, Path(folder) / "exports", estimates))
+    with temporary_folder() as folder, _gradio_keeps_files_in(str(folder)):
+        blocks = make_blocks(Page(studio, library, config, folder / "exports", estimates))
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         if tenants is None:
             # A page of the web whose name was turned to this address (DNS rebinding) gives itself away by the name.

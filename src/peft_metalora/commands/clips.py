@@ -6,13 +6,12 @@ from __future__ import annotations
 import importlib.util
 import io
 import itertools
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 
 from ..errors import ConfigError
+from ..files import temporary_folder
 
 CLIP_FORMATS = "webp", "mp4"
 
@@ -58,7 +57,7 @@ def clip(frames: Sequence[Image.Image], frames_per_second: int, kind: str) -> by
 def _mp4(frames: Sequence[Image.Image], frames_per_second: int) -> bytes:
     from diffusers.utils import export_to_video
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "clip.mp4")
+    with temporary_folder() as folder:
+        path = folder / "clip.mp4"
         export_to_video([*frames], str(path), fps=frames_per_second)
         return path.read_bytes()

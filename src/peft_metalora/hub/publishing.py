@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from ..errors import (
     UnsafeNameError,
     WrongKindError,
 )
+from ..files import temporary_folder
 from ..tuner import DownSource, MetaLoraConfig
 from ..tuner.config import reference_to_write
 from .cards import Picture, model_card
@@ -248,8 +248,8 @@ def _push(
         nameless: dict[str, Any] = {"base_model_name_or_path": None}
         config = dataclasses.replace(config, **nameless)
     shown = tuple(Picture(name, prompt) for name, prompt in zip(pictures, gallery.values(), strict=True))
-    with tempfile.TemporaryDirectory() as made:
-        saved = write_artefact(Path(made) / "artefact", config, content, fold, reader=reader)
+    with temporary_folder() as made:
+        saved = write_artefact(made / "artefact", config, content, fold, reader=reader)
         contents = {path.name: path.read_bytes() for path in sorted(saved.iterdir())}
         card = model_card(config, repo_id, saved, shown, has_fold=bool(fold))
     contents = {**contents, CARD_FILE: sealed(card).encode(), **pictures}

@@ -18,7 +18,6 @@ import posixpath
 import re
 import secrets
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import ConfigError, CorruptFileError, WriteFailedError
-from ..files import staged_folder, write_bytes
+from ..files import staged_folder, sweep, temporary_folder, write_bytes
 from .tenants import NAME
 
 FORMAT = 1
@@ -101,10 +100,10 @@ class Place:
         if self.is_local:
             yield Path(self.folder(person))
             return
-        with tempfile.TemporaryDirectory() as here:
+        with temporary_folder() as here:
             for path in self.fs.ls(self.folder(person), detail=False):
-                self.fs.get_file(path, str(Path(here) / posixpath.basename(path)))
-            yield Path(here)
+                self.fs.get_file(path, str(here / posixpath.basename(path)))
+            yield here
 
     def stamp(self, person: Person) -> str:
         """What changes when a file of somebody does."""
@@ -148,6 +147,11 @@ class Place:
         if self.fs.exists(folder):
             self.fs.rm(folder, recursive=True)
 
+    def sweep(self, folder: str) -> None:
+        """Remove what writes into a folder that were killed left there: somebody may be in it who is deleted."""
+        if self.is_local:
+            sweep(folder, older_than=0)
+
 
 class People:
     """Everybody at a place; what is asked of it by name is answered from memory. Methods may be called in any thread.
@@ -157,7 +161,7 @@ class People:
     """
 
     def __init__(self, place: Place) -> None:
-        self.place = place
+        self.place, self.index = place, f"{place.root}/index"
         self._tenants: dict[str, dict[str, Person]] = {}
         self._locks = [threading.Lock() for _ in range(_SHARDS)]
         self._looked: dict[str, tuple[float, str]] = {}  # uid -> when, and what the files were
@@ -201,6 +205,7 @@ class People:
                 self.place.remove(self.place.photos(before))
                 if before.code is None:
                     self.place.remove(self.place.folder(before))
+            self._sweep(before)
         return person
 
     def put_files(self, before: Person, files: Mapping[str, bytes]) -> Person:
@@ -232,6 +237,12 @@ class People:
             self.place.remove(self.place.folder(person))
         self._write(person, gone=True)
         self._looked.pop(person.uid, None)
+        self._sweep(person)
+
+    def _sweep(self, person: Person) -> None:
+        """Remove what may be left of somebody in files that were never finished."""
+        for folder in (self.index, posixpath.dirname(self.place.folder(person))):
+            self.place.sweep(folder)
 
     # Files
 
@@ -277,9 +288,9 @@ class People:
         return Person(sys.intern(tenant), name, uid, time.time_ns(), sys.intern(consent), enrolled, **own)
 
     def _read_index(self) -> None:
-        folder = f"{self.place.root}/index"
+        self.place.sweep(self.index)
         try:
-            paths = [path for path in self.place.fs.ls(folder, detail=False) if path.endswith(".json")]
+            paths = [path for path in self.place.fs.ls(self.index, detail=False) if path.endswith(".json")]
             contents = self.place.fs.cat(paths) if paths else {}
         except FileNotFoundError:
             return
@@ -297,7 +308,7 @@ class People:
         """
         key = person.tenant, person.name
         shard = hashlib.sha256("/".join(key).encode()).digest()[0]
-        path = f"{self.place.root}/index/{shard:02x}.json"
+        path = f"{self.index}/{shard:02x}.json"
         with self._locks[shard], self._writing():
             if anew and self.entry(*key) is not None:
                 return

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import CodeSource, SubjectSpace, load_space
 from ..data import Photo, Subject
 from ..errors import MetaLoraError
+from ..files import temporary_folder
 from ..hub.loading import folder_of, load_down
 from ..training.examples.encoding import encode_subjects
 from ..training.stage_2 import Personalization
@@ -105,8 +105,8 @@ def begin(
 
 def files_of(run: Personalization, person: Person) -> dict[str, bytes]:
     """The files of the subject that a run has learned."""
-    with tempfile.TemporaryDirectory() as folder:
-        saved = run.save(Path(folder) / "subject", subject_name=person.name)
+    with temporary_folder() as folder:
+        saved = run.save(folder / "subject", subject_name=person.name)
         return {file.name: file.read_bytes() for file in saved.iterdir()}
 
 
