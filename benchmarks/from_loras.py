@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Down and a subject space out of a collection of people's ordinary LoRAs, on the embedded domain: do they help?
 
-    python benchmarks/from_loras.py --seconds 480 --output benchmarks/results
+    python benchmarks/from_loras.py --seconds 470 --output benchmarks/results
     python benchmarks/from_loras.py --small --output DIR
 
 PEFT's LoRAs of people of `meta` are trained by the stacked step, from one common start (the same A, B 0) and each from
@@ -25,7 +25,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,7 +45,7 @@ from peft_metalora.encoder import EncoderConfig, make_encoder
 from peft_metalora.evaluation.adapters import NAME
 from peft_metalora.evaluation.rivals import RIVALS, Rival, put_on, vmap_ready
 from peft_metalora.evaluation.summary import interval
-from peft_metalora.training.engine.stacked import AdapterStack, Gradients, train_stack
+from peft_metalora.training.engine.stacked import AdapterStack, Gradients, Recorded, train_stack
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.tuner import init_down_from_data, set_slots
@@ -86,6 +87,28 @@ class CodeStack:
             return losses, gradients @ self.space.basis.T
 
         return of_codes
+
+
+def draw_by_replays(stack: AdapterStack, wanted: bool) -> None:
+    """Let a stack draw by replays of one recorded pass: to launch its kernels takes longer than they do."""
+    install = stack.installed_in
+    passes: list[Recorded[Tensor]] = []
+
+    @contextmanager
+    def installed_in(pipe: Any) -> Iterator[None]:
+        with install(pipe):
+            denoiser = pipe.transformer
+            if not passes:
+                eager = denoiser.forward
+                passes.append(Recorded(lambda inputs: eager(**inputs, return_dict=False)[0], wanted))
+
+            def forward(**given: Any) -> tuple[Tensor]:
+                return (passes[0]({name: one for name, one in given.items() if isinstance(one, Tensor)}),)
+
+            denoiser.forward = forward
+            yield
+
+    stack.installed_in = installed_in  # type: ignore[method-assign]
 
 
 @dataclass
@@ -223,6 +246,7 @@ def learn(
     rows = count * each
     shown = put_on(bench.base, arm.rival, arm.down, bench.config, rows, list(seeds), arm.start)
     assert isinstance(shown, AdapterStack)
+    draw_by_replays(shown, args.graph and bench.device.type == "cuda")
     stack: AdapterStack | CodeStack = shown
     if arm.space is not None:
         codes = torch.zeros(count, arm.space.code_size) if arm.read is None else arm.read(people)
@@ -305,11 +329,15 @@ class Collection:
     def __init__(self, bench: Bench) -> None:
         args = self.args = bench.args
         self.bench, self.like = bench, bench.down
-        self.people = collect(bench, args.meta_people, args.photos)
         self.part, self.apart = slice(0, args.meta_people - args.apart), slice(-args.apart, None)
         self.facts: dict[str, Any] = {"loras": {}, "kept": {}, "explained": {}}
         self.loras: dict[str, Loras] = {}
         self._directions: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    def train(self) -> None:
+        """Draw the people and train their LoRAs."""
+        bench, args = self.bench, self.args
+        self.people = collect(bench, args.meta_people, args.photos)
         for start in args.starts:
             begin = bench.now()
             self.loras[start], scores = train_loras(bench, self.people, start == "common")
@@ -325,16 +353,11 @@ class Collection:
             "common": lambda: self.from_loras(whole, "common"),
             "many": lambda: self.from_loras(whole, "many"),
             "trained": self.trained,
-            "LoRA": lambda: [Arm("new", self.like, RIVALS["lora_r4"], RIVALS["lora_r4"].rates)],
             "LoRA, mean of LoRAs": self.mean_lora,
             "space, common": lambda: self.spaces("common", ("factors", "products")),
             "space, LoRA": self.lora_space,
             "space, many": lambda: self.spaces("many", ("turned", "products")),
             "space, random": lambda: self.space_on(self.drawn(whole, "random", True)[0].down),
-            "space, common, read": self.read,
-            "space, trained": lambda: self.space_on(self.like),
-            "activations": lambda: self.drawn(whole, "activations", False),
-            "activations, mean of LoRAs": lambda: self.drawn(whole, "activations", True),
         }
         for rows in self.args.meta_r:
             made |= {
@@ -343,7 +366,13 @@ class Collection:
                 f"common, {rows} rows": lambda rows=rows: self.from_loras(rows, "common"),
                 f"many, {rows} rows": lambda rows=rows: self.from_loras(rows, "many"),
             }
-        return made
+        return made | {
+            "LoRA": lambda: [Arm("new", self.like, RIVALS["lora_r4"], RIVALS["lora_r4"].rates)],
+            "space, common, read": self.read,
+            "space, trained": lambda: self.space_on(self.like),
+            "activations": lambda: self.drawn(whole, "activations", False),
+            "activations, mean of LoRAs": lambda: self.drawn(whole, "activations", True),
+        }
 
     def keeps(self, name: str, downs: Mapping[str, Tensor]) -> None:
         """Note what Downs keep of the LoRAs of people who are apart."""
@@ -368,7 +397,7 @@ class Collection:
 
     def from_loras(self, meta_r: int, start: str) -> list[Arm]:
         loras, found = self.loras[start][self.part], []
-        for how in ("products", "equal", "factors"):
+        for how in ("products", "equal", "factors") if meta_r == self.like.config.meta_r else ("products",):
             rows = self.directions(start, how, meta_r)
             self.keeps(f"{start}, {how}, {meta_r} rows", rows)
             down = down_source(self.like, rows, loras, self.args.rank)
@@ -436,16 +465,16 @@ def _arm(start: str, down: DownSource, name: str = "") -> Arm:
 
 
 def compare(bench: Bench, makes: Callable[[], list[Arm]], tune: People, people: People) -> dict[str, Any]:
-    """The best arm and rate of a family for `tune` people, by the mean over all numbers of steps; on other people."""
-    args = bench.args
+    """What is best of a family for `tune` people after the most steps, arm and rate; and its curve on other people."""
+    args, last = bench.args, max(bench.args.at)
     tried: dict[str, dict[str, float]] = {}
     best: tuple[float, float, Arm] | None = None
     for arm in makes():
         first = max(0, (len(arm.rates) - args.rates) // 2)
         rates = arm.rates[first : first + args.rates]
         tried[arm.name] = {}
-        for rate, curve in learn(bench, arm, tune, args.at, rates, [0]).items():
-            score = sum(interval(curve[str(step)]["r_facesim"])["value"] for step in args.at) / len(args.at)
+        for rate, curve in learn(bench, arm, tune, [last], rates, [0]).items():
+            score = interval(curve[str(last)]["r_facesim"])["value"]
             tried[arm.name][rate] = round(score, 4)
             if best is None or score > best[0]:
                 best = score, float(rate), arm
@@ -486,7 +515,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a few people, steps and rates: does it run?")
     parser.add_argument("--family", action="append", help="only these")
     parser.add_argument("--starts", nargs="+", default=["common", "many"], choices=("common", "many"), help="of LoRAs")
-    parser.add_argument("--meta-people", type=int, default=512, help="whose LoRAs are collected")
+    parser.add_argument("--meta-people", type=int, default=384, help="whose LoRAs are collected")
     parser.add_argument("--apart", type=int, default=32, help="of them, without a part in Downs and spaces")
     parser.add_argument("--photos", type=int, default=8, help="of each")
     parser.add_argument("--lora-steps", type=int, default=200)
@@ -519,16 +548,20 @@ def main() -> None:
     report: dict[str, Any] = {**origin(bench.device), "split": args.split, "people": args.people, "seeds": args.seeds}
     report |= {"meta_people": args.meta_people, "prompts": len(bench.prompts), "figures": {}, "families": {}}
     args.output.mkdir(parents=True, exist_ok=True)
+    collection = Collection(bench)
+    families = collection.families()
+    names = args.family or list(families)
+    if unknown := set(names) - set(families):
+        raise SystemExit(f"expected families among {', '.join(families)}, found {', '.join(unknown)}")
+    report["collection"] = collection.facts
     with vmap_ready():
         try:
-            collection = Collection(bench)
-            report["collection"] = collection.facts
+            collection.train()
             tune, people = (
                 bench.people(split, count) for split, count in (("tune", args.tune_people), (args.split, args.people))
             )
             report["real_photos"] = among_themselves(people.others)
-            families = collection.families()
-            for name in args.family or families:
+            for name in names:
                 found = report["families"][name] = compare(bench, families[name], tune, people)
                 report["figures"] = figures(report["families"], args.seeds)
                 write(args.output / "from_loras.json", report)

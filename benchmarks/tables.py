@@ -770,6 +770,54 @@ def copying(results: dict[str, Data]) -> str:
     return table(heads, rows) + source(data, note=note)
 
 
+FROM_LORAS = {
+    "random": "random Down",
+    "random, mean of LoRAs": "random Down, from the mean of the LoRAs",
+    "activations": "Down from activations",
+    "activations, mean of LoRAs": "Down from activations, from the mean of the LoRAs",
+    "common": "**Down from LoRAs, one common start**",
+    "many": "**Down from LoRAs, a start each**",
+    "trained": "trained Down",
+    "LoRA": "LoRA, rank 4",
+    "LoRA, mean of LoRAs": "LoRA, rank 4, from the mean of the LoRAs",
+    "space, common": "**codes, common start, on the Down from LoRAs**",
+    "space, many": "**codes, a start each, on the Down from LoRAs**",
+    "space, random": "codes, common start, on a random Down",
+    "space, trained": "codes, common start, on the trained Down",
+    "space, LoRA": "codes, common start, without a Down",
+    "space, common, read": "codes, common start, read first",
+}
+
+
+def from_loras(results: dict[str, Data]) -> str:
+    """A Down and a space of ordinary LoRAs beside others, after equal steps, and person by person."""
+    data = results["from_loras"]
+    figures, found = data["figures"], data["families"]
+    counts = list(next(iter(figures["scores"].values())))
+    last, rows = counts[-1], []
+    for name, one in found.items():
+        scores = figures["scores"][name]
+        label, size = name, ""
+        if name.endswith(" rows"):
+            label, _, size = name.rpartition(", ")
+        cells = [spread(scores[step]["r_facesim"]) for step in counts]
+        less = [figures["differences"].get(f"{name} - {control}") for control in ("random", "random, mean of LoRAs")]
+        paired = ["" if one is None else spread(one[last]) for one in less]
+        label = FROM_LORAS[label].replace("Down", f"Down of {size}" if size else "Down", 1)
+        rows.append(
+            [label, *cells, spread(scores[last]["prompt_adherence"]), *paired, f"{one['arm']}, {one['rate']:g}"]
+        )
+    heads = ["", *(f"{step} steps" for step in counts), f"adherence, {last} steps"]
+    heads += ["minus a random Down", "minus a random one from the mean of the LoRAs", "chosen, rate"]
+    note = (
+        f". LoRAs of {data['meta_people']} people; {data['people']} people of `{data['split']}`, one reference, "
+        f"{data['seeds']} noise{'s' * (data['seeds'] > 1)}, {data['prompts']} prompts; R-FaceSim, mean [95 % interval "
+        "over people]."
+    )
+    ceiling = interval(data["real_photos"])
+    return table(heads, beside_photos(rows, ceiling, *range(1, len(counts) + 1))) + source(data, note=note)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "story": ("convergence", story),
     "rivals": ("evaluation", rivals),
@@ -793,6 +841,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "zero_bad": ("convergence", zero_bad),
     "typefaces": ("typefaces", typefaces),
     "noise_levels": ("noise_levels", noise_levels),
+    "from_loras": ("from_loras", from_loras),
     "service_flux": ("service_flux", lambda results: goals(results["service_flux"], SERVICE_FLUX)),
     "down_hours": ("training", down_hours),
     "memory_cells": ("memory", memory_cells),

@@ -142,3 +142,28 @@ def test_the_figure_takes_a_second_domain_and_gives_rivals_their_best_schedule(t
     assert found.count('r="4" fill="none"') == 1, "the prompt is lost"
     assert drawn["story_steps_faces.svg"] == before["story_steps_faces.svg"]
     assert "![typefaces: identity against steps](results/story_steps_typefaces.svg)" in tables.story(results)
+
+
+def test_a_down_of_loras_stands_beside_the_random_one_of_its_size(tables: ModuleType) -> None:
+    """Bug: the difference was that to another size, or unpaired."""
+
+    def at(value: float) -> dict[str, float]:
+        return {"value": value, "low": value, "high": value}
+
+    scores = {"25": {"r_facesim": at(0.4), "prompt_adherence": at(0.9)}}
+    data = {
+        "machine": "a GPU", "date": "2026-01-01", "command": "python f.py", "real_photos": [0.8, 0.8],
+        "meta_people": 9, "people": 2, "split": "tune", "seeds": 1, "prompts": 8,
+        "families": {name: {"arm": "products, mean", "rate": 0.003} for name in ("common", "common, 8 rows")},
+        "figures": {
+            "scores": {"common": scores, "common, 8 rows": scores},
+            "differences": {"common - random": {"25": at(0.1)}, "common, 8 rows - random": {"25": at(0.2)}},
+        },
+    }  # fmt: skip
+    rows = tables.from_loras({"from_loras": data}).splitlines()
+    whole, small = (
+        next(row for row in rows if row.startswith(start)) for start in ("| **Down from", "| **Down of 8 rows from")
+    )
+    assert "| 0.100 [0.100, 0.100] |  | products, mean, 0.003 |" in whole
+    assert "| 0.200 [0.200, 0.200] |  | products, mean, 0.003 |" in small
+    assert any(row.startswith("| *real photos among themselves* | 0.800") for row in rows)
