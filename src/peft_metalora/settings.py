@@ -56,6 +56,11 @@ FACE_MODEL = (
     "files start no code by themselves.",
     None,
 )
+GENERIC = (
+    "Class of your own for a base whose family is not known, or instead of the known one: module:Class, or "
+    "file.py:Class (see the page on adding a base). A Down's files start no code by themselves.",
+    None,
+)
 OVERWRITE = "Replace an artefact of another kind, or another person's, that lies there.", False
 QUANTIZE = (
     "Hold the weights of the denoiser and of large text encoders in fewer bits: int8 or fp8 (torchao), or nf4, 4 bits "

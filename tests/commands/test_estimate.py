@@ -72,6 +72,15 @@ def test_a_unet_is_seen_at_all_its_resolutions():
     assert 1 < own.kept / GIB < 20 and own.checkpointed < 0.5 * own.kept
 
 
+def test_a_denoiser_that_names_no_blocks_is_one(monkeypatch):
+    """Bug: as one that is newer than its pipeline's class may, it ended in a traceback."""
+    base = base_for(PIPELINES["z_image"]())
+    in_blocks = one_pass(base, 32)
+    monkeypatch.setattr(type(base.denoiser), "_repeated_blocks", [])
+    monkeypatch.setattr(type(base.denoiser), "_no_split_modules", [])
+    assert one_pass(base, 32).operations >= in_blocks.operations > 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_estimated_without_a_weight(family, tmp_path, monkeypatch, capsys):
     PIPELINES[family]().save_pretrained(tmp_path / "base")

@@ -16,11 +16,13 @@ from training_tiny import save_tiny_down, teach_to_read, with_tiny_down, write_p
 SHORT = ["--device", "cpu"]
 BASE = ["--pretrained_model_name_or_path", "{home}/base"]
 NO_CAPTION = "expected a caption for "
+NO_CLASS = "metalora: --generic must be module:Class or file.py:Class, found 'nobody:Such': ModuleNotFoundError"
 OVER_THE_BASE = "expected an output apart from --pretrained_model_name_or_path, found '{home}/base'"
 MANY = ["--train_data_dir", "{home}/people", "--output_dir", "{out}"]
 ONE = ["--instance_data_dir", "{home}/people/person-0", "--output_dir", "{out}", "--down", "{home}/down"]
 READ = ["--photos", "{home}/people/person-0", "--output_dir", "{out}", "--down", "{home}/reading"]
 DRAW = ["--prompt", "a photo", "--output_dir", "{out}"]
+CLASS = ["--generic", "nobody:Such"]
 PHOTO = ["--photo", "{home}/ann.png"]
 VALIDATION = ["--validation_steps", "1", "--validation_subjects", "1", "--validation_prompt", "a photo"]
 JUDGED = [
@@ -49,6 +51,7 @@ REFUSED = {
         "nobody:Such",
     ),
     "meta-train: optimiser": (["meta-train", *BASE, *MANY, "--optimizer", "Such"], "found 'Such'"),
+    "meta-train: class": (["meta-train", *BASE, *MANY, *CLASS], NO_CLASS),
     "meta-train: checkpoint": (
         ["meta-train", *BASE, *MANY, "--resume_from_checkpoint", "{home}/nowhere"],
         "expected training_state.safetensors in {home}/nowhere, found none",
@@ -59,6 +62,7 @@ REFUSED = {
     "train-encoder: over the base": ([*ENCODER, *MANY, "--output_dir", "{home}/base"], OVER_THE_BASE),
     "train-encoder: cell": ([*ENCODER, *MANY, "--quantize", "nf4"], "needs a GPU"),
     "train-encoder: eyes": ([*ENCODER, *MANY, "--encoder", "ears"], "'ears'"),
+    "train-encoder: class": ([*ENCODER, *MANY, *CLASS], NO_CLASS),
     "personalize: no caption": (["personalize", *ONE, "--instance_data_dir", "{home}/ann.png"], NO_CAPTION),
     "personalize: no photo": (
         ["personalize", *ONE, "--instance_data_dir", "{home}/none.png", "--instance_prompt", "a photo"],
@@ -70,6 +74,7 @@ REFUSED = {
     "personalize: over the base": (["personalize", *ONE, "--output_dir", "{home}/base"], OVER_THE_BASE),
     "personalize: cell": (["personalize", *ONE, "--quantize", "nf4"], "needs a GPU"),
     "personalize: optimiser": (["personalize", *ONE, "--optimizer", "Such"], "found 'Such'"),
+    "personalize: class": (["personalize", *ONE, *CLASS], NO_CLASS),
     "personalize: rank": (["personalize", *ONE, "--rank", "3"], "--rank must be the Down's, 2"),
     "read: no photo": (["read", *READ, "--photos", "{home}/none.png"], "none.png"),
     "read: Down": (["read", *READ, "--down", "{home}/nowhere"], "{home}/nowhere"),
@@ -77,6 +82,7 @@ REFUSED = {
     "read: output": (["read", *READ, "--output_dir", "{home}/ann"], "--overwrite to replace it"),
     "read: over the base": (["read", *READ, "--output_dir", "{home}/base"], OVER_THE_BASE),
     "read: detector": (["read", *READ, "--face_crop", "nobody:Such"], "nobody:Such"),
+    "read: class": (["read", *READ, *CLASS], NO_CLASS),
     "generate: subject": (["generate", *BASE, *DRAW, "--subject", "{home}/nowhere"], "{home}/nowhere"),
     "generate: Down": (
         ["generate", *BASE, *DRAW, *PHOTO, "--down", "{home}/nowhere"],
@@ -92,6 +98,8 @@ REFUSED = {
     ),
     "generate: output": (["generate", *BASE, *DRAW, "--output_dir", "{home}/ann.png"], "ann.png"),
     "generate: cell": (["generate", *BASE, *DRAW, "--offload", "sequential"], "accelerate brings layers to a GPU only"),
+    "generate: class": (["generate", *BASE, *DRAW, *CLASS], NO_CLASS),
+    "estimate: class": (["estimate", "generate", *BASE, *DRAW, *CLASS], NO_CLASS),
     "generate: detector": (
         ["generate", *BASE, *DRAW, *PHOTO, "--down", "{home}/reading", "--face_crop", "nobody:Such"],
         "nobody:Such",
@@ -112,6 +120,7 @@ REFUSED = {
         "a Down with an encoder",
     ),
     "evaluate: judge": (["evaluate", *JUDGED, "--embedder", "nobody:Such"], "nobody:Such"),
+    "evaluate: class": (["evaluate", *JUDGED, *CLASS], NO_CLASS),
     "evaluate: output": (["evaluate", *JUDGED, "--output", "{home}/ann.png"], "ann.png"),
     "evaluate: cell": (["evaluate", *JUDGED, "--offload", "model"], "take turns"),
 }  # fmt: skip

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bases.generic import named_class
 from ..checkpoint.artefacts import save_read_subject
 from ..checkpoint.space import CodeSource
 from ..errors import ConfigError, OutputExistsError, WriteFailedError
@@ -137,7 +138,7 @@ class Library:
                     return push_subject(files, repo_id, private=True, down=down)
             source = self._studio.subject(person)
             assert isinstance(source, CodeSource)
-            saved = save_read_subject(made / person.name, source)
+            saved = save_read_subject(made / person.name, source, facts=named_class(self._studio.base) or None)
             return push_subject(saved, repo_id, private=True, down=down)
 
     def _write_photos(self, person: Person, photos: Sequence[bytes]) -> None:

@@ -11,6 +11,8 @@ import torch
 
 from ..errors import BaseModelMismatchError
 from .base import Base, FlowBase, Text, send
+from .diffusion import DiffusionBase
+from .generic import base_class, require_pipeline
 from .memory import Memory
 from .parts import Parts
 
@@ -29,25 +31,32 @@ FAMILIES = {
     "ZImagePipeline": ("z_image", "ZImage"),
 }
 
-__all__ = ["FAMILIES", "Base", "FlowBase", "Text", "base_for", "load_base", "open_base", "send"]
+__all__ = ["FAMILIES", "Base", "DiffusionBase", "FlowBase", "Text", "base_for", "load_base", "open_base", "send"]
 
 
-def base_for(pipeline: Any, **options: Any) -> Base:
+def base_for(pipeline: Any, *, generic: str | type[Base] | None = None, **options: Any) -> Base:
     """See a pipeline as something that can be trained.
 
     Args:
+        generic: a class of somebody's own for this pipeline, or its name (`module:Class`, `file.py:Class`), instead of
+            the family that is known.
         options: as `Base` takes them.
 
     Raises:
-        BaseModelMismatchError: no family knows this pipeline.
+        BaseModelMismatchError: no family knows this pipeline, or `generic` is for another one.
+        ConfigError: `generic` is no such class.
     """
+    if generic is not None:
+        own = base_class(generic)
+        require_pipeline(own, pipeline)
+        return own(pipeline, **options)
     for cls in type(pipeline).__mro__:
         if cls.__name__ in FAMILIES:
             file, name = FAMILIES[cls.__name__]
             return getattr(importlib.import_module(f".{file}", __name__), name)(pipeline, **options)
     raise BaseModelMismatchError(
         f"expected a pipeline of one of {', '.join(sorted(FAMILIES))}, found {type(pipeline).__name__}: train on one "
-        "of those, or add its family to peft_metalora/bases"
+        "of those, or give a class of your own for it as `generic`"
     )
 
 
@@ -58,19 +67,22 @@ def open_base(
     dtype: torch.dtype = torch.float32,
     local_files_only: bool = False,
     memory: Memory | None = None,
+    generic: str | type[Base] | None = None,
     **options: Any,
 ) -> Base:
     """A pipeline of a folder or a repository whose models are hulls: `Base.place` loads those that are needed.
 
     Args:
         memory: how weights are held, and where they wait.
-        options: as `Base` takes them.
+        generic: as `base_for`. options: as `Base` takes them.
 
     Raises:
         BaseModelMismatchError: there is no pipeline, or no family knows it.
+        ConfigError: as `base_for`.
     """
+    generic = None if generic is None else base_class(generic)
     parts = Parts(name_or_path, revision=revision, dtype=dtype, local_files_only=local_files_only, memory=memory)
-    base = base_for(parts.pipeline(), parts=parts, **options)
+    base = base_for(parts.pipeline(), generic=generic, parts=parts, **options)
     parts.quantized = (base.denoiser_name, *base.large_encoders)
     return base
 

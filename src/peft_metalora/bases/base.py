@@ -362,8 +362,16 @@ class Base(ABC):
             times: (n,) as `sample_times` returns.
             mask: (n, 1, h, w) in [0, 1], the weight of each place in the mean. Where it is 0 nothing is learned; a
                 sample without any weight has loss 0.
+
+        Raises:
+            TrainingError: `predict` gives another shape.
         """
         predicted = self.predict(self.add_noise(latents, noise, times), text, times)
+        if predicted.shape != latents.shape:  # torch would make a number of both all the same
+            raise TrainingError(
+                f"expected {type(self).__name__}.predict to give {tuple(latents.shape)}, the shape of its latents, "
+                f"found {tuple(predicted.shape)}: correct the class"
+            )
         errors = F.mse_loss(predicted.float(), self.target(latents, noise, times), reduction="none")
         if mask is None:
             return errors.flatten(1).mean(1)

@@ -90,12 +90,14 @@ class Parts:
                 if not _has_config(ModularPipeline, self.name, self._source):
                     raise
                 return self._modular_pipeline()
+            # Its own class: the general one reads what its class may do without, as Wan's transformer, beside the hull.
+            own = getattr(diffusers, str(index.get("_class_name")), None)
+            if own is None:
+                raise ValueError(f"the installed diffusers has no {index.get('_class_name')}, but a newer one may")
             named = {name: _class_of(*value) for name, value in index.items() if _names_a_class(name, value)}
             for name, cls in named.items():
                 if cls is not None:
                     self._add_hull(name, _Files(cls, self.name, {"subfolder": name, **self._source}))
-            # Its own class: the general one reads what its class may do without, as Wan's transformer, beside the hull.
-            own = getattr(diffusers, str(index.get("_class_name")), DiffusionPipeline)
             small = {
                 name: _processor(value[1], self.name, {"subfolder": name, **self._source})
                 for name, value in index.items()

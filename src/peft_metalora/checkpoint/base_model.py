@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import BaseModelMismatchError, ConfigError
+from ..settings import shown
 from ..tuner import MetaLoraConfig
 from ..tuner.base_layers import base_of, factor_shape
 from ..tuner.down import DOWN, UP
@@ -77,6 +78,22 @@ def fits_of(config: MetaLoraConfig) -> list[str]:
     """The other base models that a Down says it fits."""
     named = (config.facts or {}).get("fits")
     return [one for one in named if isinstance(one, str) and REPO_ID.fullmatch(one)] if isinstance(named, list) else []
+
+
+def require_class(config: MetaLoraConfig, generic: object, name: str) -> None:
+    """Check that a class is named for the base of a Down or a subject that was made with one of somebody's own.
+
+    What reads or trains with another is told other latents and losses. The name in the file is shown, never imported.
+
+    Raises:
+        ConfigError
+    """
+    made_with = (config.facts or {}).get("generic")
+    if made_with is not None and generic is None:
+        raise ConfigError(
+            f"{name}: expected the class that it was made with, {shown(made_with)}, as `generic`, found none: get that "
+            "code, and name it if you trust it, for a Down's files start none by themselves"
+        )
 
 
 def with_twins(base: str | None, fits: Iterable[str] = ()) -> list[str]:

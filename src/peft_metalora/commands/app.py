@@ -80,6 +80,7 @@ def _estimates_of(config: ServeConfig, side: int) -> Callable[[], list[Any]]:
 
         named: dict[str, Any] = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path}
         named |= {"down": config.down, "output_dir": "unused", "resolution": side, "local_files_only": True}
+        named |= {"generic": config.generic}
         own: dict[str, Any] = {"max_sequence_length": config.max_sequence_length, "photo": ["unused"]}
         found = []
         for quantize, offload in itertools.product(QUANTIZERS, OFFLOADS):

@@ -29,7 +29,7 @@ from ..bases.footprint import (
 )
 from ..bases.memory import Memory, Whole, lighter
 from ..bases.precision import choose_dtype, device_called
-from ..checkpoint.base_model import base_to_load
+from ..checkpoint.base_model import base_to_load, require_class
 from ..checkpoint.config_file import read_config
 from ..data import read_subjects
 from ..errors import ConfigError, MetaLoraError
@@ -186,12 +186,17 @@ def _open(config: Any, base_name: str, revision: str | None, memory: Memory) -> 
         dtype=dtype,
         local_files_only=config.local_files_only,
         memory=memory,
+        generic=config.generic,
         **options,
     ), dtype
 
 
 def _down_of(config: Any, name: str | None) -> MetaLoraConfig | None:
-    return None if name is None else read_config(folder_of(name, local_files_only=config.local_files_only))
+    if name is None:
+        return None
+    found = read_config(folder_of(name, local_files_only=config.local_files_only))
+    require_class(found, config.generic, name)
+    return found
 
 
 # Phases, in bytes
@@ -335,7 +340,8 @@ def _of_drawing(config: GenerateConfig) -> tuple[Estimate, nn.Module]:
     name, revision = config.pretrained_model_name_or_path, None
     if not name:
         first = next(iter(config.subject), str(config.down))
-        found = read_config(folder_of(first, local_files_only=config.local_files_only))
+        found = _down_of(config, first)
+        assert found is not None
         name, revision = base_to_load(None, None, found, first)
     base, dtype = _open(config, name, revision, config)
     side, frames = config.resolution or base.default_side, base.latent_frames(config.num_frames)

@@ -15,6 +15,7 @@ from ..settings import (
     BASE_MODEL,
     DEVICE,
     FACE_MODEL,
+    GENERIC,
     LOCAL_FILES_ONLY,
     OFFLOAD,
     PRECISION,
@@ -39,6 +40,7 @@ class GenerateConfig:
     pretrained_model_name_or_path: str | None = setting(
         f"{BASE_MODEL} Default: the one that the first subject or the Down names.", None
     )
+    generic: str | None = setting(*GENERIC)
     output_dir: str = setting(
         "Folder for the images, <subject>-<prompt number>-<image number>.png; of clips, .webp or .mp4."
     )
@@ -116,7 +118,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     from ..bases import open_base
     from ..bases.memory import CPU, ready_to_draw, require_supported
     from ..bases.precision import choose_device, choose_dtype
-    from ..checkpoint.base_model import base_to_load
+    from ..checkpoint.base_model import base_to_load, require_class
     from ..checkpoint.config_file import read_config
     from ..data import read_photos
     from ..data.images import png
@@ -143,6 +145,8 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
     configs = [read_config(folder_of(name, **hub)) for name in named]
     if config.down is not None and configs[-1].encoder_fingerprint is None:
         raise no_encoder(config.down)
+    for one, name in zip(configs, named, strict=True):
+        require_class(one, config.generic, name)
     base_name, revision = config.pretrained_model_name_or_path, None
     if not base_name:
         base_name, revision = base_to_load(None, None, configs[0], named[0])
@@ -152,6 +156,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
         memory=config,
+        generic=config.generic,
         max_sequence_length=config.max_sequence_length,
     )
     if config.resolution is not None:
@@ -181,8 +186,9 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         options["num_frames"] = config.num_frames
     adapters = [pipe.load_meta_lora(name, **hub) for name in config.subject]
     if config.down is not None:
-        sight = {name: getattr(config, name) for name in ("face_crop", "face_margin", "face_align", "face_model")}
-        adapters.append(pipe.read_subject(config.photo, down=config.down, **sight, **hub))
+        own = "face_crop", "face_margin", "face_align", "face_model", "generic"
+        given = {name: getattr(config, name) for name in own}
+        adapters.append(pipe.read_subject(config.photo, down=config.down, **given, **hub))
     names = _file_names([*config.subject, *(Path(photo).stem for photo in config.photo[:1])])
     written = []
     jobs = [(who, number) for who in range(len(names)) for number in range(len(config.prompt))]

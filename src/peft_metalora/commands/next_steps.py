@@ -13,16 +13,20 @@ from ..files import EMBEDDED
 from ..lora.original_names import is_elsewhere
 
 
-def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: str | None = None) -> str:
+def next_steps(
+    folder: str | os.PathLike[str], prompt: str | None = None, down: str | None = None, generic: str | None = None
+) -> str:
     """Commands to draw, export and push the subject in a folder.
 
     Args:
         prompt: words that the subject is known by.
         down: its Down; a folder has to be in a repository, too, before others can load the subject.
+        generic: the class of its base.
     """
     place, name = shlex.quote(os.fspath(folder)), Path(folder).resolve().name
     drawn = shlex.quote(f"{prompt or 'a photo of a person'}, laughing, on a beach")
     drawn += " --resolution 64" if down in EMBEDDED else ""  # the embedded base knows no other
+    own = "" if generic is None else f" --generic {shlex.quote(generic)}"
     # Of a base that other tools do not know, there is the file that diffusers takes.
     by_name = is_elsewhere(model_class(read_config(folder)))
     kind, lora = ("comfyui", f"ComfyUI/models/loras/{name}") if by_name else ("diffusers", name)
@@ -32,7 +36,7 @@ def next_steps(folder: str | os.PathLike[str], prompt: str | None = None, down: 
     )
     return "\n".join(
         (
-            f"draw:        metalora generate --subject {place} --prompt {drawn} --output_dir images",
+            f"draw:        metalora generate --subject {place}{own} --prompt {drawn} --output_dir images",
             f"{whom} metalora export --subject {place} --format {kind} --output {file}",
             f"publish:     metalora push --folder {place} --repo_id {shlex.quote(f'me/{name}')}{local}",
         )

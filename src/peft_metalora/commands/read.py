@@ -13,6 +13,7 @@ from ..settings import (
     DEVICE,
     DOWN_REVISION,
     FACE_MODEL,
+    GENERIC,
     LOCAL_FILES_ONLY,
     OFFLOAD,
     OVERWRITE,
@@ -45,6 +46,7 @@ class ReadConfig:
     )
     data: str | None = setting("Read everybody in a folder of people: DIR/<person>/*.jpg.", None)
     pretrained_model_name_or_path: str | None = setting(BASE_OF_DOWN, None)
+    generic: str | None = setting(*GENERIC)
     subject_name: str | None = setting("Who it is. Default: the name of output_dir; with data, of the folders.", None)
     face_crop: str | None = setting(*READ_FACE_CROP)
     face_margin: float | None = setting(*READ_FACE_MARGIN)
@@ -86,10 +88,11 @@ def run_read(config: ReadConfig) -> Done:
         Everything that `hub.load_down` and `encoder.load_reader` raise.
     """
     from ..bases import open_base
+    from ..bases.generic import named_class
     from ..bases.memory import CPU, require_supported
     from ..bases.precision import choose_device, choose_dtype
     from ..checkpoint.artefacts import require_replaceable, save_read_subject
-    from ..checkpoint.base_model import base_to_load, check_fits
+    from ..checkpoint.base_model import base_to_load, check_fits, require_class
     from ..checkpoint.reader_files import READER_FILES
     from ..data import Subject, read_photos, read_subjects
     from ..encoder.reader import load_reader, no_encoder
@@ -122,6 +125,7 @@ def run_read(config: ReadConfig) -> Done:
     Sight(config.face_crop, config.face_margin, config.face_align)
     reading = folder_of(config.down, READER_FILES, **options)
     asked = config.pretrained_model_name_or_path
+    require_class(down.config, config.generic, config.down)
     base_name, revision = base_to_load(asked, config.revision, down.config, config.down)
     require_apart(config.output_dir, pretrained_model_name_or_path=base_name)
     base = open_base(
@@ -130,6 +134,7 @@ def run_read(config: ReadConfig) -> Done:
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
         memory=config,
+        generic=config.generic,
     )
     check_fits(base.denoiser, down, name=config.down)
     base.place(device, encoders=False, denoiser=False, vae=True)
@@ -146,7 +151,7 @@ def run_read(config: ReadConfig) -> Done:
     }
     for person, place, code, read in zip(people, places, codes, counts, strict=True):
         subject = reader.subject(code, down, subject_name=person.name, **named)
-        facts = {"photos_read": read}
+        facts = {"photos_read": read, **named_class(base)}
         save_read_subject(place, subject, facts=facts, whole=config.whole, overwrite=config.overwrite)
     count = sum(counts)
     size = size_of(places[0])
@@ -157,4 +162,7 @@ def run_read(config: ReadConfig) -> Done:
         told = f"read {count} photo(s) of {len(people)} people and wrote a folder of {in_words(size)} for each to "
         told += f"{config.output_dir}; with the first of them:"
         values = {"subjects": {person.name: place for person, place in zip(people, places, strict=True)}}
-    return Done(f"{told}\n{next_steps(places[0], down=config.down)}", {**values, "photos": count, "bytes": size})
+    return Done(
+        f"{told}\n{next_steps(places[0], down=config.down, generic=config.generic)}",
+        {**values, "photos": count, "bytes": size},
+    )

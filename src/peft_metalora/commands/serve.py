@@ -84,6 +84,13 @@ def _checked(config: ServeConfig) -> ServeConfig:
             from ..hub.loading import folder_of
 
             folder_of(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
+    if config.generic is not None:
+        from ..bases.generic import base_class
+
+        base_class(config.generic)
+        file, _, name = config.generic.rpartition(":")
+        if Path(file).is_file():
+            found["generic"] = f"{Path(file).resolve()}:{name}"
     base, logs = config.pretrained_model_name_or_path, config.log_dir
     if base is not None and Path(base).is_dir():
         found["pretrained_model_name_or_path"] = str(Path(base).resolve())

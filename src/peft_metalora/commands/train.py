@@ -31,7 +31,7 @@ def run_personalize(config: PersonalizeConfig) -> Done:
     steps = facts.get("steps", 0)
     told = f"wrote the subject {Path(folder).resolve().name!r} to {folder} after {steps} step(s) ({in_words(size)})"
     values = {"folder": folder, "steps": steps, "bytes": size}
-    return Done(f"{told}\n{next_steps(folder, facts.get('trigger'), config.down)}", values)
+    return Done(f"{told}\n{next_steps(folder, facts.get('trigger'), config.down, config.generic)}", values)
 
 
 def run_train_encoder(config: TrainEncoderConfig) -> Done:

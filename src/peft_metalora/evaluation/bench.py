@@ -18,6 +18,7 @@ from PIL import Image
 from .. import hub
 from ..bases import Base, load_base
 from ..bases.precision import autocast, choose_device, choose_dtype
+from ..checkpoint.base_model import require_class
 from ..checkpoint.reader_files import READER_FILES
 from ..data import Photo, Subject, load_image, read_tags
 from ..data.images import png
@@ -80,6 +81,7 @@ class Bench:
                 _base_path(config),
                 device=device,
                 memory=config,
+                generic=config.generic,
                 dtype=choose_dtype(config.mixed_precision, device),
                 local_files_only=config.local_files_only,
             )
@@ -120,6 +122,7 @@ class Bench:
             "down": self._mark(method),
             **{name: getattr(config, name) for name in _MADE_FROM},
             **({} if config.quantize == "none" else {"quantize": config.quantize}),  # cells of before stay valid
+            **({} if config.generic is None else {"generic": config.generic}),
             "resolution": config.side,
             "steps": steps,
             "caption": reference.caption,
@@ -237,13 +240,15 @@ class Bench:
         """The Down that a method needs, loaded once.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is none. As `require_class`.
         """
         if method.kind not in ("meta-lora", "random-down"):
             return None
         name = down_name(self.config, method)
         if name not in self._downs:
-            self._downs[name] = hub.load_down(name, local_files_only=self.config.local_files_only)
+            down = hub.load_down(name, local_files_only=self.config.local_files_only)
+            require_class(down.config, self.config.generic, name)
+            self._downs[name] = down
         return self._downs[name]
 
     def _mark(self, method: Method) -> list[str | None] | None:

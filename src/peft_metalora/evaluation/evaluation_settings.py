@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..settings import DEVICE, FACE_MODEL, LOCAL_FILES_ONLY, OFFLOAD, PRECISION, QUANTIZE, below_one, setting
+from ..settings import DEVICE, FACE_MODEL, GENERIC, LOCAL_FILES_ONLY, OFFLOAD, PRECISION, QUANTIZE, below_one, setting
 
 DEMO = "demo"
 OPTIONS = {
@@ -40,6 +40,7 @@ class EvaluateConfig:
     data: str = setting("Folder of people: DIR/<person>/*.png, one reference each and other photos.")
     output: str = setting("Folder for images, scores and report; a rerun goes on where it stopped.")
     base: str = setting("Base model: a diffusers folder, a repository id, or 'demo' for the embedded one.", DEMO)
+    generic: str | None = setting(*GENERIC)
     method: list[str] = setting(
         f"Methods, as 'lora:r=4,lr=1e-2'. Kinds: {', '.join(OPTIONS)}; full trains every weight.", []
     )

@@ -22,6 +22,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from .. import checkpoint
+from ..bases import Base
 from ..checkpoint.artefacts import code_on_model, know_code
 from ..checkpoint.factors import SubjectSource, listed
 from ..checkpoint.space import CodeSource, SubjectCode
@@ -145,6 +146,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         face_margin: float | None = None,
         face_align: bool | None = None,
         face_model: str | None = None,
+        generic: str | type[Base] | None = None,
         **hub: Unpack[HubOptions],
     ) -> str:
         """Bring a person in from photos, without training: the Down's encoder reads them, in a fraction of a second.
@@ -162,6 +164,8 @@ class MetaLoraLoaderMixin(ChoosingMixin):
                 as the encoder was trained.
             face_model: `module:function` of an encoder that reads through a face model of somebody's own: code that a
                 Down's files do not start.
+            generic: a class of your own for this pipeline, or its name, as `base_for` takes it; a Down that was made
+                with one wants one.
             hub: huggingface_hub's arguments, for the Down.
 
         Returns:
@@ -170,7 +174,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         Raises:
             ArtefactNotFoundError: the Down has no encoder.
             BaseModelMismatchError: the Down was made for another base model, or the family of this one is not known.
-            ConfigError: `face_model` is not the one that the encoder needs.
+            ConfigError: `face_model` is not the one that the encoder needs, or `generic` is none.
             NoImagesError, UnreadableImageError, NoFaceError: photos that cannot be read.
             AdapterStateError: the name is taken, or no `down` is given and the pipeline has not one of its own.
             Everything that `hub.load` and `encoder.load_reader` raise. The pipeline is then as it was.
@@ -182,7 +186,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         if as_adapter:
             adapter_name = self._new_name(model, adapter_name, named)
         seen = [found for one in several for found in ([one] if isinstance(one, Image.Image) else read_photos(one))]
-        reader, source, (place, options) = readers_of(self).reader(self, down, hub, face_model)
+        reader, source, (place, options) = readers_of(self).reader(self, down, hub, face_model, generic)
         sight = reader.encoder.sight(face_crop, face_margin, face_align)
         origin: dict[str, Any] = {"down": place, "down_revision": options.get("revision"), "inference_mode": True}
         subject = reader.read(seen, source, sight, subject_name=adapter_name or named, **origin)

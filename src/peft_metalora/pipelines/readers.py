@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bases import base_for
+from ..bases import Base, base_for
 from ..checkpoint.artefacts import open_artefact
-from ..checkpoint.base_model import check_fits
+from ..checkpoint.base_model import check_fits, require_class
 from ..checkpoint.config_file import read_config
 from ..checkpoint.factors import SubjectSource
 from ..checkpoint.reader_files import READER_FILES
@@ -51,7 +51,7 @@ class Readers:
         self._places: dict[str, Place] = {}  # of Downs, by their fingerprints
         self._folders: dict[Any, Path] = {}  # of repositories, so that not every photo asks the Hub
         self._spaces: dict[str, SubjectSpace] = {}
-        self._opened: dict[tuple[Path, str | None], _Opened] = {}
+        self._opened: dict[tuple[Path, str | None, str | type[Base] | None], _Opened] = {}
 
     def remember(self, source: DownSource | SubjectSource, path: str | os.PathLike[str], hub: HubOptions) -> None:
         """Know where the Down of what was loaded lies.
@@ -92,23 +92,30 @@ class Readers:
         return None if known is None else known.to(_device(model))
 
     def reader(
-        self, pipe: Any, down: str | os.PathLike[str] | None, hub: HubOptions, face_model: str | None = None
+        self,
+        pipe: Any,
+        down: str | os.PathLike[str] | None,
+        hub: HubOptions,
+        face_model: str | None = None,
+        generic: str | type[Base] | None = None,
     ) -> tuple[Reader, DownSource, Place]:
         """The reader of a Down, the Down as the model has it or as its file does, and where that lies.
 
         Args:
             down: its folder or repository; None: that of the one Down that was loaded on this pipeline.
-            face_model: as `encoder.load_reader`.
+            face_model: as `encoder.load_reader`. generic: as `base_for`.
 
         Raises:
             AdapterStateError: None, and there is no such one. WrongKindError: it is a subject.
+            ConfigError: as `require_class` and `base_for`.
             Everything that `hub.load` and `encoder.load_reader` raise.
         """
         model = denoiser(pipe)
         place, hub = self._place_of_one(model) if down is None else (os.fspath(down), hub)
         folder = self._folder(place, hub, READER_FILES)
         file = read_config(folder)
-        opened, known = self._opened.get((folder, face_model)), down_known(model, file.down_fingerprint)
+        require_class(file, generic, place)
+        opened, known = self._opened.get((folder, face_model, generic)), down_known(model, file.down_fingerprint)
         if opened is not None and opened.file != file:
             opened = None
         if opened is not None and known is not None:
@@ -123,9 +130,9 @@ class Readers:
         if opened is not None and space is not None:
             reader = Reader(space, opened.encoder)
         else:
-            reader = load_reader(folder, source, base_for(pipe).encode_images, face_model, space)
+            reader = load_reader(folder, source, base_for(pipe, generic=generic).encode_images, face_model, space)
             reader.encoder.to(_device(getattr(pipe, "vae", None) or model))
-            self._opened[folder, face_model] = _Opened(file, source.config, reader.encoder)
+            self._opened[folder, face_model, generic] = _Opened(file, source.config, reader.encoder)
             self.keep(model, reader.space)
         self._places.setdefault(source.fingerprint, (_fixed(place), hub))
         return reader, source, (os.path.abspath(folder) if os.path.isdir(place) else place, hub)

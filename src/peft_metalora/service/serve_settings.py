@@ -11,6 +11,7 @@ from ..settings import (
     DEVICE,
     DOWN_REVISION,
     FACE_MODEL,
+    GENERIC,
     LOCAL_FILES_ONLY,
     OFFLOAD,
     PRECISION,
@@ -35,6 +36,7 @@ class DrawConfig:
         "The Down of all people: a folder or a repository id. Default with demo: the embedded one.", None
     )
     pretrained_model_name_or_path: str | None = setting(BASE_OF_DOWN, None)
+    generic: str | None = setting(*GENERIC)
     quantize: str = setting(*QUANTIZE)
     offload: str = setting(*OFFLOAD)
     mixed_precision: str = setting(*PRECISION)

@@ -91,6 +91,7 @@ def begin(
     settings = PersonalizeConfig(
         pretrained_model_name_or_path=str(config.pretrained_model_name_or_path),
         output_dir="unused",
+        generic=config.generic,
         down=config.down,
         instance_prompt=prompt or _PROMPT,
         resolution=config.resolution or 512,

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 
 from .. import hub
 from ..bases import Base, open_base
+from ..bases.generic import named_class
 from ..bases.precision import choose_device, choose_dtype
 from ..checkpoint import require_replaceable
 from ..checkpoint.artefacts import save_read_subject
-from ..checkpoint.base_model import base_to_load, check_fits
+from ..checkpoint.base_model import base_to_load, check_fits, require_class
 from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import CodeSource
 from ..data import Photo, Subject
@@ -81,6 +82,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     config = config.settled(folder is not None)
     if down is not None:
         asked = config.pretrained_model_name_or_path
+        require_class(down.config, config.generic, str(config.down))
         base_name, revision = base_to_load(asked, config.revision, down.config, str(config.down))
         config = replace(config, pretrained_model_name_or_path=base_name, revision=revision)
         require_apart(config.output_dir, pretrained_model_name_or_path=base_name)
@@ -207,6 +209,7 @@ def _write_as_read(
         revision=config.revision,
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
+        generic=config.generic,
     )
     check_fits(base.denoiser, down, name=str(config.down))
     base.place(device, encoders=False, denoiser=False, vae=True)
@@ -221,7 +224,12 @@ def _write_as_read(
         subject_name=name,
     )
     make_room(config, "subject", name)
-    facts = {**called(config), "steps": 0, "recipe": {"start": config.start, "trainable_parameters": 0}}
+    facts = {
+        **called(config),
+        **named_class(base),
+        "steps": 0,
+        "recipe": {"start": config.start, "trainable_parameters": 0},
+    }
     save_read_subject(config.output_dir, person, facts=facts, overwrite=config.overwrite)
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from ..bases import Base, open_base
+from ..bases.generic import named_class
 from ..bases.memory import COMPILED, CPU, DIVIDED, DRAWING, UNCHECKPOINTED, require_supported
 from ..bases.precision import choose_dtype
 from ..checkpoint.artefacts import what_else
@@ -172,6 +173,7 @@ def prepare(
         dtype=choose_dtype(config.mixed_precision, device),
         local_files_only=config.local_files_only,
         memory=config,
+        generic=config.generic,
         weighting_scheme=config.weighting_scheme,
         max_sequence_length=config.max_sequence_length,
     )
@@ -184,6 +186,7 @@ def prepare(
     base.place(device, encoders=True, denoiser=False)
     if with_origin:
         digest.see(base, *base.encoder_names)
+        origin["class of the base"] = {one: one for one in named_class(base).values()}
         origin["photos"] = photos_of(subjects, getattr(config, "balance_by", None))
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
     more = None if encode_more is None else encode_more(base, examples)

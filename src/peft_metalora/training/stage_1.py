@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..bases import Base, send
+from ..bases.generic import named_class
 from ..bases.precision import autocast
 from ..checkpoint.base_model import with_twins
 from ..errors import ConfigError, TooFewImagesError
@@ -236,6 +237,7 @@ class MetaTraining:
         kept = "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "resolution", "seed"
         facts = {
             **({"domain": config.domain} if config.domain else {}),
+            **named_class(self.base),
             **({"fits": fits} if (fits := with_twins(config.pretrained_model_name_or_path, config.fits)) else {}),
             "steps": len(self.losses),
             "subjects": self._counted,

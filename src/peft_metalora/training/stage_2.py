@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..bases import Base, send
+from ..bases.generic import named_class
 from ..bases.precision import autocast
 from ..checkpoint.base_model import check_fits
 from ..checkpoint.space import CodeSource
@@ -334,6 +335,7 @@ class Personalization:
         kept = "start", "learning_rate", "train_batch_size", "resolution", "seed"
         return {
             **called(self.config),
+            **named_class(self.base),
             "steps": min(self.steps_done, self._stopped.get(slot, self.steps_done)),
             "recipe": {
                 "trainable_parameters": self.trainable_parameters,

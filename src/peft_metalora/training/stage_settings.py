@@ -20,6 +20,7 @@ from ..settings import (
     DEVICE,
     DOWN_REVISION,
     FACE_MODEL,
+    GENERIC,
     LOCAL_FILES_ONLY,
     OFFLOAD,
     OVERWRITE,
@@ -45,7 +46,7 @@ ENCODER_FOLDER = "encoder"
 """In output_dir of `meta-train`: checkpoints, validation and logs of its second phase."""
 INPUTS = (
     "pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir", "validation_data_dir",
-    "down",
+    "down", "generic",
 )  # fmt: skip
 """Settings that may be paths of this machine, or name something elsewhere: a run only reads what they name."""
 OUTPUTS = "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint"
@@ -61,6 +62,7 @@ class TrainingConfig:
     """
 
     pretrained_model_name_or_path: str = setting(BASE_MODEL)
+    generic: str | None = setting(*GENERIC)
     output_dir: str = setting("Folder to write; it appears, or changes, all at once.")
     overwrite: bool = setting(*OVERWRITE)
     revision: str | None = setting(*REVISION)
