@@ -23,6 +23,8 @@ from artefacts_tiny import write_subjects
 from families_tiny import picture as drawn
 from families_tiny import tiny_pipeline
 from peft_metalora import MetaLoraConfig, enable_meta_lora, errors
+from peft_metalora.pipelines import calling, loader
+from peft_metalora.pipelines.table import tables_of
 from peft_metalora.tuner.on_model import meta_lora_layers
 from pipelines_tiny import tiny_flux_pipeline
 
@@ -370,6 +372,59 @@ def test_host_memory_fills_while_an_image_is_drawn(people, pipe):
     assert distance(picture(pipe, subjects="bob"), images["bob"]) < TOLERANCE
     assert distance(picture(pipe, subjects="ann"), images["cleo"]) < TOLERANCE, "replaced for the next image"
     assert table.statistics().on_device == 2
+
+
+@pytest.mark.parametrize("moment", ["load", "inject"])
+def test_a_name_is_an_adapters_or_a_subjects_of_the_table(people, pipe, monkeypatch, moment):
+    """Bug: add_subject, which does not wait for a load, took the name that an adapter came under at the time."""
+    folder, images = people
+    pipe.load_meta_lora(folder / "faces")
+    table, refused = pipe.enable_subject_slots(2), []
+
+    def add() -> None:
+        try:
+            pipe.add_subject(folder / "bob", "me")
+        except errors.AdapterStateError as error:
+            refused.append(error)
+
+    original = getattr(loader, moment)
+
+    def meanwhile(*args, **kwargs):
+        if not other.ident:
+            other.start()
+            other.join(60)
+        return original(*args, **kwargs)
+
+    other = threading.Thread(target=add)
+    monkeypatch.setattr(loader, moment, meanwhile)
+    if moment == "load":  # the files are read, and nothing has changed
+        with pytest.raises(errors.AdapterStateError, match="expected a new adapter name, found 'me'"):
+            pipe.load_meta_lora(folder / "ann", "me")
+        assert table.names() == ["me"] and not refused and "me" not in pipe.transformer.peft_config
+    else:
+        pipe.load_meta_lora(folder / "ann", "me")
+        assert table.names() == [] and "a loaded adapter's" in str(refused[0])
+    assert distance(picture(pipe, subjects="me"), images["bob" if moment == "load" else "ann"]) < TOLERANCE
+
+
+def test_two_that_come_at_once_without_a_name_get_two(people, pipe, monkeypatch):
+    """Bug: of two subjects whose folders have one name the second took the first one's place while that came in."""
+    folder, _ = people
+    original = calling.free_name
+    other = threading.Thread(target=pipe.add_subject, args=(folder / "ann",))
+
+    def meanwhile(taken, path):
+        name = original(taken, path)
+        if not other.ident:
+            other.start()
+            other.join(0.5)
+        return name
+
+    monkeypatch.setattr(calling, "free_name", meanwhile)
+    pipe.add_subject(folder / "ann")
+    other.join()
+    (table,) = tables_of(pipe.transformer).values()
+    assert sorted(table.names()) == ["ann", "ann-1"]
 
 
 def test_flux_embeddings_of_one_text_for_several_images():

@@ -28,6 +28,7 @@ from .denoiser import (
     books_of,
     denoiser,
     free_name,
+    is_adapter,
     lock_of,
     named_denoiser,
     offload_paused,
@@ -301,20 +302,20 @@ class PerSampleMixin:
         """
 
         def enter(table: SubjectTable) -> str:
-            others = [other for other in tables_of(model).values() if other is not table]
-            configs = configs_of(model)
+            with books_of(model):
+                others = [other for other in tables_of(model).values() if other is not table]
 
-            def taken(wanted: str) -> bool:
-                return wanted in configs or any(wanted in each for each in (table, *others))
+                def taken(wanted: str) -> bool:
+                    return is_adapter(model, wanted) or any(wanted in each for each in (table, *others))
 
-            own = name or free_name(taken, path)
-            if any(own in other for other in others):
-                raise AdapterStateError(
-                    f"expected a new name for a subject, found {own!r}, which a subject on another Down has. Give "
-                    "another name=, or evict that one first."
-                )
-            table.add(own, source, again)
-            return own
+                own = name or free_name(taken, path)
+                if any(own in other for other in others):
+                    raise AdapterStateError(
+                        f"expected a new name for a subject, found {own!r}, which a subject on another Down has. Give "
+                        "another name=, or evict that one first."
+                    )
+                table.add(own, source, again)
+                return own
 
         fingerprint = source.down.fingerprint
         with books_of(model):

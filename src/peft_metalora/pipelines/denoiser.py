@@ -97,6 +97,7 @@ def all_layers(pipe: Any) -> list[Any]:
 
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _books: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_coming: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
 
 
@@ -110,6 +111,23 @@ def books_of(model: nn.Module) -> AbstractContextManager[object]:
     """Held for moments, to know or change who is in which table; whoever needs `lock_of` too takes that first."""
     with _guard:
         return _books.setdefault(model, threading.RLock())
+
+
+@contextmanager
+def name_kept(model: nn.Module, name: str) -> Iterator[None]:
+    """Within the block, which `lock_of` is held for, a name is an adapter's that is not on the model yet."""
+    with books_of(model):
+        _coming[model] = name
+    try:
+        yield
+    finally:
+        with books_of(model):
+            del _coming[model]
+
+
+def is_adapter(model: nn.Module, name: str) -> bool:
+    """Whether an adapter of the model has this name, or one that is coming; to be asked under `books_of`."""
+    return name in configs_of(model) or _coming.get(model) == name
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -49,6 +49,7 @@ from .denoiser import (
     books_of,
     denoiser,
     free_name,
+    name_kept,
     named_denoiser,
     offload_paused,
     refuse_fused,
@@ -96,6 +97,18 @@ def _reduce(pipe: Any, protocol: Any) -> Any:
 
 def _blank(cls: Any) -> Any:
     return object.__new__(_enabled(cls))
+
+
+def _is_taken(model: nn.Module, name: str) -> bool:
+    return name in configs_of(model) or any(table.is_own(name) for table in tables_of(model).values())
+
+
+def _refuse_taken(model: nn.Module, name: str) -> None:
+    if _is_taken(model, name):
+        raise AdapterStateError(
+            f"expected a new adapter name, found {name!r}, which this pipeline has already. "
+            "Choose another one, or delete_adapters it first (evict it, if add_subject brought it)."
+        )
 
 
 class MetaLoraLoaderMixin(ChoosingMixin):
@@ -263,22 +276,13 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         )
 
     def _new_name(self, model: nn.Module, wanted: str | None, path: str | os.PathLike[str]) -> str:
-        configs, tables = configs_of(model), tables_of(model).values()
-
-        def taken(name: str) -> bool:
-            return name in configs or any(table.is_own(name) for table in tables)
-
-        name = wanted or free_name(taken, path)
+        name = wanted or free_name(partial(_is_taken, model), path)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict, name):
             raise AdapterStateError(
                 f"expected an adapter name of letters, digits, '_' and '-', found {name!r}, which torch cannot hold or "
                 "keeps for itself. Choose another one."
             )
-        if taken(name):
-            raise AdapterStateError(
-                f"expected a new adapter name, found {name!r}, which this pipeline has already. "
-                "Choose another one, or delete_adapters it first (evict it, if add_subject brought it)."
-            )
+        _refuse_taken(model, name)
         return name
 
     def _install(self, source: DownSource | SubjectSource, name: str) -> None:
@@ -287,7 +291,8 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         down = source if isinstance(source, DownSource) else source.down
         before = active_adapters(model)
         disabled = any(layer.disable_adapters for layer in meta_layers(model))
-        with offload_paused(self), saved_in_parts(model):
+        with name_kept(model, name), offload_paused(self), saved_in_parts(model):
+            _refuse_taken(model, name)  # add_subject, which does not wait, may have come while files were read
             try:
                 with choice_kept(model):
                     inject(model, source.config, name, down)

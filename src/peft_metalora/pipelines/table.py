@@ -31,7 +31,7 @@ from ..tuner.on_model import Seen, configs_of, down_on_model, layers_of, seen
 from ..tuner.placing import choice_kept, inject
 from ..tuner.ranks import exceptions, ranks_of
 from .codes import CodeBook
-from .denoiser import books_of, lock_of, own_factors, while_idle
+from .denoiser import books_of, is_adapter, lock_of, own_factors, while_idle
 
 Read = Callable[[Callable[[str], DownSource | None]], SubjectSource]
 """Reads a subject anew, given what finds a Down that is known by its fingerprint."""
@@ -264,7 +264,7 @@ class SubjectTable:
 
     def _enter(self, name: str) -> None:
         """Let a name be free for a subject that comes, its older self gone."""
-        if (model := self._model()) is not None and name in configs_of(model):
+        if (model := self._model()) is not None and is_adapter(model, name):
             raise AdapterStateError(
                 f"expected a new name for a subject, found {name!r}, which is a loaded adapter's. Give another "
                 "name=, or delete_adapters it first."
