@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`metalora push`, `pull`, `export` and `project`: arguments to files, repositories and sentences."""
 
+import json
+
 import pytest
 
 from artefacts_tiny import write_pair
@@ -23,6 +25,16 @@ def test_push_and_pull(server, pair, tmp_path, capsys):
     assert load_subject(tmp_path / "pulled").down.fingerprint
     assert main(["push", "--folder", pair[1], "--repo_id", "ann/all", "--down", "ann/faces", "--public"]) == 0
     assert not server.repos["ann/all"].private
+
+
+def test_a_repository_that_is_private_stays_so_and_that_is_said(server, pair, capsys):
+    """Bug: a Down that went into a private repository was said to be public."""
+    server.add("ann/faces", {}, private=True)
+    assert main(["push", "--folder", pair[0], "--repo_id", "ann/faces", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["public"] is False
+    assert main(["push", "--folder", pair[0], "--repo_id", "ann/faces", "--public"]) == 0
+    assert "pushed a Down to ann/faces, which is private and stays so" in capsys.readouterr().out
+    assert server.repos["ann/faces"].private
 
 
 def test_what_a_push_would_ignore_is_refused(server, pair, capsys):

@@ -94,9 +94,12 @@ def run_push(config: PushConfig) -> Done:
             revision=config.revision,
         )
     kind = "Down" if is_down else "subject"
+    seen = "private" if commit.private else "public"
+    if public and commit.private:
+        seen = "which is private and stays so: its settings on the Hub can make it public"
     return Done(
-        f"pushed a {kind} to {config.repo_id}, {'public' if public else 'private'}",
-        {"kind": kind, "repo_id": config.repo_id, "public": public, "commit": commit},
+        f"pushed a {kind} to {config.repo_id}, {seen}",
+        {"kind": kind, "repo_id": config.repo_id, "public": not commit.private, "commit": commit},
     )
 
 

@@ -52,6 +52,16 @@ from .loading import (
 )
 
 
+class Pushed(str):
+    """The id of a commit, as text.
+
+    Attributes:
+        private: whether the repository is; one that was there before stays what it was.
+    """
+
+    private: bool
+
+
 def push_down(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -61,13 +71,13 @@ def push_down(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | bool | None = None,
-) -> str:
+) -> Pushed:
     """Publish a Down: its two files, a card made from its facts, and what it reads photos with, if it does.
 
     Args:
         folder: what `save_down` wrote; it is checked in full before anything is sent.
         repo_id: `owner/name`; made if it does not exist.
-        private: whether a new repository is private.
+        private: whether a new repository is private. True refuses one that exists and is public.
         gallery: pictures for the card, file to prompt.
         revision: the branch to push to.
 
@@ -75,7 +85,7 @@ def push_down(
         The id of the commit: give it to subjects as `down_revision`.
 
     Raises:
-        HubError: the Hub refuses.
+        HubError: the Hub refuses, or the repository is public and `private` is True.
         Everything that `checkpoint.load_down` raises.
     """
     with open_artefact(_local(folder)) as found:
@@ -96,7 +106,7 @@ def push_subject(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | bool | None = None,
-) -> str:
+) -> Pushed:
     """Publish a subject: its two files, the exact fold and a card. Private unless the caller says otherwise.
 
     Args:
@@ -238,7 +248,7 @@ def _push(
     commit_message: str | None,
     token: str | bool | None,
     reader: ReaderFiles | None = None,
-) -> str:
+) -> Pushed:
     """Send what a fresh save of this would hold: nothing is taken from a file by its name."""
     if not REPO_ID.fullmatch(repo_id) or ".." in repo_id:
         raise HubError(f"{repo_id!r}: expected a repository id such as ann/faces-down. Give owner and name.")
@@ -257,7 +267,8 @@ def _push(
     kind = "Down" if config.stage == "meta" else "subject"
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
+        is_private = bool(api.repo_info(repo_id).private)
+        if private and not is_private:
             raise HubError(
                 f"{repo_id}: expected a private repository for this {kind}, found a public one. Give private=False "
                 "(--public) if everybody may see it, or choose another repository. Nothing was sent."
@@ -274,7 +285,9 @@ def _push(
         raise
     except HUB_FAILURES as error:
         raise HubError(f"{repo_id}: expected to push this {kind}, found {what_failed(error)}") from error
-    return str(done.oid)
+    pushed = Pushed(done.oid)
+    pushed.private = is_private
+    return pushed
 
 
 def _picture(path: str) -> bytes:
