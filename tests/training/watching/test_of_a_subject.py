@@ -56,6 +56,28 @@ def test_best_step_keeps_restores_and_stops():
     assert weight.tolist() == [2, 2]
 
 
+def test_the_best_step_is_kept_once_there_is_one_and_where_it_is_written():
+    """Bug: a copy of what is trained lay on the device from the first step on, of processes that write nothing, too."""
+    weight = torch.zeros(2)
+    main, other = BestStep([weight]), BestStep([weight], keeps=False)
+    for best in (main, other):
+        assert best.state_dict()["best"] == []
+        weight.fill_(1)
+        best.offer(1, -1.0)
+        weight.fill_(2)
+        best.offer(2, -2.0)
+        assert (best.step, best.score) == (1, -1.0)
+    assert [one.tolist() for one in main.state_dict()["best"]] == [[1, 1]] and other.state_dict()["best"] == []
+    for best, expected in ((BestStep([weight]), [1, 1]), (BestStep([weight], keeps=False), [2, 2])):
+        weight.fill_(2)
+        best.load_state_dict(main.state_dict())
+        best.restore()
+        assert best.step == 1 and weight.tolist() == expected
+    unscored = BestStep([weight])
+    unscored.load_state_dict(BestStep([weight]).state_dict())
+    assert unscored.step == 0 and unscored.state_dict()["best"] == []
+
+
 @pytest.mark.parametrize("method", ["meta-lora", "lora"])
 def test_stops_by_itself_and_writes_the_best_step(place, tmp_path, monkeypatch, method):
     scores = iter([-1.0, -0.5, -0.6, -0.7])

@@ -12,18 +12,21 @@ from torch import Tensor
 
 
 class BestStep:
-    """Keeps what was trained as it was at the best score, and says when that has not risen for long.
+    """Keeps what was trained as it was at the best score, in host memory, and says when that has not risen for long.
 
     Args:
         parameters: what is trained.
+        keeps: whether this process needs what it was; others know the step and the score.
         patience: scores without a rise after which to stop; None: never.
         rise: share of the score that counts as a rise.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], patience: int | None = None, rise: float = 0.0) -> None:
-        self._parameters, self.patience, self.rise = parameters, patience, rise
+    def __init__(
+        self, parameters: Sequence[Tensor], patience: int | None = None, rise: float = 0.0, *, keeps: bool = True
+    ) -> None:
+        self._parameters, self.patience, self.rise = parameters if keeps else [], patience, rise
         self.step, self.score, self.waited = 0, float("-inf"), 0
-        self._best = [parameter.detach().clone() for parameter in parameters]
+        self._best: list[Tensor] = []
 
     def offer(self, step: int, score: float) -> None:
         """Take in the score of a step; one that is no number is the worst there is."""
@@ -33,9 +36,14 @@ class BestStep:
             self.waited += 1
             return
         self.step, self.score, self.waited = step, score, 0
+        self._keep(self._parameters)
+
+    def _keep(self, values: Sequence[Tensor]) -> None:
+        if not self._best:
+            self._best = [torch.empty_like(value, device="cpu") for value in self._parameters]
         with torch.no_grad():
-            for best, parameter in zip(self._best, self._parameters, strict=True):
-                best.copy_(parameter)
+            for best, value in zip(self._best, values, strict=True):
+                best.copy_(value)
 
     @property
     def finished(self) -> bool:
@@ -44,7 +52,7 @@ class BestStep:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the best parameters back."""
+        """Put the best parameters back, where they were kept."""
         for parameter, best in zip(self._parameters, self._best, strict=True):
             parameter.copy_(best)
 
@@ -55,5 +63,5 @@ class BestStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a `state_dict`."""
         self.step, self.score, self.waited = state["step"], state["score"], state["waited"]
-        for best, value in zip(self._best, state["best"], strict=True):
-            best.copy_(value)
+        if self.step and self._parameters:
+            self._keep(state["best"])

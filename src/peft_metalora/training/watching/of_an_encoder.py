@@ -43,7 +43,8 @@ class EncoderValidation:
     ) -> None:
         self.run, self.features, self.config = run, features, config
         self.watch = Watch(run.base, held, config, run.processes, trackers, done)
-        self.best = BestStep([*run.encoder.state_dict().values(), *run.space.state_dict().values()])
+        trained = [*run.encoder.state_dict().values(), *run.space.state_dict().values()]
+        self.best = BestStep(trained, keeps=run.processes.is_main)
 
     def look(self, step: int) -> float | None:
         """Look, if this is a step to look at; returns the mean score of the subjects, the higher the better.
