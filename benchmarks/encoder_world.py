@@ -388,6 +388,10 @@ class World(Bench):
         """Whether the last recipe that was trained had the same shape."""
         return self._training is not None and self._training[0] == self._shape(recipe)
 
+    def prepared(self, recipe: Recipe) -> bool:
+        """Whether the people that a recipe learns from have been drawn."""
+        return (self.taught.name, recipe.people, recipe.photos) in self._photos
+
     @staticmethod
     def _shape(recipe: Recipe) -> tuple[Any, ...]:
         return recipe.kind, recipe.r, recipe.tokens, recipe.rows, recipe.targets

@@ -71,6 +71,13 @@ def run(tasks: Sequence[Task], seconds: float, gpus: int, logs: Path) -> None:
         time.sleep(0.5)
 
 
+def free_claims(folder: Path) -> None:
+    """What was begun by processes that were stopped can be made again."""
+    for claim in folder.glob("*.claim"):
+        if not claim.with_suffix(".json").exists():
+            claim.unlink()
+
+
 def _start(task: Task, gpu: str, left: float, logs: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     with (logs / f"{task.name.replace(' ', '-')}.log").open("ab") as log:

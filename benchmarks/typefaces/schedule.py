@@ -15,6 +15,7 @@ from jobs import Task
 
 HERE = Path(__file__).resolve().parent
 _TO_START = 15  # until a worker's clock runs
+_SHEET = 40  # seconds that the specimen takes
 _DOWN_STEPS = 3000
 _SHIFT = 4  # of the noise levels of training, as `domains.py` says why; rivals choose between it and none
 
@@ -22,9 +23,7 @@ _SHIFT = 4  # of the noise levels of training, as `domains.py` says why; rivals 
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, as far as the time goes; then write the figures of what is there."""
     args.output.mkdir(parents=True, exist_ok=True)
-    for claim in args.output.glob("*.claim"):
-        if not claim.with_suffix(".json").exists():
-            claim.unlink()
+    jobs.free_claims(args.output)
     jobs.run(tasks(args), args.seconds, args.gpus, args.output)
     _summarise(args)
 
@@ -37,22 +36,23 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     def done(*jobs: str) -> list[Path]:
         return [assets / f"{job}.done" for job in jobs]
 
-    def train(job: str, needs: Sequence[str], full: str, tiny: str) -> Task:
+    def train(job: str, needs: Sequence[str], full: str, tiny: str, seconds: float) -> Task:
         options = (tiny if args.tiny else full).split()
-        return Task(job, [*python, "train", job, "--output", str(assets), *options], *done(job), done(*needs))
+        command = [*python, "train", job, "--output", str(assets), *options]
+        return Task(job, command, *done(job), done(*needs), seconds=0 if args.tiny else seconds)
 
     base = f"--seconds {args.base_seconds} --batch 768"
     down = f"--seconds {args.down_seconds} --down-steps {_DOWN_STEPS} --shift {_SHIFT}"
     networks = [
-        train("vae", [], "--steps 1200", "--steps 2 --pool 16"),
-        train("embedder", [], "--steps 5000", "--steps 2"),
-        train("judge", [], "--steps 6000", "--steps 4"),
-        train("second", [], "--steps 5000", "--steps 2"),
-        train("base", ["vae"], base, "--seconds 4 --pool 16 --batch 4"),
-        train("down", ["base"], down, "--seconds 4 --people 4"),
+        train("vae", [], "--steps 1200", "--steps 2 --pool 16", 130),
+        train("embedder", [], "--steps 5000", "--steps 2", 350),
+        train("judge", [], "--steps 6000", "--steps 4", 260),
+        train("second", [], "--steps 5000", "--steps 2", 400),
+        train("base", ["vae"], base, "--seconds 4 --pool 16 --batch 4", args.base_seconds + 90),
+        train("down", ["base"], down, "--seconds 4 --people 4", args.down_seconds + 30),
     ]
     if not args.tiny:
-        networks.append(train("report", ["base", "embedder", "judge"], "", ""))
+        networks.append(train("report", ["base", "embedder", "judge"], "", "", 30))
     convergence = [sys.executable, str(HERE.parent / "convergence.py")]
     ready = done("down", "embedder", "judge", "second")
     workers = [
@@ -61,7 +61,8 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     ]
     draw = [*python, "specimen", "--assets", str(assets), "--output", str(output), "--fonts", "1" if args.tiny else "3"]
     needs = [output / "main-0.json", output / "rivals-lora_r1.json"]
-    return [*networks, *workers, Task("specimen", draw, output / "specimen.png", needs, shares=True)]
+    sheet = Task("specimen", draw, output / "specimen.png", needs, shares=True, seconds=0 if args.tiny else _SHEET)
+    return [*networks, *workers, sheet]
 
 
 def _worker(args: argparse.Namespace, left: float) -> list[str]:
