@@ -71,6 +71,14 @@ def test_messages_that_are_quoted_are_those_of_the_code() -> None:
     assert [text for text in quoted if text not in source] == []
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_files_that_pages_show_are_shown(page: Path) -> None:
+    """Bug: a formatter took the line that shows a file for Python, and the page had `--8 < --` in its place."""
+    shown = [line for line in page.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith("--8")]
+    found = [re.fullmatch(r'--8<-- "(.+)"', line) for line in shown]
+    assert all(one and (ROOT / one[1]).is_file() for one in found), shown
+
+
 def test_no_page_holds_a_merge_that_was_not_ended() -> None:
     """Bug: marks of a merge landed in a page."""
     pages = [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
