@@ -6,6 +6,7 @@ Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on
     python benchmarks/layer.py                 one GPU with 80 GB, 15 minutes; writes benchmarks/results/layer.json
     python benchmarks/layer.py --part train    one part; figures of the others stay as the file has them
     python benchmarks/layer.py --part train --batch 4 --seconds 400    one batch, with no new round after that time
+    python benchmarks/layer.py --part host     prints what a call of a tiny layer costs one thread of this CPU; seconds
     python benchmarks/layer.py --small         a toy transformer on a CPU, to check the script (--no-compile: seconds)
 
 All variants stand side by side on one set of base weights and are timed in turns, one call each, so that a drifting
@@ -25,11 +26,13 @@ The part `quantized` has three double and six single blocks, written to disk and
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
 import tempfile
 import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,6 +54,7 @@ from peft_metalora.tuner import MetaLoraConfig, fold, set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
 
 PARTS = "forward", "train", "compiled", "quantized"
+HOST = "host"
 FACTORS = "fp32", "autocast", "bf16"
 
 
@@ -404,13 +408,53 @@ class Bench:
         return {name: self.ratios[source] for name, source in names.items() if source in self.ratios}
 
 
+def host(calls: int = 200) -> dict[str, float]:
+    """Microseconds of one thread for a call of a layer 64 x 64 with four tokens: there Python is all that counts."""
+    import bitsandbytes
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def layer(kind: str) -> nn.Module:
+        torch.manual_seed(0)
+        holder = nn.Sequential(nn.Linear(64, 64))
+        if kind == "int8":
+            quantize_(holder, Int8WeightOnlyConfig())
+        elif kind == "nf4":
+            plain = holder[0].state_dict()
+            holder[0] = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+            holder[0].load_state_dict(plain)
+            holder[0].to("cpu")
+        return holder.requires_grad_(False).eval()
+
+    def ours(kind: str) -> nn.Module:
+        holder, shared = layer(kind), {"r": 1, "lora_alpha": 1, "meta_r": 2, "target_modules": ["0"]}
+        inject_adapter_in_model(MetaLoraConfig(**shared), holder, "down")
+        subject = MetaLoraConfig(**shared, stage="subject", down="down", init_weights=False, inference_mode=True)
+        inject_adapter_in_model(subject, holder, "subject")
+        for _, one in meta_lora_layers(holder):
+            one.set_adapter("subject", inference_mode=True)
+        return holder.eval()
+
+    torch.set_num_threads(1)
+    x, figures = torch.randn(1, 4, 64), {}
+    for kind in ("none", "int8", "nf4"):
+        lora = layer(kind)
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), lora)
+        for name, holder in {"base": layer(kind), "lora_r1": lora.eval(), "ours": ours(kind)}.items():
+            with torch.no_grad():
+                timer = timeit.Timer(functools.partial(holder[0], x), timer=time.thread_time)
+                figures[f"{name}_{kind}_us"] = round(min(timer.repeat(100, calls)) / calls * 1e6, 1)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a toy transformer on the CPU: a check of this script")
     parser.add_argument("--layers", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="blocks of each kind")
     parser.add_argument("--repeats", type=int, default=9, help="rounds of timed calls; at batch 1 four times as many")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled variants")
-    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
+    parser.add_argument(
+        "--part", action="append", choices=(*PARTS, HOST), help="repeatable; by default all but host, which is alone"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="of the part train")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layer.json")
@@ -418,6 +462,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
     # cuDNN's attention has no backward for these shapes in some versions; both sides use the same kernels.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if HOST in (arguments.part or ()):
+        print(json.dumps(host(), indent=2))
+        return
     bench = Bench(arguments)
     kept = arguments.part is not None
     for _ in bench.run(arguments.part or list(PARTS)):

@@ -238,6 +238,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("compiled", "tuner/subject_index.py", "called: is a block recomputed?"),
     "torch._C._current_graph_task_id":
         ("compiled", "tuner/subject_index.py", "called: is this backward?"),
+    "torch._C._is_any_autocast_enabled":
+        ("compiled", "tuner/linear.py", "called: need a tensor be asked for its device?"),
     "torch._C._functorch.get_unwrapped":
         ("compiled", "bases/base.py", "called"),
     "torch._C._functorch.is_functorch_wrapped_tensor":
@@ -273,11 +275,11 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch.nn.modules.module.Module._apply":
         ("a3a585bca898", "tuner/layer.py", "overridden"),
     "torch.nn.modules.module.Module._call_impl":
-        ("6dfda168c08a", "tuner/linear.py, tuner/layer.py", "left out where it would call no hook"),
+        ("6dfda168c08a", "tuner/linear.py, tuner/base_layers.py", "left out where it would call no hook"),
     "torch.nn.modules.module.Module.compile":
         ("5bc1506b9a2f", "training/engine/compiling.py, pipelines/calling.py", "_compiled_call_impl is changed"),
     "torch.nn.modules.module._has_any_global_hook":
-        ("492e28497ebb", "tuner/layer.py, tuner/linear.py", "called"),
+        ("492e28497ebb", "tuner/base_layers.py", "called"),
     "torch.utils.checkpoint._checkpoint_hook":
         ("83cd7895c6cb", "tuner/subject_index.py", "its closure holds the checkpoint as frame"),
     "torch.utils.checkpoint._recomputation_hook":

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -154,8 +157,14 @@ def compiled(monkeypatch):
     launched = []
 
     class Compiled:
+        function, packed_metadata = "function", "metadata"
+
         def __getitem__(self, grid):
-            return lambda *arguments: launched.append((grid, arguments))
+            pass
+
+        def run(self, *given):
+            assert given[3:9] == ("stream", "function", "metadata", None, None, None)
+            launched.append((given[:3], given[9:]))
 
     class Kernel:
         def __getitem__(self, grid):
@@ -167,6 +176,8 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(kernels, "_add_product", Kernel())
     monkeypatch.setattr(kernels, "_launchers", {})
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: "stream"))
+    monkeypatch.setattr(kernels.triton.runtime, "driver", driver)
     return launched
 
 
@@ -180,13 +191,28 @@ def test_few_launches_are_remembered(compiled, monkeypatch):
     assert kernels._add_numbers.cache_info().maxsize is not None
 
 
-def test_what_adds_again_launches_the_same(compiled):
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_what_adds_again_launches_the_same(compiled, monkeypatch, gpus):
+    """Bug: on a machine of several GPUs nothing added again, and every call looked up what it launches."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     y, x, a, up = torch.zeros(2, 3, 8), torch.zeros(2, 3, 16), torch.zeros(1, 1, 16), torch.zeros(1, 8, 1)
     assert kernels.adder(y, x, a, up, 0.5) is None, "nothing is compiled"
     kernels.add_product_(y, x, a, up, 0.5)
     again = kernels.adder(y, x, a, up, 0.5)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: chosen.append(device) or nullcontext())
     other = torch.ones(2, 3, 8), torch.ones(2, 3, 16)
     again(*other)
+    assert chosen == ([] if gpus == 1 else [y.get_device()]), "another GPU may be the current one by then"
     (grid, arguments), (same_grid, same) = compiled
-    assert grid == same_grid and arguments[2:] == same[2:]
-    assert (same[0] is other[0]) and (same[1] is other[1])
+    assert grid == same_grid and arguments[4:] == same[4:]
+    assert same[:4] == tuple(tensor.data_ptr() for tensor in (*other, a, up))
+
+
+def test_the_second_launch_is_that_of_the_first(compiled):
+    given = torch.zeros(2, 3, 8), torch.zeros(2, 3, 16), torch.zeros(1, 1, 16), torch.zeros(1, 8, 1)
+    for _ in range(2):
+        kernels.add_product_(*given, 0.5)
+    (grid, first), (same_grid, second) = compiled
+    assert grid == same_grid and first[4:] == second[4:]
+    assert all(one is other for one, other in zip(first[:4], second[:4], strict=True))

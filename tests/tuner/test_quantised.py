@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import bitsandbytes as bnb
@@ -17,6 +18,8 @@ from tuner_models import config, layer_of, randomise
 
 from peft_metalora.errors import UnsupportedModuleError
 from peft_metalora.tuner import fold, set_slots, to_lora, using_slots
+from peft_metalora.tuner.layer import MetaLoraLayer
+from peft_metalora.tuner.linear import Linear
 
 
 def eight_bit(linear):
@@ -48,6 +51,7 @@ KINDS = {
     "torchao int8 weight only": torchao(Int8WeightOnlyConfig),
     "torchao int8 dynamic": torchao(Int8DynamicActivationInt8WeightConfig),
 }
+MAKERS = {**KINDS, "none": lambda linear: linear}
 RECIPES = {
     "torchao int8 weight only": Int8WeightOnlyConfig,
     "torchao int8 dynamic": Int8DynamicActivationInt8WeightConfig,
@@ -58,7 +62,7 @@ class Quantised(nn.Module):
     def __init__(self, kind):
         super().__init__()
         torch.manual_seed(0)
-        self.lin = KINDS[kind](nn.Linear(64, 32))
+        self.lin = MAKERS[kind](nn.Linear(64, 32))
         if kind in RECIPES:
             settings = SimpleNamespace(get_apply_tensor_subclass=RECIPES[kind])
             self.hf_quantizer = SimpleNamespace(quantization_config=settings)
@@ -90,6 +94,170 @@ def test_forward_is_the_base_plus_the_product(kind):
         assert torch.equal(mixed[[0, 2]], before[[0, 2]])
 
 
+def frozen(kind, **settings):
+    """A model whose factors are frozen, as those of a loaded subject."""
+    model, x, before = wrapped(kind, **settings)
+    layer_of(model, "lin").set_requires_grad("default", False)
+    return model, x, before
+
+
+@contextmanager
+def only_road(monkeypatch, *, general):
+    """Let layers take the general road, or no other than the short one."""
+    with monkeypatch.context() as patch:
+        if general:
+            patch.setattr(Linear, "_fusible", lambda *_: None)
+        else:
+            patch.setattr(MetaLoraLayer, "forward", lambda *_: pytest.fail("the general road was taken"))
+        yield
+
+
+@pytest.mark.parametrize("index", [None, [1], [-1], [1, -1, 0]], ids=str)
+@pytest.mark.parametrize("state", ["by itself", "by hand", "unfolded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_takes_a_short_road(kind, state, index, monkeypatch):
+    """Bug: on quantised bases every pass took the general road, slower than LoRA's at batch 1, and without kernels."""
+    model, x, _ = wrapped(kind, num_slots=2) if state == "unfolded" else frozen(kind, num_slots=2)
+    if state == "by hand":
+        fold(model)
+    set_slots(model, index)
+    with torch.no_grad():
+        with only_road(monkeypatch, general=True):
+            wanted = model(x)
+        for given in (x, x[:, None], x.repeat(2, 1)):
+            with only_road(monkeypatch, general=False):
+                found = model(given), model(given)
+            assert torch.equal(*found), "the first pass has the bits of the others"
+            for part in found[0].reshape(-1, *wanted.shape):
+                torch.testing.assert_close(part, wanted, atol=1e-5, rtol=1e-5)
+    by_itself = state != "unfolded" and index in (None, [1])
+    assert (layer_of(model, "lin").shown_subject is not None) == by_itself
+
+
+def changes():
+    def written(factors, slot):
+        factors["default"][slot].mul_(2)
+
+    def moved(factors, _):
+        factors["default"].data = factors["default"].data * 2
+
+    return {
+        "mid": lambda layer: written(layer.metalora_mid, 1),
+        "up": lambda layer: written(layer.metalora_up, 1),
+        "down": lambda layer: written(layer.metalora_down, slice(None)),
+        "other data": lambda layer: moved(layer.metalora_mid, 1),
+        "scale": lambda layer: layer.set_scale("default", 0.5),
+        "slot": lambda layer: set_slots(layer, [0]),
+    }
+
+
+@pytest.mark.parametrize("change", changes())
+@pytest.mark.parametrize("kind", KINDS)
+def test_folds_on_a_short_road_follow(kind, change, monkeypatch):
+    model, x, _ = frozen(kind, num_slots=2)
+    layer = layer_of(model, "lin")
+    set_slots(layer, [1])
+    with torch.no_grad():
+        before = layer(x)
+        changes()[change](layer)
+        after = layer(x)
+        with only_road(monkeypatch, general=True):
+            wanted = layer(x)
+    assert not torch.allclose(after, before, atol=1e-3)
+    torch.testing.assert_close(after, wanted, atol=1e-5, rtol=1e-5)
+
+
+def held(base, how):
+    """Let somebody hold what a base layer gives: the list that it is kept in, and what ends it."""
+    outputs, end = [], lambda: None
+    if how == "hook":
+        end = base.register_forward_hook(lambda _module, _given, output: outputs.append(output)).remove
+    elif how == "hook everywhere":
+        end = nn.modules.module.register_module_forward_hook(
+            lambda module, _given, output: outputs.append(output) if module is base else None
+        ).remove
+    elif how == "its own forward":
+        forward = base.forward
+        base.forward = lambda x: outputs.append(forward(x)) or outputs[-1]
+    else:
+
+        class Keeping(type(base)):
+            def forward(self, x):
+                outputs.append(super().forward(x))
+                return outputs[-1]
+
+        base.__class__ = Keeping
+    return outputs, end
+
+
+@pytest.mark.parametrize("how", ["hook", "hook everywhere", "its own forward", "its own class"])
+@pytest.mark.parametrize("kind", ["none", "bnb 4 bit", "torchao int8 weight only"])
+def test_what_others_hold_of_the_base_is_not_added_onto(kind, how):
+    """Bug: a base of a class of its own that kept what it gave found the adapter's product on it."""
+    model, x, before = frozen(kind, r=5)  # too large a rank for the compiler's sums
+    with torch.no_grad():
+        wanted = model(x)
+        outputs, end = held(layer_of(model, "lin").base_layer, how)
+        try:
+            found = model(x)
+        finally:
+            end()
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    (kept,) = outputs
+    assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_short_road_cannot_do_is_done_by_the_general_one(kind, monkeypatch):
+    model, x, before = frozen(kind, lora_dropout=0.5)
+    model.add_adapter("other", config(target_modules=["lin"], meta_r=8, use_dora=True))
+    randomise(model)
+    roads, short = [], Linear._infer
+    monkeypatch.setattr(Linear, "_infer", lambda *given: roads.append(1) or short(*given))
+
+    def general(given=x):
+        roads.clear()
+        result = model(given)
+        assert not roads
+        return result
+
+    layer = layer_of(model, "lin")
+    with torch.no_grad():
+        alone = model(x)
+        assert roads
+        given = x.clone().requires_grad_()
+        torch.testing.assert_close(general(given), alone, atol=1e-5, rtol=1e-5)
+        layer.set_adapter("other", inference_mode=True)
+        decomposed = general()
+        layer.set_adapter(["default", "other"], inference_mode=True)
+        both = general()
+        assert not torch.allclose(both, decomposed, atol=1e-3)
+        layer.set_adapter("default", inference_mode=True)
+        layer.train()
+        assert not torch.equal(general(), general()), "dropout"
+        layer.eval()
+        with model.disable_adapter():
+            assert torch.equal(general(), before)
+        layer.merge()
+        general()
+        layer.unmerge()
+        assert torch.equal(model(x), alone)
+    layer.set_requires_grad("default", True)
+    assert general().requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_short_road_under_autocast(kind, monkeypatch):
+    """A 4-bit layer gives float32 under autocast where its input has it; others give what autocast says."""
+    model, x, _ = frozen(kind)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(x)
+        with only_road(monkeypatch, general=True):
+            wanted = model(x)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_factors_train(kind):
     model, x, _ = wrapped(kind)
@@ -114,6 +282,27 @@ def test_merge_is_near_and_unmerge_exact(kind, use_dora):
             assert torch.equal(model(x), expected)
         with model.disable_adapter():
             assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["simple scales", "nested scales"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_merged_4_bit_weight_is_quantised_as_the_base_was(nested, quant_type):
+    options = {"compute_dtype": torch.float32, "quant_type": quant_type, "compress_statistics": nested}
+    linear = bnb.nn.Linear4bit(64, 32, **options)
+    linear.load_state_dict(nn.Linear(64, 32).state_dict())
+    linear.support_avx512bf16_for_cpu = False
+    model = randomise(get_peft_model(nn.Sequential(linear.to("cpu")), config(target_modules=["0"], meta_r=8)))
+
+    def how():
+        weight = layer_of(model, "0").base_layer.weight
+        state = weight.quant_state
+        held = [part for part in (weight, state.absmax, state.state2 and state.state2.absmax) if part is not None]
+        return state.nested, state.quant_type, state.blocksize, state.dtype, [(one.dtype, one.shape) for one in held]
+
+    before = how()
+    assert before[:2] == (nested, quant_type)
+    model.merge_adapter()
+    assert how() == before
 
 
 @pytest.mark.parametrize("kind", KINDS)

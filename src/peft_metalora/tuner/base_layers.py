@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be adapted: the kinds of base layer, the shape of their Down, and a clear refusal of everything else."""
+"""What can be adapted: the kinds of base layer, the shape of their Down, what may be done with what they give, and a
+clear refusal of everything else."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModuleError
 
+_hooked_everywhere = torch.nn.modules.module._has_any_global_hook  # as nn.Module asks before it calls forward alone
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TESTED_BACKENDS = ("bnb 8bit", "bnb 4bit", "torchao")
 
@@ -35,6 +38,24 @@ def factor_shape(base: Any) -> tuple[tuple[int, ...], int]:
     if isinstance(base, Conv1D):
         return (base.weight.shape[0],), base.weight.shape[1]
     return (base.in_features,), base.out_features
+
+
+def is_unhooked(base: Any) -> bool:
+    """Whether to call a base layer is to call its class's forward: it has no hooks and no forward of its own."""
+    return not (
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or _hooked_everywhere()
+        or "forward" in base.__dict__
+    )
+
+
+def gives_its_own(base: Any) -> bool:
+    """Whether a base layer that `is_unhooked` gives a new tensor that nobody else holds: it may be added onto."""
+    kind = type(base)
+    return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__module__ == "bitsandbytes.nn.modules"
 
 
 def check_supported(model: nn.Module, key: str, module: nn.Module) -> None:

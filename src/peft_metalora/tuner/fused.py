@@ -109,10 +109,14 @@ def _kernels_on(device: torch.device) -> ModuleType | None:
     try:
         from . import kernels
 
-        y, factor = torch.zeros(1, 1, 16, device=device), torch.ones(1, 16, 1, device=device)
+        y, up = torch.zeros(1, 1, 16, device=device), torch.ones(1, 16, 1, device=device)
+        given = torch.ones_like(y), up.mT.contiguous(), up, 1.0
         for _ in range(2):  # the second launch takes the shorter way
-            kernels.add_product_(y, y, factor.mT.contiguous(), factor, 1.0)
-        torch.cuda.synchronize(device)
+            kernels.add_product_(y, *given)
+        if add := kernels.adder(y, *given):  # and this one the shortest
+            add(y, given[0])
+        if not (y == (48 if add else 32)).all():
+            raise RuntimeError("their sums are wrong")
     except Exception as error:  # whatever a driver, a compiler or Triton raises
         warnings.warn(f"Triton's kernels cannot be used, plain products are slower: {error}", stacklevel=2)
         return None

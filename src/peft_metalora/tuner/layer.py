@@ -27,13 +27,11 @@ from ..errors import AdapterStateError
 from .base_layers import factor_shape, is_packed, unpack
 from .config import MetaLoraConfig
 from .down import DOWN, MAGNITUDE, MID, MID_INIT, UP, Downs
-from .folding import Shown, dtype_of_sums, transformed
+from .folding import Shown, dtype_of_sums
 from .merging import Mergeable, decomposed_norms
 from .ranks import Ranks
 from .starts import start_down
 from .subject_index import Chosen, Positions, SubjectIndex, TokenSlots, layers_changed
-
-hooked_everywhere = torch.nn.modules.module._has_any_global_hook  # as nn.Module asks before it calls forward alone
 
 
 class MetaLoraLayer(Mergeable):
@@ -449,12 +447,6 @@ class MetaLoraLayer(Mergeable):
 
     def _dropped(self, x: Tensor, name: str) -> Tensor:
         return self.metalora_dropout[name](x) if name in self.metalora_dropout else x
-
-    def _may_overwrite(self) -> bool:
-        # With autograd an in-place sum on a view copies the gradient; a hook may have kept the base's output.
-        # DoRA reads it again. torch.func's vmap has no rule for a product that adds onto its output.
-        kept = self.base_layer._forward_hooks or self.quantization_backend is not None or len(self.metalora_magnitude)
-        return not torch.is_grad_enabled() and not kept and not transformed() and not hooked_everywhere()
 
     def _add(self, result: Tensor, base: Tensor, x: Tensor, name: str, chosen: Chosen | None) -> Tensor:
         """Return result + the adapter's contribution for x.

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meta-LoRA on nn.Linear, with the fewest kernels and saved activations we know of.
 
-Three roads give the same numbers within rounding:
+Four roads give the same numbers within rounding:
 
-- *fused* (fused.py), when the base is a plain nn.Linear in the dtype of x, or in the one that autocast gives x: the
+- *fused* (fused.py), to train on a plain nn.Linear in the dtype of x, or in the one that autocast gives x: the
   adapter's product is added in place onto the base's, and one autograd node stands for both;
+- *in place*, for inference: the same sum without autograd, on quantised bases too;
 - *pointwise*, under torch.compile without autograd and for a small rank: sums that the compiler melts into the
   operations before and after the layer;
-- *general*, for everything else: quantised or wrapped bases, hooks, several active adapters, dropout, a subject for
-  each token, torch.func's transforms, a base whose weights autocast would convert."""
+- *general*, for everything else: training on quantised bases, wrapped bases, hooks, several active adapters, DoRA,
+  dropout, a subject for each token, torch.func's transforms."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_layers import gives_its_own, is_unhooked
 from .down import MAGNITUDE
 from .folding import Shown, dtype_of_sums, transformed
 from .fused import FusedLinear, add_outer_, add_product_, folding_first_is_cheaper, times, triton_kernels
-from .layer import MetaLoraLayer, cast, hooked_everywhere
+from .layer import MetaLoraLayer, cast
 from .subject_index import Chosen, Positions, gather
 
+autocast_somewhere = torch._C._is_any_autocast_enabled  # on any device: a device's name costs more than all else here
 AUTOCAST = torch.float32, torch.bfloat16, torch.float16  # what autocast converts before a product
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
 ADDERS = 16  # how many shapes of inputs a layer remembers how to add onto
@@ -42,16 +45,21 @@ class Linear(MetaLoraLayer):
             return super().forward(x, *args, **kwargs)
         if self.merged_adapters and not self._disable_adapters:
             return self.base_layer(x)
-        device, given = x.device.type, x
-        if torch.is_autocast_enabled(device) and x.dtype in AUTOCAST:
-            x = cast(x, torch.get_autocast_dtype(device))
         name = self._fusible(x)
         if name is None:
-            return super().forward(given)
-        slot = self.subject_index.one
-        if slot is not None and not torch.is_grad_enabled():
-            return self._forward_one(x, name, slot)
-        return self._forward_fused(x, name)
+            return super().forward(x)
+        given = x
+        if autocast_somewhere() and torch.is_autocast_enabled(device := x.device.type) and x.dtype in AUTOCAST:
+            x = cast(x, torch.get_autocast_dtype(device))
+        base: Any = self._modules["base_layer"]
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        plain = type(base) is nn.Linear and type(weight) is nn.Parameter and weight.dtype == x.dtype
+        if not torch.is_grad_enabled():
+            if plain or (gives_its_own(base) and not x.requires_grad):
+                return self._infer(x, given, name, plain)
+        elif plain and not weight.requires_grad and (bias is None or not bias.requires_grad):
+            return self._forward_fused(x, name)
+        return super().forward(given)
 
     # Below, nn.Module's dicts are read directly: at batch 1 a model is bound by Python, and its __getattr__ is slow.
 
@@ -65,44 +73,43 @@ class Linear(MetaLoraLayer):
         if (
             name not in self.scaling
             or name in modules[MAGNITUDE]._parameters
-            or type(base) is not nn.Linear
             or self._disable_adapters
-            or self.merged_adapters
-        ):
-            return None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        if (
-            type(weight) is not nn.Parameter
-            or weight.dtype != x.dtype
             or x.dim() < 2
-            or base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-            or base._backward_pre_hooks
-            or hooked_everywhere()
-            or "forward" in base.__dict__
+            or not is_unhooked(base)
+            or (self.training and name in modules["metalora_dropout"]._modules)
         ):
-            return None
-        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-            return None
-        if self.training and name in modules["metalora_dropout"]._modules:
             return None
         return name
 
-    def _forward_one(self, x: Tensor, name: str, slot: int) -> Tensor:
-        """Inference with one subject for all, or nobody: two small products and the base's, in few Python steps."""
-        modules: Any = self._modules
-        base, index = modules["base_layer"]._parameters, self.subject_index
-        if index.slot is not None and x.shape[0] % index.slot.shape[0]:
-            self._chosen(x)  # says what is wrong
-        index.last = index.written
-        if slot < 0:
-            return F.linear(x, base["weight"], base["bias"])
-        shown = self.fold_of_slot(name, slot)
+    def _infer(self, x: Tensor, given: Tensor, name: str, plain: bool) -> Tensor:
+        """The base's product and, in place onto it, the adapter's; for one subject in few Python steps.
+
+        Args:
+            x: in the dtype that products have. given: as it came, for a base that is no plain nn.Linear.
+        """
+        base: Any = self._modules["base_layer"]
+        index = self.subject_index
+        slot = index.one
+        if slot is not None:
+            values = index.written.values
+            if values is not None and len(values) > 1 and x.shape[0] % len(values):
+                self._chosen(x)  # says what is wrong
+            index.last = index.written
+        # The base goes first: a sample without subject is then exactly the base.
+        y = F.linear(x, base._parameters["weight"], base._parameters["bias"]) if plain else base(given)
+        if slot is not None and slot < 0:
+            return y
+        if not y.is_contiguous() or not (plain or (y.dtype == x.dtype and type(y) is Tensor)):
+            return self._add(y, y, given, name, self._chosen(given))
+        shown = None if slot is None else self.fold_of_slot(name, slot)
         if shown is None or not x.is_contiguous():
-            return self._forward_fused(x, name)
-        y = F.linear(x, base["weight"], base["bias"])
-        key = x.shape, x.dtype, x.data_ptr() % 16
+            chosen = self._chosen(x)
+            rows = 1 if chosen is None else chosen.slot.shape[0]
+            up = gather(self.metalora_up[name], chosen, chosen is not None and chosen.complete)
+            deep = x.reshape(rows, -1, self.in_features)
+            add_product_(y.view(rows, -1, self.d_out), *self._inner(deep, name, chosen), up)
+            return y
+        key = x.shape, x.dtype, (x.data_ptr() | y.data_ptr()) % 16
         add = shown.adders.get(key)
         if add is None:
             self._add_first(y, x, shown, key)
@@ -136,14 +143,9 @@ class Linear(MetaLoraLayer):
         rows = 1 if chosen is None else chosen.slot.shape[0]
         deep = x.reshape(rows, -1, self.in_features)
         complete = chosen is not None and chosen.complete
-        up = gather(self.metalora_up[name], chosen, complete)
-        if torch.is_grad_enabled():
-            down, mid = self._down(self.down_key[name]), gather(self.metalora_mid[name], chosen, complete)
-            y = FusedLinear.apply(deep, base.weight, base.bias, down, mid, up, self.scaling[name])
-        else:
-            # The base goes first: a sample without subject is then exactly the base.
-            y = F.linear(deep, base.weight, base.bias)
-            add_product_(y, *self._inner(deep, name, chosen), up)
+        factors = (gather(held[name], chosen, complete) for held in (self.metalora_mid, self.metalora_up))
+        down = self._down(self.down_key[name])
+        y = FusedLinear.apply(deep, base.weight, base.bias, down, *factors, self.scaling[name])
         return y.view(*x.shape[:-1], self.d_out)
 
     def _inner(self, deep: Tensor, name: str, chosen: Chosen | None) -> tuple[Tensor, Tensor, float]:
@@ -183,12 +185,20 @@ class Linear(MetaLoraLayer):
             z, scaling = self._pointwise_project(deep, name, chosen)
             return _pointwise(total, z, up, scaling).view(result.shape)
         z, scaling = self._project(deep, name, chosen)
-        if self._may_overwrite():
+        if z.dtype == dtype and self._may_overwrite():
             add_outer_(total, z, up, scaling)
             return total.view(result.shape)
         if rows == 1:
             return torch.addmm(total[0], z[0], up[0].t(), alpha=scaling).view(result.shape)
         return torch.baddbmm(total, z, up.mT, alpha=scaling).view(result.shape)
+
+    def _may_overwrite(self) -> bool:
+        # With autograd an in-place sum on a view copies the gradient. DoRA reads what the base gave again. torch.func's
+        # vmap has no rule for a product that adds onto its output; a compiler finds out by itself.
+        base, traced = self.base_layer, torch.compiler.is_compiling() or transformed()
+        if torch.is_grad_enabled() or traced or len(self.metalora_magnitude):
+            return False
+        return is_unhooked(base) and gives_its_own(base)
 
     def _tokens(self, x: Tensor, base: Tensor) -> tuple[int, ...]:
         return tuple(x.shape[1:-1])
