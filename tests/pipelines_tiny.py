@@ -48,6 +48,7 @@ from transformers import (
     MistralConfig,
     PixtralVisionConfig,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -455,6 +456,67 @@ def tiny_qwen_image_pipeline() -> QwenImagePipeline:
             attention_head_dim=8,
             num_attention_heads=2,
             joint_attention_dim=16,
+            axes_dims_rope=(2, 2, 4),
+        ),
+    )
+
+
+class TextProcessor(ProcessorMixin):
+    """A processor of text and images, as transformers has them, without its part for images (that is torchvision's)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        return self.tokenizer(text, **options)
+
+    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template([conversation], **options)
+
+    def save_pretrained(self, folder: str, **options: Any) -> None:
+        """As of Qwen3-VL."""
+        self.tokenizer.save_pretrained(folder)
+        of_images = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"}
+        of_clips = {"video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor"}
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(of_images))
+        (Path(folder) / "video_preprocessor_config.json").write_text(json.dumps(of_clips))
+
+
+@seeded
+def tiny_qwen_image21_pipeline() -> DiffusionPipeline:
+    """Qwen-Image 2.1's format: two blocks, two heads; an autoencoder with four channels in, which divides by 16."""
+    from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline, QwenImage21Transformer2DModel
+
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
+    text = "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}<|im_start|>{{{{ m['role'] }}}}\n{text}<|im_end|>\n{{% endfor %}}"
+    )
+    config = Qwen3VLConfig(
+        text_config={**_TINY_LANGUAGE, "vocab_size": len(tokenizer)},
+        vision_config={**_TINY_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    )
+    return QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLQwenImage21(
+            base_dim=8,
+            decoder_base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.1, -0.1, 0.2, 0.0],
+            latents_std=[1.5, 0.8, 1.0, 1.2],
+        ),
+        text_encoder=Qwen3VLForConditionalGeneration(config),
+        processor=TextProcessor(tokenizer),
+        transformer=QwenImage21Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            context_in_dim=16,
             axes_dims_rope=(2, 2, 4),
         ),
     )

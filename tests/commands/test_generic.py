@@ -136,3 +136,12 @@ def test_a_down_made_so_wants_the_class_and_starts_none(home, photo, tmp_path, m
         pipe.read_subject(photo)
     assert pipe.read_subject(photo, "ann", generic=OWN[1]) == "ann"
     assert not (tmp_path / "started").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_with_its_own_class_alone(home, tmp_path, capsys):
+    teach = "meta-train", "--pretrained_model_name_or_path", home / "base", "--train_data_dir", home / "people"
+    runs = *teach, *SHORT, *TAUGHT[:10], "--output_dir", tmp_path, "--checkpointing_steps", "1"
+    assert metalora(*runs, *OWN) == 0
+    assert metalora(*runs, "--resume_from_checkpoint", "checkpoint-1") == 2
+    assert "expected the class of the base of the run that wrote" in capsys.readouterr().err
+    assert metalora(*runs, "--resume_from_checkpoint", "checkpoint-1", *OWN) == 0

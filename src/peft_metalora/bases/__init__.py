@@ -23,6 +23,7 @@ FAMILIES = {
     "Flux3ModularPipeline": ("flux3", "Flux3"),
     "FluxPipeline": ("flux1", "Flux1"),
     "Krea2Pipeline": ("krea2", "Krea2"),
+    "QwenImage21Pipeline": ("qwen_image21", "QwenImage21"),
     "QwenImagePipeline": ("qwen_image", "QwenImage"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
     "StableDiffusionPipeline": ("sd15", "StableDiffusion15"),

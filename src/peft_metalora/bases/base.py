@@ -305,6 +305,11 @@ class Base(ABC):
         return self.vae_scale_factor
 
     @property
+    def token_side(self) -> int:
+        """Pixels of an image's side for one of the tokens that a transformer sees."""
+        return self.pixel_multiple
+
+    @property
     def default_side(self) -> int:
         """Height and width of a square image where nobody says, in pixels: as many as the pipeline's own has."""
         size = getattr(self.pipeline, "default_sample_size", None) or self.denoiser.config.get("sample_size")

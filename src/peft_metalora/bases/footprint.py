@@ -105,8 +105,7 @@ class _Unit:
 
 
 def _of_transformer(base: Base, side: int, frames: int) -> Iterator[_Unit]:
-    tokens = base.pixel_multiple // base.vae_scale_factor
-    image, text = frames * (side // tokens) ** 2, base.max_sequence_length
+    image, text = frames * (side * base.vae_scale_factor // base.token_side) ** 2, base.max_sequence_length
     names = {id(module): path for path, module in base.denoiser.named_modules()}
     for block in blocks_of(base.denoiser) or [base.denoiser]:
         layers = [(path, one) for path, one in block.named_modules() if isinstance(one, nn.Linear)]

@@ -8,6 +8,7 @@ A hull is the model on the meta device, made from its configuration alone. It sa
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import importlib
 import os
@@ -27,6 +28,7 @@ from ..errors import BaseModelMismatchError
 from ..files import EMBEDDED
 from .memory import Memory, Whole, quantization
 
+_OF_TEXT = "tokenizer", "processor"  # may be a processor of text and images
 _LEFT_OUT = {"prompt_upsampler"}  # steps of modular pipelines: this one has a language model write another prompt
 
 
@@ -101,13 +103,14 @@ class Parts:
             small = {
                 name: _processor(value[1], self.name, {"subfolder": name, **self._source})
                 for name, value in index.items()
-                if name == "tokenizer" and _names_a_class(name, value) and value[1].endswith("Processor")
+                if name in _OF_TEXT and _names_a_class(name, value) and value[1].endswith("Processor")
             }
+            halves = {name: part for name, part in small.items() if isinstance(part, _TextHalf)}
             # diffusers takes no half of one, but leaves out what is to be none.
-            given = {name: None if isinstance(part, _TextHalf) else part for name, part in small.items()}
-            pipe = own.from_pretrained(self.name, dtype=self._dtype, **self._hulls, **given, **self._source)
-            for name, part in small.items():
-                setattr(pipe, name, part)
+            small |= dict.fromkeys(halves)
+            kind = _with(own, halves)
+            pipe = kind.from_pretrained(self.name, dtype=self._dtype, **self._hulls, **small, **self._source)
+            pipe.__class__ = own
             return pipe
 
     def _modular_pipeline(self) -> Any:
@@ -243,11 +246,28 @@ def _in_every_process() -> Iterator[None]:
             os.environ[name] = before
 
 
+def _with(pipeline_class: Any, parts: dict[str, Any]) -> Any:
+    """A pipeline's class that is made with these parts, whatever it is given: some ask a processor as they are made."""
+
+    @functools.wraps(pipeline_class.__init__)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        pipeline_class.__init__(self, *args, **{**options, **parts})
+
+    return type(pipeline_class.__name__, (pipeline_class,), {"__init__": init})
+
+
 class _TextHalf:
     """Of a processor what text needs: for the images that it also takes it wants torchvision."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.apply_chat_template = tokenizer, tokenizer.apply_chat_template
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        return self.tokenizer(text, **options)
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        one = isinstance(conversation[0], dict)  # a processor makes a batch of it, and a tokenizer does not
+        return self.tokenizer.apply_chat_template([conversation] if one else conversation, **options)
 
 
 def _processor(cls: str, repo: str, place: dict[str, Any]) -> Any:

@@ -46,11 +46,11 @@ class QwenImage(QwenLatents):
 
     def draw(self, **options: Any) -> Any:
         """As of any base; guidance takes a negative prompt here, and an empty one stands in for none."""
-        if not self.denoiser.config.guidance_embeds:
+        if not self.denoiser.config.get("guidance_embeds"):
             guidance, prompt = options.pop("guidance_scale", None), options["prompt"]
             if guidance is not None:
                 options.setdefault("true_cfg_scale", guidance)
-            if options.get("true_cfg_scale", 2) > 1:  # the pipeline's own is
+            if options.get("true_cfg_scale", self.call_parameters["true_cfg_scale"].default) > 1:
                 options.setdefault("negative_prompt", " " if isinstance(prompt, str) else [" "] * len(prompt))
         return super().draw(**options)
 

@@ -52,6 +52,7 @@ _FAMILIES = {
     "Flux2Transformer2DModel": "flux2",
     "Flux3Transformer2DModel": "flux3",
     "Krea2Transformer2DModel": "krea2",
+    "QwenImage21Transformer2DModel": "qwen-image",
     "QwenImageTransformer2DModel": "qwen-image",
     "SD3Transformer2DModel": "sd3",
     "UNet2DConditionModel": "stable-diffusion",

@@ -36,7 +36,8 @@ _TEXT = {
 }
 _TRANSFORMERS = {
     *("FluxTransformer2DModel", "Flux2Transformer2DModel", "Flux3Transformer2DModel"),
-    *("QwenImageTransformer2DModel", "Krea2Transformer2DModel", "ZImageTransformer2DModel", "WanTransformer3DModel"),
+    *("QwenImageTransformer2DModel", "QwenImage21Transformer2DModel"),
+    *("Krea2Transformer2DModel", "ZImageTransformer2DModel", "WanTransformer3DModel"),
 }
 _Z_IMAGE_MULTIPLE = 32  # image and text are filled up to this many tokens each
 
@@ -124,6 +125,8 @@ class _Layout:
             )
         self._model, self._regions, self._slots = model, regions, slots
         self._factor: int = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
+        # Latents of a side for one of its tokens.
+        self._packing = 1 if self._class == "QwenImage21Transformer2DModel" else 2
         self._image = TokenSlots()
         self._seen: tuple[int, ...] | None = None
 
@@ -179,6 +182,12 @@ class _Layout:
             grids = given["img_shapes"][0]
             grids = grids if isinstance(grids, list) else [grids]
             return torch.cat([_grid_ids(number, *grid[1:]) for number, grid in enumerate(grids)]), text, 0
+        if self._class == "QwenImage21Transformer2DModel":
+            if len(given["img_shapes"][0]) > 1:
+                raise PipelineError(
+                    "expected Qwen-Image 2.1 without images to start from for regions. Use subjects= instead."
+                )
+            return _grid_ids(0, *given["img_shapes"][0][0][1:]), text, 0
         if self._class == "Krea2Transformer2DModel":
             return given["position_ids"][text:], text, 0
         ids = given["img_ids"]
@@ -196,7 +205,9 @@ class _Layout:
         rows, columns = ids[own, 1], ids[own, 2]
         grid = int(rows.max()) + 1, int(columns.max()) + 1
         tokens = torch.full((len(ids),), NO_SUBJECT)
-        tokens[own] = self._grid(self._labels(*(2 * self._factor * side for side in grid)), *grid)[rows, columns]
+        tokens[own] = self._grid(self._labels(*(self._packing * self._factor * side for side in grid)), *grid)[
+            rows, columns
+        ]
         beside = F.pad(tokens, (before, behind), value=NO_SUBJECT)
         return {tokens.shape: tokens, beside.shape: beside}
 
