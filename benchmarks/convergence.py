@@ -61,18 +61,23 @@ SHOWN = 300  # steps after which a machine has shown how fast it is
 FITTING_RATE = 0.05  # of codes, which are of length sqrt(k)
 
 SPEED = 64.0  # steps a second of an encoder on an H100
-COMPILING = 60.0  # seconds there, once for recipes of one shape
+COMPILING = 75.0  # seconds there, once for recipes of one shape
+PREPARING = 75.0  # and once for training people: photos, what is read, what is denoised
 
 
-def expected(job: Recipe | str, speed: float = SPEED) -> float:
-    """Seconds on an H100: what each took on an H200, and a tenth more; without the first compilation.
+def expected(world: World, job: Recipe | str) -> float:
+    """Seconds on an H100: what each took on an H200, and a tenth more, at the speed that this machine has shown.
 
     Args:
-        job: a recipe, or the name of a rival. speed: of encoders, as far as this machine has shown it.
+        job: a recipe, or the name of a rival.
     """
     if isinstance(job, str):
         return {"mean_lora": 130.0, "textual_inversion": 160.0, "dora": 160.0, "oft": 140.0}.get(job, 110.0)
-    return job.steps / speed / (1.3 if job.kind == "image_prompt" else 1) + (105, 30, 18)[job.brief]
+    whole = 105 if world.args.truth else 45
+    seconds = job.steps / world.speed / (1.3 if job.kind == "image_prompt" else 1) + (whole, 30, 18)[job.brief]
+    if world.args.compile and not world.ready_to_train(job):
+        seconds += COMPILING
+    return seconds if world.prepared(job) else seconds + PREPARING
 
 
 @dataclass
@@ -602,10 +607,7 @@ def main() -> None:
             for job in (*args.recipe, *args.rival, *(setting.plan if args.plan else ())):
                 recipe = None if job in METHODS else Recipe.parse(job, changes)
                 path = args.output / (f"{recipe.name}.json" if recipe else f"rivals-{job}.json")
-                needed = expected(recipe or job, world.speed)
-                if recipe and args.compile and not world.ready_to_train(recipe):
-                    needed += COMPILING
-                if not path.exists() and world.left < needed:
+                if not path.exists() and world.left < expected(world, recipe or job):
                     print(f"no time for {job}: {world.left:.0f} s left", flush=True)
                     continue
                 if not claimed(path):

@@ -191,11 +191,11 @@ def _of_curves(files: Mapping[str, Any]) -> dict[str, Any]:
     """Zero-step scores by people in training and by target images seen, and the images that 0.65 takes."""
     figures: dict[str, Any] = {}
     people = {
-        data["recipe"]["people"]: interval(_clean(data)) for name, data in files.items() if name.startswith("people-")
+        data["recipe"]["people"]: interval(clean(data)) for name, data in files.items() if name.startswith("people-")
     }
     # A run that ends has decayed its rate: looks on the way of a longer one are below it.
     images = {
-        data["images"]: interval(_clean(data))
+        data["images"]: interval(clean(data))
         for name, data in files.items()
         if name.rpartition("-")[0] in ("steps", "main", "people")
         and data["recipe"]["seed"] == 0
@@ -210,14 +210,14 @@ def _of_curves(files: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _clean(data: Mapping[str, Any], metric: str = "r_facesim") -> list[float]:
-    """A score by person of one file's clean photos, the mean over noises."""
+def clean(data: Mapping[str, Any], metric: str = "r_facesim") -> list[float]:
+    """A score by person of clean photos, the mean over the noises that they were judged with."""
     labels = [label for label in data["zero_steps"] if label == "clean" or label.startswith("clean, noise")]
     return _mean([data["zero_steps"][label][metric] for label in labels if metric in data["zero_steps"][label]])
 
 
 def _clean_scores(data: Mapping[str, Any]) -> dict[str, Figure]:
-    return {metric: interval(_clean(data, metric)) for metric in data["zero_steps"]["clean"]}
+    return {metric: interval(clean(data, metric)) for metric in data["zero_steps"]["clean"]}
 
 
 def _of_rivals(files: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _of_rivals(files: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) ->
     seeds = rivals[0]["noises"]
     methods = {name: method for data in rivals for name, method in data["methods"].items()}
     cells = {
-        (name, step): {metric: _people(values, seeds) for metric, values in scores.items()}
+        (name, step): {metric: people_of(values, seeds) for metric, values in scores.items()}
         for name, method in methods.items()
         for step, scores in method["curve"].items()
     }
@@ -276,6 +276,6 @@ def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*rows, strict=True)]
 
 
-def _people(values: Sequence[float], seeds: int) -> list[float]:
-    """Rows are ordered by person, then seed."""
+def people_of(values: Sequence[float], seeds: int) -> list[float]:
+    """Scores by person, the means over seeds, of rows that are ordered by person, then seed."""
     return [sum(values[start : start + seeds]) / seeds for start in range(0, len(values), seeds)]

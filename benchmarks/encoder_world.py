@@ -24,7 +24,7 @@ from evaluation import PHOTOS, Bench, People, among_themselves
 from peft_metalora.bases import Base, base_for
 from peft_metalora.data import Subject, load_image, read_subjects
 from peft_metalora.data.degrade import DEGRADATIONS, make_worse
-from peft_metalora.demo.domain import FACES, Domain
+from peft_metalora.demo.domain import FACES, Domain, Drawn
 from peft_metalora.encoder.sources.latents import even_exposure
 from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off
 from peft_metalora.evaluation.textual_inversion import WordStack
@@ -33,6 +33,7 @@ from peft_metalora.training.engine.stacked import AdapterStack, RowGradients
 from peft_metalora.training.examples.batches import Examples
 from peft_metalora.training.examples.encoding import encode_captions
 from peft_metalora.tuner.down import DownSource
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 SECOND, CHANCE, FACTORS, MARK = "second_r_facesim", "copied_by_chance", "factor_distance", "mark"
 CONTENT, COPIED_CONTENT = "content_right", "copied_content"
@@ -126,6 +127,7 @@ class World(Bench):
     """The benchmark's base and judges in float32, a second base to train on, and people as tensors.
 
     Attributes:
+        taught: what training people are drawn from; the domain itself, if nothing else is said.
         reader: a second judge, whose scores are kept beside the others'.
         drawn: images that were drawn last, (n, 3, h, w). speed: steps a second of an encoder, as far as it is known.
     """
@@ -135,6 +137,7 @@ class World(Bench):
     ) -> None:
         super().__init__(args, domain, down)
         self.pool = pool
+        self.taught: Drawn = domain
         # People are scored between two steps, with another adapter.
         pipe, dtype = domain.load_base(), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
         pipe.transformer.to(dtype).requires_grad_(False).eval()
@@ -142,9 +145,9 @@ class World(Bench):
         self.train_base.place(self.device, encoders=False)
         ids = self.pipe._prepare_latent_image_ids().to(dtype)
         pipe._prepare_latent_image_ids = lambda *_: ids
-        self._photos: dict[tuple[int, int], tuple[np.ndarray[Any, Any], list[str]]] = {}
-        self._targets: dict[tuple[int, int], Examples] = {}
-        self._worse: dict[tuple[int, int, str], Tensor] = {}
+        self._photos: dict[tuple[str, int, int], tuple[np.ndarray[Any, Any], list[str]]] = {}
+        self._targets: dict[tuple[str, int, int], Examples] = {}
+        self._worse: dict[tuple[str, int, int, str], Tensor] = {}
         self.reader: SecondJudge | None = None
         self.drawn = torch.empty(0)
         self.speed = 0.0
@@ -153,9 +156,9 @@ class World(Bench):
 
     def photos(self, people: int, count: int) -> tuple[np.ndarray[Any, Any], list[str]]:
         """`count` photos of each of some training people, as bytes, and their captions; photo 0 is a reference."""
-        key = people, count
+        key = self.taught.name, people, count
         if key not in self._photos:
-            domain = self.domain
+            domain = self.taught
             generator = torch.Generator().manual_seed(20_000 + self.args.world_seed)
             identity = domain.sample_identities(people, generator, "meta")
             front = domain.sample_scenes(identity, generator, reference=True)
@@ -187,7 +190,7 @@ class World(Bench):
 
     def targets(self, people: int, count: int) -> Examples:
         """Training people as examples: what their photos are denoised as."""
-        key = people, count
+        key = self.taught.name, people, count
         if key not in self._targets:
             pixels, texts = self.photos(people, count)
             rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
@@ -205,7 +208,7 @@ class World(Bench):
         clean = self.seen(self.photos(people, count)[0], recipe)
         versions = [clean]
         if recipe.corruptions:
-            key = people, count, f"{recipe.corruptions} {recipe.expose} {recipe.erase}"
+            key = self.taught.name, people, count, f"{recipe.corruptions} {recipe.expose} {recipe.erase}"
             if key not in self._worse:
                 pixels = self.photos(people, count)[0]
                 jobs = [
@@ -363,9 +366,10 @@ class World(Bench):
     def to_train(self, recipe: Recipe) -> tuple[AdapterStack, RowGradients]:
         """The adapter of a recipe on the base that encoders are trained on, at its start, and its gradients.
 
-        Compiling them takes longer than a short training: recipes of one shape share them.
+        Compiling them takes longer than a short training: recipes of one shape share them, whatever their Down.
         """
         start = self.put(self.base, recipe, 1).values[0].clone()
+        downs = _downs(self.base)
         self.take_off(self.base)
         if not self.ready_to_train(recipe):
             self._training = None
@@ -374,6 +378,8 @@ class World(Bench):
             self._training = self._shape(recipe), stack, gradients
         assert self._training
         _, stack, gradients = self._training
+        for old, new in zip(_downs(self.train_base), downs, strict=True):
+            old.copy_(new)
         stack.values.copy_(start.expand_as(stack.values))
         set_noise_shift(self.train_base, recipe.shift)
         return stack, gradients
@@ -382,10 +388,13 @@ class World(Bench):
         """Whether the last recipe that was trained had the same shape."""
         return self._training is not None and self._training[0] == self._shape(recipe)
 
+    def prepared(self, recipe: Recipe) -> bool:
+        """Whether the people that a recipe learns from have been drawn."""
+        return (self.taught.name, recipe.people, recipe.photos) in self._photos
+
     @staticmethod
     def _shape(recipe: Recipe) -> tuple[Any, ...]:
-        frozen = recipe.seed if recipe.kind == "random" else None  # its Down is of that seed
-        return recipe.kind, recipe.r, recipe.tokens, recipe.rows, recipe.targets, frozen
+        return recipe.kind, recipe.r, recipe.tokens, recipe.rows, recipe.targets
 
     def take_off(self, base: Base) -> None:
         """A base as it was."""
@@ -401,6 +410,11 @@ class World(Bench):
 def set_noise_shift(base: Base, shift: float) -> None:
     """Train at other noise levels, t' = s t / (1 + (s - 1) t); pictures are drawn as ever."""
     base.pipeline.scheduler.register_to_config(shift=shift)
+
+
+def _downs(base: Base) -> list[Tensor]:
+    """The Down that is installed on a base, layer by layer."""
+    return [down.detach() for _, layer in meta_lora_layers(base.denoiser) for down in layer.metalora_down.values()]
 
 
 def embedded(embed: Callable[[Tensor], Tensor], photos: np.ndarray[Any, Any]) -> Tensor:

@@ -614,6 +614,27 @@ def typefaces(results: dict[str, Data]) -> str:
     return table(heads, rows) + zero_source(results, "typefaces")
 
 
+def joint(results: dict[str, Data]) -> str:
+    """Of each domain: encoders and tuned people on its own Down, on that of both, and on the others."""
+    data = results["joint"]
+    rows = []
+    for half, arms in data["figures"].items():
+        for name, scores in arms.items():
+            people, _, down = name.removeprefix("tuned-").partition("-on-")
+            how = f"none, {data['tuned_steps']} steps" if name.startswith("tuned-") else people
+            apart = scores.get("r_facesim_minus_own"), scores.get("prompt_adherence_minus_own")
+            cells = [spread(scores[metric]) for metric in ("r_facesim", "prompt_adherence")]
+            rows.append([half, how, down, *cells, *(spread(one) if one else "" for one in apart)])
+    heads = ["drawn", "encoder reads", "Down over", "R-FaceSim", "adherence", "minus own Down", "adherence minus own"]
+    bases = [f"{name} {base['adherence']['all']:.3f}" for name, base in data["base"].items()]
+    note = f". Adherence of the base without an adapter: {', '.join(bases)}." if bases else "."
+    first = next(iter(data["origins"].values()))
+    note += (
+        f" {first['people']} held-out people, {first['noises']} noises, one training; mean [95 % interval over people]."
+    )
+    return table(heads, rows) + source({**first, "command": data["command"]}, note=note)
+
+
 def noise_levels(results: dict[str, Data]) -> str:
     """What share of a gradient is a person's own, by noise level and domain."""
     data = results["noise_levels"]
@@ -840,6 +861,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "zero_curves": ("convergence", zero_curves),
     "zero_bad": ("convergence", zero_bad),
     "typefaces": ("typefaces", typefaces),
+    "joint": ("joint", joint),
     "noise_levels": ("noise_levels", noise_levels),
     "from_loras": ("from_loras", from_loras),
     "service_flux": ("service_flux", lambda results: goals(results["service_flux"], SERVICE_FLUX)),

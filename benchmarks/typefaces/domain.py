@@ -69,6 +69,7 @@ class Typefaces(Domain):
 
     Args:
         assets: folder of `glyphs.npz` and of the networks. device: where glyphs are kept; others are drawn there, too.
+        most: fonts of each split; None: all. base_folder: another base than that of `assets`.
     """
 
     name = "typefaces"
@@ -78,8 +79,14 @@ class Typefaces(Domain):
     backdrop = "paper"
     content = "glyph"
 
-    def __init__(self, assets: Path, device: torch.device | str = "cpu", most: int | None = None) -> None:
-        super().__init__(assets)
+    def __init__(
+        self,
+        assets: Path,
+        device: torch.device | str = "cpu",
+        most: int | None = None,
+        base_folder: Path | None = None,
+    ) -> None:
+        super().__init__(assets, base_folder)
         self.glyphs = Glyphs.load(assets / GLYPHS_FILE, device, most)
 
     def sample_identities(self, n: int, generator: torch.Generator, split: str = "base") -> Tensor:

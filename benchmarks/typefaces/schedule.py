@@ -5,71 +5,26 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import jobs
+from jobs import Task
+
 HERE = Path(__file__).resolve().parent
-_TO_END = 12  # seconds for files to be written after the last process was stopped
 _TO_START = 15  # until a worker's clock runs
+_SHEET = 40  # seconds that the specimen takes
 _DOWN_STEPS = 3000
 _SHIFT = 4  # of the noise levels of training, as `domains.py` says why; rivals choose between it and none
 
 
-@dataclass
-class Task:
-    """A process on a GPU of its own.
-
-    Attributes:
-        makes: what is there when it has ended well, a mark where its own files may be half written.
-        needs: what must be there before it starts. shares: it may run on a GPU with another.
-    """
-
-    name: str
-    command: list[str]
-    makes: Path
-    needs: list[Path] = field(default_factory=list)
-    shares: bool = False
-
-
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, as far as the time goes; then write the figures of what is there."""
-    end = time.monotonic() + args.seconds - _TO_END
     args.output.mkdir(parents=True, exist_ok=True)
-    for claim in args.output.glob("*.claim"):
-        if not claim.with_suffix(".json").exists():
-            claim.unlink()
-    free, running = list(range(args.gpus)), {}
-    waiting = [task for task in tasks(args) if not task.makes.exists()]
-    spare = args.gpus - 1
-    while waiting or running:
-        left = end - time.monotonic()
-        for process, (task, gpu) in list(running.items()):
-            if process.poll() is not None or left < 0:
-                _stop(process)
-                del running[process]
-                if not task.shares:
-                    free.append(gpu)
-                if process.returncode == 0 and task.makes.suffix == ".done":
-                    task.makes.touch()
-                print(f"{task.name} ended with {process.returncode}, {left:.0f} s left", flush=True)
-        if left < 0:
-            break
-        for task in list(waiting):
-            if (free or task.shares) and all(path.exists() for path in task.needs):
-                waiting.remove(task)
-                gpu = spare if task.shares else free.pop(0)
-                process = _start(task, gpu, left, args)
-                running[process] = (task, gpu)
-                print(f"{task.name} on GPU {gpu}, {left:.0f} s left", flush=True)
-        if not running:
-            print(f"nothing can go on: {[task.name for task in waiting]}", flush=True)
-            break
-        time.sleep(0.5)
+    jobs.free_claims(args.output)
+    jobs.run(tasks(args), args.seconds, args.gpus, args.output)
     _summarise(args)
 
 
@@ -81,37 +36,33 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     def done(*jobs: str) -> list[Path]:
         return [assets / f"{job}.done" for job in jobs]
 
-    def train(job: str, needs: Sequence[str], full: str, tiny: str) -> Task:
+    def train(job: str, needs: Sequence[str], full: str, tiny: str, seconds: float) -> Task:
         options = (tiny if args.tiny else full).split()
-        return Task(job, [*python, "train", job, "--output", str(assets), *options], *done(job), done(*needs))
+        command = [*python, "train", job, "--output", str(assets), *options]
+        return Task(job, command, *done(job), done(*needs), seconds=0 if args.tiny else seconds)
 
     base = f"--seconds {args.base_seconds} --batch 768"
     down = f"--seconds {args.down_seconds} --down-steps {_DOWN_STEPS} --shift {_SHIFT}"
     networks = [
-        train("vae", [], "--steps 1200", "--steps 2 --pool 16"),
-        train("embedder", [], "--steps 5000", "--steps 2"),
-        train("judge", [], "--steps 6000", "--steps 4"),
-        train("second", [], "--steps 5000", "--steps 2"),
-        train("base", ["vae"], base, "--seconds 4 --pool 16 --batch 4"),
-        train("down", ["base"], down, "--seconds 4 --people 4"),
+        train("vae", [], "--steps 1200", "--steps 2 --pool 16", 130),
+        train("embedder", [], "--steps 5000", "--steps 2", 350),
+        train("judge", [], "--steps 6000", "--steps 4", 260),
+        train("second", [], "--steps 5000", "--steps 2", 400),
+        train("base", ["vae"], base, "--seconds 4 --pool 16 --batch 4", args.base_seconds + 90),
+        train("down", ["base"], down, "--seconds 4 --people 4", args.down_seconds + 30),
     ]
     if not args.tiny:
-        networks.append(train("report", ["base", "embedder", "judge"], "", ""))
+        networks.append(train("report", ["base", "embedder", "judge"], "", "", 30))
     convergence = [sys.executable, str(HERE.parent / "convergence.py")]
     ready = done("down", "embedder", "judge", "second")
-    workers = [Task(f"worker {number}", convergence, output / f"worker-{number}", ready) for number in range(args.gpus)]
+    workers = [
+        Task(f"worker {number}", convergence, output / f"worker-{number}", ready, options=partial(_worker, args))
+        for number in range(args.gpus)
+    ]
     draw = [*python, "specimen", "--assets", str(assets), "--output", str(output), "--fonts", "1" if args.tiny else "3"]
     needs = [output / "main-0.json", output / "rivals-lora_r1.json"]
-    return [*networks, *workers, Task("specimen", draw, output / "specimen.png", needs, shares=True)]
-
-
-def _start(task: Task, gpu: int, left: float, args: argparse.Namespace) -> subprocess.Popen[bytes]:
-    command = list(task.command)
-    if task.name.startswith("worker"):
-        command += _worker(args, left)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-    log = (args.output / f"{task.name.replace(' ', '-')}.log").open("ab")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    sheet = Task("specimen", draw, output / "specimen.png", needs, shares=True, seconds=0 if args.tiny else _SHEET)
+    return [*networks, *workers, sheet]
 
 
 def _worker(args: argparse.Namespace, left: float) -> list[str]:
@@ -140,17 +91,6 @@ def _worker(args: argparse.Namespace, left: float) -> list[str]:
     options += ["--changes", args.changes, "--rival-shifts", "1", str(_SHIFT)]
     options += ["--workers", str(max(1, (os.cpu_count() or 4) // args.gpus - 1))]
     return [*options, "--plan"]
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process of ours, and those that it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(4)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _summarise(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `convergence.py` trains on: noise levels of training, and what recipes of one shape share."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import encoder_world
 from embedded_rank_4 import embedded_down
 from peft_metalora.bases import load_base
 from peft_metalora.demo.embedded import BASE
+from peft_metalora.training.engine.replay import named
 from peft_metalora.training.stage_settings import PersonalizeConfig
 
 
@@ -60,3 +62,21 @@ def test_recipes_of_one_shape_share_what_was_compiled_and_each_starts_anew(world
     assert world.train_base.pipeline.scheduler.config.shift == 4.0
     assert not world.ready_to_train(encoder_world.Recipe("third", rows=2, r=1))
     assert world.to_train(encoder_world.Recipe("third", rows=2, r=1))[0].values.shape[1] < start.shape[1]
+
+
+def test_a_recipe_on_another_down_takes_the_place_of_the_first(world):
+    """Bug: the Down of the first recipe stayed on the base that was compiled."""
+    recipe = encoder_world.Recipe("first", rows=2)
+    _, gradients = world.to_train(recipe)
+    first = world.down
+    zeros, times = torch.zeros(2, 8, 16, 16), torch.full((2,), 0.5)
+    text = world.base.encode_text(["a photo", "a photo"])
+    inputs = named(text, latents=zeros + 1, noise=zeros, times=times, mask=None)
+    before = gradients(inputs)[1].clone()
+    tensors = {name: one * (2 if name.endswith(".metalora_down") else 1) for name, one in first.tensors.items()}
+    world.down = dataclasses.replace(first, tensors=tensors)
+    assert world.to_train(recipe)[1] is gradients
+    after = gradients(inputs)[1].clone()
+    world.down = first
+    world.to_train(recipe)
+    assert torch.equal(gradients(inputs)[1], before) and not torch.allclose(after, before)

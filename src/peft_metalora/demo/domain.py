@@ -23,31 +23,18 @@ from .render import render
 from .scoring import PROMPTS
 
 
-class Domain(ABC):
-    """Who can be shown, in which scenes, and in what words.
+class Drawn(ABC):
+    """Who can be shown, in which scenes, and in what words: what bases, Downs and encoders learn from.
 
     An identity is a row of numbers. Scenes are an object that holds n of them, is indexed by a slice or a tensor, and
     moves with `to(device)`.
 
-    Args:
-        assets: folder of the networks.
-
     Class attributes:
-        name: of the domain. labels: what a caption may ask for, with the values of each.
-        vocabulary: every word of captions. prompts: what methods are judged on.
-        backdrop: the label that half of the prompts leave open, to see whether it is copied from the reference.
-        content: the label that says what is drawn of a person, if another photo shows something else of them.
+        name: of what is drawn. vocabulary: every word of captions.
     """
 
     name: ClassVar[str]
-    labels: ClassVar[Mapping[str, tuple[str, ...]]]
     vocabulary: ClassVar[tuple[str, ...]]
-    prompts: ClassVar[tuple[str, ...]]
-    backdrop: ClassVar[str]
-    content: ClassVar[str | None] = None
-
-    def __init__(self, assets: Path) -> None:
-        self.assets = assets
 
     @abstractmethod
     def sample_identities(self, n: int, generator: torch.Generator, split: str = "base") -> Tensor:
@@ -56,10 +43,6 @@ class Domain(ABC):
     @abstractmethod
     def subject_identities(self, split: str, count: int) -> Tensor:
         """The first `count` subjects of a split, (count, numbers) on the CPU; as many as there are at the most."""
-
-    def distinct_identities(self, n: int, generator: torch.Generator) -> Tensor:
-        """Identities (at most n, numbers) of `base` that a judge can tell apart, on the generator's device."""
-        return self.sample_identities(n, generator)
 
     @abstractmethod
     def sample_scenes(self, identities: Tensor, generator: torch.Generator, reference: bool = False) -> Any:
@@ -78,20 +61,8 @@ class Domain(ABC):
         """Draw identities in scenes: (n, 3, 64, 64) in [0, 1]."""
 
     @abstractmethod
-    def scene_labels(self, scenes: Any) -> dict[str, Tensor]:
-        """Of each label the indices (n,) into its values."""
-
-    @abstractmethod
     def captions(self, scenes: Any, generator: torch.Generator | None = None, drop: float = 0.0) -> list[str]:
         """A caption for each scene, each clause left out with probability `drop`."""
-
-    @abstractmethod
-    def parse_caption(self, text: str) -> dict[str, str]:
-        """The labels that a caption asks for."""
-
-    @abstractmethod
-    def write_dataset(self, folder: Path, split: str, count: int, photos: int) -> Path:
-        """Write `photos` photos of each of `count` subjects, the first of each the reference."""
 
     def random_renders(
         self, n: int, generator: torch.Generator, identities: Tensor | None = None
@@ -102,14 +73,47 @@ class Domain(ABC):
         scenes = self.sample_scenes(identities, generator)
         return identities, scenes, self.render(identities, scenes)
 
-    @property
-    def base_folder(self) -> Path:
-        """The base that draws this domain, where the package has one."""
-        return self.assets / "base"
+
+class Domain(Drawn):
+    """What is drawn, with the networks that draw and judge it.
+
+    Args:
+        assets: folder of the networks. base_folder: the base that draws the domain, if it is not that of `assets`.
+
+    Class attributes:
+        labels: what a caption may ask for, with the values of each. prompts: what methods are judged on.
+        backdrop: the label that half of the prompts leave open, to see whether it is copied from the reference.
+        content: the label that says what is drawn of a person, if another photo shows something else of them.
+    """
+
+    labels: ClassVar[Mapping[str, tuple[str, ...]]]
+    prompts: ClassVar[tuple[str, ...]]
+    backdrop: ClassVar[str]
+    content: ClassVar[str | None] = None
+
+    def __init__(self, assets: Path, base_folder: Path | None = None) -> None:
+        self.assets = assets
+        self.base_folder = base_folder or assets / "base"
+
+    def distinct_identities(self, n: int, generator: torch.Generator) -> Tensor:
+        """Identities (at most n, numbers) of `base` that a judge can tell apart, on the generator's device."""
+        return self.sample_identities(n, generator)
+
+    @abstractmethod
+    def scene_labels(self, scenes: Any) -> dict[str, Tensor]:
+        """Of each label the indices (n,) into its values."""
+
+    @abstractmethod
+    def parse_caption(self, text: str) -> dict[str, str]:
+        """The labels that a caption asks for."""
+
+    @abstractmethod
+    def write_dataset(self, folder: Path, split: str, count: int, photos: int) -> Path:
+        """Write `photos` photos of each of `count` subjects, the first of each the reference."""
 
     @property
     def down_folder(self) -> Path:
-        """Its Down, likewise."""
+        """The Down of the domain's own base, where the package has one."""
         return self.assets / "down"
 
     def load_base(self) -> FluxPipeline:

@@ -34,7 +34,7 @@ from ..training.examples.batches import Examples
 from ..training.examples.encoding import encode_captions
 from ..training.stage_1 import MetaTraining
 from ..training.stage_settings import MetaTrainConfig
-from .domain import FACES, Domain, Faces
+from .domain import FACES, Domain, Drawn, Faces
 from .embedded import BASE_NAME, MAX_SEQUENCE_LENGTH, RESOLUTION, build_pipeline, build_vae, load_base
 from .judges import FaceEmbedder, SceneJudge, adherence
 
@@ -97,7 +97,7 @@ def train_judge(steps: int, device: torch.device, batch: int = 768, domain: Doma
 
 
 def train_vae(
-    steps: int, device: torch.device, pool: int = 131_072, batch: int = 192, domain: Domain = FACES
+    steps: int, device: torch.device, pool: int = 131_072, batch: int = 192, domain: Drawn = FACES
 ) -> AutoencoderKL:
     """Autoencoder by L1 on pixels and on their differences, with a weak KL term; then its scale and shift are set."""
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def train_base(
     device: torch.device,
     pool: int,
     batch: int,
-    domain: Domain = FACES,
+    domain: Drawn = FACES,
     start_base: Path | None = None,
 ) -> FluxPipeline:
     """Transformer and text encoders, together, by rectified flow as FLUX and SD3 train (arXiv 2403.03206, section 3).
@@ -197,24 +197,36 @@ def train_base(
     return pipe
 
 
+def save_base(pipe: FluxPipeline, folder: Path) -> None:
+    """Write a trained base, its autoencoder and transformer in float16."""
+    pipe.to("cpu")
+    # Text encoders stay float32: `FluxPipeline.from_pretrained(folder)` without a dtype loads transformers' models
+    # as they are stored and diffusers' models as float32, and the two must agree.
+    pipe.vae.half()
+    pipe.transformer.half()
+    pipe.save_pretrained(folder)
+    _name_as_published(folder / "text_encoder" / "model.safetensors")
+
+
 def train_down(
+    base_folder: Path,
     output: Path,
     seconds: float,
     device: torch.device,
     count: int = _META_PEOPLE,
     images: int = 8,
-    domain: Domain = FACES,
+    domain: Drawn = FACES,
     steps: int = _DOWN_STEPS,
     shift: float = 1.0,
 ) -> None:
-    """Stage 1 on `count` people of the `meta` split, `images` renders of each; writes `down`.
+    """Stage 1 on `count` people of the `meta` split, `images` renders of each; writes the folder `output`.
 
     The settings are those that `metalora meta-train` takes; only the files in between are left out.
 
     Args:
         shift: of the noise levels of training, t' = s t / (1 + (s - 1) t).
     """
-    base = base_for(load_base(output / "base"))
+    base = base_for(load_base(base_folder))
     base.pipeline.scheduler.register_to_config(shift=shift)
     base.place(device, encoders=True)
     people = domain.subject_identities("meta", count)
@@ -229,8 +241,8 @@ def train_down(
         subject=torch.arange(len(people)).repeat_interleave(images),
     )
     config = MetaTrainConfig(
-        pretrained_model_name_or_path=str(output / "base"),
-        output_dir=str(output / "down"),
+        pretrained_model_name_or_path=str(base_folder),
+        output_dir=str(output),
         resolution=RESOLUTION,
         rank=4,
         meta_rank=64,
@@ -249,7 +261,7 @@ def train_down(
             print(f"stage 1: stopped by the clock after {step.number} steps")
             break
     print(f"stage 1: loss {sum(run.losses[:50]) / 50:.4f} at first, {sum(run.losses[-50:]) / 50:.4f} at last")
-    run.finish().save(str(output / "down"), base_model=BASE_NAME)
+    run.finish().save(str(output), base_model=BASE_NAME)
 
 
 @torch.inference_mode()
@@ -314,14 +326,12 @@ def report(output: Path, device: torch.device, samples: int = 256, domain: Domai
     return figures
 
 
-def _in_chunks(
-    people: Tensor, generator: torch.Generator, domain: Domain, size: int = 1000
-) -> tuple[list[Any], Tensor]:
+def _in_chunks(people: Tensor, generator: torch.Generator, domain: Drawn, size: int = 1000) -> tuple[list[Any], Tensor]:
     parts = [domain.random_renders(len(chunk), generator, chunk) for chunk in people.split(size)]
     return [part[1] for part in parts], torch.cat([part[2] for part in parts])
 
 
-def _latent_pool(pipe: FluxPipeline, size: int, generator: torch.Generator, domain: Domain) -> tuple[Tensor, Tensor]:
+def _latent_pool(pipe: FluxPipeline, size: int, generator: torch.Generator, domain: Drawn) -> tuple[Tensor, Tensor]:
     """Rendered, encoded and packed images (size, 64, 32) in float16, and their captions' ids (size, 24)."""
     device = generator.device
     words = torch.Generator().manual_seed(1_000_005)
@@ -416,6 +426,13 @@ def _half(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.half().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
+def set_backends() -> None:
+    """What every job here wants of a GPU."""
+    # cuDNN's attention crashed in its backward pass on these shapes (torch 2.11, H100).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
     """Run one job, with the arguments of the command line.
 
@@ -438,9 +455,7 @@ def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    # cuDNN's attention crashed in its backward pass on these shapes (torch 2.11, H100).
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_tf32 = True
+    set_backends()
     args.output.mkdir(parents=True, exist_ok=True)
     domain = domain or Faces(args.output)
     start = time.perf_counter()
@@ -454,16 +469,18 @@ def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
         )
     elif args.job == "base":
         vae = AutoencoderKL.from_pretrained(args.output / "vae", dtype=torch.float32).to(device)
-        pipe = train_base(vae, args.seconds, device, args.pool, args.batch, domain, args.start).to("cpu")
-        # Text encoders stay float32: `FluxPipeline.from_pretrained(folder)` without a dtype loads transformers' models
-        # as they are stored and diffusers' models as float32, and the two must agree.
-        pipe.vae.half()
-        pipe.transformer.half()
-        pipe.save_pretrained(args.output / "base")
-        _name_as_published(args.output / "base" / "text_encoder" / "model.safetensors")
+        pipe = train_base(vae, args.seconds, device, args.pool, args.batch, domain, args.start)
+        save_base(pipe, args.output / "base")
     elif args.job == "down":
         train_down(
-            args.output, args.seconds, device, args.people, domain=domain, steps=args.down_steps, shift=args.shift
+            args.output / "base",
+            args.output / "down",
+            args.seconds,
+            device,
+            args.people,
+            domain=domain,
+            steps=args.down_steps,
+            shift=args.shift,
         )
     elif args.job == "report":
         figures = report(args.output, device, domain=domain)
