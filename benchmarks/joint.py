@@ -55,7 +55,7 @@ TUNED = "100"  # steps after which tuned people are compared, as on faces
 # Seconds on an H100 or H200 that a job needs, and, of those that train by the clock, what else they do.
 _TO_START = 15
 _VAE, _REPORT, _DOWN = 150, 45, {FACES: 90, TYPEFACES: 90, BOTH: 150}
-_LEAST_BASE, _BESIDE_BASE = 330, 95
+_LEAST_BASE, _BESIDE_BASE = 330, 30
 _TUNING, _JUDGING = 75, 18
 
 
@@ -145,6 +145,7 @@ def halves_of(assets: Path, output: Path, sizes: Sizes, device: torch.device) ->
 
 def train(job: str, args: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:
     """One of the networks: `vae`, `first` and `base`, `report`, or `down-` and what it is over."""
+    clock = time.perf_counter()
     make_base.set_backends()
     output, halves = args.output, halves_of(args.assets, args.output, sizes, device)
     drawn = {**halves, BOTH: Both(list(halves.values()))}
@@ -153,7 +154,7 @@ def train(job: str, args: argparse.Namespace, sizes: Sizes, device: torch.device
     elif job in ("first", "base"):
         vae = AutoencoderKL.from_pretrained(output / "vae", dtype=torch.float32).to(device)
         start = output / "first" if job == "base" and (output / "first.done").exists() else None
-        pipe = make_base.train_base(vae, args.seconds, device, sizes.pool, sizes.batch, drawn[BOTH], start)
+        pipe = make_base.train_base(vae, args.seconds, device, sizes.pool, sizes.batch, drawn[BOTH], start, clock)
         make_base.save_base(pipe, output / job)
     elif job == "report":
         for name, half in halves.items():
@@ -356,7 +357,9 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, required=True, help="folder of typefaces")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1200, help="of `run`: everything has ended by then")
-    parser.add_argument("--base-seconds", type=float, default=430, help="at most, each time the base is trained")
+    parser.add_argument(
+        "--base-seconds", type=float, default=430, help="at most, each time the base is trained, from rendering on"
+    )
     parser.add_argument("--once", action="store_true", help="train the base once; it does not go on in a later run")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="everything once, as small as it gets, on a CPU")

@@ -15,6 +15,7 @@ from jobs import Task
 
 HERE = Path(__file__).resolve().parent
 _TO_START = 15  # until a worker's clock runs
+_SHORTEST = 130  # seconds that a worker needs for anything
 _SHEET = 40  # seconds that the specimen takes
 _DOWN_STEPS = 3000
 _SHIFT = 4  # of the noise levels of training, as `domains.py` says why; rivals choose between it and none
@@ -55,8 +56,9 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         networks.append(train("report", ["base", "embedder", "judge"], "", "", 30))
     convergence = [sys.executable, str(HERE.parent / "convergence.py")]
     ready = done("down", "embedder", "judge", "second")
+    least, options = 0 if args.tiny else _SHORTEST, partial(_worker, args)
     workers = [
-        Task(f"worker {number}", convergence, output / f"worker-{number}", ready, options=partial(_worker, args))
+        Task(f"worker {number}", convergence, output / f"worker-{number}", ready, seconds=least, options=options)
         for number in range(args.gpus)
     ]
     draw = [*python, "specimen", "--assets", str(assets), "--output", str(output), "--fonts", "1" if args.tiny else "3"]

@@ -131,6 +131,7 @@ def train_base(
     batch: int,
     domain: Drawn = FACES,
     start_base: Path | None = None,
+    clock: float | None = None,
 ) -> FluxPipeline:
     """Transformer and text encoders, together, by rectified flow as FLUX and SD3 train (arXiv 2403.03206, section 3).
 
@@ -138,6 +139,7 @@ def train_base(
         seconds: how long to train, compilation included; the learning rate follows the clock.
         pool: images rendered beforehand, every one of another person; steps draw from them.
         start_base: a base of this domain and autoencoder to go on from; None: random weights.
+        clock: `time.perf_counter()` from which `seconds` count; None: from when everything is rendered.
     """
     pipe = load_base(start_base) if start_base else build_pipeline(seed=0, vocabulary=domain.vocabulary)
     pipe.register_modules(vae=vae)
@@ -171,7 +173,7 @@ def train_base(
     if device.type == "cuda":
         # Launching the small kernels one by one takes longer than running them: graphs replay them at once.
         loss_of = torch.compile(loss_of, mode="reduce-overhead")
-    start, done, step = time.perf_counter(), 0.0, 0
+    start, done, step = clock or time.perf_counter(), 0.0, 0
     with tqdm(desc="base model", mininterval=20) as bar:
         while done < 1:
             torch.compiler.cudagraph_mark_step_begin()
