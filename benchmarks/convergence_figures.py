@@ -244,7 +244,8 @@ def _of_rivals(files: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) ->
     if loras:
         top = max(loras, key=value)
         figures["lora_r1_best_r_facesim"] = interval(cells[top]["r_facesim"])
-        figures["lora_r1_steps_to_95_percent"] = min(int(cell[1]) for cell in loras if value(cell) >= 0.95 * value(top))
+        enough = value(top) - 0.05 * abs(value(top))
+        figures["lora_r1_steps_to_95_percent"] = min(int(cell[1]) for cell in loras if value(cell) >= enough)
     main = of_seeds(files, "main")
     if main:
         figures["encoder_minus_best_rival"] = paired(main["r_facesim"], cells[best]["r_facesim"])

@@ -62,7 +62,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         for number in range(args.gpus)
     ]
     draw = [*python, "specimen", "--assets", str(assets), "--output", str(output), "--fonts", "1" if args.tiny else "3"]
-    needs = [output / "main-0.json", output / "rivals-lora_r1.json"]
+    needs = [output / "main-0.json", output / "main-0", output / "rivals-lora_r1.json"]
     sheet = Task("specimen", draw, output / "specimen.png", needs, shares=True, seconds=0 if args.tiny else _SHEET)
     return [*networks, *workers, sheet]
 

@@ -91,6 +91,14 @@ def test_rivals_count_at_their_best_step(figures: ModuleType, tmp_path: Path) ->
     assert found["lora_r1_best_r_facesim"]["value"] == 0.6 and found["lora_r1_steps_to_95_percent"] == 50
 
 
+def test_rivals_that_get_no_nearer_than_a_stranger_have_a_best_step_too(figures: ModuleType, tmp_path: Path) -> None:
+    """Bug: no figures at all where the best score was below 0."""
+    curve = {"25": scores(-0.1, -0.1), "50": scores(-0.2, -0.2)}
+    data = {**ORIGIN, "noises": 1, "methods": {"lora_r1": {"curve": curve}}}
+    (tmp_path / "rivals-lora_r1.json").write_text(json.dumps(data))
+    assert figures.summarise(tmp_path)["figures"]["lora_r1_steps_to_95_percent"] == 25
+
+
 def test_curves_are_of_runs_that_ended(figures: ModuleType, tmp_path: Path) -> None:
     recipe = {"k": 128, "people": 4096, "seed": 0}
     recipe_file(tmp_path, "people-64", [0.2, 0.4], images=1_152_000)
