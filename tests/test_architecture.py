@@ -19,7 +19,6 @@ from types import ModuleType
 import pytest
 
 import peft_metalora
-from peft_metalora import tuner
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "peft_metalora"
@@ -222,14 +221,6 @@ def public(module: ModuleType) -> set[str]:
     }
 
 
-# The top level of the first version that had one.
-OLD_NAMES = """DownSource MetaLoraConfig MetaLoraError MetaLoraModel MetaTrainConfig PersonalizeConfig __version__
-add_weighted_subject checkpoint data demo down_state enable_meta_lora errors export_subject fingerprint fold hub
-init_down_from_data load_down load_subject lora_plus_groups meta_train metrics personalize pipelines project pull
-push_down push_subject reset_slots save_down save_subject set_merge_backup set_subjects set_warmup subject_state
-subjects to_lora training tuner unfold write_subject"""
-
-
 class TestPublicNames:
     def test_every_name_is_there(self) -> None:
         for name in peft_metalora.__all__:
@@ -242,22 +233,6 @@ class TestPublicNames:
         assert public(peft_metalora) <= set(peft_metalora.__all__)
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             peft_metalora.nothing  # noqa: B018
-
-    # The tables themselves, so that no old name is forgotten here.
-    @pytest.mark.parametrize(("old", "new"), [*peft_metalora._MOVED.items(), *tuner._RENAMED.items()])
-    def test_old_names_work_and_say_the_new_one(self, old: str, new: str) -> None:
-        """Bug: a public name that moved or was renamed and is no longer found."""
-        for module in [peft_metalora, *([tuner] if old in tuner._RENAMED else [])]:
-            with pytest.warns(DeprecationWarning, match=rf"{old} is now .*{new}"):
-                found = getattr(module, old)
-            assert found is getattr(tuner, new.rpartition(".")[2])
-            assert old not in module.__all__
-
-    def test_old_imports_of_all_that_was_public_still_work(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            for name in OLD_NAMES.split():
-                assert getattr(peft_metalora, name) is not None, name
 
     def test_a_star_import_is_silent(self) -> None:
         with warnings.catch_warnings():
@@ -298,30 +273,6 @@ class TestNames:
         text = '"""metalora_up"""\na = f"{b}.metalora_mid" + c["metalora_down"]\nlayer.metalora_up\n'
         assert sorted(self.spelt_out(text)) == [".metalora_mid", "metalora_down"]
         assert len(self.spelt_out(NAMES_OF_FACTORS.read_text(encoding="utf-8"))) == 5
-
-
-class TestOldModules:
-    @pytest.mark.parametrize("old", sorted(peft_metalora._OLD_MODULES))
-    def test_they_are_found_and_say_where_they_are(self, old: str) -> None:
-        """Bug: an import by the path that a public name had before the rooms is no longer found."""
-        sys.modules.pop(f"peft_metalora.{old}", None)
-        with pytest.warns(DeprecationWarning, match=f"is now peft_metalora.{peft_metalora._OLD_MODULES[old]}"):
-            module = importlib.import_module(f"peft_metalora.{old}")
-        assert module is importlib.import_module(f"peft_metalora.{peft_metalora._OLD_MODULES[old]}")
-
-    def test_an_old_path_hides_no_function_of_its_name(self) -> None:
-        """Bug: once `tuner.subjects` was imported as a module, the function of that name was gone."""
-        sys.modules.pop("peft_metalora.tuner.subjects", None)
-        with pytest.warns(DeprecationWarning):
-            importlib.import_module("peft_metalora.tuner.subjects")
-        with pytest.warns(DeprecationWarning, match="is now using_slots"):
-            assert tuner.subjects is tuner.using_slots
-
-    def test_a_file_of_a_room_that_moved_is_the_same_file(self) -> None:
-        sys.modules.pop("peft_metalora.training.bases.flux1", None)
-        with pytest.warns(DeprecationWarning):
-            old = importlib.import_module("peft_metalora.training.bases.flux1")
-        assert old is importlib.import_module("peft_metalora.bases.flux1")
 
 
 class TestFiles:

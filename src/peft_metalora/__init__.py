@@ -9,9 +9,7 @@ when they are used.
 from __future__ import annotations
 
 import importlib.abc
-import importlib.machinery
 import sys
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -76,17 +74,6 @@ _LAZY = {
     "write_subject": "tuner",
 }
 
-# What only a trainer's author needs left the top level, and what took numbers for subjects is named so.
-_MOVED = {
-    "init_down_from_data": "tuner.init_down_from_data",
-    "lora_plus_groups": "tuner.lora_plus_groups",
-    "reset_slots": "tuner.reset_slots",
-    "set_merge_backup": "tuner.set_merge_backup",
-    "set_subjects": "set_slots",
-    "set_warmup": "tuner.set_warmup",
-    "subjects": "using_slots",
-}
-
 __all__ = [
     "DownResult",
     "DownSource",
@@ -139,9 +126,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MOVED:
-        warnings.warn(f"peft_metalora.{name} is now peft_metalora.{_MOVED[name]}", DeprecationWarning, stacklevel=2)
-        return getattr(importlib.import_module(".tuner", __name__), _MOVED[name].rpartition(".")[2])
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not _LAZY[name]:
@@ -167,78 +151,6 @@ def _check_files(config: MetaLoraConfig, model: nn.Module) -> None:
     from .hub.loading import check_origin
 
     check_origin(config, model)
-
-
-# Modules that moved, for imports by their old names.
-_OLD_MODULES = {
-    "base_model": "checkpoint.base_model",
-    "cards": "hub.cards",
-    "config_file": "checkpoint.config_file",
-    "demo.base": "demo.embedded",
-    "demo.shapes": "demo.drawing",
-    "denoiser": "pipelines.denoiser",
-    "evaluation.batched": "training.engine.stacked",
-    "evaluation.degrade": "data.degrade",
-    "evaluation.settings": "evaluation.evaluation_settings",
-    "export": "lora.export",
-    "factors": "checkpoint.factors",
-    "foreign_names": "lora.original_names",
-    "injection": "tuner.placing",
-    "metrics.faces": "metrics.detectors",
-    "per_sample": "pipelines.calling",
-    "pipelines.loading": "pipelines.loader",
-    "projection": "lora.projection",
-    "publish": "hub.publishing",
-    "regions": "pipelines.regions",
-    "slots": "pipelines.table",
-    "training.adapters": "training.injecting",
-    "training.bases": "bases",
-    "training.batches": "training.examples.batches",
-    "training.cache": "training.examples.cache",
-    "training.compiling": "training.engine.compiling",
-    "training.down_validation": "training.watching.of_a_down",
-    "training.examples.face_crop": "metrics.face_crop",
-    "training.face_crop": "metrics.face_crop",
-    "training.fresh": "training.examples.fresh",
-    "training.hub_dataset": "training.examples.hub_dataset",
-    "training.loop": "training.engine.loop",
-    "training.meta_training": "training.stage_1",
-    "training.personalization": "training.stage_2",
-    "training.processes": "training.engine.processes",
-    "training.sampler": "training.engine.sampler",
-    "training.settings": "training.stage_settings",
-    "training.shapes": "training.examples.shapes",
-    "training.sharding": "training.engine.sharding",
-    "training.slots": "training.engine.slot_optimizer",
-    "training.sources": "training.examples.sources",
-    "training.state": "training.engine.state",
-    "training.tracking": "training.watching.tracking",
-    "training.validation": "training.watching.of_a_subject",
-    "training.views": "training.examples.views",
-    "tuner.bases": "tuner.base_layers",
-    "tuner.plan": "tuner.adding",
-    "tuner.slots": "tuner.functional",
-    "tuner.subjects": "tuner.functional",
-}
-
-
-class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives a module under the name that it had."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        found = self._now(fullname)
-        return None if found is None else importlib.machinery.ModuleSpec(fullname, self)
-
-    def exec_module(self, module: ModuleType) -> None:
-        new = self._now(module.__name__)
-        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
-        sys.modules[module.__name__] = importlib.import_module(str(new))
-
-    @staticmethod
-    def _now(fullname: str) -> str | None:
-        _, _, inside = fullname.partition(f"{__name__}.")
-        old = next((old for old in _OLD_MODULES if inside == old or inside.startswith(f"{old}.")), None)
-        return None if old is None else f"{__name__}.{_OLD_MODULES[old]}{inside.removeprefix(old)}"
 
 
 class _After(importlib.abc.MetaPathFinder):
@@ -284,6 +196,5 @@ def _register() -> None:
         importlib.import_module(".tuner", __name__)
 
 
-sys.meta_path.insert(0, _OldModules())
 _after(f"{__name__}.tuner", _fill_hooks)
 _after("peft", _register)

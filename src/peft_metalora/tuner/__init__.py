@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PEFT tuner: configuration, layers, model and their registration with PEFT. torch and peft only."""
 
-import sys
-import warnings
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
 from . import convert, model, registration
 from .combine import add_weighted_subject
 from .config import MetaLoraConfig
@@ -63,23 +58,3 @@ __all__ = [
 registration.register(MetaLoraConfig, MetaLoraModel)
 registration.register_mixed(MetaLoraConfig, MetaLoraLayer, model.inject_all_or_nothing, model.replace_target)
 convert.register_lora_conversion()
-
-_RENAMED = {"set_subjects": "set_slots", "subjects": "using_slots"}
-
-
-class _Module(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A module was called `subjects`, too; whoever imports it by its old path must not lose the function.
-        if name not in _RENAMED:
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Module
-
-if not TYPE_CHECKING:  # a type checker would take any name for one that is here
-
-    def __getattr__(name: str) -> Any:
-        if name not in _RENAMED:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        warnings.warn(f"{name} is now {_RENAMED[name]}: it takes slots, which are numbers", DeprecationWarning, 2)
-        return globals()[_RENAMED[name]]
