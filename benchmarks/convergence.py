@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from convergence_figures import summarise
 from domains import DOMAINS, Setting
-from encoder_world import Known, Recipe, World, set_noise_shift
+from encoder_world import Known, Recipe, World
 from known_truth import FIT_STEPS, same_scenes
 from origin import origin
 from PIL import Image
@@ -256,7 +256,7 @@ def other_photos(world: World) -> Examples:
 def fitted(world: World, trained: Trained) -> Tensor:
     """A ceiling of the space: subjects whose codes were fitted to the other photos of the test people by gradient."""
     args, photos, examples = world.args, world.known().photos, other_photos(world)
-    set_noise_shift(world.base, trained.recipe.shift)
+    world.base.shift = trained.recipe.shift
     count = len(photos)
     positions = torch.stack(examples.by_subject()).to(world.device)
     stack = world.put(world.base, trained.recipe, count)
@@ -363,7 +363,7 @@ def read(world: World, trained: Trained, people: Known) -> Tensor:
 def tuning(world: World, trained: Trained, people: Known, rates: Sequence[float], seeds: int) -> dict[str, Any]:
     """Stage 2 from the read start, at every rate and with the noise of every seed, after each number of steps."""
     args, start = world.args, read(world, trained, people)
-    set_noise_shift(world.base, trained.recipe.shift)
+    world.base.shift = trained.recipe.shift
     each = len(rates) * seeds
     rows = len(start) * each
     stack = world.put(world.base, trained.recipe, rows)
@@ -427,7 +427,7 @@ def rival(world: World, name: str) -> dict[str, Any]:
         at = [length] if length else args.rival_steps
         tried: dict[tuple[float, str], dict[str, Any]] = {}
         for shift in shifts:
-            set_noise_shift(world.base, shift)
+            world.base.shift = shift
             if shift not in starts:
                 starts[shift] = mean_lora_start(world) if name == "mean_lora" else None
             found = _rival(world, tune, name, METHODS[name].rates, at, length, [0], starts[shift])
@@ -435,7 +435,7 @@ def rival(world: World, name: str) -> dict[str, Any]:
         best = max(tried, key=lambda key: max(interval(one["r_facesim"])["value"] for one in tried[key].values()))
         shift, rate = best
         shifts = [shift]
-        set_noise_shift(world.base, shift)
+        world.base.shift = shift
         label = f"{name}, decay over {length}" if length else name
         seeds = list(range(args.seeds))
         result[label] = {
@@ -452,7 +452,7 @@ def rival(world: World, name: str) -> dict[str, Any]:
         if name == "lora_r1" and not length and args.truth:
             marked = world.known("marked")
             result[label]["marked"] = _rival(world, marked, name, [float(rate)], at, length, [0], starts[shift])[rate]
-    set_noise_shift(world.base, 1.0)
+    world.base.shift = 1.0
     return result
 
 

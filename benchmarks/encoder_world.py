@@ -381,7 +381,7 @@ class World(Bench):
         for old, new in zip(_downs(self.train_base), downs, strict=True):
             old.copy_(new)
         stack.values.copy_(start.expand_as(stack.values))
-        set_noise_shift(self.train_base, recipe.shift)
+        self.train_base.shift = recipe.shift
         return stack, gradients
 
     def ready_to_train(self, recipe: Recipe) -> bool:
@@ -405,11 +405,6 @@ class World(Bench):
         """As the bench clears."""
         super().clear()
         self.take_off(self.base)
-
-
-def set_noise_shift(base: Base, shift: float) -> None:
-    """Train at other noise levels, t' = s t / (1 + (s - 1) t); pictures are drawn as ever."""
-    base.pipeline.scheduler.register_to_config(shift=shift)
 
 
 def _downs(base: Base) -> list[Tensor]:

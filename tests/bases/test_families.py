@@ -273,6 +273,18 @@ def test_times_are_drawn_where_the_family_has_noise_levels(base):
         assert times.min() > 0 and times.max() < 1
 
 
+def test_a_shift_draws_more_noise_of_every_family(base, monkeypatch):
+    latents = base.encode_images(torch.zeros(1, 3, 16, 16)).expand(1000, -1, -1, -1)
+
+    def drawn(shift: float) -> torch.Tensor:
+        monkeypatch.setattr(base, "shift", shift)
+        times = base.sample_times(latents, torch.Generator().manual_seed(0))
+        return times / 1000 if base.denoiser_name == "unet" else times
+
+    t = drawn(1.0)
+    assert torch.allclose(drawn(4.0), 4 * t / (1 + 3 * t), atol=4.1e-3 if base.denoiser_name == "unet" else 1e-6)
+
+
 def test_default_targets_are_the_linears_that_work_on_tokens(base):
     linears = {name for name, module in base.denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
     adapted = {name for name in linears if re.fullmatch(base.target_modules, name)}

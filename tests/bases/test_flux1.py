@@ -94,6 +94,18 @@ def test_times_are_shifted_as_the_scheduler_shifts():
     assert uniform.std().item() == pytest.approx(12**-0.5, abs=0.01)
 
 
+def test_a_shift_that_is_asked_for_draws_what_a_scheduler_of_that_shift_would():
+    """It stood in two scripts, which wrote it into the scheduler that also draws."""
+    latents = torch.zeros(100, 4, 16, 16)
+    asked, of_the_scheduler = base_for(tiny_flux_pipeline(), shift=4.0), base_for(tiny_flux_pipeline())
+    of_the_scheduler.pipeline.scheduler.register_to_config(shift=4.0)
+    drawn = [one.sample_times(latents, torch.Generator().manual_seed(0)) for one in (asked, of_the_scheduler)]
+    assert torch.equal(*drawn)
+    assert asked.pipeline.scheduler.config.shift == 1.0
+    asked.pipeline.scheduler.register_to_config(use_dynamic_shifting=True)
+    assert torch.equal(asked.sample_times(latents, torch.Generator().manual_seed(0)), drawn[0])
+
+
 def test_default_targets_are_the_linears_of_the_blocks(base):
     names = {
         name

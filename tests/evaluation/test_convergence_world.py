@@ -42,11 +42,11 @@ def test_training_draws_more_noise_and_pictures_are_drawn_as_ever(world):
     scheduler = base.pipeline.scheduler
     scheduler.set_timesteps(4)
     before, drawn = median(), scheduler.sigmas.tolist()
-    encoder_world.set_noise_shift(base, 4.0)
+    base.shift = 4.0
     scheduler.set_timesteps(4)
     assert median() == pytest.approx(4 * before / (1 + 3 * before), abs=1e-3)
     assert scheduler.sigmas.tolist() == drawn
-    encoder_world.set_noise_shift(base, 1.0)
+    base.shift = None
 
 
 def test_recipes_of_one_shape_share_what_was_compiled_and_each_starts_anew(world):
@@ -59,7 +59,7 @@ def test_recipes_of_one_shape_share_what_was_compiled_and_each_starts_anew(world
     assert world.ready_to_train(second)
     again, same = world.to_train(second)
     assert same is gradients and torch.equal(again.values, start)
-    assert world.train_base.pipeline.scheduler.config.shift == 4.0
+    assert world.train_base.shift == 4.0
     assert not world.ready_to_train(encoder_world.Recipe("third", rows=2, r=1))
     assert world.to_train(encoder_world.Recipe("third", rows=2, r=1))[0].values.shape[1] < start.shape[1]
 

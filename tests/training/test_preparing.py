@@ -31,10 +31,12 @@ def test_never_all_of_a_base_is_loaded_at_once(place, tmp_path, monkeypatch):
     monkeypatch.setattr(Parts, "bring", watch)
     settings = {"pretrained_model_name_or_path": str(place / "base"), "output_dir": str(tmp_path)}
     subjects = read_subjects(place / "people")
-    base, _, _, _ = prepare(personal_config(**settings), subjects, torch.device("cpu"), ALONE, None, progress=False)
+    config = personal_config(**settings, weighting_scheme="none", shift=4.0)
+    base, _, _, _ = prepare(config, subjects, torch.device("cpu"), ALONE, None, progress=False)
     assert {"vae", "text_encoder", "text_encoder_2"} in together and {"transformer"} in together
     assert not any(len(parts) > 3 for parts in together)
     assert not is_hull(base.denoiser)
+    assert (base.weighting_scheme, base.shift) == ("none", 4.0)
 
 
 class TestRefusedBeforeTheBaseIsLoaded:
@@ -67,6 +69,10 @@ class TestRefusedBeforeTheBaseIsLoaded:
         save_tiny_flux(tmp_path / "other", attention_head_dim=16)
         with pytest.raises(BaseModelMismatchError, match="expected a base model"):
             self.run(place, tmp_path, pretrained_model_name_or_path=str(tmp_path / "other"))
+
+    def test_a_shift_that_is_none(self, place, tmp_path):
+        with pytest.raises(ConfigError, match="shift must be above 0, found 0"):
+            self.run(place, tmp_path, shift=0.0)
 
     def test_a_resolution_that_does_not_fit(self, place, tmp_path):
         with pytest.raises(ConfigError, match="multiple of 8"):

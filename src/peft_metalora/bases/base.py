@@ -46,6 +46,8 @@ class Base(ABC):
         pipeline: a stock diffusers pipeline of this family; it is not changed.
         weighting_scheme: density of the noise levels, as diffusers' training scripts name it: 'logit_normal' (arXiv
             2403.03206, section 3.1), 'mode' (the same) or 'none' (uniform); None: the family's own.
+        shift: of the noise levels, as diffusers' flow schedulers name it: t' = s t / (1 + (s - 1) t), above 1 to more
+            noise; None: the family's own.
         max_sequence_length: tokens of a prompt; by default what the tokenizer allows, 512 at the most.
         parts: loads the models of a pipeline of hulls; None: they are all there.
 
@@ -72,11 +74,12 @@ class Base(ABC):
         pipeline: Any,
         *,
         weighting_scheme: str | None = None,
+        shift: float | None = None,
         max_sequence_length: int | None = None,
         parts: Parts | None = None,
     ) -> None:
         self.pipeline, self.parts = pipeline, parts
-        self.weighting_scheme = weighting_scheme or self.default_weighting
+        self.weighting_scheme, self.shift = weighting_scheme or self.default_weighting, shift
         self.stream: BlockStream | None = None
         self._visits: torch.device | None = None
         self._here: tuple[str, ...] = ()
@@ -318,8 +321,8 @@ class Base(ABC):
         return int((size if isinstance(size, int) else min(size)) * self.vae_scale_factor)
 
     def density(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n numbers in (0, 1) by the weighting scheme."""
-        return compute_density_for_timestep_sampling(
+        """Draw n numbers t in (0, 1) by the weighting scheme, and shift them."""
+        t = compute_density_for_timestep_sampling(
             self.weighting_scheme,
             latents.shape[0],
             logit_mean=0.0,
@@ -328,6 +331,12 @@ class Base(ABC):
             device=generator.device if generator is not None else latents.device,
             generator=generator,
         ).to(latents.device)
+        shift = self.time_shift(latents) if self.shift is None else self.shift
+        return shift * t / (1 + (shift - 1) * t)
+
+    def time_shift(self, latents: Tensor) -> float:
+        """s in t' = s t / (1 + (s - 1) t) where nobody asks for another: 1, none."""
+        return 1.0
 
     @abstractmethod
     def sample_times(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -388,16 +397,14 @@ class FlowBase(Base):
     """Rectified flow (arXiv 2403.03206, equations 1, 12 and 13): x_t = (1 - t) x_0 + t noise, v = noise - x_0."""
 
     def sample_times(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw t in (0, 1), shifted as the pipeline's own scheduler shifts it for images of this size.
+        """Draw t in (0, 1), shifted by `shift`, or as the pipeline's own scheduler shifts it for images of this size.
 
         The scheduler's shift (a constant, or one that grows with the number of tokens) says at which noise levels
         generation spends its steps; training draws them likewise.
         """
-        t, shift = self.density(latents, generator), self.time_shift(latents)
-        return shift * t / (1 + (shift - 1) * t)
+        return self.density(latents, generator)
 
     def time_shift(self, latents: Tensor) -> float:
-        """s in t' = s t / (1 + (s - 1) t)."""
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting", False):
             return float(config.get("shift", 1.0))

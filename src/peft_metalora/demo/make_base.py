@@ -219,17 +219,16 @@ def train_down(
     images: int = 8,
     domain: Drawn = FACES,
     steps: int = _DOWN_STEPS,
-    shift: float = 1.0,
+    shift: float | None = None,
 ) -> None:
     """Stage 1 on `count` people of the `meta` split, `images` renders of each; writes the folder `output`.
 
     The settings are those that `metalora meta-train` takes; only the files in between are left out.
 
     Args:
-        shift: of the noise levels of training, t' = s t / (1 + (s - 1) t).
+        shift: of the noise levels of training, as `metalora meta-train` takes it.
     """
-    base = base_for(load_base(base_folder))
-    base.pipeline.scheduler.register_to_config(shift=shift)
+    base = base_for(load_base(base_folder), shift=shift)
     base.place(device, encoders=True)
     people = domain.subject_identities("meta", count)
     generator = torch.Generator(device).manual_seed(1_000_006)
@@ -256,6 +255,7 @@ def train_down(
         subjects_per_batch=min(48, len(people)),
         images_per_subject=2,
         mixed_precision="no",
+        shift=shift,
     )
     run, start = MetaTraining(base, examples, config), time.perf_counter()
     for step in tqdm(run.steps(), total=config.max_train_steps, desc="stage 1", mininterval=10):
@@ -453,7 +453,7 @@ def main(argv: list[str] | None = None, domain: Domain | None = None) -> None:
     parser.add_argument("--people", type=int, default=_META_PEOPLE, help="in `down`")
     parser.add_argument("--start", type=Path, help="folder of a base that `base` goes on from")
     parser.add_argument("--down-steps", type=int, default=_DOWN_STEPS)
-    parser.add_argument("--shift", type=float, default=1.0, help="of the noise levels of `down`, above 1 to more noise")
+    parser.add_argument("--shift", type=float, help="of the noise levels of `down`, above 1 to more noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     device = torch.device(args.device)

@@ -175,6 +175,7 @@ def prepare(
         memory=config,
         generic=config.generic,
         weighting_scheme=config.weighting_scheme,
+        shift=config.shift,
         max_sequence_length=config.max_sequence_length,
     )
     shapes_of(base, config)

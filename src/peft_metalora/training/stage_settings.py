@@ -95,6 +95,11 @@ class TrainingConfig:
         None,
         choices=("logit_normal", "mode", "none"),
     )
+    shift: float | None = setting(
+        "Shift of the noise levels, t' = shift * t / (1 + (shift - 1) * t): above 1 to more noise. Default: as the "
+        "base's own scheduler draws, 1 for other models than rectified flow.",
+        None,
+    )
     max_sequence_length: int | None = setting(
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
     )
@@ -155,7 +160,7 @@ class TrainingConfig:
         return "resolution", "max_sequence_length", "gradient_accumulation_steps", *checkpoints
 
     def _positive(self) -> tuple[str, ...]:
-        return ("learning_rate",)
+        return "learning_rate", "shift"
 
     def _zero_or_more(self) -> tuple[str, ...]:
         return "lr_warmup_steps", "views_per_image", "face_margin"
