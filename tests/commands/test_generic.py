@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ZImageTransformer2DModel
 
 from peft_metalora import enable_meta_lora, load_down, load_subject
 from peft_metalora.bases import FAMILIES
+from peft_metalora.bases.parts import Parts
 from peft_metalora.checkpoint.config_file import read_config
 from peft_metalora.cli import main
+from peft_metalora.commands.serve import _checked
 from peft_metalora.errors import ConfigError
 from peft_metalora.evaluation.bench import Bench
 from peft_metalora.evaluation.evaluation_settings import EvaluateConfig
@@ -145,3 +148,31 @@ def test_a_run_goes_on_with_its_own_class_alone(home, tmp_path, capsys):
     assert metalora(*runs, "--resume_from_checkpoint", "checkpoint-1") == 2
     assert "expected the class of the base of the run that wrote" in capsys.readouterr().err
     assert metalora(*runs, "--resume_from_checkpoint", "checkpoint-1", *OWN) == 0
+
+
+@pytest.mark.parametrize(
+    "attribute, flags, message",
+    [
+        ("_supports_gradient_checkpointing", (), "--gradient_checkpointing needs a denoiser that can, found a ZImage"),
+        ("_repeated_blocks", ("--offload", "group"), "--offload 'group' needs a denoiser that names its blocks"),
+    ],
+)
+def test_what_a_denoiser_cannot_is_refused_before_weights_are_read(
+    attribute, flags, message, home, tmp_path, monkeypatch, capsys
+):
+    """Bug: a denoiser that computes nothing again was a traceback, and one of no named blocks was never streamed."""
+    monkeypatch.setattr(Parts, "bring", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(ZImageTransformer2DModel, attribute, [] if flags else False)
+    monkeypatch.setattr(ZImageTransformer2DModel, "_no_split_modules", [])
+    teach = "meta-train", "--pretrained_model_name_or_path", home / "base", "--train_data_dir", home / "people"
+    assert metalora(*teach, *SHORT, *OWN, "--gradient_checkpointing", *flags, "--output_dir", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_service_looks_at_the_class_before_ray_starts(home, tmp_path, monkeypatch):
+    """Its copies may run in other folders."""
+    monkeypatch.chdir(EXAMPLE.parent)
+    asked = {"people": str(tmp_path), "down": str(home / "own")}
+    assert _checked(ServeConfig(**asked, generic="z_image_base.py:ZImage")).generic == OWN[1]
+    with pytest.raises(ConfigError, match="No module named 'nobody_such'"):
+        _checked(ServeConfig(**asked, generic="nobody_such:Base"))

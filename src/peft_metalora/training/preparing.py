@@ -15,6 +15,7 @@ from ..bases import Base, open_base
 from ..bases.generic import named_class
 from ..bases.memory import COMPILED, CPU, DIVIDED, DRAWING, UNCHECKPOINTED, require_supported
 from ..bases.precision import choose_dtype
+from ..bases.streaming import blocks_of
 from ..checkpoint.artefacts import what_else
 from ..checkpoint.base_model import check_fits
 from ..data import Subject
@@ -125,6 +126,21 @@ def _check_photos(config: TrainingConfig, subjects: Sequence[Subject], held: Seq
             return
 
 
+def _check_denoiser(base: Base, config: TrainingConfig) -> None:
+    """Check that a denoiser, which may be one that no family knows, does what is asked of it.
+
+    Raises:
+        ConfigError: it does not compute blocks again, or names none that could be streamed.
+    """
+    kind = type(base.denoiser)
+    if config.gradient_checkpointing and not getattr(kind, "_supports_gradient_checkpointing", False):
+        raise ConfigError(f"gradient_checkpointing needs a denoiser that can, found a {kind.__name__}: leave it out")
+    if config.offload == "group" and not blocks_of(base.denoiser):
+        raise ConfigError(
+            f"offload 'group' needs a denoiser that names its blocks, found a {kind.__name__}: leave it out"
+        )
+
+
 def prepare(
     config: MetaTrainConfig | PersonalizeConfig | TrainEncoderConfig,
     subjects: Sequence[Subject],
@@ -150,8 +166,8 @@ def prepare(
         The base, its examples, what `encode_more` gave, and, if there are to be checkpoints, what all is made from.
 
     Raises:
-        As `require_supported`, `_check_photos`, `_check_helpers`, `open_base`, `check_fits`, `encode_subjects` and
-        `shard`.
+        As `require_supported`, `_check_photos`, `_check_helpers`, `open_base`, `_check_denoiser`, `check_fits`,
+        `encode_subjects` and `shard`.
     """
     whole = not wants_shards(processes, config)
     if not whole and config.mixed_precision == "fp16":
@@ -178,6 +194,7 @@ def prepare(
         shift=config.shift,
         max_sequence_length=config.max_sequence_length,
     )
+    _check_denoiser(base, config)
     shapes_of(base, config)
     if down is not None:
         check_fits(base.denoiser, down, name=str(getattr(config, "down", None) or "this Down"))
