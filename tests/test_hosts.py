@@ -90,6 +90,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("fd7e00a83b2f", "bases/streaming.py", "read where there are no _repeated_blocks"),
     "diffusers.models.modeling_utils.ModelMixin._repeated_blocks":
         ("d4d61900a9e2", "training/engine/compiling.py, bases/streaming.py", "read: what is compiled and streamed"),
+    "diffusers.models.modeling_utils.ModelMixin._supports_gradient_checkpointing":
+        ("1c6a51aca98e", "training/preparing.py", "whether a denoiser can compute its blocks again"),
     "diffusers.models.modeling_utils.ModelMixin.dtype":
         ("4caecec98547", "bases/base.py", "copied for speed"),
     "diffusers.models.transformers.transformer_z_image.SEQ_MULTI_OF":
