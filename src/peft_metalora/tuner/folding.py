@@ -90,7 +90,7 @@ class Foldable(BaseTunerLayer, nn.Module):
 
     def fold_of_slot(self, name: str, slot: int) -> Shown | None:
         """The fold for a batch that shows one subject alone, made if it is not there; None for what may train."""
-        mark = (*self._mark(name), name, slot, self.scaling[name], self.subject_index.factors)
+        mark = self._mark(name), name, slot, self.scaling[name], self.subject_index.factors
         known = self.shown_subject
         if known is not None and known.mark == mark:
             return known

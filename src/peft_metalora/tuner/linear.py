@@ -5,11 +5,11 @@ Four roads give the same numbers within rounding:
 
 - *fused* (fused.py), to train on a plain nn.Linear in the dtype of x, or in the one that autocast gives x: the
   adapter's product is added in place onto the base's, and one autograd node stands for both;
-- *in place*, for inference: the same sum without autograd, on quantised bases too;
+- *in place*, for inference: the same sum without autograd, on any base;
 - *pointwise*, under torch.compile without autograd and for a small rank: sums that the compiler melts into the
   operations before and after the layer;
-- *general*, for everything else: training on quantised bases, wrapped bases, hooks, several active adapters, DoRA,
-  dropout, a subject for each token, torch.func's transforms."""
+- *general*, for everything else: training on other bases or with hooks on them, several active adapters, DoRA, dropout,
+  a subject for each token, torch.func's transforms."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class Linear(MetaLoraLayer):
         base: Any = self._modules["base_layer"]
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         plain = type(base) is nn.Linear and type(weight) is nn.Parameter and weight.dtype == x.dtype
+        plain = plain and is_unhooked(base)
         if not torch.is_grad_enabled():
-            if plain or (gives_its_own(base) and not x.requires_grad):
-                return self._infer(x, given, name, plain)
-        elif plain and not weight.requires_grad and (bias is None or not bias.requires_grad):
+            return self._infer(x, given, name, plain)
+        if plain and not weight.requires_grad and (bias is None or not bias.requires_grad):
             return self._forward_fused(x, name)
         return super().forward(given)
 
@@ -69,13 +69,11 @@ class Linear(MetaLoraLayer):
         active = self._active_adapter if shown is None else shown
         modules: Any = self._modules
         name = active if type(active) is str else active[0] if len(active) == 1 else None
-        base: Any = modules["base_layer"]
         if (
             name not in self.scaling
             or name in modules[MAGNITUDE]._parameters
             or self._disable_adapters
             or x.dim() < 2
-            or not is_unhooked(base)
             or (self.training and name in modules["metalora_dropout"]._modules)
         ):
             return None
@@ -85,7 +83,7 @@ class Linear(MetaLoraLayer):
         """The base's product and, in place onto it, the adapter's; for one subject in few Python steps.
 
         Args:
-            x: in the dtype that products have. given: as it came, for a base that is no plain nn.Linear.
+            x: in the dtype that products have. given: as it came, for a base that is not fused.
         """
         base: Any = self._modules["base_layer"]
         index = self.subject_index
@@ -101,6 +99,8 @@ class Linear(MetaLoraLayer):
             return y
         if not y.is_contiguous() or not (plain or (y.dtype == x.dtype and type(y) is Tensor)):
             return self._add(y, y, given, name, self._chosen(given))
+        if not plain and not (is_unhooked(base) and gives_its_own(base)):
+            y = y.clone()  # somebody else may hold it
         shown = None if slot is None else self.fold_of_slot(name, slot)
         if shown is None or not x.is_contiguous():
             chosen = self._chosen(x)
