@@ -55,7 +55,7 @@ TUNED = "100"  # steps after which tuned people are compared, as on faces
 # Seconds on an H100 or H200 that a job needs, and, of those that train by the clock, what else they do.
 _TO_START = 15
 _VAE, _REPORT, _DOWN = 150, 45, {FACES: 90, TYPEFACES: 90, BOTH: 150}
-_LEAST_BASE, _BESIDE_BASE = 330, 30
+_LEAST_BASE, _BESIDE_BASE = 330, 45
 _TUNING, _JUDGING = 75, 18
 
 
@@ -221,13 +221,15 @@ class Worlds:
     def next_arm(self, last: str) -> Arm | None:
         """The first that nobody has taken and that can be done in time; those who were read last go first.
 
-        Waits where a Down is still being trained.
+        Waits where a Down is still being trained; controls wait for all that is needed.
         """
         while True:
             taken = {path.stem for suffix in ("json", "claim") for path in self.output.glob(f"*-on-*.{suffix}")}
             open_ = [arm for arm in ARMS if arm.name not in taken]
             fit = [arm for arm in open_ if self.expected(arm) < self.trainer.left]
-            for arm in sorted(fit, key=lambda arm: (not arm.needed, arm.tuned, arm.people != last)):
+            if any(arm.needed for arm in fit):
+                fit = [arm for arm in fit if arm.needed]
+            for arm in sorted(fit, key=lambda arm: (arm.tuned, arm.people != last)):
                 if self.ready(arm) and convergence.claimed(self.output / f"{arm.name}.json"):
                     return arm
             if all(self.ready(arm) for arm in fit):

@@ -156,3 +156,15 @@ def test_an_arm_that_does_not_fit_leaves_its_place_to_a_shorter_one(tmp_path):
     ]
     worlds.trainer.left = 10.0
     assert worlds.next_arm("") is None
+
+
+def test_a_control_does_not_take_the_gpu_while_a_down_that_is_needed_is_trained(tmp_path, monkeypatch):
+    worlds = object.__new__(joint.Worlds)
+    worlds.output, worlds.trainer = tmp_path, SimpleNamespace(left=250.0)
+    worlds.expected = lambda arm: 200
+    for arm in joint.ARMS:
+        if arm.needed and arm.name != "faces-on-both":
+            (tmp_path / f"{arm.name}.json").touch()
+    monkeypatch.setattr(joint.time, "sleep", lambda _: (tmp_path / "down-both.done").touch())
+    assert worlds.next_arm("typefaces").name == "faces-on-both"
+    assert worlds.next_arm("typefaces").name == "typefaces-on-random"
