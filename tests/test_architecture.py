@@ -209,6 +209,16 @@ class TestWeight:
             importlib.import_module("a_module_that_never_comes")
         sys.meta_path[:] = before
 
+    def test_two_may_wait_for_one_module(self, tmp_path: Path, monkeypatch) -> None:
+        """Bug: each asked the other who finds it, without end: so after a reload of the package before PEFT came."""
+        (tmp_path / "some_module_for_two.py").write_text("", encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        seen, before = [], list(sys.meta_path)
+        for number in range(2):
+            peft_metalora._after("some_module_for_two", lambda number=number: seen.append(number))
+        importlib.import_module("some_module_for_two")
+        assert sorted(seen) == [0, 1] and sys.meta_path == before
+
 
 def public(module: ModuleType) -> set[str]:
     """Names defined by the package that stand in a module's namespace, submodules aside."""

@@ -160,9 +160,10 @@ class _After(importlib.abc.MetaPathFinder):
         self._name, self._action = name, action
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != self._name:
+        if fullname != self._name or self not in sys.meta_path:
             return None
-        finds = (getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self)
+        # Those behind it alone: another of this kind would ask this one.
+        finds = (getattr(finder, "find_spec", None) for finder in sys.meta_path[sys.meta_path.index(self) + 1 :])
         spec = next((found for find in finds if find and (found := find(fullname, path, target))), None)
         loader: Any = spec and spec.loader
         if loader is not None:
