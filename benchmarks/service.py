@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`metalora serve` under load: 10,000 people, twice the load that it can carry, copies killed, people deleted midway.
 
-    python benchmarks/service.py            2 cores, about 10 min; writes benchmarks/results/service.json
+    python benchmarks/service.py            2 cores, about 40 min; writes benchmarks/results/service.json
 
 Everybody is a code of a random subject space on the embedded Down, so that each shows another image. First the
 capacity: as many images a second as a number of clients get who each wait for an answer. Then requests arrive at random
@@ -45,9 +45,10 @@ from peft_metalora import enable_meta_lora, load_down
 from peft_metalora.bases import base_for
 from peft_metalora.checkpoint.space import CODE_SIZE
 from peft_metalora.demo.embedded import DOWN, MAX_SEQUENCE_LENGTH, RESOLUTION, load_base
+from peft_metalora.demo.scoring import INFERENCE_STEPS
 from peft_metalora.encoder import EncoderConfig, SubjectSpace, load_reader, make_encoder, save_reader
 
-PROMPT, STEPS = "a photo of a person, smiling", 4
+PROMPT, STEPS = "a photo of a person, smiling", INFERENCE_STEPS
 PATIENCE = 300  # seconds for whatever is waited for
 TENANTS = ("acme", "blue", "corp", "duke")
 TOLERANCE = 2  # levels of 256 that a batch may differ from one image
