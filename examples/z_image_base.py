@@ -25,6 +25,7 @@ class ZImage(FlowBase):
     target_modules = r"(noise_refiner|layers)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])"
     # Here the tokens of all prompts of a batch, each as long as it is, stand one behind the other.
     ragged_layers = r"cap_embedder\..*"
+    host_looks = "how long each prompt is"
 
     def text_of(self, prompts: Sequence[str]) -> Text:
         rows, _ = self.pipeline.encode_prompt(

@@ -68,6 +68,8 @@ class Base(ABC):
     large_encoders: ClassVar[tuple[str, ...]] = ()
     # Layers that see prompts of different lengths one behind the other, where no row of a batch is found again.
     ragged_layers: ClassVar[str] = ""
+    # What the denoiser has the host look at in its inputs, if anything: it can be neither recorded nor stacked then.
+    host_looks: ClassVar[str] = ""
 
     def __init__(
         self,

@@ -26,8 +26,7 @@ class QwenImage21(QwenImage):
 
     pipeline_class = "QwenImage21Pipeline"
     target_modules = r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|img_mlp\.(proj|gate_layer|out))"
-    # No layer does; but the transformer looks where the image's tokens are, and so cannot be recorded or stacked.
-    ragged_layers = r"(?!)"
+    host_looks = "where the image's tokens are"
 
     def _default_sequence_length(self) -> int:
         return min(512, self.pipeline.processor.tokenizer.model_max_length)

@@ -24,6 +24,7 @@ class ZImage(FlowBase):
     pipeline_class = "ZImagePipeline"
     large_encoders = ("text_encoder",)
     ragged_layers = r"cap_embedder\..*"
+    host_looks = "how long each prompt is"
     target_modules = r"(noise_refiner|layers)\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
 
     def text_of(self, prompts: Sequence[str]) -> Text:

@@ -293,7 +293,7 @@ def stacks(base: Base, config: TrainEncoderConfig, processes: Processes) -> tupl
         (config.gradient_checkpointing, "gradient_checkpointing"),
         (backend_of(config) is not None, "dynamo_backend"),
         (config.quantize != "none", "quantize"),
-        (bool(base.ragged_layers), "prompts of different lengths"),
+        (bool(base.host_looks), f"the host looks {base.host_looks}"),
         (config.mixed_precision == "fp16", "gradients in float16 are scaled"),
     ):
         if asked:

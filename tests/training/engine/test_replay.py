@@ -351,8 +351,8 @@ def test_from_the_second_time_on_a_loss_takes_nothing_from_the_host(family):
     """Bug: positions and sizes came from the host in each step; a recorded step would read where they were."""
     pipe = tiny_pipeline(family)
     base = base_for(pipe)
-    if base.ragged_layers:
-        assert "how long each prompt is" in why_not_recorded(pretend_gpu(base), personal_config(), ALONE)
+    if base.host_looks:
+        assert base.host_looks in why_not_recorded(pretend_gpu(base), personal_config(), ALONE)
         return
     text = base.encode_text(["a photo", "a man"])
     denoiser(pipe).to("meta")
@@ -370,9 +370,7 @@ def test_from_the_second_time_on_a_loss_takes_nothing_from_the_host(family):
 
 def pretend_gpu(base):
     """The base, as one whose denoiser is on a GPU."""
-    return SimpleNamespace(
-        device=torch.device("cuda"), denoiser=base.denoiser, stream=None, ragged_layers=base.ragged_layers
-    )
+    return SimpleNamespace(device=torch.device("cuda"), denoiser=base.denoiser, stream=None, host_looks=base.host_looks)
 
 
 def test_why_not(caplog, monkeypatch):

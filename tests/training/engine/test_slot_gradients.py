@@ -68,7 +68,7 @@ def test_they_are_those_of_the_stacked_step(family, checkpointing):
     losses, gradient = slots(inputs)
     restore(base.denoiser, every=True)
     put_slots(base, down, 1)
-    if base.ragged_layers:  # prompts of different lengths cannot be stacked
+    if base.host_looks:  # which cannot be stacked
         alone = SlotGradients(base)
         found = []
         for person, values in enumerate(slots.values):

@@ -289,8 +289,8 @@ def why_not_recorded(base: Base, config: StageConfig, processes: Processes, furt
         reason = "the base is divided over processes"
     elif config.mixed_precision == "fp16":
         reason = "the scale of gradients in float16 changes"
-    elif base.ragged_layers:
-        reason = "the host looks how long each prompt is"
+    elif base.host_looks:
+        reason = f"the host looks {base.host_looks}"
     elif any(_has_hooks(module) for module in modules):
         reason = "hooks move or cast the base's weights"
     elif "Linear8bitLt" in kinds:
