@@ -241,7 +241,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch._C._current_graph_task_id":
         ("compiled", "tuner/subject_index.py", "called: is this backward?"),
     "torch._C._is_any_autocast_enabled":
-        ("compiled", "tuner/linear.py", "called: need a tensor be asked for its device?"),
+        ("compiled", "tuner/folding.py", "called: need a tensor be asked for its device?"),
     "torch._C._functorch.get_unwrapped":
         ("compiled", "bases/base.py", "called"),
     "torch._C._functorch.is_functorch_wrapped_tensor":

@@ -387,6 +387,18 @@ def test_state_of_a_model_wrapped_by_fsdp(kind, stage, process_group):
     close(output(loaded, inputs), expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_inference_under_fsdp_without_original_parameters(process_group):
+    """Bug: FSDP puts attributes in the place of parameters then, and a pass without a gradient ended in a KeyError."""
+    model, x = randomise(get_peft_model(Mlp(), config())).eval(), torch.randn(2, 12)
+    model.requires_grad_(False)
+    expected = model(x)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(wrapped(x), expected)
+
+
 class WithHead(nn.Module):
     def __init__(self):
         super().__init__()

@@ -195,3 +195,14 @@ def test_dropout_works_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(0, 12), (0, 5, 12), (2, 0, 12)])
+@pytest.mark.parametrize("index", [None, [1, 1], [0, 1], [-1, 1]])
+def test_an_empty_batch_goes_through(index, shape, grad):
+    """Bug: without samples, and with several subjects chosen, it ended in an error about a reshape."""
+    model = randomise(adapted(num_slots=2))
+    set_slots(model, index)
+    with torch.set_grad_enabled(grad):
+        assert model(torch.randn(shape)).shape == (*shape[:-1], 10)

@@ -156,6 +156,21 @@ def test_disable_while_merged_is_the_base():
         assert torch.equal(model(x), base(x))
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True, "num_slots": 2}])
+@pytest.mark.parametrize("names", [["default"], ["default", "other"]])
+def test_autocast_does_not_reach_a_merged_weight(settings, names):
+    """Bug: inside autocast the merged weight came out in bfloat16, in a model of float32."""
+    model = adapted(mlp(), **settings)
+    model.add_adapter("other", config(**settings))
+    randomise(model)
+    layer = layer_of(model)
+    expected = layer.merged_weight(names)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.merge_adapter(names)
+    assert layer.get_base_layer().weight.dtype == torch.float32
+    torch.testing.assert_close(layer.get_base_layer().weight, expected, rtol=0, atol=0)
+
+
 def test_merging_needs_one_subject_and_holds_the_index():
     model, x = randomise(adapted(num_slots=3)), torch.randn(2, 12)
     set_slots(model, [0, 2])

@@ -8,7 +8,7 @@ factors are those that it was made of, which torch's version counters tell; what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from .ranks import scale_of
 from .subject_index import SubjectIndex
 
 transformed = torch._C._are_functorch_transforms_active  # as torch.autograd.Function asks: vmap, grad and their kin
+autocast_somewhere = torch._C._is_any_autocast_enabled  # on any device: a device's name costs more than all else here
 
 
 class Shown(NamedTuple):
@@ -28,11 +29,13 @@ class Shown(NamedTuple):
 
     Attributes:
         mark: what it was made of; a pass that finds another one makes it anew.
+        made_of: Mid and Down, held so that no other tensor takes their place in memory and passes for them.
         factor: Mid @ Down, (r, d_in). up: (1, d_out, r).
         adders: by shape and dtype of x, what adds the product onto y.
     """
 
     mark: tuple[Any, ...]
+    made_of: tuple[Tensor, Tensor]
     factor: Tensor
     up: Tensor
     scale: float
@@ -62,6 +65,7 @@ class Foldable(BaseTunerLayer, nn.Module):
     @torch.no_grad()
     def fold(self, adapter_name: str, slot: int | None = None) -> None:
         """Cache scaling * Mid @ Down, (slots * r, d_in), for all slots or anew for one: inference then spares Down."""
+        self.shown_subject = None  # after a write that torch does not count this is what makes all folds anew
         down = self.metalora_down[self.down_key[adapter_name]]
         scale = self.scaling[adapter_name] or self._full_scale(adapter_name)  # a scale of 0 may be raised again
         if slot is None or adapter_name not in self.metalora_folded:
@@ -90,43 +94,44 @@ class Foldable(BaseTunerLayer, nn.Module):
 
     def fold_of_slot(self, name: str, slot: int) -> Shown | None:
         """The fold for a batch that shows one subject alone, made if it is not there; None for what may train."""
-        mark = self._mark(name), name, slot, self.scaling[name], self.subject_index.factors
+        mid, up, down = self._held(name)
+        mark = _mark_of(mid, up, down), name, slot, self.scaling[name], self.subject_index.factors
         known = self.shown_subject
-        if known is not None and known.mark == mark:
+        if known is not None and known.mark == mark and known.made_of[0] is mid and known.made_of[1] is down:
             return known
-        mid, up = self.metalora_mid[name], self.metalora_up[name].detach()
-        down = self.metalora_down[self.down_key[name]]
         if self.is_folded(name):
             rows = slice(slot * self.r[name], (slot + 1) * self.r[name])
             factor, scale = self.metalora_folded[name][rows], self.scaling[name] / self.fold_scale[name]
-        elif mid.requires_grad or down.requires_grad or mid.is_inference() or down.is_inference():
+        elif any(tensor.requires_grad or tensor.is_inference() for tensor in (mid, up, down)):
             return None  # a write could go unseen
         else:
             with torch.no_grad():
                 factor, scale = self.folded_factor(name, slot).mul_(self.scaling[name]).to(down.dtype), 1.0
-        self.shown_subject = Shown(mark, factor, up[slot : slot + 1], scale, {})
+        if type(factor) is not Tensor:  # of FakeTensorMode, or of another that computes nothing
+            return None
+        self.shown_subject = Shown(mark, (mid, down), factor, up.detach()[slot].unsqueeze(0), scale, {})
         return self.shown_subject
 
     def _mark(self, name: str) -> tuple[Any, ...]:
-        """How often the factors were written and where they are; of what was made in inference mode only the latter.
+        return _mark_of(*self._held(name))
 
-        nn.Module's dicts are read directly: every layer asks in every pass.
-        """
+    def _held(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Mid, Up and Down of an adapter. nn.Module's dicts are read directly: every layer asks in every pass."""
         modules: Any = self._modules
-        mid, up = modules[MID]._parameters[name], modules[UP]._parameters[name]
         downs, key = modules[DOWN], self.down_key[name]
-        down = downs._buffers[key] if key in downs._buffers else downs._parameters[key]
         try:
-            return mid._version, up._version, down._version, mid.data_ptr(), up.data_ptr(), down.data_ptr()
-        except RuntimeError:
-            return mid.data_ptr(), up.data_ptr(), down.data_ptr()
+            down = downs._buffers[key] if key in downs._buffers else downs._parameters[key]
+            return modules[MID]._parameters[name], modules[UP]._parameters[name], down
+        except KeyError:  # FSDP with use_orig_params=False has attributes in the place of parameters
+            return self.metalora_mid[name], self.metalora_up[name], self.metalora_down[key]
 
     def folded_factor(self, adapter_name: str, slot: int | None = None) -> Tensor:
         """Return A = Mid @ Down, at least in float32: (slots, r, *down.shape[1:]), or without `slots` for one slot."""
         mid, down = self.metalora_mid[adapter_name].detach(), self.metalora_down[self.down_key[adapter_name]].detach()
         mid = mid if slot is None else mid[slot]
         dtype = dtype_of_sums(mid, down)
-        flat = mid.to(dtype) @ down.to(dtype).flatten(1)
+        with without_autocast(mid.device):
+            flat = mid.to(dtype) @ down.to(dtype).flatten(1)
         return flat.view(*mid.shape[:-1], *down.shape[1:])
 
 
@@ -139,6 +144,20 @@ def folds_follow(layers: Sequence[Foldable], adapter_name: str, slot: int) -> It
         layer.shown_subject = None
     for layer, is_current in folded:
         layer.fold(adapter_name, slot if is_current else None)
+
+
+def _mark_of(mid: Tensor, up: Tensor, down: Tensor) -> tuple[int, ...]:
+    """How often factors were written and where they are; of what was made in inference mode only the latter."""
+    try:
+        return mid._version, up._version, down._version, mid.data_ptr(), up.data_ptr(), down.data_ptr()
+    except RuntimeError:
+        return mid.data_ptr(), up.data_ptr(), down.data_ptr()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For products of factors: autocast would form them in 16 bits, and a fold or a merged weight outlives it."""
+    off = autocast_somewhere() and torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if off else nullcontext()
 
 
 def dtype_of_sums(*tensors: Tensor) -> torch.dtype:

@@ -22,12 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from .base_layers import gives_its_own, is_unhooked
 from .down import MAGNITUDE
-from .folding import Shown, dtype_of_sums, transformed
+from .folding import Shown, autocast_somewhere, dtype_of_sums, transformed
 from .fused import FusedLinear, add_outer_, add_product_, folding_first_is_cheaper, times, triton_kernels
 from .layer import MetaLoraLayer, cast
 from .subject_index import Chosen, Positions, gather
 
-autocast_somewhere = torch._C._is_any_autocast_enabled  # on any device: a device's name costs more than all else here
 AUTOCAST = torch.float32, torch.bfloat16, torch.float16  # what autocast converts before a product
 POINTWISE_RANK = 4  # above, a matrix product beats sums of outer products
 ADDERS = 16  # how many shapes of inputs a layer remembers how to add onto
@@ -109,7 +108,7 @@ class Linear(MetaLoraLayer):
             deep = x.reshape(rows, -1, self.in_features)
             add_product_(y.view(rows, -1, self.d_out), *self._inner(deep, name, chosen), up)
             return y
-        key = x.shape, x.dtype, (x.data_ptr() | y.data_ptr()) % 16
+        key = x.shape, x.dtype, x.data_ptr() % 16, y.data_ptr() % 16
         add = shown.adders.get(key)
         if add is None:
             self._add_first(y, x, shown, key)

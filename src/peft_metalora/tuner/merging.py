@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import AdapterStateError, NonFiniteError, UnsupportedModuleError
-from .folding import Foldable, dtype_of_sums
+from .folding import Foldable, dtype_of_sums, without_autocast
 from .subject_index import layers_changed
 
 MERGE_BACKUPS = ("device", "host", "none")
@@ -89,7 +89,8 @@ class Mergeable(Foldable):
         """
         weight = self._rows_of_weight() if adapter in self.metalora_magnitude else None
         folded, up = self.folded_factor(adapter, slot), self.metalora_up[adapter][slot].detach()
-        delta = (up.to(folded.dtype) * self.scaling[adapter]) @ folded.flatten(1)
+        with without_autocast(up.device):
+            delta = (up.to(folded.dtype) * self.scaling[adapter]) @ folded.flatten(1)
         if weight is not None:
             scale = self.metalora_magnitude[adapter][slot].detach() / self.row_norms(adapter)[slot]
             delta = scale.to(delta).unsqueeze(-1) * (weight.to(delta) + delta) - weight.to(delta)
@@ -136,7 +137,8 @@ class Mergeable(Foldable):
         if slot is None:
             return before.clone()
         if self._is_plain(names):
-            merged = self._merged_at_once(before, names, slot)
+            with without_autocast(before.device):
+                merged = self._merged_at_once(before, names, slot)
         else:
             total = before.to(dtype_of_sums(before), copy=True)
             for name in names:
@@ -270,6 +272,7 @@ def decomposed_norms(weight: Tensor, folded: Tensor, up: Tensor, scaling: float)
     """
     dtype = dtype_of_sums(weight, folded, up)
     weight, folded, up = weight.to(dtype), folded.to(dtype), up.to(dtype) * scaling
-    cross = (up * (weight @ folded.mT)).sum(-1)
-    own = (up * (up @ (folded @ folded.mT))).sum(-1)
+    with without_autocast(weight.device):
+        cross = (up * (weight @ folded.mT)).sum(-1)
+        own = (up * (up @ (folded @ folded.mT))).sum(-1)
     return (weight.square().sum(-1) + 2 * cross + own).clamp(min=1e-12).sqrt()

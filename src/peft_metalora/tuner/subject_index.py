@@ -115,7 +115,7 @@ class SubjectIndex:
         self.slot, self.present = self._for_gradients = slots, torch.ones_like(slots, dtype=torch.bool).view(-1, 1, 1)
 
     def select(self, rows: int, device: torch.device) -> Chosen | None:
-        """Return each row's slot for a batch, or None if every sample uses slot 0.
+        """Return each row's slot for a batch, or None if every sample uses slot 0 or there is none.
 
         A forward pass that activation checkpointing repeats sees what it saw the first time.
 
@@ -130,7 +130,7 @@ class SubjectIndex:
             if (then := self._of_the_first_time()) is not None:
                 each, complete = then.each, then.values is None or NO_SUBJECT not in then.values
                 slot, present = self._again(then, device) if then.values is not None else (None, None)
-        if slot is None or present is None:
+        if slot is None or present is None or rows == 0:  # a batch without samples shows nobody
             return None
         if slot.device != device:
             slot, present = slot.to(device), present.to(device)
