@@ -165,6 +165,47 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["bob"]
 
 
+def left(folder: Path, host: str, seconds_ago: float) -> Path:
+    stage = folder / f".ann.12-0123abcd{host}.tmp"
+    stage.mkdir()
+    (stage / "photo").write_bytes(b"ann")
+    for path in (stage / "photo", stage):
+        os.utime(path, (time.time() - seconds_ago,) * 2)
+    return stage
+
+
+def test_of_somebody_who_is_deleted_nothing_stays_whatever_the_clock_says(tmp_path):
+    """Bug: with a clock that was set back, what a killed write had left of a deleted person stayed."""
+    stage = left(tmp_path, files._HOST, -3600)
+    files.sweep(tmp_path)
+    assert stage.exists()
+    files.sweep(tmp_path, older_than=0)
+    assert not stage.exists()
+
+
+def test_what_another_machine_may_hold_is_left_alone_for_a_day(tmp_path, monkeypatch):
+    """Bug: on NFS, which shows no lock of another machine, what that one held for ten minutes was deleted under it."""
+    own, theirs, older = (left(tmp_path, host, files.STALE_SECONDS + 1) for host in (files._HOST, "89abcdef", ""))
+    files.sweep(tmp_path)
+    assert not own.exists() and theirs.exists() and older.exists()
+    later(monkeypatch, files._UNSEEN_SECONDS)
+    files.sweep(tmp_path)
+    assert not theirs.exists() and not older.exists()
+
+
+def test_a_folder_for_temporary_files_is_never_open_to_others(tmp_path, monkeypatch):
+    """Bug: for a moment it had the rights of any folder, which under umask 0 let others put links into it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen, held = [], files._held
+    monkeypatch.setattr(files, "_held", lambda folder: seen.append(folder.stat().st_mode & 0o777) or held(folder))
+    before = os.umask(0)
+    try:
+        with temporary_folder():
+            assert seen == [0o700]
+    finally:
+        os.umask(before)
+
+
 def test_what_is_not_of_a_write_of_ours_is_never_swept(tmp_path, monkeypatch):
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -19,6 +20,7 @@ import stat
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -185,8 +187,7 @@ def temporary_folder() -> Iterator[Path]:
 
     Of a process that is killed in the block it goes with the next one that is made.
     """
-    with _stage_beside(Path(tempfile.gettempdir(), "peft_metalora")) as folder:
-        folder.chmod(stat.S_IRWXU)
+    with _stage_beside(Path(tempfile.gettempdir(), "peft_metalora"), mode=stat.S_IRWXU) as folder:
         yield folder
 
 
@@ -279,20 +280,22 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
 
 
-_STAGE = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp", re.DOTALL)
+# In the name, because one who looks from another machine may not see a lock.
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_STAGE = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}(?:[0-9a-f]{8})?\.tmp", re.DOTALL)
 _live: set[str] = set()  # names of this process's own
 _swept: dict[str, float] = {}  # folder -> when
 
 
 @contextmanager
-def _stage_beside(target: Path) -> Iterator[Path]:
+def _stage_beside(target: Path, mode: int = 0o777) -> Iterator[Path]:
     """An empty folder beside a target, held and gone after the block; what killed processes left there goes before."""
-    stage = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    stage = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_HOST}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep_at_times(target.parent)
     _live.add(stage.name)
     try:
-        stage.mkdir()
+        stage.mkdir(mode)
         with _held(stage):
             yield stage
     finally:
@@ -327,9 +330,12 @@ def sweep(folder: str | os.PathLike[str], older_than: float = STALE_SECONDS) -> 
 def _is_left(stage: Path, older_than: float) -> bool:
     changed = max(path.lstat().st_mtime for path in (stage, *stage.rglob("*")))
     held = _is_held(stage)
-    if held is None and older_than:
+    if held or not older_than:  # whatever the clock says: it may have been set back since
+        return not held
+    # Of a folder on NFS only the machine that holds it sees that it is held.
+    if held is None or not stage.name.endswith(f"{_HOST}.tmp"):
         older_than = max(older_than, _UNSEEN_SECONDS)
-    return not held and time.time() - changed >= older_than
+    return time.time() - changed >= older_than
 
 
 @contextmanager
