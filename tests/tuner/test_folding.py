@@ -12,6 +12,7 @@ from peft import set_peft_model_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from tuner_models import adapted, config, layer_of, mlp, randomise
 
 from peft_metalora.tuner import fold, reset_slots, set_slots, subject_state, unfold, write_subject
@@ -312,12 +313,24 @@ def test_an_up_of_which_torch_keeps_no_count_is_not_folded(part):
         torch.testing.assert_close(after, model(x))
 
 
-def test_a_pass_that_computes_nothing_leaves_no_fold():
+@pytest.mark.parametrize("before", [False, True])
+def test_a_pass_that_computes_nothing_leaves_nothing(before):
     """Bug: after a pass under FakeTensorMode (who counts operations runs one) the model silently drew the base."""
     model, x = frozen()
+    if before:  # of another shape
+        drawn(model, x[:1])
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(mode.from_tensor(x))
     torch.testing.assert_close(drawn(model, x), unfolded(model, x))
+
+
+def test_a_pass_can_be_recorded_on_fake_tensors():
+    """Bug: after a pass on real ones it ended in an error, as a fake tensor is nowhere in memory."""
+    model, x = frozen()
+    drawn(model, x)
+    with torch.no_grad():
+        recorded = make_fx(model.forward, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(recorded(2 * x), unfolded(model, 2 * x))
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

@@ -107,8 +107,6 @@ class Foldable(BaseTunerLayer, nn.Module):
         else:
             with torch.no_grad():
                 factor, scale = self.folded_factor(name, slot).mul_(self.scaling[name]).to(down.dtype), 1.0
-        if type(factor) is not Tensor:  # of FakeTensorMode, or of another that computes nothing
-            return None
         self.shown_subject = Shown(mark, (mid, down), factor, up.detach()[slot].unsqueeze(0), scale, {})
         return self.shown_subject
 

@@ -96,7 +96,8 @@ class Linear(MetaLoraLayer):
         y = F.linear(x, base._parameters["weight"], base._parameters["bias"]) if plain else base(given)
         if slot is not None and slot < 0:
             return y
-        if not y.is_contiguous() or not (plain or (y.dtype == x.dtype and type(y) is Tensor)):
+        # A tensor of another kind may compute nothing (FakeTensorMode): nothing made with one is kept.
+        if type(y) is not Tensor or not y.is_contiguous() or y.dtype != x.dtype:
             return self._add(y, y, given, name, self._chosen(given))
         if not plain and not (is_unhooked(base) and gives_its_own(base)):
             y = y.clone()  # somebody else may hold it
