@@ -129,3 +129,11 @@ def test_a_file_may_hold_dataclasses_and_shadows_no_module(tmp_path):
     )
     assert base_class(f"{tmp_path / 'json.py'}:Own").rows.count == 1
     assert sys.modules["json"] is json
+
+
+def test_a_file_that_fails_leaves_no_module(tmp_path):
+    """Bug: it stayed half made under its name, where dataclasses and pickle looked when it had been corrected."""
+    (tmp_path / "half_made.py").write_text("raise ValueError('not yet')")
+    with pytest.raises(ConfigError, match="not yet"):
+        base_class(f"{tmp_path}/half_made.py:Own")
+    assert "half_made" not in sys.modules

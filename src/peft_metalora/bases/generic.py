@@ -61,8 +61,13 @@ def _run(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)  # where dataclasses and pickle look for what it defines
-    spec.loader.exec_module(module)
+    known = sys.modules.setdefault(spec.name, module)  # where dataclasses and pickle look for what it defines
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if known is module:  # as after an import that fails
+            del sys.modules[spec.name]
+        raise
     return module
 
 
