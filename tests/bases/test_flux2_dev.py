@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import Flux2Pipeline
 
+from from_photos import from_photos_to_pictures
 from peft_metalora.bases import base_for, open_base
 from peft_metalora.cli import main
 from pipelines_tiny import tiny_flux2_dev_pipeline
-from training_tiny import write_people
 
 PROMPTS = ["a photo of a person", "a red shirt"]
 
@@ -53,30 +53,8 @@ def test_from_photos_to_pictures(tmp_path):
     tiny_flux2_dev_pipeline().save_pretrained(tmp_path / "base")
     index = tmp_path / "base" / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "tokenizer": ["transformers", "PixtralProcessor"]}))
-    people = write_people(tmp_path / "people", subjects=2)
-    down, photo = str(tmp_path / "down"), str(people / "person-0" / "0.png")
-    base = ["--pretrained_model_name_or_path", str(tmp_path / "base"), "--device", "cpu", "--quantize", "int8"]
-    base += ["--resolution", "32", "--max_sequence_length", "8"]
-    train = [*base, "--max_train_steps", "2"]
-    stage_1 = ["--train_data_dir", str(people), "--warmup_steps", "1", "--rank", "1", "--meta_rank", "2"]
-    encoder = ["--encoder", "latents", "--encoder_train_steps", "1", "--code_size", "4", "--encoder_width", "8"]
-    encoder += ["--encoder_hidden", "8", "--encoder_subjects_per_batch", "2", "--subjects_per_batch", "2"]
-    assert main(["meta-train", *train, *stage_1, *encoder, "--output_dir", down]) == 0
-    read = ["--down", down, "--photos", photo, "--device", "cpu", "--output_dir", str(tmp_path / "bob")]
-    assert main(["read", *read]) == 0
-    one = [
-        "--down",
-        down,
-        "--instance_data_dir",
-        photo,
-        "--views_per_image",
-        "1",
-        "--output_dir",
-        str(tmp_path / "ann"),
-    ]
-    assert main(["personalize", *train, *one, "--offload", "group", "--gradient_checkpointing"]) == 0
-    drawn = ["--prompt", "a photo", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "images")]
-    assert main(["generate", *base, *drawn, "--subject", str(tmp_path / "ann"), str(tmp_path / "bob")]) == 0
+    held = "--quantize", "int8", "--resolution", "32", "--max_sequence_length", "8"
+    from_photos_to_pictures(tmp_path, *held)
     assert len(list((tmp_path / "images").iterdir())) == 2
     out = str(tmp_path / "ann.safetensors")
     assert main(["export", "--subject", str(tmp_path / "ann"), "--format", "comfyui", "--output", out]) == 0

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from artefacts_tiny import write_subjects
+from from_photos import from_photos_to_pictures
 from peft_metalora import enable_meta_lora
 from peft_metalora.bases import base_for, open_base
 from peft_metalora.bases.footprint import one_pass
 from peft_metalora.cli import main
 from peft_metalora.errors import PipelineError
 from pipelines_tiny import tiny_qwen_image21_pipeline
-from training_tiny import write_people
 
 pytestmark = pytest.mark.skipif(
     not hasattr(diffusers, "QwenImage21Pipeline"), reason="diffusers 0.41 has no Qwen-Image 2.1"
@@ -63,30 +63,7 @@ def test_from_photos_to_pictures(tmp_path):
     pipe.save_pretrained(tmp_path / "base")
     index = tmp_path / "base" / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "processor": ["transformers", "Qwen3VLProcessor"]}))
-    people = write_people(tmp_path / "people", subjects=2)
-    down, photo = str(tmp_path / "down"), str(people / "person-0" / "0.png")
-    base = ["--pretrained_model_name_or_path", str(tmp_path / "base"), "--device", "cpu", "--resolution", "64"]
-    train = [*base, "--max_train_steps", "2"]
-    stage_1 = ["--train_data_dir", str(people), "--warmup_steps", "1", "--rank", "1", "--meta_rank", "2"]
-    encoder = ["--encoder", "latents", "--encoder_train_steps", "1", "--code_size", "4", "--encoder_width", "8"]
-    encoder += ["--encoder_hidden", "8", "--encoder_subjects_per_batch", "2", "--subjects_per_batch", "2"]
-    assert main(["meta-train", *train, *stage_1, *encoder, "--output_dir", down]) == 0
-    read = ["--down", down, "--photos", photo, "--device", "cpu", "--output_dir", str(tmp_path / "bob")]
-    assert main(["read", *read]) == 0
-    one = [
-        "--down",
-        down,
-        "--instance_data_dir",
-        photo,
-        "--views_per_image",
-        "1",
-        "--output_dir",
-        str(tmp_path / "ann"),
-    ]
-    assert main(["personalize", *train, *one, "--offload", "group", "--gradient_checkpointing"]) == 0
-    drawn = ["--prompt", "a photo", "--num_inference_steps", "1", "--guidance_scale", "2"]
-    images = ["--output_dir", str(tmp_path / "images")]
-    assert main(["generate", *base, *drawn, *images, "--subject", str(tmp_path / "ann"), str(tmp_path / "bob")]) == 0
+    from_photos_to_pictures(tmp_path, "--resolution", "64", drawing=["--guidance_scale", "2"])
     assert {Image.open(file).mode for file in (tmp_path / "images").iterdir()} == {"RGB"}
     assert main(["export", "--subject", str(tmp_path / "ann"), "--output", str(tmp_path / "lora")]) == 0
     pipe.load_lora_weights(tmp_path / "lora")

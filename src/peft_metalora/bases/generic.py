@@ -47,6 +47,12 @@ def named_class(base: Base) -> dict[str, str]:
     return {} if ours else {"generic": f"{own.__module__}:{own.__qualname__}"}
 
 
+def found_anywhere(generic: str) -> str:
+    """The same name for a process in another folder: a file has its whole path."""
+    place, _, attribute = generic.rpartition(":")
+    return f"{Path(place).resolve()}:{attribute}" if place.endswith(".py") else generic
+
+
 def _imported(name: str) -> Any:
     place, _, attribute = name.rpartition(":")
     try:

@@ -132,12 +132,15 @@ def _shape(base: nn.Module) -> tuple[int, ...]:
     return (outputs, *row)
 
 
-def base_to_load(given: str | None, revision: str | None, config: MetaLoraConfig, name: str) -> tuple[str, str | None]:
+def base_to_load(
+    given: str | None, revision: str | None, config: MetaLoraConfig, name: str, generic: object
+) -> tuple[str, str | None]:
     """The base model that was asked for, or the one that a Down or a subject called `name` was made for; its revision.
 
     Raises:
-        ConfigError: neither says.
+        ConfigError: neither says. As `require_class`.
     """
+    require_class(config, generic, name)
     if given:
         return given, revision
     if not config.base_model_name_or_path:

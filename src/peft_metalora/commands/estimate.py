@@ -29,7 +29,7 @@ from ..bases.footprint import (
 )
 from ..bases.memory import Memory, Whole, lighter
 from ..bases.precision import choose_dtype, device_called
-from ..checkpoint.base_model import base_to_load, require_class
+from ..checkpoint.base_model import base_to_load
 from ..checkpoint.config_file import read_config
 from ..data import read_subjects
 from ..errors import ConfigError, MetaLoraError
@@ -192,11 +192,7 @@ def _open(config: Any, base_name: str, revision: str | None, memory: Memory) -> 
 
 
 def _down_of(config: Any, name: str | None) -> MetaLoraConfig | None:
-    if name is None:
-        return None
-    found = read_config(folder_of(name, local_files_only=config.local_files_only))
-    require_class(found, config.generic, name)
-    return found
+    return None if name is None else read_config(folder_of(name, local_files_only=config.local_files_only))
 
 
 # Phases, in bytes
@@ -269,7 +265,7 @@ def _of_training(config: TrainingConfig) -> tuple[Estimate, nn.Module]:
         config = config.settled(down is not None and down.encoder_fingerprint is not None)
     name, revision = config.pretrained_model_name_or_path, config.revision
     if down is not None:
-        name, revision = base_to_load(name, revision, down, str(getattr(config, "down", None)))
+        name, revision = base_to_load(name, revision, down, str(getattr(config, "down", None)), config.generic)
     base, dtype = _open(config, name, revision, config)
     at, own = _Held(base, config, dtype), one_pass(base, config.resolution)
     width = dtype.itemsize / 2
@@ -340,9 +336,8 @@ def _of_drawing(config: GenerateConfig) -> tuple[Estimate, nn.Module]:
     name, revision = config.pretrained_model_name_or_path, None
     if not name:
         first = next(iter(config.subject), str(config.down))
-        found = _down_of(config, first)
-        assert found is not None
-        name, revision = base_to_load(None, None, found, first)
+        found = read_config(folder_of(first, local_files_only=config.local_files_only))
+        name, revision = base_to_load(None, None, found, first, config.generic)
     base, dtype = _open(config, name, revision, config)
     side, frames = config.resolution or base.default_side, base.latent_frames(config.num_frames)
     at, own, width = _Held(base, config, dtype), one_pass(base, side, frames), dtype.itemsize / 2
@@ -365,7 +360,8 @@ def _of_drawing(config: GenerateConfig) -> tuple[Estimate, nn.Module]:
 def _of_reading(config: ReadConfig) -> tuple[Estimate, nn.Module]:
     down = _down_of(config, config.down)
     assert down is not None
-    name, revision = base_to_load(config.pretrained_model_name_or_path, config.revision, down, config.down)
+    asked = config.pretrained_model_name_or_path
+    name, revision = base_to_load(asked, config.revision, down, config.down, config.generic)
     base, dtype = _open(config, name, revision, Whole())
     at = _Held(base, Whole(), dtype)
     photos = at.whole("vae") + dtype.itemsize / 2 * _photos(base, 512, 8)

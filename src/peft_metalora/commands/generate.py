@@ -149,7 +149,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[Path]:
         require_class(one, config.generic, name)
     base_name, revision = config.pretrained_model_name_or_path, None
     if not base_name:
-        base_name, revision = base_to_load(None, None, configs[0], named[0])
+        base_name, revision = base_to_load(None, None, configs[0], named[0], config.generic)
     base = open_base(
         base_name,
         revision=revision,

@@ -92,7 +92,7 @@ def run_read(config: ReadConfig) -> Done:
     from ..bases.memory import CPU, require_supported
     from ..bases.precision import choose_device, choose_dtype
     from ..checkpoint.artefacts import require_replaceable, save_read_subject
-    from ..checkpoint.base_model import base_to_load, check_fits, require_class
+    from ..checkpoint.base_model import base_to_load, check_fits
     from ..checkpoint.reader_files import READER_FILES
     from ..data import Subject, read_photos, read_subjects
     from ..encoder.reader import load_reader, no_encoder
@@ -125,8 +125,7 @@ def run_read(config: ReadConfig) -> Done:
     Sight(config.face_crop, config.face_margin, config.face_align)
     reading = folder_of(config.down, READER_FILES, **options)
     asked = config.pretrained_model_name_or_path
-    require_class(down.config, config.generic, config.down)
-    base_name, revision = base_to_load(asked, config.revision, down.config, config.down)
+    base_name, revision = base_to_load(asked, config.revision, down.config, config.down, config.generic)
     require_apart(config.output_dir, pretrained_model_name_or_path=base_name)
     base = open_base(
         base_name,

@@ -85,12 +85,10 @@ def _checked(config: ServeConfig) -> ServeConfig:
 
             folder_of(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
     if config.generic is not None:
-        from ..bases.generic import base_class
+        from ..bases.generic import base_class, found_anywhere
 
         base_class(config.generic)
-        file, _, name = config.generic.rpartition(":")
-        if Path(file).is_file():
-            found["generic"] = f"{Path(file).resolve()}:{name}"
+        found["generic"] = found_anywhere(config.generic)
     base, logs = config.pretrained_model_name_or_path, config.log_dir
     if base is not None and Path(base).is_dir():
         found["pretrained_model_name_or_path"] = str(Path(base).resolve())

@@ -24,7 +24,7 @@ import torch
 from ..bases import Base, load_base
 from ..bases.memory import COMPILED, CPU, ready_to_draw, require_supported
 from ..bases.precision import choose_device, choose_dtype
-from ..checkpoint.base_model import base_to_load, require_class
+from ..checkpoint.base_model import base_to_load
 from ..checkpoint.config_file import read_config
 from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import SubjectCode
@@ -349,8 +349,8 @@ def load_copy(config: ServeConfig, use: str, *circumstances: str) -> tuple[Base,
         circumstances += (CPU,)
     require_supported(config, use, *circumstances)
     found = read_config(folder_of(str(config.down), **hub_of(config)))
-    require_class(found, config.generic, str(config.down))
-    name, revision = base_to_load(config.pretrained_model_name_or_path, config.revision, found, str(config.down))
+    asked = config.pretrained_model_name_or_path
+    name, revision = base_to_load(asked, config.revision, found, str(config.down), config.generic)
     base = load_base(
         name,
         revision=revision,

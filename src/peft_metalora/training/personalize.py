@@ -18,7 +18,7 @@ from ..bases.generic import named_class
 from ..bases.precision import choose_device, choose_dtype
 from ..checkpoint import require_replaceable
 from ..checkpoint.artefacts import save_read_subject
-from ..checkpoint.base_model import base_to_load, check_fits, require_class
+from ..checkpoint.base_model import base_to_load, check_fits
 from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import CodeSource
 from ..data import Photo, Subject
@@ -82,8 +82,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     config = config.settled(folder is not None)
     if down is not None:
         asked = config.pretrained_model_name_or_path
-        require_class(down.config, config.generic, str(config.down))
-        base_name, revision = base_to_load(asked, config.revision, down.config, str(config.down))
+        base_name, revision = base_to_load(asked, config.revision, down.config, str(config.down), config.generic)
         config = replace(config, pretrained_model_name_or_path=base_name, revision=revision)
         require_apart(config.output_dir, pretrained_model_name_or_path=base_name)
     if config.max_train_steps == 0 and down is not None and folder is not None:

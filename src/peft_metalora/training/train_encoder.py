@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..bases import Base
 from ..bases.precision import choose_device
 from ..checkpoint.artefacts import require_replaceable
-from ..checkpoint.base_model import base_to_load, require_class
+from ..checkpoint.base_model import base_to_load
 from ..data import Subject
 from ..encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_reader
 from ..errors import ConfigError
@@ -80,8 +80,8 @@ def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
     check_places(config)
     require_replaceable(config.output_dir, "meta", overwrite=config.overwrite)
     down = load_down(config.down, revision=config.down_revision, local_files_only=config.local_files_only)
-    require_class(down.config, config.generic, config.down)
-    base_name, revision = base_to_load(config.pretrained_model_name_or_path, config.revision, down.config, config.down)
+    asked_base = config.pretrained_model_name_or_path
+    base_name, revision = base_to_load(asked_base, config.revision, down.config, config.down, config.generic)
     config = dataclasses.replace(config, pretrained_model_name_or_path=base_name, revision=revision)
     require_apart(config.output_dir, pretrained_model_name_or_path=base_name)
     subjects, others = split_subjects(training_subjects(config), config)
