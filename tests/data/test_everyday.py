@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import threading
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -211,8 +212,13 @@ class TestSizes:
         """Bug: a sparse file of 8 GB was read whole before anything looked at it."""
         with (tmp_path / "a.png").open("wb") as file:
             file.truncate(2**33)
-        with pytest.raises(UnreadableImageError, match="at most 512 MiB"):
-            load_image(tmp_path / "a.png")
+        tracemalloc.start()
+        try:
+            with pytest.raises(UnreadableImageError, match="at most 512 MiB"):
+                load_image(tmp_path / "a.png")
+            assert tracemalloc.get_traced_memory()[1] < 2**20, "half a gigabyte of it was still read before"
+        finally:
+            tracemalloc.stop()
 
     def test_a_png_may_carry_a_long_text(self, tmp_path: Path) -> None:
         """Bug: a picture with its workflow inside was refused, with the advice to replace it."""

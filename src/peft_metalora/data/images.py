@@ -54,14 +54,16 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """
     try:
         with open_regular(path) as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            # What is too large is not read first; what grows meanwhile is not read to its end.
+            is_larger = os.fstat(file.fileno()).st_size > MAX_FILE_BYTES
+            content = b"" if is_larger else file.read(MAX_FILE_BYTES + 1)
     except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no file can have
         raise NoImagesError(f"expected an image, found no file {os.fspath(path)}: check the path") from error
     except OSError as error:
         raise UnreadableImageError(
             f"expected an image, found {os.fspath(path)} which cannot be read: {error}"
         ) from error
-    if len(content) > MAX_FILE_BYTES:
+    if is_larger or len(content) > MAX_FILE_BYTES:
         raise UnreadableImageError(
             f"expected an image of at most {MAX_FILE_BYTES >> 20} MiB, found {os.fspath(path)}, which is larger: save "
             "it smaller"
