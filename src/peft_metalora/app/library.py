@@ -76,13 +76,15 @@ class Library:
         """
         with self._change:
             self.require_new(person.tenant, person.name)
-            self._write_photos(person, photos)
             own: dict[str, Any] = {"down": person.down, "space": person.space, "consent": person.consent}
+            # Entered before their photos are kept, so that no photo is without a name to delete it by.
+            added = self._people.put_code(person.tenant, person.name, person.code or b"", **own)
             try:
-                return self._people.put_code(person.tenant, person.name, person.code or b"", **own)
+                self._write_photos(added, photos)
             except BaseException:
-                self._place.remove(self._place.photos(person))
+                self._people.remove(added)
                 raise
+            return added
 
     def polished(self, person: Person, files: dict[str, bytes]) -> Person:
         """Keep somebody as they are after polishing.
@@ -147,7 +149,6 @@ class Library:
             for number, photo in enumerate(photos, 1):
                 self._place.write(f"{self._place.photos(person)}/{number:03}", photo)
         except (OSError, WriteFailedError) as error:
-            self._place.remove(self._place.photos(person))
             raise WriteFailedError(
                 f"expected to be able to keep the photos of {person.name}, found: {error}"
             ) from error
