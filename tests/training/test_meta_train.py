@@ -150,10 +150,12 @@ def test_writes_a_down_that_loads(tmp_path):
         train_data_dir=str(people),
         output_dir=str(tmp_path / "down"),
         domain="cartoons",
+        shift=4.0,
     )
     meta_train(config, progress=False)
     down = hub.load_down(tmp_path / "down")
     card = model_card(down.config, "ann/cartoons", tmp_path / "down")
+    assert "| shift | 4.0 |" in card and "weighting_scheme" not in card, "what was asked of the noise levels"
     assert "*Down* of cartoons" in card and "| learning_rate |" in card and "| subjects | 3 |" in card
     assert (down.config.r, down.config.meta_r, down.config.num_slots) == (2, 4, 1)
     assert down.config.facts["subjects"] == 3

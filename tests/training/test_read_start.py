@@ -71,8 +71,9 @@ def test_defaults_follow_the_start(given, reads, expected):
 
 def test_a_down_that_reads_is_started_from_and_the_result_says_so(place, reading, tmp_path):
     barely = {"learning_rate": 1e-9, "max_train_steps": 1}
-    folder = personalize(config_of(place, reading, tmp_path / "ann", **barely), progress=False)
+    folder = personalize(config_of(place, reading, tmp_path / "ann", weighting_scheme="none", **barely), progress=False)
     found = hub.load_subject(folder)
+    assert found.config.facts["recipe"]["weighting_scheme"] == "none" and "shift" not in found.config.facts["recipe"]
     read = as_read(reading, tiny_base(), place / "people" / "person-0" / "0.png")
     assert distance(found.tensors, read.tensors) < 1e-4 < distance(read.tensors, hub.load_down(reading).tensors)
     assert found.config.facts["recipe"]["start"] == "encoder" and found.config.facts["steps"] == 1

@@ -67,8 +67,9 @@ def config_of(home, output, **changes):
 def test_a_person_is_read_with_a_down_that_learned_to(folders, tmp_path, capsys):
     output = tmp_path / "reading"
     with pytest.warns(UserWarning, match="3 people"):
-        assert train_encoder(config_of(folders, output), progress=False) == output
+        assert train_encoder(config_of(folders, output, shift=2.0), progress=False) == output
     down = load_down(output)
+    assert down.config.facts["encoder_recipe"]["shift"] == 2.0
     assert down.fingerprint == load_down(folders / "down").fingerprint
     assert down.config.facts["encoder_subjects"] == 3 and down.config.facts["encoder_steps"] == 3
     photo = next((folders / "people" / "person-0").glob("*.png"))

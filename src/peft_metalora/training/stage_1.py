@@ -247,6 +247,7 @@ class MetaTraining:
                 "down_learning_rate": config.down_learning_rate or config.learning_rate,
                 "seconds": round(time.perf_counter() - self._start, 1),
                 **{name: getattr(config, name) for name in kept},
+                **config.noise_levels,
             },
         }
         return DownResult(denoiser, PUBLISHED, facts, self.losses)

@@ -341,6 +341,7 @@ class Personalization:
                 "trainable_parameters": self.trainable_parameters,
                 "seconds": round(time.perf_counter() - self._start, 1),
                 **{name: getattr(self.config, name) for name in kept},
+                **self.config.noise_levels,
             },
         }
 

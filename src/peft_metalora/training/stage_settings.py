@@ -155,6 +155,12 @@ class TrainingConfig:
         if Path(self.output_dir).is_file():
             raise ConfigError(f"output_dir must be a folder, found a file: {self.output_dir}")
 
+    @property
+    def noise_levels(self) -> dict[str, Any]:
+        """What was asked of the noise levels, for the facts of what is trained; nothing where they are the base's."""
+        asked = {"weighting_scheme": self.weighting_scheme, "shift": self.shift}
+        return {name: value for name, value in asked.items() if value is not None}
+
     def _at_least_one(self) -> tuple[str, ...]:
         checkpoints = "checkpointing_steps", "checkpoints_total_limit"
         return "resolution", "max_sequence_length", "gradient_accumulation_steps", *checkpoints

@@ -336,7 +336,7 @@ def _facts(run: EncoderTraining, config: TrainEncoderConfig, steps: int) -> dict
     return {
         "encoder_subjects": len(run.pairs.people),
         "encoder_steps": steps,
-        "encoder_recipe": {name: getattr(config, name) for name in kept},
+        "encoder_recipe": {**{name: getattr(config, name) for name in kept}, **config.noise_levels},
     }
 
 
