@@ -231,6 +231,16 @@ def test_a_fold_that_half_precision_cannot_hold_is_not_written(tmp_path):
     assert load_subject(tmp_path / "big").tensors
 
 
+def test_a_save_inside_autocast_writes_the_same_files(tmp_path):
+    """Bug: the fold of a subject that was saved inside autocast was a product in bfloat16."""
+    model = with_subject(with_down())
+    save_down(tmp_path / "down", model, "faces")
+    outside = save_subject(tmp_path / "outside", model, "ann", down=tmp_path / "down")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = save_subject(tmp_path / "inside", model, "ann", down=tmp_path / "down")
+    assert files(inside) == files(outside) and FOLD in files(inside)
+
+
 # Two saves at once, and killed ones
 
 

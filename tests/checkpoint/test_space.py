@@ -67,6 +67,19 @@ class TestExpansion:
             at += size
         assert at == space.mean.numel()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_autocast_does_not_reach_a_person(self, space, dtype):
+        """Bug: who was loaded as a code inside autocast kept factors from sums in bfloat16, after the block too."""
+        space = space.rounded(dtype)
+        expected, row = space.expand(code()), torch.empty_like(space.mean)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = space.expand(code())
+            space.expand_into(code(), row)
+            blend = space.blend([code(1), code(2)], [0.3, 0.7])
+        assert all(torch.equal(found[name], factor) for name, factor in expected.items())
+        assert torch.equal(row, torch.cat([factor.flatten() for factor in expected.values()]))
+        assert torch.equal(blend, space.blend([code(1), code(2)], [0.3, 0.7]))
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_sums_are_in_float32_whatever_the_basis_is_kept_in(self, space, dtype):
         half = space.rounded(dtype)

@@ -64,6 +64,12 @@ class TestReading:
         alone = torch.stack([encoder.codes([one])[0] for one in photos])
         torch.testing.assert_close(encoder.codes(photos), alone, rtol=1e-4, atol=1e-5)
 
+    def test_autocast_does_not_reach_a_code(self, encoder):
+        """Bug: who was read inside autocast had another code than the same photo gives outside."""
+        calm = encoder.codes([photo()])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(encoder.codes([photo()]), calm)
+
     def test_reading_is_the_same_in_training_and_leaves_its_mode(self, encoder):
         calm = encoder.eval().codes([photo()])[0]
         assert torch.equal(encoder.train().codes([photo()])[0], calm)

@@ -14,6 +14,7 @@ from tuner_models import adapted, config, down_source, layer_of, mlp, randomise
 
 from peft_metalora.errors import AdapterStateError
 from peft_metalora.tuner import add_weighted_subject, down, set_down_loader, to_lora
+from peft_metalora.tuner.combine import COMBINATIONS
 from peft_metalora.tuner.on_model import meta_lora_layers
 
 WEIGHTS = {"default": 0.7, "other": -1.5, "ann": 0.4}
@@ -275,3 +276,18 @@ def test_a_sum_on_one_down_loads_where_another_module_has_the_same_ending(tmp_pa
     torch.testing.assert_close(
         layer_of(found, "lin").get_delta_weight("default"), layer_of(model, "lin").get_delta_weight("sum")
     )
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_autocast_does_not_reach_a_sum(kind):
+    """Bug: inside autocast the whole differences of '..._svd' came from products in bfloat16, and were kept."""
+
+    def summed(autocast):
+        torch.manual_seed(0)
+        model = randomise(adapted(nested(), num_slots=2, target_modules=["block.lin", "lin"]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model.add_weighted_adapter(["default", "default"], [0.8, -1.3], "sum", kind, slots=[0, 1], density=1.0)
+        return {path: layer.get_delta_weight("sum") for path, layer in meta_lora_layers(model)}
+
+    inside, outside = summed(True), summed(False)
+    assert all(torch.equal(inside[path], delta) and delta.any() for path, delta in outside.items())

@@ -38,9 +38,12 @@ def test_orthogonal_rows():
     torch.testing.assert_close(3 * down @ down.T, torch.eye(4), atol=1e-5, rtol=1e-5)
 
 
-def test_pissa_rows_are_the_weights_leading_directions():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_pissa_rows_are_the_weights_leading_directions(autocast):
+    """Bug: inside autocast the rows came from products in bfloat16, a hundredth off."""
     base = mlp()
-    model = adapted(base, down_init="pissa")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model = adapted(base, down_init="pissa")
     down = layer_of(model).metalora_down["default"]
     _, _, right = torch.linalg.svd(base.lin0.weight)
     overlap = torch.linalg.svdvals(right[:4] @ down.T) * 3**0.5

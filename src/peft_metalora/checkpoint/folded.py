@@ -13,6 +13,7 @@ from ..errors import CorruptFileError, NonFiniteError
 from ..files import save_tensors
 from ..tuner import MetaLoraConfig
 from ..tuner.down import DOWN, MID, UP
+from ..tuner.folding import without_autocast
 from ..tuner.ranks import ranks_of
 from .untrusted import open_tensors
 
@@ -48,7 +49,8 @@ def fold_subject(
         mid, up = subject[f"{module}.{MID}"][0], subject[f"{module}.{UP}"][0]
         factor = down[f"{module}.{DOWN}"].to(mid.device)
         wide = torch.promote_types(mid.dtype, torch.float32)
-        a = (mid.to(wide) @ factor.flatten(1).to(wide)).reshape(mid.shape[0], *factor.shape[1:])
+        with without_autocast(mid.device):
+            a = (mid.to(wide) @ factor.flatten(1).to(wide)).reshape(mid.shape[0], *factor.shape[1:])
         b = (up.to(wide) * ranks_of(config, module).scaling).reshape(*up.shape, *[1] * (factor.ndim - 2))
         pairs[module] = LoraPair(a.to(mid.dtype), b.to(mid.dtype))
         if not (torch.isfinite(pairs[module].a).all() and torch.isfinite(pairs[module].b).all()):

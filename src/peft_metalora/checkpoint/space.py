@@ -33,6 +33,7 @@ from ..errors import (
 from ..files import write_tensors
 from ..tuner import MetaLoraConfig
 from ..tuner.down import MID, UP, DownSource, digest_of
+from ..tuner.folding import without_autocast
 from .factors import SubjectSource, require_finite
 from .untrusted import Header, open_tensors
 
@@ -153,7 +154,8 @@ class SubjectSpace(nn.Module):
         """
         share = torch.tensor([*weights], dtype=torch.float32) / sum(weights)
         stacked = torch.stack([*codes]).float().cpu()
-        mean, length = share @ stacked, share @ stacked.norm(dim=1)
+        with without_autocast(share.device):
+            mean, length = share @ stacked, share @ stacked.norm(dim=1)
         return mean * (length / mean.norm().clamp(min=1e-6 * length))
 
     @property
@@ -203,8 +205,7 @@ class SubjectSpace(nn.Module):
             ShapeMismatchError: a code of another size. NonFiniteError: NaN or infinity in it.
         """
         self._require_code(code)
-        with torch.no_grad():
-            line = self(code[None].to(self.mean.device)).to(dtype).cpu()
+        line = self._expanded(code).to(dtype).cpu()
         # Not views of the line: a subject owns its factors.
         return {name: factor.clone() for name, factor in self.split(line).items()}
 
@@ -214,8 +215,11 @@ class SubjectSpace(nn.Module):
         Args:
             code: (k,), as `accept` gives it.
         """
-        with torch.no_grad():
-            row.copy_(self(code[None].to(self.mean.device))[0])
+        row.copy_(self._expanded(code)[0])
+
+    def _expanded(self, code: Tensor) -> Tensor:
+        with torch.no_grad(), without_autocast(self.mean.device):
+            return self(code[None].to(self.mean.device))
 
     def _require_code(self, code: Tensor) -> None:
         if code.shape != (self.code_size,):

@@ -34,6 +34,7 @@ from ..errors import (
     ShapeMismatchError,
 )
 from ..files import write_bytes, write_tensors
+from ..tuner.folding import without_autocast
 from .sight import Sight
 from .sources import Source, make_source, source_kinds
 
@@ -136,7 +137,7 @@ class SubjectEncoder(nn.Module):
         device, was_training = next(self.parameters()).device, self.training
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(device):
                 codes = self(self.source.features(photos).to(device)).float().cpu()
         finally:
             self.train(was_training)

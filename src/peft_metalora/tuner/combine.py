@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import AdapterNotFoundError, AdapterStateError
 from .config import MetaLoraConfig
 from .convert import svd_of_product
+from .folding import without_autocast
 from .layer import MetaLoraLayer
 from .on_model import meta_lora_layers
 from .ranks import Ranks, exceptions, whole_paths
@@ -236,7 +237,8 @@ class LayerSum:
 @torch.no_grad()
 def sum_at(layer: MetaLoraLayer, parts: list[Part], how: Combination) -> LayerSum:
     """The weighted sum of adapters that a layer has."""
-    return _elementwise(layer, parts, how) if how.elementwise else _stacking(layer, parts, how)
+    with without_autocast(layer.metalora_up[parts[0][0]].device):
+        return _elementwise(layer, parts, how) if how.elementwise else _stacking(layer, parts, how)
 
 
 def _stacking(layer: MetaLoraLayer, parts: list[Part], how: Combination) -> LayerSum:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError
+from .folding import without_autocast
 
 # Rows as long, on average, as those of the uniform start: U(-1/sqrt(n), 1/sqrt(n)) has n entries of variance 1/(3n).
 ROW_LENGTH = 1 / math.sqrt(3)
@@ -40,7 +41,8 @@ def start_down(down: Tensor, how: str, weight: Callable[[], Tensor]) -> None:
                 "a dtype that holds its weights."
             )
         rank = min(down.shape[0], *matrix.shape)
-        _, _, right = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
+        with without_autocast(matrix.device):
+            _, _, right = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
         set_rows(down, right.T[:rank])
 
 
