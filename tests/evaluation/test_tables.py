@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import operator
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +34,75 @@ def test_committed_pages_are_what_the_command_writes(tables: ModuleType) -> None
 def test_every_table_is_on_a_page(tables: ModuleType) -> None:
     shown = {name for text in tables.pages().values() for name in tables.BLOCK.findall(text)}
     assert shown == set(tables.TABLES)
+
+
+# Page, file of results, and what the page says with the figures of that file: `{keys:format}`, or `{keys}` for a value
+# with its interval.
+PROSE = (
+    ("README.md", "convergence", "by {figures.encoder_minus_best_rival} in pairs"),
+    ("README.md", "convergence", "real photos reach {figures.real_ceiling:.2f} among themselves"),
+    ("docs/results.md", "convergence", "off the photo has {figures.zero_step_r_facesim:.2f}. The best"),
+    ("docs/results.md", "convergence", "fine-tuned method has {figures.best_rival_r_facesim:.2f}, after"),
+    ("docs/results.md", "convergence", "Read people show {figures.zero_step_adherence:.2f} of the prompt"),
+    ("docs/results.md", "convergence", "That method shows {figures.best_rival_adherence:.2f}:"),
+    ("docs/results.md", "convergence", "at rank 1 {figures.small_params_over_lora_r1:.2f} times the numbers"),
+    ("docs/results.md", "convergence", "gives reading {figures.zero_step_second_judge:.2f}, and a LoRA"),
+    ("docs/results.md", "convergence", "mean LoRA {rivals.mean_lora.curve.700.second_r_facesim:.2f} after 700"),
+    ("docs/results.md", "convergence", "Real photos have {figures.second_judge_ceiling:.2f} by it"),
+    ("docs/results.md", "convergence", "25 steps add {figures.gain_25_steps:.3f},"),
+    ("docs/results.md", "typefaces", "have {figures.zero_step_r_facesim:.2f}, where photos of a font"),
+    ("docs/results.md", "typefaces", "photos of a font have {figures.real_ceiling:.2f}."),
+    ("docs/results.md", "image_gen", "takes {figures.subject_over_lora_r32_step_ms:.2f} of the time of LoRA"),
+    ("docs/limits.md", "convergence", "gives {figures.zero_step_second_judge:.2f} where real photos"),
+    ("docs/limits.md", "convergence", "mean LoRA, {rivals.mean_lora.curve.700.second_r_facesim:.2f} after 700"),
+    ("docs/limits.md", "convergence", "gave {figures.by_people.128:.2f}, 256 gave {figures.by_people.256:.2f}, 512"),
+    ("docs/make_a_down.md", "convergence", "read others at {figures.by_people.512:.2f}, 1,024 at"),
+    ("docs/make_a_down.md", "training", "{details.scaling.whole.1.stage1_weak.per_second:.1f} a second; the encoder"),
+    ("docs/make_a_down.md", "training", "{details.scaling.whole.1.encoder_weak.per_second:.2f} people a second"),
+    ("docs/concepts.md", "layer_details", "{figures.four_subjects_folded_over_base_b4:.3f} x the base instead of"),
+    ("docs/concepts.md", "layer_details", "instead of {figures.four_subjects_unfolded_over_base_b4:.3f})"),
+    ("docs/tuner.md", "layer", "takes {figures.frozen_step_over_graphed_lora_r1_b1:.3f} of LoRA's step"),
+    ("docs/tuner.md", "layer_details", "one two ({figures.unfolded_over_base_b1:.2f} x the base in that run;"),
+    ("docs/tuner.md", "layer_details", "| batch 1, one H200: ours | {figures.subject_fp32_eager_step_b1:.0f} |"),
+    ("docs/tuner.md", "layer_details", "| **{figures.subject_fp32_graph_step_b1:.1f}** | |"),
+    ("docs/tuner.md", "layer_details", "| **{figures.lora_r1_bf16_graph_step_b1:.1f}** | |"),
+    ("docs/tuner.md", "layer_details", "| {figures.subject_fp32_eager_step_b4:.0f} | **"),
+    ("docs/tuner.md", "layer_details", "| **{figures.subject_fp32_graph_step_b4:.1f}** |"),
+    ("docs/tuner.md", "layer_details", "| {figures.lora_r1_bf16_eager_step_b4:.0f} | **"),
+    ("docs/tuner.md", "layer_details", "| **{figures.lora_r1_bf16_graph_step_b4:.1f}** |"),
+    ("docs/training_speed.md", "layer", "costs), at {figures.train_step_over_best_lora_r1_b4:.3f}"),
+    ("docs/training_speed.md", "training", "| {details.step_ms.diffusers_lora_r1_b1:.0f} |"),
+    ("docs/training_speed.md", "training", "| {details.step_ms.diffusers_lora_r1:.0f} |"),
+    ("docs/training_speed.md", "training", "| {details.step_ms.lora_r1_bf16_graph_b1:.0f} |"),
+    ("docs/training_speed.md", "training", "| {details.step_ms.lora_r1_bf16_graph:.0f} |"),
+    ("docs/training_speed.md", "training", "| **{details.step_ms.meta_lora_serial:.0f}** |"),
+    ("docs/training_speed.md", "training", "| **{details.step_ms.meta_lora:.0f}** |"),
+    ("docs/training_speed.md", "training", "keep {figures.stage1_weak_scaling_4gpu:.3f} of the ideal speed"),
+    ("docs/training_speed.md", "layer_details", "from {figures.subject_fp32_eager_step_b1:.0f} to"),
+    ("docs/training_speed.md", "layer_details", "to {figures.subject_fp32_graph_step_b1:.0f} ms"),
+    ("docs/person_on_8_gb.md", "memory", "learning took {details.flux_personalize_512_gib.gib:.1f} GiB and drawing"),
+    ("docs/person_on_8_gb.md", "memory", "drawing {details.flux_generate_1024_gib.gib:.1f} GiB"),
+    ("docs/person_on_8_gb.md", "memory", "alone, {details.flux_read_gib.gib:.1f} GiB as measured"),
+    ("docs/serving.md", "service", "from {figures.capacity_images_per_s:.1f} to"),
+    ("docs/from_a_lora.md", "from_loras", "holds {collection.kept.common, factors, 64 rows.common:.2f} of what"),
+    ("CHANGELOG.md", "layer_details", "{figures.subject_fp32_graph_step_b1:.0f} ms instead of"),
+    ("CHANGELOG.md", "layer_details", "instead of {figures.subject_fp32_eager_step_b1:.0f},"),
+)
+
+
+@pytest.mark.parametrize(("page", "file", "sentence"), PROSE)
+def test_figures_in_sentences_are_those_of_their_file(tables: ModuleType, page: str, file: str, sentence: str) -> None:
+    """Bug: layers were measured anew, and a sentence kept the figures of the run before."""
+    data = tables.load()[file]
+
+    def shown(found: re.Match[str]) -> str:
+        value = functools.reduce(operator.getitem, found[1].split("."), data)
+        if not found[2]:
+            return tables.spread(value)
+        return format(value["value"] if isinstance(value, dict) else value, found[2])
+
+    wanted = re.sub(r"\{([^:}]+):?([^}]*)\}", shown, sentence)
+    assert wanted in " ".join((ROOT / page).read_text(encoding="utf-8").split())
 
 
 def test_goals_that_are_missed_or_open_say_so(tables: ModuleType) -> None:

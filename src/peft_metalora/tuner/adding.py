@@ -208,7 +208,7 @@ def _check_fit(
     if config.start != "fresh" and mid_init[0] != r:
         raise RankMismatchError(
             f"start={config.start!r} needs the rank of the Down's Mid, {mid_init[0]} at {key!r}, but r={r}. "
-            f"Set r={mid_init[0]}, or start='fresh' (which loses the gain)."
+            f"Set r={mid_init[0]}, or start='fresh' (a control, less like the person)."
         )
 
 

@@ -87,7 +87,7 @@ class MetaLoraConfig(PeftConfig):
     num_slots: int = setting("How many subjects the adapter holds; set_slots chooses one for each sample.", 1)
     start: str = setting(
         "Where a subject starts: 'stored' (the Mid that belongs to the Down, Up = 0), 'mean' (mean Mid and "
-        "Up of stage 1) or 'fresh' (a new Mid, Up = 0; a control, it loses the gain).",
+        "Up of stage 1) or 'fresh' (a new Mid, Up = 0; a control, less like the person).",
         "stored",
     )
     down: str | None = setting(
