@@ -138,7 +138,7 @@ class SubjectSpace(nn.Module):
         }
         mean = torch.cat([tensor.detach().float().flatten().cpu() for tensor in factors.values()])
         layout = [(name, tuple(tensor.shape)) for name, tensor in factors.items()]
-        return cls(layout, mean, torch.zeros(code_size, len(mean)), down.fingerprint)
+        return cls(layout, mean, torch.zeros(code_size, len(mean), device="cpu"), down.fingerprint)
 
     def coded(self, code: Tensor, subject_name: str | None = None) -> SubjectCode:
         """A code (k,) of this space, with what it means something to."""
@@ -152,7 +152,7 @@ class SubjectSpace(nn.Module):
         Args:
             weights: at least 0 each, not all 0.
         """
-        share = torch.tensor([*weights], dtype=torch.float32) / sum(weights)
+        share = torch.tensor([*weights], dtype=torch.float32, device="cpu") / sum(weights)
         stacked = torch.stack([*codes]).float().cpu()
         with without_autocast(share.device):
             mean, length = share @ stacked, share @ stacked.norm(dim=1)

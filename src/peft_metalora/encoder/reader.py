@@ -97,7 +97,8 @@ class Reader:
                 raise error
             unusable.append((person, error))
 
-        total, count = torch.zeros(len(people), self.space.code_size), torch.zeros(len(people), 1)
+        total = torch.zeros(len(people), self.space.code_size, device="cpu")
+        count = torch.zeros(len(people), 1, device="cpu")
         shown = tqdm(photos, desc="reading", unit="photo", disable=not progress)
         for batch in _in_batches(_seen(shown, sight, leave_out)):
             for person, code in _codes_of(self.encoder, batch, leave_out):

@@ -114,7 +114,7 @@ def _kohya(config: MetaLoraConfig, pairs: Mapping[str, LoraPair]) -> tuple[dict[
         key = f"lora_unet_{name.replace('.', '_')}"
         tensors[f"{key}.lora_down.weight"] = pair.a
         tensors[f"{key}.lora_up.weight"] = pair.b
-        tensors[f"{key}.alpha"] = torch.tensor(float(pair.a.shape[0]), dtype=pair.a.dtype)
+        tensors[f"{key}.alpha"] = torch.tensor(float(pair.a.shape[0]), dtype=pair.a.dtype, device="cpu")
     rank = str(max(pair.a.shape[0] for pair in layers.values()))
     return tensors, {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
 

@@ -119,7 +119,7 @@ def project(
         factor, start = down.tensors[f"{module}.{DOWN}"], down.tensors[f"{module}.{MID_INIT}"]
         outputs = down.tensors[f"{module}.{UP}"].shape[1]
         tensors[f"{module}.{MID}"] = start.unsqueeze(0).clone()
-        tensors[f"{module}.{UP}"] = torch.zeros(1, outputs, start.shape[0], dtype=start.dtype)
+        tensors[f"{module}.{UP}"] = torch.zeros(1, outputs, start.shape[0], dtype=start.dtype, device="cpu")
         if module in pairs:
             a, b = pairs[module]
             _require_shapes(module, a, b, factor, outputs)
@@ -159,8 +159,8 @@ def nearest(
     kept = min(rank, s.shape[0])
     root = s[:kept].sqrt()
     # Mid @ R^T = sqrt(S) V^T; the pseudo-inverse also serves a Down whose rows depend on each other.
-    mid = torch.zeros(rank, down.shape[0], dtype=torch.float64)
-    up = torch.zeros(b.shape[0], rank, dtype=torch.float64)
+    mid = torch.zeros(rank, down.shape[0], dtype=torch.float64, device="cpu")
+    up = torch.zeros(b.shape[0], rank, dtype=torch.float64, device="cpu")
     mid[:kept] = root.unsqueeze(1) * v[:kept] @ torch.linalg.pinv(r.T)
     up[:, :kept] = outer @ (u[:, :kept] * root) / scaling
     norm = float(torch.linalg.norm(small @ a))

@@ -185,7 +185,7 @@ def distances_to_others(images: Tensor, distance: Callable[[Tensor, Tensor], Ten
     scaled = images * 2 - 1
     with torch.no_grad():
         pairs = distance(scaled[first], scaled[second]).flatten().float().cpu()
-    sums = torch.zeros(len(images)).index_add_(0, first, pairs).index_add_(0, second, pairs)
+    sums = torch.zeros(len(images), device="cpu").index_add_(0, first, pairs).index_add_(0, second, pairs)
     return sums / (len(images) - 1)
 
 
@@ -282,10 +282,12 @@ def bootstrap(
             f"expected one subject for each of at least 1 score, found {len(scores)} scores and {len(labels)} subjects"
         )
     number: dict[Hashable, int] = {}
-    owner = torch.tensor([number.setdefault(label, len(number)) for label in labels])
-    means = torch.zeros(len(number), dtype=torch.float64).index_add_(0, owner, scores) / owner.bincount()
-    picks = torch.randint(len(means), (resamples, len(means)), generator=torch.Generator().manual_seed(seed))
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    owner = torch.tensor([number.setdefault(label, len(number)) for label in labels], device="cpu")
+    means = torch.zeros(len(number), dtype=torch.float64, device="cpu").index_add_(0, owner, scores) / owner.bincount()
+    picks = torch.randint(
+        len(means), (resamples, len(means)), generator=torch.Generator().manual_seed(seed), device="cpu"
+    )
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")
     low, high = means[picks].mean(1).quantile(tails).tolist()
     return Interval(float(means.mean()), low, high)
 

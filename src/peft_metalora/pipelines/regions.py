@@ -108,7 +108,9 @@ _tables: weakref.WeakKeyDictionary[Seen, dict[str, TokenSlots]] = weakref.WeakKe
 
 
 def _grid_ids(number: int, rows: int, columns: int) -> Tensor:
-    return torch.cartesian_prod(torch.tensor([number]), torch.arange(rows), torch.arange(columns))
+    return torch.cartesian_prod(
+        torch.tensor([number], device="cpu"), torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu")
+    )
 
 
 class _Layout:
@@ -169,7 +171,7 @@ class _Layout:
             if isinstance(images[0], list):
                 raise PipelineError("expected Z-Image without images to start from for regions. Use subjects= instead.")
             rows, columns = (side // 2 for side in images[0].shape[-2:])
-            filling = torch.ones(-rows * columns % _Z_IMAGE_MULTIPLE, 3, dtype=torch.int64)
+            filling = torch.ones(-rows * columns % _Z_IMAGE_MULTIPLE, 3, dtype=torch.int64, device="cpu")
             longest = max(len(text) for text in texts)
             return torch.cat([_grid_ids(0, rows, columns), filling]), 0, longest + -longest % _Z_IMAGE_MULTIPLE
         if self._class == "WanTransformer3DModel":
@@ -204,7 +206,7 @@ class _Layout:
         own = ids[:, 0] == 0
         rows, columns = ids[own, 1], ids[own, 2]
         grid = int(rows.max()) + 1, int(columns.max()) + 1
-        tokens = torch.full((len(ids),), NO_SUBJECT)
+        tokens = torch.full((len(ids),), NO_SUBJECT, device="cpu")
         tokens[own] = self._grid(self._labels(*(self._packing * self._factor * side for side in grid)), *grid)[
             rows, columns
         ]
@@ -224,7 +226,7 @@ class _Layout:
 
     def _labels(self, height: int, width: int) -> Tensor:
         """The region of each pixel, counted from 1, the later one where several meet; 0 outside."""
-        labels = torch.zeros(height, width, dtype=torch.int64)
+        labels = torch.zeros(height, width, dtype=torch.int64, device="cpu")
         for number, region in enumerate(self._regions, 1):
             if isinstance(region.place, Tensor):
                 if region.place.shape != labels.shape:
@@ -250,4 +252,4 @@ class _Layout:
         winner = F.adaptive_avg_pool2d(shares, (height, width))[0].argmax(0)
         names = [None, *(region.subject for region in self._regions)]
         slots = [NO_SUBJECT if (name := names[number]) is None else self._slots[name] for number in numbers]
-        return torch.tensor(slots)[winner]
+        return torch.tensor(slots, device="cpu")[winner]

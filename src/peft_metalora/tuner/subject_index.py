@@ -185,7 +185,7 @@ def _checkpoint() -> Any:
 
 def _tensors(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     # Pinned, or the host would wait here until the GPU has done all that is queued.
-    index = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    index = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
     index = index.to(device, non_blocking=True)
     return index.clamp(min=0), (index >= 0).view(-1, 1, 1)
 

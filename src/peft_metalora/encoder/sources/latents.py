@@ -37,7 +37,7 @@ class LatentSource:
             raise ConfigError("encoder 'latents' needs the base's VAE, found none: give encode_images")
         self.name, self._resolution, self._encode = "latents", resolution, encode_images
         with torch.no_grad():
-            shape = tuple(encode_images(torch.zeros(1, 3, resolution, resolution)).shape[1:])
+            shape = tuple(encode_images(torch.zeros(1, 3, resolution, resolution, device="cpu")).shape[1:])
         if min(shape[1:]) < _LAST:
             raise ConfigError(
                 f"encoder 'latents' needs latents of at least {_LAST} x {_LAST}, found {shape[1]} x {shape[2]}: raise "

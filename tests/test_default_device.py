@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A script that says `torch.set_default_device("cuda")` gets what others get.
+
+"meta" stands in for another device here: what is made there by mistake has no values, and what touches it fails.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import peft_metalora
+from artefacts_tiny import with_down, write_pair
+from peft_metalora import load_down, set_slots
+from peft_metalora.checkpoint.space import SubjectSpace
+from peft_metalora.encoder import EncoderConfig, Reader, make_encoder
+from peft_metalora.pipelines.codes import CodeBook
+
+ROOMS = ("checkpoint", "encoder", "lora", "metrics", "pipelines")
+MAKE_TENSORS = {"tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint"}
+LIKE_PARAMETERS = {"self.trunk(torch.zeros(1, *source.feature_shape))"}  # these may lie where the script wants them
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_tensor_is_made_on_a_device_that_is_named(room):
+    """Bug: tables of regions, codes and sums of scores were made on the script's device and met others on the CPU."""
+    unnamed = []
+    for path in (Path(peft_metalora.__file__).parent / room).rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        exempt = {id(inner) for node in ast.walk(tree) if _text(node) in LIKE_PARAMETERS for inner in ast.walk(node)}
+        for node in ast.walk(tree):
+            made = isinstance(node, ast.Call) and _text(node.func).removeprefix("torch.") in MAKE_TENSORS
+            if made and _text(node.func).startswith("torch.") and id(node) not in exempt:
+                named = any(keyword.arg in ("device", None) for keyword in node.keywords)
+                unnamed += [] if named else [f"{path.name}:{node.lineno} {_text(node)}"]
+    assert not unnamed
+
+
+def _text(node: ast.AST) -> str:
+    return ast.unparse(node) if isinstance(node, ast.Attribute | ast.Call) else ""
+
+
+def test_a_batch_of_several_subjects():
+    """Bug: the index of the samples was made on the GPU, where it cannot be pinned: RuntimeError."""
+    model, other = with_down(slots=3).eval(), with_down(slots=3).eval()
+    x = torch.randn(2, 8)
+    with torch.device("meta"):
+        set_slots(model, [2, 0])
+        found = model(x)
+    set_slots(other, [2, 0])
+    assert torch.equal(found, other(x)) and not torch.equal(found[0], found[1])
+
+
+def test_codes(tmp_path):
+    """Bug: a space around a Down had its mean on the CPU and its basis on the GPU; a blend met codes elsewhere."""
+    down = load_down(write_pair(tmp_path)[0])
+    encoder = make_encoder(EncoderConfig(resolution=32, code_size=6, width=8, hidden=16), _shrunk)
+    photo = Image.new("RGB", (32, 32), "teal")
+
+    def codes():
+        space = SubjectSpace.around(down, 6)
+        read = Reader(space, encoder).codes([[photo]])[0][0]
+        book = CodeBook(space)
+        book.put("ann", read)
+        row = torch.empty_like(space.mean)
+        book.write("ann", row)
+        return read, space.blend([read, -2 * read], [0.5, 0.5]), row
+
+    with torch.device("meta"):
+        found = codes()
+    for one, other in zip(found, codes(), strict=True):
+        assert torch.equal(one, other)
+
+
+def _shrunk(pixels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.avg_pool2d(pixels, 4)
