@@ -20,6 +20,7 @@ from peft_metalora import load_subject
 from peft_metalora.app import blocks, polishing
 from peft_metalora.app.blocks import BOXES, _crops, _told
 from peft_metalora.app.hardware import Held, _fits, machine
+from peft_metalora.app.library import Library
 from peft_metalora.app.page import CONSENT, Visit
 from peft_metalora.app.studio import Seen
 from peft_metalora.commands.app import _estimates_of
@@ -65,7 +66,7 @@ class TestReading:
         app.enrol("ann", 1, keep=True)
         assert app.kept() == ["photos/local/ann/001"]
         assert (app.folder / "people/photos/local/ann/001").read_bytes() == photo(1)
-        app.page.delete("local", Visit(), "ann")
+        app.page.delete("local", "ann")
         assert app.kept() == [] and app.library.people("local") == []
 
     @pytest.mark.parametrize(
@@ -129,6 +130,25 @@ class TestPictures:
             thread.join()
         assert all((alone[name] == together[name]).all() for name in names)
         assert (alone["ann"] != alone["bob"]).any()
+
+    @pytest.mark.parametrize("blended", [False, True])
+    def test_who_is_deleted_while_they_wait_is_not_drawn(self, tried, blended):
+        """Bug: a picture that waited for its turn, behind polishing for instance, was drawn of somebody deleted."""
+        app, said = tried(), []
+        app.enrol("ann", 1), app.enrol("bob", 2)
+
+        def draws():
+            with pytest.raises(ConfigError, match="found ann, who was deleted") as refused:
+                app.page.blend("local", ["bob", "ann"], 0.5, PROMPT, 0, 1) if blended else app.draw("ann")
+            said.append(refused)
+
+        with app.studio._turn:
+            waits = threading.Thread(target=draws)
+            waits.start()
+            waits.join(0.2)
+            app.page.delete("local", "ann")
+        waits.join()
+        assert said
 
     def test_somebody_between_two_can_be_drawn_and_kept(self, tried):
         app = tried()
@@ -207,7 +227,7 @@ class TestPolishing:
         states.close()
         while not work.done:
             work.wait(1)
-        assert work.said == "cancelled: ann is who they were" and app.studio.polishing == ""
+        assert work.said == "cancelled: ann is who they were" and app.studio.polishing is None
         visit.leave()
         assert visit.photos == []
 
@@ -226,8 +246,29 @@ class TestPolishing:
         app.enrol("bob", 2), app.enrol("ann", 1, visit)
         states = app.page.polish("local", visit, "ann", PROMPT, 2, 0)
         next(states)
-        app.page.delete("local", visit, "bob")
+        app.page.delete("local", "bob")
         assert [*states][-1].said == "ann is polished, in 2 steps"
+
+    def test_who_is_deleted_in_another_tab_is_polished_no_further(self, tried):
+        """Bug: deleting somebody left their photos in the memory of another tab, which went on to polish them."""
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit)
+        states = app.page.polish("local", visit, "ann", PROMPT, 8, 0)
+        next(states)
+        app.page.delete("local", "ann")
+        assert [*states][-1].said == "cancelled: ann is who they were"
+        assert (visit.photos, visit.uid, visit.polishing) == ([], "", None)
+
+    def test_who_is_deleted_while_they_wait_to_be_polished_is_not(self, tried, monkeypatch):
+        """Bug: polishing that waited for its turn while somebody was deleted still encoded their photos and trained."""
+        app, visit, begun = tried(), Visit(), []
+        app.enrol("ann", 1, visit)
+        monkeypatch.setattr("peft_metalora.app.studio.begin", lambda *_: begun.append(None))
+        with app.studio._turn:
+            states = app.page.polish("local", visit, "ann", PROMPT, 8, 0)
+            next(states)
+            app.page.delete("local", "ann")
+        assert [*states][-1].said == "cancelled: ann is who they were" and not begun
 
     def test_it_needs_photos_of_that_person(self, tried):
         app, visit = tried(), Visit()
@@ -240,7 +281,7 @@ class TestPolishing:
         """Bug: after another tab had deleted ann and read another ann, she was polished on the first one's photos."""
         app, visit = tried(), Visit()
         app.enrol("ann", 1, visit)
-        app.page.delete("local", Visit(), "ann")
+        app.page.delete("local", "ann")
         app.enrol("ann", 2)
         with pytest.raises(NoImagesError, match="photos of ann"):
             next(app.page.polish("local", visit, "ann", PROMPT, 1, 0))
@@ -287,8 +328,18 @@ class TestLibrary:
         file = app.page.export("local", "ann", tool)
         with safe_open(file, "pt") as found:
             assert all(name.startswith(key) for name in found.keys())  # noqa: SIM118
-        app.page.delete("local", Visit(), "ann")
+        app.page.delete("local", "ann")
         assert not Path(file).exists()
+
+    def test_who_is_deleted_while_they_are_exported_leaves_no_file(self, tried, monkeypatch):
+        """Bug: an export that ended after its person was deleted left their weights in the page's folder."""
+        app = tried()
+        app.enrol("ann", 1)
+        export = app.library.export
+        monkeypatch.setattr(app.library, "export", lambda *a: (app.page.delete("local", "ann"), export(*a))[1])
+        with pytest.raises(ConfigError, match="deleted or renamed meanwhile"):
+            app.page.export("local", "ann", "diffusers")
+        assert not [path for path in (app.folder / "exports").rglob("*") if path.is_file()]
 
     def test_a_push_is_private(self, tried, server):
         app = tried()
@@ -316,6 +367,17 @@ class TestLibrary:
         with pytest.raises(OSError, match="disk full"):
             app.page.read("local", visit, True, "ann", True)
         assert app.kept() == [] and app.library.people("local") == []
+
+    def test_who_has_lost_their_files_can_be_deleted(self, tried):
+        """Bug: of a page that was killed while it renamed somebody polished, photos stayed under the old name, and the
+        page knew nobody of that name to delete."""
+        app, visit = tried(), Visit()
+        app.enrol("ann", 1, visit, keep=True)
+        [*app.page.polish("local", visit, "ann", PROMPT, 1, 0)]
+        app.place.remove(app.place.folder(app.library.person("local", "ann")))
+        again = Library(app.place, app.studio)
+        again.delete("local", "ann")
+        assert app.kept() == [] and again.people("local") == []
 
     def test_a_photo_is_never_without_a_name_to_delete_it_by(self, tried, monkeypatch):
         """Bug: photos were kept before their person was entered; a process killed between left photos of nobody."""
@@ -377,8 +439,15 @@ class TestTelling:
         assert "its log" not in failed[2] and "secret" not in failed[2] and len(logged) == 1
 
     def test_who_waits_is_told_for_whom(self):
-        waiting, done = self.outputs(lambda *_: ["a", "b", "ann is here"], studio=SimpleNamespace(polishing="<bob>"))
+        studio = SimpleNamespace(polishing=SimpleNamespace(tenant="local", name="<bob>"))
+        waiting, done = self.outputs(lambda *_: ["a", "b", "ann is here"], studio=studio)
         assert waiting[2] == "waits until &lt;bob&gt; is polished" and done == ["a", "b", "ann is here"]
+
+    def test_nobody_is_told_whom_another_user_has(self):
+        """Bug: who waited while another user's person was polished was told that person's name."""
+        studio = SimpleNamespace(polishing=SimpleNamespace(tenant="acme", name="bob"))
+        waiting, _ = self.outputs(lambda *_: ["a", "b", ""], studio=studio)
+        assert waiting[2] == "waits until somebody is polished"
 
     def test_the_part_that_is_used_is_framed(self):
         seen = Seen(Image.new("RGB", (40, 20)), Region((20, 10), 10, 10, 0.5), Image.new("RGB", (8, 8)))

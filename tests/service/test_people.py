@@ -88,6 +88,23 @@ def test_a_rename_that_ends_in_the_middle_leaves_nothing_without_a_name(place, m
     assert b"numbers" not in contents(place) and len(People(place)) == 0
 
 
+def test_names_of_a_rename_that_ends_in_the_middle_are_two_people(place, monkeypatch):
+    """Bug: both names had one uid. Who was brought in anew under one of them was drawn under the other one, too, and a
+    copy that was told to forget one refused both."""
+    people = People(place)
+    ann = people.put_files(people.put_code("acme", "ann", CODE, **OWN), FILES)
+
+    def refuses(*_, **__):
+        raise OSError("killed")
+
+    monkeypatch.setattr(place, "move", refuses)
+    with pytest.raises(WriteFailedError):
+        people.rename(ann, "anna")
+    monkeypatch.undo()
+    again = People(place)
+    assert again.entry("acme", "ann").uid == ann.uid != again.entry("acme", "anna").uid
+
+
 def test_a_start_reads_the_index_and_walks_no_folder(place, monkeypatch):
     people = People(place)
     for number in range(20):
@@ -131,6 +148,21 @@ def test_nothing_is_left_in_files_that_a_killed_service_never_finished(how, tmp_
     assert not [*tmp_path.rglob("*.tmp")]
 
 
+def test_what_was_never_finished_goes_before_the_name_does(tmp_path, monkeypatch):
+    """Bug: of a service that was killed as it deleted somebody, unfinished files stayed that no name deletes."""
+    people = People(Place(str(tmp_path)))
+    ann = people.put_code("acme", "ann", CODE, **OWN)
+    (tmp_path / "people" / "acme" / ".ann.12-0123abcd.tmp").mkdir(parents=True)
+
+    def killed(*_):
+        raise OSError("killed")
+
+    monkeypatch.setattr(Place, "write", killed)
+    with pytest.raises(WriteFailedError):
+        people.remove(ann)
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
 def test_a_start_sweeps_the_index(tmp_path):
     """Bug: what was left of an index stayed there with the codes of all people in it."""
     (tmp_path / "index" / ".00.json.12-0123abcd.tmp").mkdir(parents=True)
@@ -145,6 +177,35 @@ def test_photos_of_who_was_replaced_go_with_them(place):
     place.write(f"{place.photos(ann)}/001", b"a photo")
     people.put_code("acme", "ann", bytes(reversed(CODE)), **OWN, before=ann)
     assert not place.fs.exists(place.photos(ann))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_nobody_is_entered_beside_photos_of_another_one(place, monkeypatch, known):
+    """Bug: photos of who was replaced went after the entry of who came. A service that was killed between had one
+    person entered beside another one's photos, from which the page would polish them."""
+    people = People(place)
+    ann = people.put_code("acme", "ann", CODE, **OWN)
+    place.write(f"{place.photos(ann)}/001", b"a photo of another one")
+    if not known:
+        people.place.remove(people.index)
+        people = People(place)
+    seen, write = [], Place.write
+    monkeypatch.setattr(Place, "write", lambda *a: (seen.append(place.fs.exists(place.photos(ann))), write(*a)))
+    people.put_code("acme", "ann", bytes(reversed(CODE)), **OWN, before=ann if known else None)
+    assert seen == [False]
+
+
+def test_a_newer_self_is_newer_though_the_clock_was_set_back(place, monkeypatch):
+    """Bug: with the clock set back, who was replaced, tuned or rewritten had an older revision than before, so that
+    copies went on to show who they had been."""
+    people = People(place)
+    ann = people.put_code("acme", "ann", CODE, **OWN)
+    monkeypatch.setattr(time, "time_ns", lambda: 1)
+    new = people.put_code("acme", "ann", bytes(reversed(CODE)), **OWN, before=ann)
+    tuned = people.put_files(new, FILES)
+    place.fs.pipe_file(f"{place.folder(ann)}/adapter_model.safetensors", b"other numbers")
+    monkeypatch.setattr("peft_metalora.service.people.LOOK_EVERY", 0.0)
+    assert ann.revision < new.revision < tuned.revision < people.find("acme", "ann").revision
 
 
 def test_a_removal_that_ends_in_the_middle_is_done_again(place, monkeypatch):

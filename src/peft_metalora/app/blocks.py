@@ -291,15 +291,15 @@ def make_blocks(page: Page) -> gr.Blocks:
         on(export.click, on_export, [chosen, tool], [exported, library_said])
         on(push.click, lambda *given: [page.push(*given)], [chosen, repo, down], [library_said])
 
-        def on_delete(tenant: str, visit: Visit, name: str | None, sure: bool) -> list[Any]:
+        def on_delete(tenant: str, name: str | None, sure: bool) -> list[Any]:
             if not sure:
                 raise ConfigError("expected the box beside it ticked, found it empty: nobody was deleted")
-            gone = page.delete(tenant, visit, name).name
+            gone = page.delete(tenant, name).name
             left = page.library.people(tenant)
             emptied = [gr.update(choices=[person.name for person in left], value=None) for _ in choices]
             return [gr.update(value=None, visible=False), False, *emptied, _table(left), f"{gone} is deleted"]
 
-        on(delete.click, on_delete, [visit, chosen, sure], [exported, sure, *library, library_said])
+        on(delete.click, on_delete, [chosen, sure], [exported, sure, *library, library_said])
     blocks.queue(max_size=config.queue, api_open=False)
     return blocks
 
@@ -348,7 +348,8 @@ def _told(work: Callable[..., Any], others: int, studio: Studio | None = None) -
     def handler(request: gr.Request, *inputs: Any) -> Iterator[Any]:
         tenant = request.username or LOCAL
         try:
-            if studio is not None and (name := studio.polishing):
+            if studio is not None and (polished := studio.polishing):
+                name = polished.name if polished.tenant == tenant else "somebody"
                 yield _outputs([*(gr.skip() for _ in range(others)), f"waits until {name} is polished"], others)
             found = work(tenant, *inputs)
             for one in found if isinstance(found, Iterator) else [found]:

@@ -56,6 +56,15 @@ class Library:
             raise ConfigError(f"expected somebody of your library, found {repr(name) if name else 'nobody chosen'}")
         return found
 
+    def require_here(self, people: Sequence[Person]) -> None:
+        """Raises ConfigError where one of them was deleted since they were looked up, or goes by another name."""
+        for person in people:
+            now = self._people.entry(person.tenant, person.name)
+            if now is None or now.uid != person.uid:
+                raise ConfigError(
+                    f"expected somebody of your library, found {person.name}, who was deleted or renamed meanwhile"
+                )
+
     def require_new(self, tenant: str, name: str) -> None:
         """Raises ConfigError of a name that cannot be, OutputExistsError of one that is taken."""
         if not re.fullmatch(NAME, name or ""):
@@ -107,7 +116,8 @@ class Library:
     def delete(self, tenant: str, name: str | None) -> Person:
         """Delete somebody, their photos first; raises as `person`, and WriteFailedError: delete again."""
         with self._change:
-            person = self.person(tenant, name)
+            # Whose files have gone cannot be shown any more, but is entered, and may have photos.
+            person = (self._people.entry(tenant, name) if name else None) or self.person(tenant, name)
             self._people.remove(person)
             return person
 
@@ -144,7 +154,6 @@ class Library:
             return push_subject(saved, repo_id, private=True, down=down)
 
     def _write_photos(self, person: Person, photos: Sequence[bytes]) -> None:
-        self._place.remove(self._place.photos(person))
         try:
             for number, photo in enumerate(photos, 1):
                 self._place.write(f"{self._place.photos(person)}/{number:03}", photo)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,14 @@ class Visit:
         if self.polishing is not None:
             self.polishing.cancel()
 
+    def forget(self, uid: str) -> None:
+        """Somebody is deleted."""
+        if self.uid == uid:
+            self.photos, self.uid = [], ""
+        if self.polishing is not None and self.polishing.person.uid == uid:
+            self.polishing.cancel()
+            self.polishing = None
+
 
 class Page:
     """What can be done on the page.
@@ -67,6 +77,8 @@ class Page:
         self.studio, self.library, self.config = studio, library, config
         self.estimates = estimates
         self._folder = folder
+        # Tabs with photos of somebody, or that polish them.
+        self._visits: weakref.WeakValueDictionary[int, Visit] = weakref.WeakValueDictionary()
 
     # Somebody new
 
@@ -88,6 +100,7 @@ class Page:
         read = self.studio.read(tenant, name, visit.photos, CONSENT)
         person = self.library.enrol(read, visit.photos if keep_photos else ())
         visit.uid = person.uid
+        self._visits[id(visit)] = visit
         return person
 
     def _require_consent(self, consent: bool) -> None:
@@ -114,23 +127,28 @@ class Page:
 
     def draw(self, tenant: str, name: str | None, prompt: str, seed: float, steps: float) -> list[Image.Image]:
         """Somebody's picture, and the base's beside it."""
-        return self._beside(self.library.person(tenant, name), prompt, seed, steps)
+        person = self.library.person(tenant, name)
+        return self._beside(person, [person], prompt, seed, steps)
 
     def blend(
         self, tenant: str, names: Sequence[str | None], share: float, prompt: str, seed: float, steps: float
     ) -> list[Image.Image]:
         """Somebody between two, and the base."""
-        return self._beside(self._between(tenant, names, share), prompt, seed, steps)
+        people = self._two(tenant, names)
+        return self._beside(self._between(people, share), people, prompt, seed, steps)
 
     def keep_blend(self, tenant: str, names: Sequence[str | None], share: float, name: str) -> Person:
         """Enter somebody between two into the library."""
         self.library.require_new(tenant, name)
-        person = self._between(tenant, names, share)
+        person = self._between(self._two(tenant, names), share)
         person = Person(tenant, name, *(getattr(person, one) for one in Person.__slots__[2:]))
         return self.library.enrol(person)
 
-    def _between(self, tenant: str, names: Sequence[str | None], share: float) -> Person:
-        first, second = (self.library.person(tenant, name) for name in names)
+    def _two(self, tenant: str, names: Sequence[str | None]) -> list[Person]:
+        return [self.library.person(tenant, name) for name in names]
+
+    def _between(self, people: Sequence[Person], share: float) -> Person:
+        first, second = people
         if first.name == second.name:
             raise ConfigError(f"expected two people to blend, found {first.name} twice: choose another one")
         return self.studio.between({first.name: (first, 1 - share), second.name: (second, share)})
@@ -139,7 +157,7 @@ class Page:
         self, tenant: str, names: Sequence[str | None], boxes: Sequence[Any], prompt: str, seed: float, steps: float
     ) -> list[Image.Image]:
         """Two people in one picture, each in a box, and the base's picture."""
-        people = tuple(self.library.person(tenant, name) for name in names)
+        people = self._two(tenant, names)
         side, whole = self.studio.side, self._order(prompt, seed, steps)
         places = []
         for name, box in zip(names, boxes, strict=True):
@@ -147,12 +165,17 @@ class Page:
             if right - left < side // 16 or bottom - top < side // 16:
                 raise ConfigError(f"expected a box for {name} that can be seen, found a smaller one: draw it larger")
             places.append((left, top, right, bottom))
-        order = Order(whole.prompt, people, tuple(places), whole.seed, whole.steps)
-        return [self.studio.draw(order), self.studio.draw(whole)]
+        return self._with_base(replace(whole, people=tuple(people), boxes=tuple(places)), people)
 
-    def _beside(self, person: Person, prompt: str, seed: float, steps: float) -> list[Image.Image]:
-        whole = self._order(prompt, seed, steps)
-        return [self.studio.draw(Order(whole.prompt, (person,), (), whole.seed, whole.steps)), self.studio.draw(whole)]
+    def _beside(
+        self, person: Person, known: Sequence[Person], prompt: str, seed: float, steps: float
+    ) -> list[Image.Image]:
+        """Somebody's picture, and the base's; `known` are those of the library whom it shows."""
+        return self._with_base(replace(self._order(prompt, seed, steps), people=(person,)), known)
+
+    def _with_base(self, order: Order, known: Sequence[Person]) -> list[Image.Image]:
+        orders = order, replace(order, people=(None,), boxes=())
+        return [self.studio.draw(one, partial(self.library.require_here, known)) for one in orders]
 
     def _order(self, prompt: str, seed: float, steps: float) -> Order:
         if not prompt.strip() or len(prompt) > self.config.max_prompt:
@@ -186,10 +209,12 @@ class Page:
             )
         self.studio.require_polishing()
         every = max(1, int(steps) // _PICTURES)
+        self._visits[id(visit)] = visit
         visit.polishing = work = Polishing(
             self.studio, self.library, person, photos, prompt, int(steps), every=every, seed=int(seed)
         )
         try:
+            self.library.require_here([person])  # else whoever deleted them did not find this to cancel
             while not work.done:
                 yield work
                 work.wait(_LOOK)
@@ -204,21 +229,25 @@ class Page:
         person = self.library.person(tenant, name)
         folder = self._folder / person.uid
         folder.mkdir(parents=True, exist_ok=True)
-        return str(self.library.export(person, folder, TOOLS[tool]))
+        file = self.library.export(person, folder, TOOLS[tool])
+        try:
+            self.library.require_here([person])
+        except ConfigError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return str(file)
 
     def push(self, tenant: str, name: str | None, repo_id: str, down: str) -> str:
         """Publish somebody as a private repository; says where."""
         commit = self.library.push(self.library.person(tenant, name), repo_id.strip(), down.strip() or None)
         return f"{name} is at {repo_id.strip()}, private, commit {commit[:12]}"
 
-    def delete(self, tenant: str, visit: Visit, name: str | None) -> Person:
-        """Delete somebody, with what was made of them here."""
+    def delete(self, tenant: str, name: str | None) -> Person:
+        """Delete somebody, with what was made of them here and the photos of them in any tab."""
         person = self.library.delete(tenant, name)
         shutil.rmtree(self._folder / person.uid, ignore_errors=True)
-        if visit.uid == person.uid:
-            visit.photos, visit.uid = [], ""
-        if visit.polishing is not None and visit.polishing.person.uid == person.uid:
-            visit.polishing.cancel()
+        for tab in [*self._visits.values()]:
+            tab.forget(person.uid)
         return person
 
 

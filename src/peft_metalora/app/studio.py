@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,7 +68,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Look:
-    """A step of polishing that is done: its loss, or the picture that was drawn after it."""
+    """A step of polishing that is done: its loss, or the picture that was drawn after it; of step 0 neither."""
 
     step: int
     loss: float | None = None
@@ -88,7 +88,7 @@ class Studio:
     def __init__(self, base: Base, place: Place, config: ServeConfig) -> None:
         self.base, self.config, self._place = base, config, place
         self._turn = threading.Lock()
-        self.polishing = ""
+        self.polishing: Person | None = None
         """Who is being polished, for which everybody else waits."""
         self.seconds: float | None = None
         """What the last picture took."""
@@ -207,15 +207,25 @@ class Studio:
 
     # Pictures
 
-    def draw(self, order: Order) -> Image.Image:
+    def draw(self, order: Order, require_here: Callable[[], None]) -> Image.Image:
         """A picture.
+
+        Args:
+            require_here: raises if somebody in it has been deleted; asked when the turn has come, and when it is drawn.
 
         Raises:
             RegionError, PipelineError: boxes that do not fit, or a base that draws one person only.
             CheckpointError: as `subject`.
         """
+        with self._turn:
+            require_here()
+            image = self._drawn(order)
+        require_here()
+        return image
+
+    def _drawn(self, order: Order) -> Image.Image:
         names = [None if person is None else person.uid for person in order.people]
-        with self._turn, self._here(order.people):
+        with self._here(order.people):
             start = time.monotonic()
             if order in self._plain:
                 return self._plain[order]
@@ -260,7 +270,7 @@ class Studio:
     ) -> Generator[Look | dict[str, bytes], None, None]:
         """Train somebody from who was read (stage 2); yields steps, pictures, and at the end the files of a subject.
 
-        Everybody else waits until the iterator has ended or is closed.
+        Step 0 is that the turn has come. Everybody else waits from then until the iterator has ended or is closed.
 
         Args:
             prompt: of the photos, and of the pictures on the way. every: steps from one picture to the next.
@@ -276,8 +286,9 @@ class Studio:
                 "under another name"
             )
         with self._turn:
-            self.polishing, down = person.name, self.down
+            self.polishing, down = person, self.down
             try:
+                yield Look(0)
                 self._pipe.unload_meta_lora()
                 try:
                     config = replace(self.config, tune_steps=steps)
@@ -296,7 +307,7 @@ class Studio:
                 finally:
                     self._come_in()
             finally:
-                self.polishing = ""
+                self.polishing = None
         yield files
 
 

@@ -48,7 +48,7 @@ class Person:
 
     Attributes:
         uid: random, of this person and never again of another one of the name.
-        revision: nanoseconds; grows with each change of what they look like.
+        revision: nanoseconds; grows with each change of what they look like, also where the clock was set back.
         consent, enrolled: how they agreed, and when that was recorded (seconds since 1970).
         down, space: fingerprints that the code belongs to; empty for somebody with files.
         code: float32 numbers; None for somebody with files.
@@ -197,13 +197,19 @@ class People:
     def put_code(
         self, tenant: str, name: str, code: bytes, *, down: str, space: str, consent: str, before: Person | None = None
     ) -> Person:
-        """Keep somebody as a code, in the place of who they were `before`; WriteFailedError: nothing has changed."""
+        """Keep somebody as a code, in the place of who they were `before`.
+
+        Raises:
+            WriteFailedError: they are who they were, without the photos that were kept, or have come and old files lie
+                there still.
+        """
         person = self._next(tenant, name, consent, before, down=sys.intern(down), space=sys.intern(space), code=code)
+        with self._writing():  # first, so that nobody is ever entered beside photos of another one
+            self.place.remove(self.place.photos(person))
         self._write(person)
         if before is not None:
-            with self._writing():
-                self.place.remove(self.place.photos(before))
-                if before.code is None:
+            if before.code is None:
+                with self._writing():
                     self.place.remove(self.place.folder(before))
             self._sweep(before)
         return person
@@ -221,13 +227,15 @@ class People:
         """Call somebody by a name that nobody has; WriteFailedError: they are who they were, or are under both names.
 
         The new name is entered first: of a rename that ends in the middle nothing is without a name to delete it by.
+        It has a uid of its own until the old one is gone, because by its uid a copy tells who was replaced or deleted.
         """
         person = replace(before, name=name)
-        self._write(person)
+        self._write(replace(person, uid=_new_uid()))
         with self._writing():
             self.place.move(before, person)
         self._looked.pop(person.uid, None)
         self._write(before, gone=True)
+        self._write(person)
         return person
 
     def remove(self, person: Person) -> None:
@@ -235,9 +243,9 @@ class People:
         with self._writing():
             self.place.remove(self.place.photos(person))
             self.place.remove(self.place.folder(person))
+        self._sweep(person)
         self._write(person, gone=True)
         self._looked.pop(person.uid, None)
-        self._sweep(person)
 
     def _sweep(self, person: Person) -> None:
         """Remove what may be left of somebody in files that were never finished."""
@@ -274,7 +282,7 @@ class People:
             before = self._looked.get(person.uid)
             is_new = stamp and (before is None or before[1] != stamp)
             if is_new and self.entry(person.tenant, person.name) is person:
-                self._tenants[person.tenant][person.name] = replace(person, revision=time.time_ns())
+                self._tenants[person.tenant][person.name] = replace(person, revision=_next_revision(person))
             self._looked[person.uid] = now, stamp
             if not stamp:
                 return None
@@ -283,9 +291,9 @@ class People:
     # Index
 
     def _next(self, tenant: str, name: str, consent: str, before: Person | None, **own: Any) -> Person:
-        uid = secrets.token_hex(16) if before is None else before.uid
+        uid = _new_uid() if before is None else before.uid
         enrolled = time.time() if before is None or before.consent != consent else before.enrolled
-        return Person(sys.intern(tenant), name, uid, time.time_ns(), sys.intern(consent), enrolled, **own)
+        return Person(sys.intern(tenant), name, uid, _next_revision(before), sys.intern(consent), enrolled, **own)
 
     def _read_index(self) -> None:
         self.place.sweep(self.index)
@@ -335,6 +343,15 @@ class People:
             raise
         except OSError as error:
             raise WriteFailedError(f"expected to be able to write where the people are kept, found: {error}") from error
+
+
+def _new_uid() -> str:
+    return secrets.token_hex(16)
+
+
+def _next_revision(before: Person | None) -> int:
+    now = time.time_ns()
+    return now if before is None else max(now, before.revision + 1)
 
 
 def _record(person: Person) -> dict[str, Any]:
