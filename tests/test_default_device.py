@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A script that says `torch.set_default_device("cuda")` gets what others get.
+"""A script that says `torch.set_default_device("cuda")`, or sets a default dtype, gets what others get.
 
 "meta" stands in for another device here: what is made there by mistake has no values, and what touches it fails.
 """
@@ -22,6 +22,7 @@ from peft_metalora.pipelines.codes import CodeBook
 
 ROOMS = ("checkpoint", "encoder", "lora", "metrics", "pipelines")
 MAKE_TENSORS = {"tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint"}
+MAKE_TENSORS |= {"randperm", "triu_indices", "tril_indices", "normal"}
 LIKE_PARAMETERS = {"self.trunk(torch.zeros(1, *source.feature_shape))"}  # these may lie where the script wants them
 
 
@@ -56,7 +57,8 @@ def test_a_batch_of_several_subjects():
 
 
 def test_codes(tmp_path):
-    """Bug: a space around a Down had its mean on the CPU and its basis on the GPU; a blend met codes elsewhere."""
+    """Bug: a space around a Down had its mean on the CPU and its basis on the GPU, a blend met codes elsewhere; and
+    where a script's default dtype was bfloat16, a code was rounded to that."""
     down = load_down(write_pair(tmp_path)[0])
     encoder = make_encoder(EncoderConfig(resolution=32, code_size=6, width=8, hidden=16), _shrunk)
     photo = Image.new("RGB", (32, 32), "teal")
@@ -70,10 +72,16 @@ def test_codes(tmp_path):
         book.write("ann", row)
         return read, space.blend([read, -2 * read], [0.5, 0.5]), row
 
+    expected = codes()
     with torch.device("meta"):
-        found = codes()
-    for one, other in zip(found, codes(), strict=True):
-        assert torch.equal(one, other)
+        elsewhere = codes()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        in_bfloat16 = codes()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found in (elsewhere, in_bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def _shrunk(pixels: torch.Tensor) -> torch.Tensor:

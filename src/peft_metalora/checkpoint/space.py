@@ -138,7 +138,7 @@ class SubjectSpace(nn.Module):
         }
         mean = torch.cat([tensor.detach().float().flatten().cpu() for tensor in factors.values()])
         layout = [(name, tuple(tensor.shape)) for name, tensor in factors.items()]
-        return cls(layout, mean, torch.zeros(code_size, len(mean), device="cpu"), down.fingerprint)
+        return cls(layout, mean, mean.new_zeros(code_size, len(mean)), down.fingerprint)
 
     def coded(self, code: Tensor, subject_name: str | None = None) -> SubjectCode:
         """A code (k,) of this space, with what it means something to."""

@@ -97,8 +97,8 @@ class Reader:
                 raise error
             unusable.append((person, error))
 
-        total = torch.zeros(len(people), self.space.code_size, device="cpu")
-        count = torch.zeros(len(people), 1, device="cpu")
+        total = torch.zeros(len(people), self.space.code_size, dtype=torch.float32, device="cpu")
+        count = total.new_zeros(len(people), 1)
         shown = tqdm(photos, desc="reading", unit="photo", disable=not progress)
         for batch in _in_batches(_seen(shown, sight, leave_out)):
             for person, code in _codes_of(self.encoder, batch, leave_out):

@@ -59,8 +59,8 @@ class DlibEmbedder:
             MetricInputError: no images, or a tensor of another shape than (n, 3, h, w) in [0, 1].
         """
         pictures = as_pil(images)
-        vectors, sizes = torch.zeros(len(pictures), self.dim, device="cpu"), torch.zeros(len(pictures), device="cpu")
-        landmarks = torch.full((len(pictures), 5, 2), torch.nan, device="cpu")
+        vectors = torch.zeros(len(pictures), self.dim, dtype=torch.float32, device="cpu")
+        sizes, landmarks = vectors.new_zeros(len(pictures)), vectors.new_full((len(pictures), 5, 2), torch.nan)
         for row, picture in enumerate(pictures):
             pixels = np.ascontiguousarray(picture)
             faces = self._detect(pixels, int(min(picture.size) < _LEAST))
@@ -68,9 +68,9 @@ class DlibEmbedder:
                 face = max(faces, key=lambda one: one.area())
                 marks = self._landmarks(pixels, face)
                 seen = self._recognise.compute_face_descriptor(pixels, marks)
-                vectors[row], sizes[row] = torch.tensor(list(seen), device="cpu"), face.height() / picture.height
+                vectors[row], sizes[row] = vectors.new_tensor(list(seen)), face.height() / picture.height
                 # The eye on the right comes first, each by its two corners.
-                corners = torch.tensor([[float(mark.x), float(mark.y)] for mark in marks.parts()], device="cpu")
+                corners = vectors.new_tensor([[float(mark.x), float(mark.y)] for mark in marks.parts()])
                 landmarks[row, :3] = torch.stack([corners[2:4].mean(0), corners[:2].mean(0), corners[4]])
         return Embeddings(vectors, sizes > 0, landmarks, sizes, Comparison(_similarity, torch.cdist))
 

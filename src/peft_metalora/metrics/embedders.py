@@ -127,8 +127,8 @@ class InsightFaceEmbedder:
             MetricInputError: no images, or a tensor of another shape than (n, 3, h, w) in [0, 1].
         """
         pictures = as_pil(images)
-        landmarks = torch.full((len(pictures), 5, 2), float("nan"), device="cpu")
-        sizes = torch.zeros(len(pictures), device="cpu")
+        vectors = torch.zeros(len(pictures), self.dim, dtype=torch.float32, device="cpu")
+        sizes, landmarks = vectors.new_zeros(len(pictures)), vectors.new_full((len(pictures), 5, 2), torch.nan)
         faces, rows = [], []
         for row, picture in enumerate(pictures):
             bgr = np.ascontiguousarray(np.asarray(picture)[:, :, ::-1])
@@ -138,7 +138,6 @@ class InsightFaceEmbedder:
                 sizes[row] = float(boxes[0][3] - boxes[0][1]) / picture.height
                 faces.append(self._align(bgr, points[0], image_size=self._recogniser.input_size[0]))
                 rows.append(row)
-        vectors = torch.zeros(len(pictures), self.dim, device="cpu")
         for start in range(0, len(rows), self._batch_size):
             part = slice(start, start + self._batch_size)
             seen = torch.from_numpy(np.asarray(self._recogniser.get_feat(faces[part]), dtype=np.float32))
@@ -284,7 +283,7 @@ def _batches(
     std: tuple[float, float, float],
 ) -> Iterator[Tensor]:
     """Normalised batches (b, 3, crop, crop) of images whose shorter side was brought to `resize`."""
-    shift, scale = torch.tensor(mean, device="cpu").view(3, 1, 1), torch.tensor(std, device="cpu").view(3, 1, 1)
+    shift, scale = (torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1) for values in (mean, std))
     for start in range(0, len(images), batch_size):
         cut = [_centre(image, resize, crop) for image in images[start : start + batch_size]]
         yield torch.stack([(pixels - shift) / scale for pixels in cut])

@@ -181,11 +181,11 @@ def distances_to_others(images: Tensor, distance: Callable[[Tensor, Tensor], Ten
     """
     if images.ndim != 4 or len(images) < 2:
         raise MetricInputError(f"expected at least 2 images (n, 3, h, w), found {tuple(images.shape)}: draw more seeds")
-    first, second = torch.triu_indices(len(images), len(images), 1)
+    first, second = torch.triu_indices(len(images), len(images), 1, device=images.device)
     scaled = images * 2 - 1
     with torch.no_grad():
         pairs = distance(scaled[first], scaled[second]).flatten().float().cpu()
-    sums = torch.zeros(len(images), device="cpu").index_add_(0, first, pairs).index_add_(0, second, pairs)
+    sums = pairs.new_zeros(len(images)).index_add_(0, first, pairs).index_add_(0, second, pairs)
     return sums / (len(images) - 1)
 
 

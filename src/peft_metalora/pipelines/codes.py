@@ -62,5 +62,5 @@ class CodeBook:
     def _line(self, row: int) -> Tensor:
         block, line = divmod(row, _BLOCK)
         if block == len(self._blocks):
-            self._blocks.append(torch.zeros(_BLOCK, self.space.code_size, device="cpu"))
+            self._blocks.append(torch.zeros(_BLOCK, self.space.code_size, dtype=torch.float32, device="cpu"))
         return self._blocks[block][line]

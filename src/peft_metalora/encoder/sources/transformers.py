@@ -51,7 +51,7 @@ class TransformersSource(Still):
     def features(self, photos: Sequence[Image.Image]) -> Tensor:
         """(n, d) float32; see `Source`."""
         pixels = to_pixels(photos, self._side)
-        mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in (_MEAN, _STD))
+        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
         parameter = next(self._model.parameters())
         with torch.no_grad():
             output = self._model(pixel_values=((pixels - mean) / std).to(parameter.device, parameter.dtype))
