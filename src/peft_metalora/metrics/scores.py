@@ -124,7 +124,7 @@ def real_ceiling(photos: Embeddings) -> float:
         photos: as `r_facesim` takes them as `others`, of which it is the ceiling; those without a face are not used.
     """
     vectors = photos.vectors[photos.found]
-    first, second = torch.triu_indices(len(vectors), len(vectors), 1)
+    first, second = torch.triu_indices(len(vectors), len(vectors), 1, device=vectors.device)
     return float(photos.compared.similarity(vectors, vectors)[first, second].mean())
 
 
