@@ -79,6 +79,14 @@ def test_files_that_pages_show_are_shown(page: Path) -> None:
     assert all(one and (ROOT / one[1]).is_file() for one in found), shown
 
 
+@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), ROOT / "README.md"], ids=lambda page: page.name)
+def test_what_pages_import_of_this_package_is_there(page: Path) -> None:
+    """Bug: a function moved, and the Python of a page failed at its import."""
+    found = re.findall(r"^ *(?:from|import) peft_metalora\b[^(\n]*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for line in found:
+        exec(line.strip(), {})
+
+
 def test_no_page_holds_a_merge_that_was_not_ended() -> None:
     """Bug: marks of a merge landed in a page."""
     pages = [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]

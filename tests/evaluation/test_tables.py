@@ -105,6 +105,13 @@ def test_figures_in_sentences_are_those_of_their_file(tables: ModuleType, page: 
     assert wanted in " ".join((ROOT / page).read_text(encoding="utf-8").split())
 
 
+def test_a_code_in_memory_takes_no_less_than_its_numbers(tables: ModuleType) -> None:
+    """Bug: 301 bytes were published for codes of 512, as new ones lay in memory that had been freed before."""
+    results = tables.load()
+    found = [results[name]["figures"]["host_bytes_per_code"] for name in ("reading", "serving")]
+    assert min(found) > results["reading"]["figures"]["code_bytes"]
+
+
 def test_goals_that_are_missed_or_open_say_so(tables: ModuleType) -> None:
     figures = {"merged_over_base": 1.043, "swap_ms_1": 0.4, "subject_mb": 1.7024}
     data = {"machine": "a GPU", "date": "2026-01-01", "command": "python b.py --out /x/y --n 1", "figures": figures}

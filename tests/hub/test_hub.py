@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+from dataclasses import replace
 
 import diffusers
 import huggingface_hub
@@ -22,6 +23,8 @@ from families_tiny import denoiser, tiny_pipeline
 from peft_metalora import MetaLoraConfig, errors, hub, save_down
 from peft_metalora.checkpoint.artefacts import load_down as load_local_down
 from peft_metalora.checkpoint.artefacts import load_subject as load_local_subject
+from peft_metalora.checkpoint.config_file import read_config
+from peft_metalora.hub.cards import model_card
 from peft_metalora.hub.publishing import pull, push_down, push_subject
 
 
@@ -134,6 +137,15 @@ def test_the_card_of_a_down(server, tmp_path):
         "licence",
     ):
         assert words in body
+
+
+def test_the_card_of_a_down_that_reads_photos_reads_one(tmp_path):
+    """Bug: it said to train a subject."""
+    config = read_config(save_down(tmp_path / "d", with_down(), "faces", base_model="a/base"))
+    reading = model_card(replace(config, encoder_fingerprint="0" * 64), "ann/faces", tmp_path / "d")
+    assert "pipe.read_subject('photo.jpg', 'ann')" in reading and "Train a subject" not in reading
+    trained = model_card(config, "ann/faces", tmp_path / "d")
+    assert "read_subject" not in trained and "Train a subject on it" in trained
 
 
 def test_the_card_of_a_subject(published, pair, tmp_path):

@@ -59,6 +59,7 @@ _FAMILIES = {
     "WanTransformer3DModel": "wan",
     "ZImageTransformer2DModel": "z-image",
 }
+_READS = "It reads a subject off one image, without training."
 _MODULAR = {"Flux3Transformer2DModel"}
 _OF_CLIPS = {"WanTransformer3DModel"}
 _FRAMES_A_SECOND = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": 24}  # as its authors play them; of the others 16
@@ -169,9 +170,10 @@ def _opening(config: MetaLoraConfig, facts: Mapping[str, Any]) -> str:
     base = f" for {as_code(config.base_model_name_or_path)}" if config.base_model_name_or_path else ""
     if config.stage == "meta":
         domain = f" of {as_text(facts['domain'])}" if facts.get("domain") else ""
+        how = "Train a subject on it from one image." if config.encoder_fingerprint is None else _READS
         return (
             f"A Meta-LoRA *Down*{domain}{base}: the factor that all subjects of a domain share "
-            "([arXiv 2503.22352](https://arxiv.org/abs/2503.22352)). Train a subject on it from one image."
+            f"([arXiv 2503.22352](https://arxiv.org/abs/2503.22352)). {how}"
         )
     words = f" The words that call it: {as_code(facts['trigger'])}." if facts.get("trigger") else ""
     what = "Mid and Up of one subject" if config.space_fingerprint is None else "one subject, as a code"
@@ -206,7 +208,9 @@ def _snippet(config: MetaLoraConfig, facts: Mapping[str, Any], repo_id: str, has
         f'pipe.load_meta_lora("{repo_id}")',
     ]
     if config.stage == "meta":
-        return "\n".join([*ours, "# then a subject that stands on it: pipe.load_meta_lora(<subject>)", "```", ""])
+        if config.encoder_fingerprint is None:
+            return "\n".join([*ours, "# then a subject that stands on it: pipe.load_meta_lora(<subject>)", "```", ""])
+        return "\n".join([*ours, "pipe.read_subject('photo.jpg', 'ann')", call, "```", ""])
     lines = [*ours, call, "```", ""]
     if has_fold:
         lines += [
