@@ -222,6 +222,29 @@ def test_who_cannot_be_shown_is_refused_in_a_sentence(home, tmp_path, run):
         assert status == 409 and said.startswith("expected ") and "/" not in said
 
 
+def test_a_tuner_has_let_go_of_who_is_deleted_when_that_is_confirmed(home, tmp_path, run):
+    """Bug: a deletion was confirmed while a copy that tunes still had the person's photos, and trained on them."""
+
+    async def work():
+        config = settings(home, tmp_path, tuners=1, tune_steps=5, pretrained_model_name_or_path=str(home / "base"))
+        tuner = Tuner(load_base(str(home / "base"), max_sequence_length=8), config)
+        _, (ann, bob, _) = await with_people(home, tmp_path)
+        photos = [base64.b64decode(photo())]
+        progress = tuner.tune(photos, ann, None)
+        assert await anext(progress) == 1
+        await tuner.forget(bob.uid)
+        forgetting = asyncio.ensure_future(tuner.forget(ann.uid))
+        await asyncio.sleep(0.01)
+        assert tuner._run is not None and not forgetting.done()
+        for again in (progress, tuner.tune(photos, ann, None)):
+            with pytest.raises(RefusedError, match="somebody who was deleted"):
+                await anext(again)
+        await forgetting
+        assert tuner._run is None
+
+    run(work())
+
+
 def test_somebody_is_tuned_step_by_step(home, tmp_path, run):
     async def work():
         config = settings(home, tmp_path, tuners=1, tune_steps=2)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from peft_metalora.service.journal import JsonLines, log
 from peft_metalora.service.tasks import RefusedError
 from service_tiny import Gate, Service
 
@@ -303,9 +304,11 @@ def test_a_job_that_fails_says_so(home, tmp_path, run):
     assert person.json["kind"] == "code", "they stay who they were"
 
 
-def test_a_line_of_the_log_has_no_name_and_no_prompt(home, tmp_path, run, caplog):
-    from peft_metalora.service.journal import JsonLines, log
+def lines_of(caplog) -> list[dict]:
+    return [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == log.name]
 
+
+def test_a_line_of_the_log_has_no_name_and_no_prompt(home, tmp_path, run, caplog):
     async def work():
         service = Service(home, tmp_path)
         with caplog.at_level("INFO", log.name):
@@ -313,7 +316,30 @@ def test_a_line_of_the_log_has_no_name_and_no_prompt(home, tmp_path, run, caplog
             await service.draw("ann-of-the-log", prompt="a photo of a secret")
 
     run(work())
-    lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == log.name]
+    lines = lines_of(caplog)
     assert [line["route"] for line in lines if line["event"] == "request"] == ["/subjects", "/images"]
     assert lines[-1]["status"] == 200 and lines[-1]["tenant"] == "acme" and lines[-1]["batch"] == 1
     assert "ann-of-the-log" not in json.dumps(lines) and "secret" not in json.dumps(lines)
+
+
+def test_what_an_error_says_stays_out_of_the_log(home, tmp_path, run, caplog, monkeypatch):
+    """Bug: errors of files name their path, and so the person: somebody who could not be shown, deleted or tuned stood
+    in the log by name, for good."""
+    name = "ann-of-the-log"
+    folder = tmp_path / "people" / "acme" / name
+
+    async def work():
+        service = Service(home, tmp_path)
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{")
+        drawn = await service.draw(name)
+        monkeypatch.setattr(service.place, "remove", lambda path: (folder / "torn").read_bytes())
+        return drawn, await service.ask("DELETE", f"/subjects/{name}")
+
+    drawn, deleted = run(work())
+    assert (drawn.status, deleted.status) == (409, 500)
+    lines = [line for line in lines_of(caplog) if line["event"] != "request"]
+    assert name not in json.dumps(lines) and str(tmp_path) not in json.dumps(lines)
+    shown, failed = lines[0]["error"], lines[-1]["error"]
+    assert shown.endswith("CorruptFileError") or shown.endswith("ConfigFormatError"), shown
+    assert "FileNotFoundError (errno 2)" in failed and failed.endswith("WriteFailedError") and "people.py" in failed

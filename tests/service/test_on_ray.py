@@ -25,6 +25,7 @@ from peft_metalora import enable_meta_lora
 from peft_metalora.bases import load_base
 from peft_metalora.commands.serve import serving
 from peft_metalora.errors import BaseModelMismatchError, ConfigError
+from peft_metalora.service.tasks import RefusedError
 from service_tiny import TOKENS, Answer, photo, settings, write_people
 
 CLIENTS, EACH = 24, 5
@@ -82,6 +83,36 @@ def test_a_copy_that_does_not_start_is_told_to_whoever_starts_the_service(home, 
         RayPool(SimpleNamespace(offer=asked), None)
     with pytest.raises(BaseModelMismatchError):
         replica.check_health()
+
+
+def test_copies_that_tune_are_told_of_a_deletion_too(run):
+    """Bug: they were not, so that a deletion was confirmed while one of them had the person's photos."""
+    from peft_metalora.service.on_ray import RayPool
+
+    class Copies:
+        def __init__(self, answer):
+            self.answer, self.told = answer, []
+
+        def broadcast(self, method, uid):
+            self.told.append((method, uid))
+            return self
+
+        async def results_async(self, **_):
+            return [self.answer]
+
+    async def states():
+        return {}
+
+    async def forget(artists, tuners, uid):
+        pool = object.__new__(RayPool)
+        pool._artists, pool._tuners, pool._states = artists, tuners, states
+        return await pool.forget(uid)
+
+    artists, tuners = Copies(None), Copies(None)
+    assert run(forget(artists, tuners, "0")) == 1 and artists.told == tuners.told == [("forget", "0")]
+    assert run(forget(artists, tuners, None)) == 1 and len(tuners.told) == 1, "who is tuned is not forgotten at a start"
+    with pytest.raises(RefusedError, match="one that did not"):
+        run(forget(artists, Copies(OSError()), "0"))
 
 
 def index_of(place) -> list[dict]:
@@ -145,6 +176,17 @@ def test_somebody_deleted_is_gone_from_every_copy(service):
         assert len(known) == 2 and not [each for each in known if entry["uid"] in each["people"]]
         assert not (place / "people" / "acme" / name).exists()
         assert entry["uid"] not in "".join(file.read_text() for file in (place / "index").iterdir())
+
+
+def test_photos_on_their_way_are_never_on_the_disk(service):
+    """Bug: where requests of together more than 256 MB waited, Ray wrote photos to its folder in the system's place for
+    temporary files, and what was written stayed there when the service was killed."""
+    import ray
+
+    waiting = [ray.put(np.zeros(2**26, np.uint8)) for _ in range(5)]
+    session = Path(ray.init(ignore_reinit_error=True).address_info["session_dir"])
+    assert session.is_dir() and not [*session.glob("ray_spilled_objects*/*")]
+    assert len(ray.get(waiting[0])) == 2**26
 
 
 def test_a_rewritten_person_is_the_new_one_within_a_second(service):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import logging
 import socket
 
 import numpy as np
@@ -88,6 +89,27 @@ def test_however_a_copy_holds_its_base_it_draws_the_same_people(home, tmp_path, 
     for way, found in zip(ways[1:], others, strict=True):
         assert np.abs(found - plain).max() <= (24 if "quantize" in way else 1), way
     assert [type(model).__name__ for model in compiled] == ["FluxTransformer2DModel"]
+
+
+def test_no_prompt_is_quoted_where_a_copy_writes(home, tmp_path, run, monkeypatch, one_thread):
+    """Bug: diffusers warns of a prompt that is too long and quotes it; Ray keeps what a copy writes in files."""
+    import diffusers
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [handler])
+    diffusers.utils.logging.set_verbosity_warning()
+
+    async def work():
+        artist = await make_artist(settings(home, tmp_path))
+        await artist.draw(Task((None,), (), "a photo of a person " * 9, None, 16, 16, 1, None, 3, "png"))
+
+    try:
+        run(work())
+    finally:
+        diffusers.utils.logging.set_verbosity_warning()
+    assert not [one for one in said if "a photo of" in one]
 
 
 def test_the_demo_draws_who_was_read_off_a_photo(tmp_path, run, one_thread):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging as diffusers_logging
 
 from ..bases import Base, load_base
 from ..bases.memory import COMPILED, CPU, ready_to_draw, require_supported
@@ -192,7 +193,7 @@ class Artist:
                 enter()
                 self._known[person.uid] = person.revision
         except (MetaLoraError, OSError) as error:
-            log.warning("person cannot be shown", extra={"fields": {"person": person.uid, "error": str(error)}})
+            log.warning("person cannot be shown", exc_info=error, extra={"fields": {"person": person.uid}})
             raise RefusedError(
                 409,
                 f"expected {person.name} to be somebody whom this service can show, found {type(error).__name__}: "
@@ -343,6 +344,7 @@ def load_copy(config: ServeConfig, use: str, *circumstances: str) -> tuple[Base,
     Raises:
         As `make_artist`.
     """
+    diffusers_logging.set_verbosity_error()  # its warnings quote what of a prompt was too long
     device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.replicas))

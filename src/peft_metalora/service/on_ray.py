@@ -68,7 +68,7 @@ class ArtistReplica:
         try:
             self._artist = await make_artist(config)
         except Exception as error:
-            log.exception("no copy")
+            log.exception("no copy", extra={"fields": {"why": str(error)}})  # nobody is known yet
             self._failure = error
 
         @serve.multiplexed(max_num_models_per_replica=config.slots)
@@ -97,6 +97,9 @@ class ArtistReplica:
             return await self._artist.draw(task)
         except RefusedError as error:
             return error
+        except Exception:
+            log.exception("not drawn")  # the desk knows no more than that
+            raise
 
     async def read(self, photos: Sequence[bytes]) -> tuple[bytes, str, str] | RefusedError:
         """As `Artist.read`."""
@@ -136,6 +139,13 @@ class TunerReplica:
                 yield found
         except RefusedError as error:
             yield error
+        except Exception:
+            log.exception("not tuned")
+            raise
+
+    async def forget(self, uid: str) -> None:
+        """As `Tuner.forget`."""
+        await self._tuner.forget(uid)
 
 
 def _no_copy() -> RefusedError:
@@ -204,15 +214,12 @@ class RayPool:
             progress.cancel()
 
     async def forget(self, uid: str | None) -> int:
-        """As `Artist.forget`, by all; returns when those that Serve is putting down are gone too."""
-        found = await self._artists.broadcast("forget", uid).results_async(return_exceptions=True)
-        for error in found:
-            if isinstance(error, BaseException) and not isinstance(error, RayActorError):  # who died knows nobody
-                log.error("not forgotten", extra={"fields": {"error": repr(error)}})
-                raise RefusedError(503, "expected every copy to forget, found one that did not", retry_after=5)
+        """As `Artist.forget` and `Tuner.forget`, by all; returns when those that Serve is putting down are gone too."""
+        known = [self._artists] if uid is None or self._tuners is None else [self._artists, self._tuners]
+        found, *_ = [await _forgotten(copies, uid) for copies in known]
         while (await self._states()).get("STOPPING"):
             await asyncio.sleep(0.2)
-        return len(found)
+        return found
 
     async def replicas(self) -> int:
         """How many run."""
@@ -222,6 +229,16 @@ class RayPool:
         status = await asyncio.to_thread(serve.status)
         states = status.applications[APP].deployments["ArtistReplica"].replica_states
         return {str(getattr(state, "value", state)): count for state, count in states.items()}
+
+
+async def _forgotten(copies: DeploymentHandle[Any], uid: str | None) -> int:
+    """Have all copies forget somebody; how many they are."""
+    found = await copies.broadcast("forget", uid).results_async(return_exceptions=True)
+    for error in found:
+        if isinstance(error, BaseException) and not isinstance(error, RayActorError):  # who died knows nobody
+            log.error("not forgotten", exc_info=error)
+            raise RefusedError(503, "expected every copy to forget, found one that did not", retry_after=5)
+    return len(found)
 
 
 @contextmanager
@@ -261,6 +278,7 @@ def _start_ray(config: ServeConfig) -> None:
     options: dict[str, Any] = {"address": config.ray_address}
     if config.ray_address is None:
         options = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+        options["_system_config"] = {"automatic_object_spilling_enabled": False}  # photos are never on the disk
     ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ from ..tuner.down import subject_config
 from .artist import code_of, hub_of, load_copy
 from .people import Person
 from .serve_settings import ServeConfig
-from .tasks import Progress, RefusedError, to_its_end
+from .tasks import Progress, RefusedError, is_gone, to_its_end
 
 _PROMPT = "a photo of a person"
 
@@ -43,27 +44,48 @@ class Tuner:
         self._space = load_space(folder_of(str(config.down), READER_FILES, **hub), self._down)
         self._turn = asyncio.Lock()
         self._run: Personalization | None = None
+        self._here: Counter[str] = Counter()  # uids of who is tuned or waits for that
+        self._gone: set[str] = set()
+        self._left = asyncio.Event()
 
     async def tune(self, photos: Sequence[bytes], person: Person, prompt: str | None) -> AsyncIterator[Progress]:
         """Tune one person at a time; yields each step that is done, and at the end the files of a subject.
 
         Raises:
-            RefusedError: photos that cannot be learned from.
+            RefusedError: photos that cannot be learned from, or somebody who was deleted.
         """
-        async with self._turn:
-            try:
-                run = await to_its_end(self._begin, photos, person, prompt)
-                steps = run.steps()
-                while (step := await to_its_end(next, steps, None)) is not None:
-                    yield step.number
-                files = await to_its_end(files_of, run, person)
-            except MetaLoraError as error:
-                raise RefusedError(422, f"expected photos to learn from, found {type(error).__name__}") from error
-            finally:
-                if self._run is not None:
-                    self._run.remove()
-                    self._run = None
+        self._here[person.uid] += 1
+        try:
+            async with self._turn:
+                self._require_here(person)
+                try:
+                    run = await to_its_end(self._begin, photos, person, prompt)
+                    steps = run.steps()
+                    while (step := await to_its_end(next, steps, None)) is not None:
+                        yield step.number
+                        self._require_here(person)
+                    files = await to_its_end(files_of, run, person)
+                except MetaLoraError as error:
+                    raise RefusedError(422, f"expected photos to learn from, found {type(error).__name__}") from error
+                finally:
+                    if self._run is not None:
+                        self._run.remove()
+                        self._run = None
             yield files
+        finally:
+            self._here -= Counter([person.uid])
+            self._left.set()
+
+    async def forget(self, uid: str) -> None:
+        """End what is learned of a person; returns when nothing of them is here any more."""
+        self._gone.add(uid)
+        while self._here[uid]:
+            self._left.clear()
+            await self._left.wait()
+
+    def _require_here(self, person: Person) -> None:
+        if person.uid in self._gone:
+            raise is_gone()
 
     def _begin(self, photos: Sequence[bytes], person: Person, prompt: str | None) -> Personalization:
         """`_run` is what there is to take off, whoever waits for it."""
