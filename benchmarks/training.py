@@ -22,7 +22,8 @@ each whole: photo read from disk, views and caption encoded, trained and saved a
 Compared are, each step with forward, backward, clipping and AdamW: stage 2 of Meta-LoRA (r = 1, meta_r = 128, this
 package's loop) and what diffusers' `train_dreambooth_lora_flux.py` does with `--rank 1 --cache_latents` (float32
 adapter under bf16 autocast, uniform noise levels), as it is and in ways that are faster: AdamW fused, factors in
-bf16, its pass recorded as a CUDA graph by the code that records ours. `best_lora` is the fastest of them.
+bf16, its pass recorded as a CUDA graph by the code that records ours. `best_lora` is the fastest of them; compiled
+ones are in `layer.py`.
 All are timed in turns, so that a drifting clock cancels. A turn's time is that of its steps
 after a warm-up, one after another as a run does them, until the GPU has finished; figures are medians of the turns.
 Where the GPU is busy for less than a step takes (`kernel_ms`), the host is the limit.
