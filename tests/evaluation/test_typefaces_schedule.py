@@ -34,11 +34,11 @@ def test_a_job_waits_until_another_has_ended_well_and_all_end_in_time(tmp_path, 
     monkeypatch.setattr(schedule, "tasks", lambda args: all_jobs)
     monkeypatch.setattr(jobs, "_TO_END", 0)
     start = time.monotonic()
-    args = argparse.Namespace(seconds=2.5, output=tmp_path / "results", assets=tmp_path, gpus=2, tiny=False)
+    args = argparse.Namespace(seconds=5.0, output=tmp_path / "results", assets=tmp_path, gpus=2, tiny=False)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "main-0.claim").touch()
     schedule.run(args)
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 15
     assert {path.stem for path in tmp_path.glob("*.done")} == {"first", "second"}, "a job that does not fit is left out"
     assert not list((tmp_path / "results").glob("*.claim"))  # what was stopped can be made again
     assert "endless ended with -15" in capfd.readouterr().out
