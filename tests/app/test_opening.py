@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,30 @@ def test_this_machine_alone_may_ask_by_its_own_name(tried):
         assert asking.get("/gradio_api/info").json()["named_endpoints"] == {}
         assert asking.get(f"/gradio_api/file={__file__}").status_code == 403
     assert not folder.exists() and "GRADIO_TEMP_DIR" not in os.environ
+
+
+def test_an_upload_that_ends_in_the_middle_leaves_no_photo(tried):
+    """Bug: what had come of a photo when its sender hung up lay in the page's folder until the page was closed."""
+    folder, there = [], []
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + photo()
+
+    async def receive():
+        if not folder:
+            folder.append(Path(os.environ["GRADIO_TEMP_DIR"]))
+            return {"type": "http.request", "body": head, "more_body": True}
+        there.extend(path.read_bytes() for path in folder[0].glob("*") if path.is_file())
+        return {"type": "http.disconnect"}
+
+    async def send(_):
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "root_path": "", "query_string": b""}
+    scope |= {"scheme": "http", "http_version": "1.1", "server": ("127.0.0.1", 7860), "client": ("127.0.0.1", 1)}
+    scope |= {"headers": [(b"host", b"127.0.0.1"), (b"content-type", b"multipart/form-data; boundary=x")]}
+    with client(tried()) as asking:
+        with suppress(Exception):
+            asyncio.run(asking.app(scope, receive, send))
+        assert there and not [path for path in folder[0].rglob("*") if path.is_file()]
 
 
 def test_users_enter_with_their_own_token(tried):

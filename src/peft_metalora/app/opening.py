@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 # Before any import of gradio, which reads it once.
@@ -15,6 +16,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..files import temporary_folder
 from ..service.people import Place
@@ -45,6 +47,7 @@ def serving_page(
     with temporary_folder() as folder, _gradio_keeps_files_in(str(folder)):
         blocks = make_blocks(Page(studio, library, config, folder / "exports", estimates))
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_middleware(_WholeUploads, folder=folder)
         if tenants is None:
             # A page of the web whose name was turned to this address (DNS rebinding) gives itself away by the name.
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
@@ -63,6 +66,32 @@ def serving_page(
         )
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         yield server
+
+
+class _WholeUploads:
+    """Removes the photos of an upload that ended in the middle: Gradio knows, and later removes, those that came whole.
+
+    Args:
+        folder: where Gradio writes a photo, as `tmp...`, while it comes.
+    """
+
+    def __init__(self, app: ASGIApp, folder: Path) -> None:
+        self._app, self._folder, self._under_way = app, folder, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or not scope["path"].endswith("/upload"):
+            await self._app(scope, receive, send)
+            return
+        self._under_way += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                for path in self._folder.glob("tmp*"):
+                    with suppress(OSError):
+                        path.unlink()
 
 
 def _door(tenants: Tenants) -> Callable[[str, str], bool]:
