@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,30 @@ def test_another_down_of_the_same_name_makes_other_cells(people: Path, tmp_path:
     save_file({**tensors, mean: -tensors[mean]}, down / "adapter_model.safetensors")
     evaluate(config, progress=False)
     assert keys.isdisjoint(cell["key"] for cell in read_cells(config.output, [method]))
+
+
+def test_a_killed_run_leaves_no_cell_with_pictures_of_another_one(
+    people: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a run over other people of the same names that was killed left its pictures under the cells of an earlier
+    one, which took them for its own when it was asked for again."""
+    first, second = (load_image(people / f"held-out-000{number}" / "0.png") for number in (0, 1))
+    drawn = tmp_path / "drawn" / "held-out-0000" / bench.image_name(0, 0)
+    drawn.parent.mkdir(parents=True)
+    config = EvaluateConfig(
+        data=str(people), output=str(tmp_path / "out"), prompts=str(prompts), images=[f"drawn={tmp_path / 'drawn'}"]
+    )
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for image, end in ((first, Bench._finish), (second, killed), (first, Bench._finish)):
+        image.save(drawn)
+        monkeypatch.setattr(Bench, "_finish", end)
+        with nullcontext() if end is not killed else pytest.raises(KeyboardInterrupt):
+            evaluate(config, progress=False)
+    [kept] = [row["file"] for row in results(tmp_path / "out") if row["subject"] == "held-out-0000"]
+    assert load_image(tmp_path / "out" / kept).tobytes() == first.tobytes()
 
 
 def test_an_image_that_is_not_there_is_a_miss(people: Path, prompts: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ..files import write_bytes
 from ..hub.loading import folder_of
 from ..tuner import DownSource
 from ..tuner.down import digest_of
-from .cells import Cell, hash_of, home_of, is_complete
+from .cells import Cell, hash_of, home_of, is_complete, remove_cell
 from .conditions import Condition, bad_reference
 from .evaluation_settings import DEMO, EvaluateConfig, Method, safe
 from .judging import Judge, Known, judge_for
@@ -133,6 +133,7 @@ class Bench:
         if is_complete(self.output, folder, key):
             return
         _ = self.base  # whatever is missing is told before anything is written
+        remove_cell(folder)
         cell: Cell = {"rows": [], "points": [], "failure": None, "reference": self._show(subject, reference, home)}
         if condition is not None:
             cell |= {"condition": condition.name, "strength": condition.strength}
@@ -159,6 +160,7 @@ class Bench:
         if is_complete(self.output, folder, key):
             return
         images = [load_image(path) if path.is_file() else None for path in paths]
+        remove_cell(folder)
         rows = self._score(folder, images, subject, 0)
         reference = self._show(subject, subject.split()[0], self.output)
         cell = {"rows": rows, "points": [], "failure": None, "reference": reference}

@@ -51,6 +51,11 @@ def is_complete(output: Path, folder: Path, key: str) -> bool:
     )
 
 
+def remove_cell(folder: Path) -> None:
+    """Before images are made anew: of a run that is killed meanwhile no older cell shows the new ones as its own."""
+    (folder / "cell.json").unlink(missing_ok=True)
+
+
 def hash_of(what: Path | Any) -> str:
     """Of an image file's bytes, or of anything that JSON can hold; raises as `read_file`."""
     data = read_file(what) if isinstance(what, Path) else json.dumps(what, sort_keys=True).encode()
