@@ -166,6 +166,8 @@ def test_tokens_are_refused_that_could_be_guessed_or_read(tmp_path):
         Tenants({"acme": TOKENS["acme"], "other": TOKENS["acme"]})
     with pytest.raises(ConfigError, match="a tenant's name"):
         Tenants({"../acme": TOKENS["acme"]})
+    with pytest.raises(ConfigError, match="more than capitals, found 'acme' and 'Acme'"):
+        Tenants({"acme": TOKENS["acme"], "Acme": TOKENS["other"]})
     with pytest.raises(ConfigError, match="at least one tenant"):
         Tenants({})
     file = tmp_path / "tokens.yaml"

@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from peft_metalora.errors import ConfigError, CorruptFileError, WriteFailedError
+from peft_metalora.errors import ConfigError, CorruptFileError, OutputExistsError, WriteFailedError
 from peft_metalora.service.people import LOOK_EVERY, UNRECORDED, People, Place
 
 CODE = np.arange(6, dtype=np.float32).tobytes()
@@ -272,6 +272,56 @@ def test_who_looks_at_the_same_time_finds_the_same_person(place, monkeypatch):
     monkeypatch.setattr(place, "stamp", meanwhile)
     found = people.find("acme", "ann")
     assert found == first[0] == people.entry("acme", "ann") and found.revision > ann.revision
+
+
+def test_names_that_a_disk_takes_for_one_are_never_two_people(tmp_path, monkeypatch):
+    """Bug: on a disk that ignores capitals, as most of Macs and Windows do, Ann had the photos and the files of ann."""
+    folder, photos = Place.folder, Place.photos
+    monkeypatch.setattr(Place, "folder", lambda *a: folder(*a).lower())
+    monkeypatch.setattr(Place, "photos", lambda *a: photos(*a).lower())
+    monkeypatch.setattr(Place, "ignores_case", lambda _: True, raising=False)
+    people = People(Place(str(tmp_path).lower()))
+    ann = people.put_files(people.put_code("acme", "ann", CODE, **OWN), FILES)
+    assert people.find("acme", "Ann") is None
+    with pytest.raises(OutputExistsError, match="Ann beside ann"):
+        people.put_code("acme", "Ann", CODE, **OWN)
+    bob = people.put_code("acme", "bob", CODE, **OWN)
+    with pytest.raises(OutputExistsError, match="ANN beside ann"):
+        people.rename(bob, "ANN")
+    people.put_code("acme", "ann", CODE, **OWN, before=ann)
+    assert [one.name for one in people.page("acme")] == ["ann", "bob"]
+
+
+def test_a_disk_is_asked_whether_it_ignores_capitals(tmp_path):
+    place = Place(str(tmp_path))
+    assert not place.ignores_case() or (tmp_path / "INDEX").samefile(tmp_path / "index")
+
+
+def test_files_are_listed_as_they_are_now(monkeypatch):
+    """Bug: file systems that remember what a folder holds gave a copy the names of somebody's older files, so that the
+    person could be shown there no more."""
+    place = Place(f"memory://{uuid4().hex}")
+    ann = People(place).put_code("acme", "ann", CODE, **OWN)
+    place.write_files(ann, FILES)
+    ls, known = place.fs.ls, {}
+
+    def remembering(path, detail=True, **more):
+        return known.setdefault((path, detail), ls(path, detail=detail, **more))
+
+    monkeypatch.setattr(place.fs, "ls", remembering)
+    monkeypatch.setattr(place.fs, "invalidate_cache", lambda path=None: known.clear())
+    for added, removed in (("subject_code.safetensors", "adapter_model.safetensors"), ("more", "adapter_config.json")):
+        with place.files(ann) as folder:
+            names = {file.name for file in folder.iterdir()}
+        assert names == {path.rpartition("/")[2] for path in place.fs.find(place.folder(ann))}
+        place.fs.pipe_file(f"{place.folder(ann)}/{added}", b"new")
+        place.fs.rm_file(f"{place.folder(ann)}/{removed}")
+
+
+def test_a_place_that_keeps_copies_is_refused():
+    """Bug: whoever was deleted stayed in the cache of a URL such as simplecache::s3://bucket/people."""
+    with pytest.raises(ConfigError, match="of which no copies are kept, found 'simplecache::memory"):
+        Place("simplecache::memory://people")
 
 
 def test_a_place_with_a_history_is_read_only(monkeypatch):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from ..data.images import size_of
-from ..errors import UnreadableImageError
+from ..errors import OutputExistsError, UnreadableImageError
 from .gauges import Gauges
 from .journal import log
 from .orders import ImageOrder, SubjectOrder
@@ -178,7 +178,10 @@ class Desk:
                     )
                 code, down, space = await self._in_time(self.pool.read(photos))
                 put, named = self.people.put_code, (tenant, order.name, code)
-                person = await to_its_end(put, *named, down=down, space=space, consent=order.consent, before=before)
+                try:
+                    person = await to_its_end(put, *named, down=down, space=space, consent=order.consent, before=before)
+                except OutputExistsError as error:
+                    raise RefusedError(409, str(error)) from error
                 self._cancel_jobs(tenant, order.name)
         return person, self._start_job(person, photos, order.instance_prompt) if order.tune else None
 

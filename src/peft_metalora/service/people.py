@@ -14,6 +14,7 @@ import base64
 import hashlib
 import heapq
 import json
+import os
 import posixpath
 import re
 import secrets
@@ -21,15 +22,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from ..errors import ConfigError, CorruptFileError, WriteFailedError
+from ..errors import ConfigError, CorruptFileError, OutputExistsError, WriteFailedError
 from ..files import staged_folder, sweep, temporary_folder, write_bytes
 from .tenants import NAME
 
@@ -72,7 +74,7 @@ class Place:
         url: a folder, or a URL of fsspec.
 
     Raises:
-        ConfigError: a folder that is not there, or what fsspec does not know.
+        ConfigError: a folder that is not there, what fsspec does not know, or what keeps copies of files.
     """
 
     def __init__(self, url: str) -> None:
@@ -80,11 +82,24 @@ class Place:
             self.fs, self.root = fsspec.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"expected a place for people that fsspec knows, found {url!r} ({error})") from error
+        if isinstance(self.fs, CachingFileSystem):
+            raise ConfigError(
+                f"expected a place for people of which no copies are kept, found {url!r}: whoever is deleted would "
+                "stay in its cache. Name the place itself"
+            )
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else {*self.fs.protocol}
         self.read_only = bool(protocols & _HISTORY)
         self.is_local = isinstance(self.fs, LocalFileSystem)
         if self.is_local and not self.fs.isdir(self.root):
             raise ConfigError(f"expected a folder for people, found none at {url}: make it, or name another one")
+
+    def ignores_case(self) -> bool:
+        """Whether two names that differ in capitals alone are one file here, as on most disks of Macs and Windows."""
+        if not self.is_local:
+            return False
+        with suppress(OSError):
+            os.makedirs(f"{self.root}/index", exist_ok=True)
+        return os.path.exists(f"{self.root}/INDEX")
 
     def folder(self, person: Person) -> str:
         """Where the files of somebody are."""
@@ -101,6 +116,7 @@ class Place:
             yield Path(self.folder(person))
             return
         with temporary_folder() as here:
+            self.fs.invalidate_cache(self.folder(person))
             for path in self.fs.ls(self.folder(person), detail=False):
                 self.fs.get_file(path, str(here / posixpath.basename(path)))
             yield here
@@ -158,6 +174,7 @@ class People:
 
     Raises:
         ConfigError: the place cannot be reached. CorruptFileError: a damaged index.
+        OutputExistsError, of `put_code` and `rename`: the place takes the name for another one that somebody has.
     """
 
     def __init__(self, place: Place) -> None:
@@ -166,6 +183,7 @@ class People:
         self._locks = [threading.Lock() for _ in range(_SHARDS)]
         self._looked: dict[str, tuple[float, str]] = {}  # uid -> when, and what the files were
         self._nobody: dict[tuple[str, str], float] = {}
+        self._ignores_case = place.ignores_case()
         self._read_index()
 
     def __len__(self) -> int:
@@ -204,6 +222,7 @@ class People:
                 there still.
         """
         person = self._next(tenant, name, consent, before, down=sys.intern(down), space=sys.intern(space), code=code)
+        self._require_apart(tenant, name)
         with self._writing():  # first, so that nobody is ever entered beside photos of another one
             self.place.remove(self.place.photos(person))
         self._write(person)
@@ -230,6 +249,7 @@ class People:
         It has a uid of its own until the old one is gone, because by its uid a copy tells who was replaced or deleted.
         """
         person = replace(before, name=name)
+        self._require_apart(person.tenant, name)
         self._write(replace(person, uid=_new_uid()))
         with self._writing():
             self.place.move(before, person)
@@ -256,7 +276,7 @@ class People:
 
     def _adopted(self, tenant: str, name: str) -> Person | None:
         """Somebody whose files the operator has put there."""
-        if self._was_nobody(tenant, name) or not re.fullmatch(NAME, name):
+        if self._was_nobody(tenant, name) or not re.fullmatch(NAME, name) or self._namesake(tenant, name):
             return None
         person = self._next(tenant, name, UNRECORDED, None)
         if not self.place.fs.isdir(self.place.folder(person)):
@@ -289,6 +309,20 @@ class People:
         return self.entry(person.tenant, person.name)
 
     # Index
+
+    def _require_apart(self, tenant: str, name: str) -> None:
+        if namesake := self._namesake(tenant, name):
+            raise OutputExistsError(
+                f"expected a name that differs by more than capitals from those that are taken, found {name} beside "
+                f"{namesake}, whose files it would share where they are kept: give another name"
+            )
+
+    def _namesake(self, tenant: str, name: str) -> str | None:
+        """Another name of the tenant, whose files the place takes for those of this one."""
+        if not self._ignores_case:
+            return None
+        names = [*self._tenants.get(tenant, {})]
+        return next((one for one in names if one != name and one.casefold() == name.casefold()), None)
 
     def _next(self, tenant: str, name: str, consent: str, before: Person | None, **own: Any) -> Person:
         uid = _new_uid() if before is None else before.uid

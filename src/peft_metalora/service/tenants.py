@@ -44,6 +44,12 @@ class Tenants:
                     )
                 if self._digests.setdefault(_digest(token), tenant) != tenant:
                     raise ConfigError(f"expected a token of its own for each tenant, found that of {tenant!r} twice")
+        for tenant in tokens:
+            if alike := [one for one in tokens if one != tenant and one.casefold() == tenant.casefold()]:
+                raise ConfigError(
+                    f"expected tenants that differ by more than capitals, found {tenant!r} and {alike[0]!r}, whose "
+                    "people would share their files on many disks: give one of them another name"
+                )
         if not self._digests:
             raise ConfigError("expected a token for at least one tenant, found none")
 
