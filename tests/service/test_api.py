@@ -11,7 +11,8 @@ import json
 import pytest
 from PIL import Image
 
-from peft_metalora.errors import ConfigError
+from peft_metalora.encoder import Reader
+from peft_metalora.errors import ConfigError, EmbedderUnavailableError
 from peft_metalora.service.desk import Desk
 from peft_metalora.service.tenants import Rates, Tenants
 from service_tiny import TOKENS, Gate, Service, photo
@@ -298,6 +299,22 @@ def test_a_failure_is_a_sentence_without_path_or_traceback(home, tmp_path, run, 
     answer = run(work())
     assert answer.status == 500 and answer.error.startswith("the service failed; its log says why, under ")
     assert answer.error.split()[-1] in [record.fields["request"] for record in caplog.records if record.exc_info]
+
+
+def test_what_fails_on_the_services_side_is_not_told_as_a_fault_of_the_photos(home, tmp_path, run, monkeypatch):
+    """Bug: whoever sent photos to a service whose face detector was not there was told the path of its weights."""
+
+    def missing(*_, **__):
+        raise EmbedderUnavailableError(f"expected weights in {home}, found none")
+
+    async def work():
+        service = Service(home, tmp_path)
+        monkeypatch.setattr(Reader, "read", missing)
+        return await service.enrol("ann")
+
+    answer = run(work())
+    assert answer.status == 500 and answer.error.startswith("the service failed; its log says why")
+    assert str(home) not in answer.error
 
 
 def test_no_answer_names_a_path(home, tmp_path, run):

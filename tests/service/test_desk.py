@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 
 import pytest
@@ -164,6 +165,31 @@ def test_a_deletion_is_confirmed_by_every_copy_or_asked_for_again(home, tmp_path
     assert len(service.pool.forgotten) == 2 and len(set(service.pool.forgotten)) == 1
 
 
+def test_who_was_not_forgotten_is_with_the_next_of_their_name(home, tmp_path, run):
+    """Bug: of a deletion that no copy had confirmed nothing was known any more once somebody new had the name."""
+
+    class Deaf(Gate):
+        hears = False
+
+        async def forget(self, uid):
+            if not self.hears:
+                raise RefusedError(503, "one did not")
+            return await super().forget(uid)
+
+    async def work():
+        service = Service(home, tmp_path, pool=Deaf())
+        uids = set()
+        for _ in range(2):
+            await service.enrol("ann")
+            uids.add(service.people.entry("acme", "ann").uid)
+            first = await service.ask("DELETE", "/subjects/ann")
+            service.pool.hears = True
+        return first, uids, service.pool.forgotten
+
+    answer, uids, forgotten = run(work())
+    assert answer.status == 200 and len(uids) == 2 and {*forgotten} == uids
+
+
 def test_a_deletion_goes_on_when_its_client_hangs_up(home, tmp_path, run):
     class Slow(Gate):
         async def forget(self, uid):
@@ -260,6 +286,27 @@ def test_a_job_that_ends_early_leaves_nothing(home, tmp_path, run, how):
     job, person = run(work())
     assert job.status == "cancelled" and not (tmp_path / "people").exists()
     assert person.status == (404 if how == "deleted" else 200)
+
+
+def test_a_job_that_is_cancelled_too_late_is_done(home, tmp_path, run, monkeypatch):
+    """Bug: a job that was cancelled while its person was being written was told as cancelled, though they had
+    changed."""
+
+    async def work():
+        service, writing, go_on = Service(home, tmp_path, pool=Tuning(), tuners=1), threading.Event(), threading.Event()
+        put = service.people.put_files
+        monkeypatch.setattr(service.people, "put_files", lambda *a: (writing.set(), go_on.wait(5), put(*a))[2])
+        begun = await service.enrol("ann", tune=True)
+        for _ in range(3):
+            service.pool.permits.release()
+        await soon(writing.is_set)
+        cancelling = asyncio.ensure_future(service.ask("DELETE", f"/jobs/{begun.json['job']}"))
+        await asyncio.sleep(0.01)
+        go_on.set()
+        return await cancelling, await service.ask("GET", "/subjects/ann")
+
+    cancelled, person = run(work())
+    assert (cancelled.json["status"], person.json["kind"]) == ("done", "files")
 
 
 def test_photos_that_cannot_be_read_end_no_job(home, tmp_path, run):

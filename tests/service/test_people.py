@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -14,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from peft_metalora.errors import ConfigError, CorruptFileError, OutputExistsError, WriteFailedError
-from peft_metalora.service.people import LOOK_EVERY, UNRECORDED, People, Place
+from peft_metalora.service.people import LOOK_EVERY, UNRECORDED, People, Person, Place
 
 CODE = np.arange(6, dtype=np.float32).tobytes()
 OWN = {"down": "d", "space": "s", "consent": "said yes"}
@@ -105,6 +106,62 @@ def test_names_of_a_rename_that_ends_in_the_middle_are_two_people(place, monkeyp
     assert again.entry("acme", "ann").uid == ann.uid != again.entry("acme", "anna").uid
 
 
+def enrolled(people: People) -> Person:
+    ann = people.put_code("acme", "ann", CODE, **OWN)
+    people.place.write(f"{people.place.photos(ann)}/001", b"photo of the first")
+    return ann
+
+
+def renamed(people: People) -> None:
+    people.rename(people.put_files(enrolled(people), FILES), "anna")
+
+
+def replaced(people: People) -> None:
+    people.put_code("acme", "ann", bytes(reversed(CODE)), **OWN, before=people.put_files(enrolled(people), FILES))
+
+
+def deleted(people: People) -> None:
+    people.remove(people.put_files(enrolled(people), FILES))
+
+
+@pytest.mark.parametrize("change", [renamed, replaced, deleted])
+def test_wherever_a_change_is_killed_names_delete_all_and_nobody_is_another_one(change, monkeypatch):
+    """Each write but the first few is the last: a new start finds everybody apart, and deletes all there is by name."""
+
+    class KilledError(BaseException):
+        pass
+
+    def counted(work, left):
+        def once(*args, **more):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KilledError
+            return work(*args, **more)
+
+        return once
+
+    for writes in itertools.count():
+        place, left = Place(f"memory://{uuid4().hex}"), [writes]
+        with monkeypatch.context() as patch:
+            for name in ("pipe_file", "cp_file", "rm_file"):
+                patch.setattr(place.fs, name, counted(getattr(place.fs, name), left))
+            try:
+                change(People(place))
+                break
+            except KilledError:
+                pass
+        again = People(place)
+        everybody = again.page("acme")
+        assert len({one.uid for one in everybody}) == len(everybody)
+        for one in everybody:
+            if one.code == bytes(reversed(CODE)):
+                assert not place.fs.exists(place.photos(one)), "photos of another one"
+            again.remove(one)
+        left_over = contents(place)
+        assert b"photo" not in left_over and b"numbers" not in left_over and b"said yes" not in left_over, writes
+    assert writes > 5
+
+
 def test_a_start_reads_the_index_and_walks_no_folder(place, monkeypatch):
     people = People(place)
     for number in range(20):
@@ -193,6 +250,15 @@ def test_nobody_is_entered_beside_photos_of_another_one(place, monkeypatch, know
     monkeypatch.setattr(Place, "write", lambda *a: (seen.append(place.fs.exists(place.photos(ann))), write(*a)))
     people.put_code("acme", "ann", bytes(reversed(CODE)), **OWN, before=ann if known else None)
     assert seen == [False]
+
+
+def test_nobody_is_renamed_to_beside_photos_of_another_one(place):
+    """Bug: photos that lay under the new name, of a page that was killed long ago, were the renamed person's then."""
+    people = People(place)
+    ann = enrolled(people)
+    place.write(f"{place.photos(ann)[: -len('ann')]}cleo/002", b"a photo of another one")
+    cleo = people.rename(ann, "cleo")
+    assert [path.rpartition("/")[2] for path in place.fs.find(place.photos(cleo))] == ["001"]
 
 
 def test_a_newer_self_is_newer_though_the_clock_was_set_back(place, monkeypatch):
@@ -369,8 +435,6 @@ def test_a_damaged_index_is_refused(tmp_path, content):
 
 def test_somebody_takes_little_memory():
     """A code of 128 numbers and all that is known of the person: about a kilobyte."""
-    from peft_metalora.service.people import Person
-
     one = Person("acme", "person-12345", uuid4().hex, time.time_ns(), "said yes", time.time(), "d", "s", bytes(512))
     own = one.name, one.uid, one.revision, one.enrolled, one.code
     assert sys.getsizeof(one) + sum(map(sys.getsizeof, own)) + 100 < 1000  # and the entry of the dictionary

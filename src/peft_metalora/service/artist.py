@@ -31,7 +31,7 @@ from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import SubjectCode
 from ..data.images import decode_image
 from ..encoder import Reader, load_reader
-from ..errors import ArtefactNotFoundError, MetaLoraError, PipelineError, RegionError
+from ..errors import ArtefactNotFoundError, DataError, MetaLoraError, PipelineError, RegionError
 from ..hub.loading import HubOptions, folder_of, load_subject
 from ..pipelines import enable_meta_lora
 from ..tuner import DownSource, fold
@@ -204,7 +204,7 @@ class Artist:
         try:
             images = [decode_image(photo, f"photo {number}") for number, photo in enumerate(photos, 1)]
             code = reader.read(images, self._table.down).code
-        except MetaLoraError as error:
+        except DataError as error:
             raise RefusedError(422, str(error)) from error
         return code.code.numpy().astype(np.float32).tobytes(), code.down_fingerprint, code.space_fingerprint
 

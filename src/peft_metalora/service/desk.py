@@ -11,7 +11,7 @@ import secrets
 import time
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -84,7 +84,7 @@ class Desk:
         # A lock lasts as long as somebody holds it or waits for it.
         self._changes: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = weakref.WeakValueDictionary()
         self._leaving: set[str] = set()
-        self._unconfirmed: dict[tuple[str, str], str] = {}  # deleted, but perhaps still known to a copy
+        self._unconfirmed: dict[tuple[str, str], set[str]] = {}  # uids, deleted but perhaps still known to a copy
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._counted = float("-inf"), 0  # when, and how many copies there were
 
@@ -211,19 +211,21 @@ class Desk:
     async def _delete(self, tenant: str, name: str) -> int:
         async with self._changing(tenant, name):
             person = await asyncio.to_thread(self.people.find, tenant, name) or self.people.entry(tenant, name)
-            uid = self._unconfirmed.get((tenant, name)) if person is None else person.uid
-            if uid is None:
+            uids = {*self._unconfirmed.get((tenant, name), ()), *(() if person is None else (person.uid,))}
+            if not uids:
                 raise RefusedError(404, f"expected somebody of yours, found no {name}: see GET /subjects")
-            self._leaving.add(uid)
+            self._leaving |= uids
             try:
                 self._cancel_jobs(tenant, name)
-                for work in [*self._at_work.get(uid, ())]:
-                    work.cancel()
+                for uid in uids:
+                    for work in [*self._at_work.get(uid, ())]:
+                        work.cancel()
                 if person is not None:
-                    self._unconfirmed[tenant, name] = uid
                     await asyncio.to_thread(self.people.remove, person)
+                self._unconfirmed[tenant, name] = uids
                 try:
-                    replicas = await asyncio.wait_for(self.pool.forget(uid), self.config.timeout)
+                    for uid in uids:
+                        replicas = await asyncio.wait_for(self.pool.forget(uid), self.config.timeout)
                 except (asyncio.TimeoutError, RefusedError) as error:
                     raise RefusedError(
                         503,
@@ -232,7 +234,7 @@ class Desk:
                     ) from error
                 del self._unconfirmed[tenant, name]
             finally:
-                self._leaving.discard(uid)
+                self._leaving -= uids
         return replicas
 
     def _changing(self, tenant: str, name: str) -> asyncio.Lock:
@@ -285,17 +287,21 @@ class Desk:
                     continue
                 async with self._changing(person.tenant, person.name):
                     if self.people.entry(person.tenant, person.name) == person:
-                        await to_its_end(self.people.put_files, person, found)
-                        job.status = "done"
+                        await to_its_end(self._keep, job, person, found)
             if job.status != "done":
                 job.status, job.error = "failed", "expected the person as they were, found that they have changed"
         except asyncio.CancelledError:
-            job.status = "cancelled"
+            if job.status != "done":
+                job.status = "cancelled"
         except RefusedError as error:
             job.status, job.error = "failed", str(error)
         except Exception:
             job.status, job.error = "failed", "the service failed; its log says why"
             log.exception("job failed", extra={"fields": {"job": job.id}})
+
+    def _keep(self, job: Job, person: Person, files: Mapping[str, bytes]) -> None:
+        self.people.put_files(person, files)
+        job.status = "done"
 
     def _cancel_jobs(self, tenant: str, name: str) -> None:
         for job in self._jobs.values():

@@ -109,6 +109,9 @@ class ArtistReplica:
             return await self._artist.read(photos)
         except RefusedError as error:
             return error
+        except Exception:
+            log.exception("not read")
+            raise
 
     async def forget(self, uid: str | None) -> None:
         """As `Artist.forget`."""

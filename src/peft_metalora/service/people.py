@@ -250,6 +250,8 @@ class People:
         """
         person = replace(before, name=name)
         self._require_apart(person.tenant, name)
+        with self._writing():  # as in `put_code`
+            self.place.remove(self.place.photos(person))
         self._write(replace(person, uid=_new_uid()))
         with self._writing():
             self.place.move(before, person)
