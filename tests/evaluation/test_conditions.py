@@ -45,7 +45,7 @@ def test_each_is_learned_drawn_after_the_last_step_and_reported(people: Path, tm
     assert len(set(images)) == len(images)
     grey = load_image(tmp_path / "out" / "degraded" / "grey=1.0" / "references" / "held-out-0000.png")
     assert grey.tobytes() == degrade(load_image(people / "held-out-0000" / "0.png"), "grey", 1.0).tobytes()
-    good = load_image(tmp_path / "out" / "references" / "held-out-0000.png")  # the report's, not a photo of a condition
+    good = load_image(tmp_path / "out" / "base" / "held-out-0000" / "reference.png")
     assert good.tobytes() == load_image(people / "held-out-0000" / "0.png").tobytes()
     table = (tmp_path / "out" / "report.md").read_text()
     assert "## Bad references" in table and "| yaw 0.5 |" in table and "| good |" in table

@@ -173,6 +173,30 @@ def test_a_killed_run_leaves_no_cell_with_pictures_of_another_one(
     assert load_image(tmp_path / "out" / kept).tobytes() == first.tobytes()
 
 
+def test_each_cell_shows_its_own_reference(people: Path, prompts: Path, tmp_path: Path) -> None:
+    """Bug: a run over other people of the same names put their photos beside the pictures of an earlier one."""
+    (tmp_path / "none").mkdir()
+    shutil.copytree(people, tmp_path / "others")
+    names = sorted(path.name for path in people.iterdir() if path.is_dir())
+    for name, other in zip(names, reversed(names), strict=True):
+        shutil.copytree(people / other, tmp_path / "others" / name, dirs_exist_ok=True)
+    shown = []
+    for data, name in ((people, "first"), (tmp_path / "others", "second"), (people, "first")):
+        evaluate(
+            EvaluateConfig(
+                data=str(data),
+                output=str(tmp_path / "out"),
+                prompts=str(prompts),
+                images=[f"{name}={tmp_path / 'none'}"],
+            ),
+            progress=False,
+        )
+        shown.append(
+            [(tmp_path / "out" / cell["reference"]).read_bytes() for cell in read_cells(tmp_path / "out", [name])]
+        )
+    assert shown[0] == shown[2] == [*reversed(shown[1])] != shown[1]
+
+
 def test_an_image_that_is_not_there_is_a_miss(people: Path, prompts: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     config = EvaluateConfig(

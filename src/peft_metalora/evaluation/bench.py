@@ -134,7 +134,7 @@ class Bench:
             return
         _ = self.base  # whatever is missing is told before anything is written
         remove_cell(folder)
-        cell: Cell = {"rows": [], "points": [], "failure": None, "reference": self._show(subject, reference, home)}
+        cell: Cell = {"rows": [], "points": [], "failure": None, "reference": self._show(folder, reference)}
         if condition is not None:
             cell |= {"condition": condition.name, "strength": condition.strength}
         try:
@@ -162,15 +162,15 @@ class Bench:
         images = [load_image(path) if path.is_file() else None for path in paths]
         remove_cell(folder)
         rows = self._score(folder, images, subject, 0)
-        reference = self._show(subject, subject.split()[0], self.output)
+        reference = self._show(folder, subject.split()[0])
         cell = {"rows": rows, "points": [], "failure": None, "reference": reference}
         self._finish(folder, key, name, subject, cell)
 
-    def _show(self, subject: Subject, reference: Photo, home: Path) -> str:
-        """A small copy of a reference for the report, without what else its file says; its place in `output`."""
+    def _show(self, folder: Path, reference: Photo) -> str:
+        """A small copy of a reference beside a cell, without what else its file says; its place in `output`."""
         path = reference.path
         if not path.is_relative_to(self.output):
-            image, path = load_image(path), home / "references" / f"{subject.name}.png"
+            image, path = load_image(path), folder / "reference.png"
             image.thumbnail((self.config.side, self.config.side))
             write_bytes(path, png(image))
         return path.relative_to(self.output).as_posix()
