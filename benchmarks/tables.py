@@ -772,6 +772,32 @@ def down_hours(results: dict[str, Data]) -> str:
     return table(["base", "card", "samples a second", f"hours of {DOWN_SAMPLES:,} samples"], rows)
 
 
+PEOPLE, TIMES = 10_000, 100  # of a large run, and how often each is seen in stage 1 and read by the encoder
+NETWORK = 50.0  # GB a second of each GPU, between hosts
+HOSTS = {1: "1", 4: "4, one host (measured speeds)", 8: "8, one host", 64: "64, eight hosts", 512: "512, 64 hosts"}
+
+
+def many_people(results: dict[str, Data]) -> str:
+    """Hours of a large run on more GPUs than were measured, with what four keep of the ideal speed."""
+    training = results["training"]
+    one, four = (training["details"]["scaling"]["whole"][count] for count in ("1", "4"))
+    step, within = four["stage1_weak"]["step_ms"], four["stage1_weak"]["exchange_ms"]
+    between = 2 * four["stage1_weak"]["exchanged_mb"] / NETWORK
+    rows = []
+    for count, label in HOSTS.items():
+        waits = "" if count == 1 else f"{within:.1f} ms" if count <= 8 else f"{between:.0f} ms"
+        cells = []
+        for job in ("stage1_weak", "encoder_weak"):
+            share = 1.0 if count == 1 else training["figures"][f"{job}_scaling_4gpu"]
+            took = four[job]["step_ms"]
+            further = 1.0 if count <= 8 else (took + between - within) / took
+            hours = PEOPLE * TIMES / one[job]["per_second"] / 3600 / count / share * further
+            cells += [f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}", f"{hours * count:.0f}"]
+        rows.append([label, *cells[:2], waits + (f" of {step:.0f}" if count == 4 else ""), *cells[2:]])
+    heads = ["GPUs", "hours of stage 1", "GPU-hours", "a step waits for sums", "hours of the encoder", "GPU-hours"]
+    return table(heads, rows)
+
+
 TARGETS = 4  # photos that judge each person in a step, in `training.py` and in `convergence.py`
 
 
@@ -893,6 +919,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "from_loras": ("from_loras", from_loras),
     "service_flux": ("service_flux", lambda results: goals(results["service_flux"], SERVICE_FLUX)),
     "down_hours": ("training", down_hours),
+    "many_people": ("training", many_people),
     "memory_cells": ("memory", memory_cells),
     "recipes": ("memory", recipes),
     "quantized": ("layer", quantized),
