@@ -261,6 +261,17 @@ def test_nobody_is_renamed_to_beside_photos_of_another_one(place):
     assert [path.rpartition("/")[2] for path in place.fs.find(place.photos(cleo))] == ["001"]
 
 
+def test_a_consent_is_dated_to_when_it_was_given(place, monkeypatch):
+    """Bug: who took the place of another one, with a consent of the same words, had that one's date beside it."""
+    people = People(place)
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    ann = people.put_code("acme", "ann", CODE, **OWN)
+    monkeypatch.setattr(time, "time", lambda: 2.0)
+    new = people.put_code("acme", "ann", bytes(reversed(CODE)), **OWN, before=ann)
+    monkeypatch.setattr(time, "time", lambda: 3.0)
+    assert [one.enrolled for one in (ann, new, people.put_files(new, FILES))] == [1.0, 2.0, 2.0]
+
+
 def test_a_newer_self_is_newer_though_the_clock_was_set_back(place, monkeypatch):
     """Bug: with the clock set back, who was replaced, tuned or rewritten had an older revision than before, so that
     copies went on to show who they had been."""

@@ -235,7 +235,7 @@ class People:
 
     def put_files(self, before: Person, files: Mapping[str, bytes]) -> Person:
         """Keep somebody as the files of a subject; WriteFailedError: they are who they were."""
-        person = self._next(before.tenant, before.name, before.consent, before)
+        person = replace(self._next(before.tenant, before.name, before.consent, before), enrolled=before.enrolled)
         with self._writing():
             self.place.write_files(person, files)
         self._looked[person.uid] = time.monotonic(), self.place.stamp(person)
@@ -328,8 +328,7 @@ class People:
 
     def _next(self, tenant: str, name: str, consent: str, before: Person | None, **own: Any) -> Person:
         uid = _new_uid() if before is None else before.uid
-        enrolled = time.time() if before is None or before.consent != consent else before.enrolled
-        return Person(sys.intern(tenant), name, uid, _next_revision(before), sys.intern(consent), enrolled, **own)
+        return Person(sys.intern(tenant), name, uid, _next_revision(before), sys.intern(consent), time.time(), **own)
 
     def _read_index(self) -> None:
         self.place.sweep(self.index)
