@@ -90,6 +90,17 @@ class TestReading:
         assert visit == Visit(photos=[b"as before"], uid="ann's")
         assert not any(Path(file).exists() for file in files)
 
+    def test_a_photo_that_is_gone_leaves_no_other_one(self, tried):
+        """Bug: where one of the files was gone, as two had dropped the same photo at once, those after it stayed."""
+        app, visit = tried(), Visit()
+        first, gone, last = app.files(photo(1), photo(2), photo(3))
+        Path(gone).unlink()
+        with pytest.raises(NoImagesError, match="drop them again"):
+            app.page.drop(visit, True, [first, gone, last])
+        assert visit.photos == [] and not Path(last).exists()
+        [twice] = app.files(photo(1))
+        assert len(app.page.drop(visit, True, [twice, twice])) == 2
+
     def test_nobody_is_read_without_consent_photos_and_a_free_name(self, tried):
         app, visit = tried(), Visit()
         with pytest.raises(NoImagesError, match="drop one"):

@@ -276,6 +276,8 @@ def test_a_job_that_ends_early_leaves_nothing(home, tmp_path, run, how):
             assert ended.json["status"] == "cancelled"
         elif how == "deleted":
             assert (await service.ask("DELETE", "/subjects/ann")).status == 200
+            # Bug: the job went on to tell the name of who was deleted.
+            assert (await service.ask("GET", f"/jobs/{job.id}")).status == 404
         else:
             assert (await service.enrol("ann", 1, replace=True)).status == 201
         for _ in range(3):

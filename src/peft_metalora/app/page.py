@@ -252,9 +252,15 @@ class Page:
 
 
 def _taken(files: Sequence[str]) -> list[bytes]:
-    """The contents of files that were uploaded, which are gone then."""
-    photos = []
-    for file in files:
-        photos.append(Path(file).read_bytes())
-        os.unlink(file)
-    return photos
+    """The contents of files that were uploaded, which are gone then.
+
+    Raises:
+        NoImagesError: one is gone already. Gradio has one file for all who upload the same photo at once.
+    """
+    try:
+        return [Path(file).read_bytes() for file in files]
+    except FileNotFoundError as error:
+        raise NoImagesError("expected the photos that were dropped, found one gone: drop them again") from error
+    finally:
+        for file in files:
+            Path(file).unlink(missing_ok=True)

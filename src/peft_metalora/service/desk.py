@@ -216,7 +216,7 @@ class Desk:
                 raise RefusedError(404, f"expected somebody of yours, found no {name}: see GET /subjects")
             self._leaving |= uids
             try:
-                self._cancel_jobs(tenant, name)
+                jobs = self._cancel_jobs(tenant, name)
                 for uid in uids:
                     for work in [*self._at_work.get(uid, ())]:
                         work.cancel()
@@ -233,6 +233,10 @@ class Desk:
                         retry_after=5,
                     ) from error
                 del self._unconfirmed[tenant, name]
+                if jobs:
+                    await asyncio.wait([job.work for job in jobs if job.work is not None], timeout=self.config.timeout)
+                for job in jobs:
+                    self._jobs.pop(job.id, None)
             finally:
                 self._leaving -= uids
         return replicas
@@ -303,10 +307,13 @@ class Desk:
         self.people.put_files(person, files)
         job.status = "done"
 
-    def _cancel_jobs(self, tenant: str, name: str) -> None:
-        for job in self._jobs.values():
-            if (job.tenant, job.name) == (tenant, name) and job.work is not None:
+    def _cancel_jobs(self, tenant: str, name: str) -> list[Job]:
+        """End all jobs of somebody; returns them."""
+        jobs = [job for job in self._jobs.values() if (job.tenant, job.name) == (tenant, name)]
+        for job in jobs:
+            if job.work is not None:
                 job.work.cancel()
+        return jobs
 
     # Places
 
