@@ -7,7 +7,6 @@ A tab has a `Visit` of its own: the photos that were dropped there, and whom it 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
