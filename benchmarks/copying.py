@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of the reference is copied, how many images match, and who it still is after one to four edits.
 
-    python benchmarks/copying.py                 16 held-out people; writes benchmarks/results/copying.json
+    python benchmarks/copying.py                 32 held-out people; writes benchmarks/results/copying.json
     python benchmarks/copying.py --small         2 people and few steps, to check the script
 
 Everything goes the way of a user's `metalora evaluate`, on the embedded base and its own Down, which reads photos:
@@ -40,7 +40,7 @@ LORA = "lora:r=1,lr=1e-2"  # the rate of docs/results.md
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a check of this script")
-    parser.add_argument("--people", type=int, default=16)
+    parser.add_argument("--people", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100, help="of the LoRA")
     parser.add_argument("--edits", type=int, default=4)
     parser.add_argument("--inference-steps", type=int, default=10)
