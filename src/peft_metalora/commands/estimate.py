@@ -191,8 +191,8 @@ def _open(config: Any, base_name: str, revision: str | None, memory: Memory) -> 
     ), dtype
 
 
-def _down_of(config: Any, name: str | None) -> MetaLoraConfig | None:
-    return None if name is None else read_config(folder_of(name, local_files_only=config.local_files_only))
+def _config_of(config: Any, name: str) -> MetaLoraConfig:
+    return read_config(folder_of(name, local_files_only=config.local_files_only))
 
 
 # Phases, in bytes
@@ -260,7 +260,7 @@ class _Held:
 
 def _of_training(config: TrainingConfig) -> tuple[Estimate, nn.Module]:
     assert isinstance(config, (MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig))
-    down = _down_of(config, None if isinstance(config, MetaTrainConfig) else config.down)
+    down = None if isinstance(config, MetaTrainConfig) or config.down is None else _config_of(config, config.down)
     if isinstance(config, PersonalizeConfig):
         config = config.settled(down is not None and down.encoder_fingerprint is not None)
     name, revision = config.pretrained_model_name_or_path, config.revision
@@ -336,8 +336,7 @@ def _of_drawing(config: GenerateConfig) -> tuple[Estimate, nn.Module]:
     name, revision = config.pretrained_model_name_or_path, None
     if not name:
         first = next(iter(config.subject), str(config.down))
-        found = read_config(folder_of(first, local_files_only=config.local_files_only))
-        name, revision = base_to_load(None, None, found, first, config.generic)
+        name, revision = base_to_load(None, None, _config_of(config, first), first, config.generic)
     base, dtype = _open(config, name, revision, config)
     side, frames = config.resolution or base.default_side, base.latent_frames(config.num_frames)
     at, own, width = _Held(base, config, dtype), one_pass(base, side, frames), dtype.itemsize / 2
@@ -358,8 +357,7 @@ def _of_drawing(config: GenerateConfig) -> tuple[Estimate, nn.Module]:
 
 
 def _of_reading(config: ReadConfig) -> tuple[Estimate, nn.Module]:
-    down = _down_of(config, config.down)
-    assert down is not None
+    down = _config_of(config, config.down)
     asked = config.pretrained_model_name_or_path
     name, revision = base_to_load(asked, config.revision, down, config.down, config.generic)
     base, dtype = _open(config, name, revision, Whole())

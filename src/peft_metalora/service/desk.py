@@ -211,7 +211,9 @@ class Desk:
     async def _delete(self, tenant: str, name: str) -> int:
         async with self._changing(tenant, name):
             person = await asyncio.to_thread(self.people.find, tenant, name) or self.people.entry(tenant, name)
-            uids = {*self._unconfirmed.get((tenant, name), ()), *(() if person is None else (person.uid,))}
+            uids = {*self._unconfirmed.get((tenant, name), ())}
+            if person is not None:
+                uids.add(person.uid)
             if not uids:
                 raise RefusedError(404, f"expected somebody of yours, found no {name}: see GET /subjects")
             self._leaving |= uids

@@ -14,9 +14,9 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 if os.environ.get("RAY_AUTH_MODE") != "token":
     # Read when ray is imported. A token that this process and its children alone have, ports on the loopback.
@@ -42,6 +42,7 @@ from .tasks import Drawn, Offer, Progress, RefusedError, Task
 from .tenants import Tenants
 
 APP = "metalora"
+_Answer = TypeVar("_Answer")
 _WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before a request whose replica died is sent again
 _OBJECT_STORE = 256 * 2**20  # bytes: requests and images on their way
 _HTTP: dict[str, Any] = {
@@ -93,25 +94,13 @@ class ArtistReplica:
             return _no_copy()
         if (uid := _with_files(task)) is not None:
             await self._resident(uid)
-        try:
-            return await self._artist.draw(task)
-        except RefusedError as error:
-            return error
-        except Exception:
-            log.exception("not drawn")  # the desk knows no more than that
-            raise
+        return await _answered(self._artist.draw(task), "not drawn")
 
     async def read(self, photos: Sequence[bytes]) -> tuple[bytes, str, str] | RefusedError:
         """As `Artist.read`."""
         if self._failure is not None:
             return _no_copy()
-        try:
-            return await self._artist.read(photos)
-        except RefusedError as error:
-            return error
-        except Exception:
-            log.exception("not read")
-            raise
+        return await _answered(self._artist.read(photos), "not read")
 
     async def forget(self, uid: str | None) -> None:
         """As `Artist.forget`."""
@@ -149,6 +138,16 @@ class TunerReplica:
     async def forget(self, uid: str) -> None:
         """As `Tuner.forget`."""
         await self._tuner.forget(uid)
+
+
+async def _answered(work: Coroutine[Any, Any, _Answer], otherwise: str) -> _Answer | RefusedError:
+    try:
+        return await work
+    except RefusedError as error:
+        return error
+    except Exception:
+        log.exception(otherwise)  # the desk knows no more than that
+        raise
 
 
 def _no_copy() -> RefusedError:

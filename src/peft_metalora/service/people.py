@@ -222,9 +222,7 @@ class People:
                 there still.
         """
         person = self._next(tenant, name, consent, before, down=sys.intern(down), space=sys.intern(space), code=code)
-        self._require_apart(tenant, name)
-        with self._writing():  # first, so that nobody is ever entered beside photos of another one
-            self.place.remove(self.place.photos(person))
+        self._make_room(person)
         self._write(person)
         if before is not None:
             if before.code is None:
@@ -249,9 +247,7 @@ class People:
         It has a uid of its own until the old one is gone, because by its uid a copy tells who was replaced or deleted.
         """
         person = replace(before, name=name)
-        self._require_apart(person.tenant, name)
-        with self._writing():  # as in `put_code`
-            self.place.remove(self.place.photos(person))
+        self._make_room(person)
         self._write(replace(person, uid=_new_uid()))
         with self._writing():
             self.place.move(before, person)
@@ -312,12 +308,15 @@ class People:
 
     # Index
 
-    def _require_apart(self, tenant: str, name: str) -> None:
-        if namesake := self._namesake(tenant, name):
+    def _make_room(self, person: Person) -> None:
+        """Before somebody is entered: nobody else has their files, and no photos of another one lie there."""
+        if namesake := self._namesake(person.tenant, person.name):
             raise OutputExistsError(
-                f"expected a name that differs by more than capitals from those that are taken, found {name} beside "
-                f"{namesake}, whose files it would share where they are kept: give another name"
+                f"expected a name that differs by more than capitals from those that are taken, found {person.name} "
+                f"beside {namesake}, whose files it would share where they are kept: give another name"
             )
+        with self._writing():
+            self.place.remove(self.place.photos(person))
 
     def _namesake(self, tenant: str, name: str) -> str | None:
         """Another name of the tenant, whose files the place takes for those of this one."""
