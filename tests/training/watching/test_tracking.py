@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from accelerate import tracking as trackers_of_accelerate
 from accelerate.tracking import GeneralTracker
@@ -57,6 +59,7 @@ def test_tensorboard_gets_losses_rates_scores_and_images_of_stage_1(place, tmp_p
     assert (images[0].width, images[0].height) == (32, 16)
     # A resumed run goes on with the same curve: what was reported after the checkpoint is dropped.
     folder = str(tmp_path / "down" / "checkpoint-3")
+    time.sleep(1)  # TensorBoard reads files in order of their names: of one second and process the 10th before the 8th
     meta_train(stage_1(place, tmp_path / "down", **settings, resume_from_checkpoint=folder), progress=False)
     again = events(tmp_path / "down" / "logs" / "metalora").Scalars("loss")
     assert [(one.step, one.value) for one in again] == [(one.step, one.value) for one in losses]
