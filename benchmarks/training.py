@@ -513,10 +513,13 @@ def scaling(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     for layout in args.layouts:
         for count in (count for count in args.counts if count <= there):
-            if time.monotonic() > args.until or (count == 1 and LAYOUTS[layout]) or count in seen.get(layout, {}):
+            done = seen.get(layout, {}).get(count, {})
+            jobs = [job for job in args.jobs if job not in done]
+            if time.monotonic() > args.until or (count == 1 and LAYOUTS[layout]) or not jobs:
                 continue
-            seen.setdefault(layout, {})[count] = on_processes(count, args, args.jobs, **LAYOUTS[layout])
-            print(json.dumps({f"{layout}, {count}": seen[layout][count]}), file=sys.stderr, flush=True)
+            done = {**done, **on_processes(count, args, jobs, **LAYOUTS[layout])}
+            seen.setdefault(layout, {})[count] = done
+            print(json.dumps({f"{layout}, {count}": done}), file=sys.stderr, flush=True)
     return scaling_figures(seen), {"scaling": seen}
 
 

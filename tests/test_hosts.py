@@ -27,7 +27,7 @@ import pytest
 import peft_metalora
 
 PACKAGE = Path(peft_metalora.__file__).parent
-HOSTS = ("accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "peft", "torch", "torchao", "transformers")
+HOSTS = ("accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "peft", "torch", "torchao", "transformers", "triton")
 # Set by the package on objects of a host, and read by it alone.
 OURS = {"_index", "_plan"}
 COMPILED = "compiled"
@@ -290,6 +290,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("48ea163feebd", "checkpoint/base_model.py", "where a model keeps its name: _name_or_path"),
     "transformers.pytorch_utils.Conv1D":
         ("80dd2f40f9a8", "tuner/linear.py, tuner/base_layers.py", "adapted, its weight transposed"),
+    "triton.compiler.compiler.CompiledKernel.__getitem__":
+        ("e1085523ab81", "tuner/kernels.py", "copied without its look-ups: the order of what `run` takes"),
 }
 # fmt: on
 # fmt: on

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,8 +157,14 @@ def compiled(monkeypatch):
     launched = []
 
     class Compiled:
+        function, packed_metadata = "function", "metadata"
+
         def __getitem__(self, grid):
-            return lambda *arguments: launched.append((grid, arguments))
+            pass
+
+        def run(self, *given):
+            assert given[3:9] == ("stream", "function", "metadata", None, None, None)
+            launched.append((given[:3], given[9:]))
 
     class Kernel:
         def __getitem__(self, grid):
@@ -169,6 +176,8 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(kernels, "_add_product", Kernel())
     monkeypatch.setattr(kernels, "_launchers", {})
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: "stream"))
+    monkeypatch.setattr(kernels.triton.runtime, "driver", driver)
     return launched
 
 
@@ -196,5 +205,14 @@ def test_what_adds_again_launches_the_same(compiled, monkeypatch, gpus):
     again(*other)
     assert chosen == ([] if gpus == 1 else [y.get_device()]), "another GPU may be the current one by then"
     (grid, arguments), (same_grid, same) = compiled
-    assert grid == same_grid and arguments[2:] == same[2:]
-    assert (same[0] is other[0]) and (same[1] is other[1])
+    assert grid == same_grid and arguments[4:] == same[4:]
+    assert same[:4] == tuple(tensor.data_ptr() for tensor in (*other, a, up))
+
+
+def test_the_second_launch_is_that_of_the_first(compiled):
+    given = torch.zeros(2, 3, 8), torch.zeros(2, 3, 16), torch.zeros(1, 1, 16), torch.zeros(1, 8, 1)
+    for _ in range(2):
+        kernels.add_product_(*given, 0.5)
+    (grid, first), (same_grid, second) = compiled
+    assert grid == same_grid and first[4:] == second[4:]
+    assert all(one is other for one, other in zip(first[:4], second[:4], strict=True))

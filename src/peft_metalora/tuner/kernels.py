@@ -55,22 +55,27 @@ def add_product_(
 def adder(y: Tensor, x: Tensor, a: Tensor, up: Tensor, scaling: float) -> Callable[[Tensor, Tensor], None] | None:
     """As `add_product_`, for y and x like these without any look-up: of their shapes, dtypes, device and alignment.
 
-    None where there is no such kernel yet.
+    None where there is no such kernel yet. What `a` and `up` hold has to stay where it is as long as this is used.
     """
     key, _, numbers = _add_form(y, x, a, up, None)
     launcher = _launchers.get(_known(key, y, x))
     if launcher is None:
         return None
-    rest = a, up, None, float(scaling), *numbers
-    if torch.cuda.device_count() <= 1:
-        return lambda y, x: launcher(y, x, *rest)
-    device = y.get_device()
+    # Addresses: about every tensor Triton asks the driver where it is.
+    rest = a.data_ptr(), up.data_ptr(), None, float(scaling), *numbers
 
     def add(y: Tensor, x: Tensor) -> None:
-        with torch.cuda.device(device):  # another may be the current one by now
-            launcher(y, x, *rest)
+        launcher(y.data_ptr(), x.data_ptr(), *rest)
 
-    return add
+    if torch.cuda.device_count() <= 1:
+        return add
+    device = y.get_device()
+
+    def add_there(y: Tensor, x: Tensor) -> None:
+        with torch.cuda.device(device):  # another may be the current one by now
+            add(y, x)
+
+    return add_there
 
 
 def _add_form(
@@ -159,7 +164,19 @@ def _launch(
         with _filling:
             while len(_launchers) >= MOST_SHAPES:
                 del _launchers[next(iter(_launchers))]
-            _launchers[known] = compiled[grid]
+            _launchers[known] = _launcher(compiled, grid, arguments[0].get_device())
+
+
+def _launcher(compiled: Any, grid: tuple[int, int, int], device: int) -> Callable[..., None]:
+    """As Triton's own `compiled[grid]`, for the device that is current, and without asking for it or for hooks."""
+    compiled[grid]  # which brings it onto the device
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream_of = triton.runtime.driver.active.get_current_stream
+
+    def launch(*arguments: Any) -> None:
+        run(*grid, stream_of(device), function, metadata, None, None, None, *arguments)
+
+    return launch
 
 
 @triton.jit(do_not_specialize_on_alignment=["a", "up", "z"])
