@@ -27,7 +27,17 @@ import pytest
 import peft_metalora
 
 PACKAGE = Path(peft_metalora.__file__).parent
-HOSTS = ("accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "peft", "torch", "torchao", "transformers", "triton")
+HOSTS = (
+    "accelerate",
+    "bitsandbytes",
+    "diffusers",
+    "huggingface_hub",
+    "peft",
+    "torch",
+    "torchao",
+    "transformers",
+    "triton",
+)
 # Set by the package on objects of a host, and read by it alone.
 OURS = {"_index", "_plan"}
 COMPILED = "compiled"
