@@ -64,11 +64,11 @@ def photos(assets: Path, output: Path, fonts: int = 14, count: int = 12) -> None
 
 @dataclass(frozen=True)
 class Specimen:
-    """One font: its name, the photo that is read, and letters (n, 3, 64, 64) by what drew them, in that order."""
+    """One font: its name, the photo that is read, and `tiles` of letters by what drew them, in that order."""
 
     name: str
     reference: Image.Image
-    letters: Mapping[str, Tensor]
+    letters: Mapping[str, Sequence[Image.Image]]
 
 
 def specimen(assets: Path, output: Path, fonts: int = 3, lora_steps: int = 100) -> None:
@@ -118,7 +118,7 @@ def specimen(assets: Path, output: Path, fonts: int = 3, lora_steps: int = 100) 
     found = []
     for number in range(count):
         name = domain.glyphs.names[int(people.identity[number, 0])]
-        own = {label: images.unflatten(0, (count, -1))[number].cpu() for label, images in drawn.items()}
+        own = {label: tiles(images.unflatten(0, (count, -1))[number].cpu()) for label, images in drawn.items()}
         found.append(Specimen(name, Image.fromarray(people.photos[number, 0]), own))
     of_specimens(found).save(output / "specimen.png", optimize=True)
 
@@ -126,11 +126,12 @@ def specimen(assets: Path, output: Path, fonts: int = 3, lora_steps: int = 100) 
 def of_specimens(fonts: Sequence[Specimen]) -> Image.Image:
     """The sheet: a block for each font, the reference at the left, a row for each way, letters in columns."""
     font, small = ImageFont.load_default(_TEXT), ImageFont.load_default(_SMALL)
-    across, down = _CUT
-    height = round(_LETTER * (RESOLUTION - 2 * down) / (RESOLUTION - 2 * across)) + _GAP
+    first = next(iter(fonts[0].letters.values()))
+    ways, count, height = len(fonts[0].letters), len(first), first[0].height + _GAP
     left = _MARGIN + _REFERENCE + _MARGIN + _LABEL
-    ways, count = len(fonts[0].letters), len(next(iter(fonts[0].letters.values())))
-    block = max(ways * height, _REFERENCE + 4 * _TEXT) + _BETWEEN
+    names = [_wrapped(one.name, small, _REFERENCE) for one in fonts]
+    most = max(len(lines) for lines in names)
+    block = max(ways * height, _REFERENCE + (3 + most) * _TEXT) + _BETWEEN
     size = left + count * (_LETTER + _GAP) + _MARGIN, _MARGIN + len(fonts) * block
     page = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(page)
@@ -139,17 +140,41 @@ def of_specimens(fonts: Sequence[Specimen]) -> Image.Image:
         draw.text((_MARGIN, top), "The glyph that is read", _GREY, small)
         side = _REFERENCE, _REFERENCE
         page.paste(one.reference.resize(side, Image.Resampling.LANCZOS), (_MARGIN, top + _TEXT + 6))
-        draw.text((_MARGIN, top + _TEXT + _REFERENCE + 12), one.name, _INK, small)
+        draw.multiline_text((_MARGIN, top + _TEXT + _REFERENCE + 12), "\n".join(names[number]), _INK, small)
         for row, (label, letters) in enumerate(one.letters.items()):
             above = top + row * height
             text = left - _LABEL, above + height // 2
             draw.multiline_text(text, label, _INK, font, anchor="lm", spacing=5)
-            for column, image in enumerate(on_white(letters)):
-                picture = to_pil(image[:, down : RESOLUTION - down, across : RESOLUTION - across]).convert("L")
-                shown = picture.resize((_LETTER, height - _GAP), Image.Resampling.LANCZOS)
-                shown = shown.point([round(level / _GREYS) * _GREYS for level in range(256)])
+            for column, shown in enumerate(letters):
                 page.paste(shown, (left + column * (_LETTER + _GAP), above))
     return page
+
+
+def tiles(letters: Tensor) -> list[Image.Image]:
+    """Pictures (n, 3, 64, 64) of letters as the sheet shows them: ink on white, in few greys."""
+    across, down = _CUT
+    size = _LETTER, round(_LETTER * (RESOLUTION - 2 * down) / (RESOLUTION - 2 * across))
+    found = []
+    for image in on_white(letters):
+        picture = to_pil(image[:, down : RESOLUTION - down, across : RESOLUTION - across]).convert("L")
+        shown = picture.resize(size, Image.Resampling.LANCZOS)
+        found.append(shown.point([round(level / _GREYS) * _GREYS for level in range(256)]))
+    return found
+
+
+def _wrapped(name: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """A name in lines of at most that many pixels; a word that is wider than that is cut."""
+    lines = [""]
+    for word in name.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        cut = word
+        while font.getlength(cut) > width:
+            cut = cut[:-2] + "-"
+        lines = [*filter(None, lines), cut]
+    return lines
 
 
 def on_white(images: Tensor) -> Tensor:
