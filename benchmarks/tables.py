@@ -360,7 +360,7 @@ def readme(results: dict[str, Data]) -> str:
             continue
         clean = data["recipes"][f"{family}-0"]["clean"]
         rows.append([ZERO_STEPS[family], "0", spread(clean["r_facesim"]), spread(clean["prompt_adherence"])])
-    for kind in ("lora_r1", "lora_r16", "mean_lora", "full", "meta_lora_mean"):
+    for kind in ("lora_r1", "lora_r16", "t_lora", "mean_lora", "full", "meta_lora_mean"):
         curves = [one["curve"] for name, one in data["rivals"].items() if name.partition(", ")[0] == kind]
         if not curves:
             continue
@@ -460,6 +460,24 @@ ZERO_GOALS: tuple[Goal, ...] = (
     ("read_ms_flux", "FLUX.1-dev's shapes: a photo of 1024 px to an installed subject, ms", 200, False),
     ("expand_ms_flux", "expansion into the slot, ms", 0.3, False),
 )
+TYPEFACE_GOALS: tuple[Goal, ...] = (
+    ("zero_step_r_facesim", "R-FaceSim after 0 steps", None, True),
+    ("zero_step_over_real_ceiling", "the same over what photos of a font reach among themselves", 0.85, True),
+    ("encoder_minus_best_rival", "minus the best fine-tuned method, at any number of steps", 0.0, True),
+    ("best_rival_adherence", "adherence of that method", None, True),
+    ("zero_step_adherence", "adherence", 0.95, True),
+    ("zero_step_content_right", "letters right", None, True),
+    ("copied_background_over_chance", "copied paper, minus chance", 0.02, False),
+    ("zero_step_copied_content", "the glyph that was read, where another is asked for", None, False),
+    ("gain_25_steps", "gain of 25 steps of tuning", 0.0, True),
+    ("lowest_before_stop", "lowest gain before the automatic stop", -0.005, True),
+    ("main_minus_image_prompt_adapter", "minus the image-prompt adapter", 0.0, True),
+    ("main_minus_encoder_lora", "rank 4: minus the encoder with LoRA of rank 1", None, True),
+    ("main_minus_random_down", "rank 4: minus the encoder on a Down that was never trained", None, True),
+    ("small_zero_step_r_facesim", "rank 1", None, True),
+    ("low_light_seen", "low light 0.5, seen in training", None, True),
+    ("blur_seen", "blur 1.0, seen in training", None, True),
+)
 ZERO_STEPS = {
     "main": "encoder + Meta-LoRA, rank 4",
     "small": "encoder + Meta-LoRA, rank 1",
@@ -482,13 +500,14 @@ FINE_TUNED = {
     "textual_inversion": "textual inversion",
 }
 ZERO_STEPS_NOTE = ". 32 held-out people, one reference, 3 noises, 8 prompts; mean [95 % interval over people]."
+FONTS_NOTE = ZERO_STEPS_NOTE.replace("people", "fonts")
 
 
 HERE = f"\n[Machines and command](#results){ZERO_STEPS_NOTE}\n"
 """The line under further tables of the page that has both at its top."""
 
 
-def zero_source(results: dict[str, Data], file: str = "convergence") -> str:
+def zero_source(results: dict[str, Data], file: str = "convergence", note: str = ZERO_STEPS_NOTE) -> str:
     """Where the runs were made: the first one, and which ones elsewhere."""
     first, *others = results[file]["origins"].items()
     elsewhere: dict[str, dict[str, None]] = {}
@@ -497,7 +516,7 @@ def zero_source(results: dict[str, Data], file: str = "convergence") -> str:
             family, _, number = name.removeprefix("rivals-").rpartition("-")
             elsewhere.setdefault(origin["machine"], {})[family or number] = None
     machines = "".join(f" On {machine}: {', '.join(names)}." for machine, names in elsewhere.items())
-    return source(first[1], note=ZERO_STEPS_NOTE + machines)
+    return source(first[1], note=note + machines)
 
 
 def zero_curves(results: dict[str, Data]) -> str:
@@ -516,9 +535,13 @@ def zero_curves(results: dict[str, Data]) -> str:
 
 
 def zero_goals(results: dict[str, Data]) -> str:
-    figures = results["convergence"]["figures"]
+    return beside_goals(results["convergence"]["figures"], ZERO_GOALS) + HERE
+
+
+def beside_goals(figures: Data, rows: Sequence[Goal]) -> str:
+    """Figures of `convergence.py`, most of them with an interval, beside their goals."""
     lines = []
-    for key, text, goal, larger in ZERO_GOALS:
+    for key, text, goal, larger in rows:
         found = figures.get(key)
         exact = not isinstance(found, dict)
         shown = "not measured" if found is None else f"{found:.3g}" if exact else spread(found)
@@ -532,7 +555,7 @@ def zero_goals(results: dict[str, Data]) -> str:
             met = value is not None and (value >= goal if larger else value <= goal)
             reached = "open" if value is None else "yes" if met else "**no**"
         lines.append([text, shown, wanted, reached])
-    return table(["", "measured", "goal", "reached"], lines) + HERE
+    return table(["", "measured", "goal", "reached"], lines)
 
 
 def zero_steps(results: dict[str, Data]) -> str:
@@ -587,7 +610,7 @@ def zero_rivals(results: dict[str, Data]) -> str:
 
 
 def typefaces(results: dict[str, Data]) -> str:
-    """The second domain: read fonts, each fine-tuned method at its best number of steps, floors and ceilings."""
+    """The second domain: goals; then read fonts, each fine-tuned method where it is best, floors and ceilings."""
     data = results["typefaces"]
     figures, recipes = data["figures"], data["recipes"]
     keys = "r_facesim", "second_r_facesim", "prompt_adherence", "content_right"
@@ -611,7 +634,8 @@ def typefaces(results: dict[str, Data]) -> str:
     first = recipes["main-0"]["zero_steps"]
     rows += [row(f"*{name.replace('person', 'font')}*", "", first[name]) for name in variants]
     heads = ["", "steps", "R-FaceSim", "second judge", "adherence", "letters right"]
-    return table(heads, rows) + zero_source(results, "typefaces")
+    methods = table(heads, rows) + zero_source(results, "typefaces", FONTS_NOTE)
+    return f"{beside_goals(figures, TYPEFACE_GOALS)}\n{methods}"
 
 
 def joint(results: dict[str, Data]) -> str:
