@@ -154,6 +154,12 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("ce215d0f8a42", "bases/qwen_image.py", "called"),
     "diffusers.pipelines.qwenimage.pipeline_qwenimage.QwenImagePipeline._unpack_latents":
         ("2be618337a51", "bases/qwen_image.py", "called"),
+    "diffusers.quantizers.auto.DiffusersAutoQuantizer.from_config":
+        ("5806ceb6fcef", "bases/memory.py", "undocumented: finds our quantiser by its name"),
+    "diffusers.quantizers.bitsandbytes.bnb_quantizer.BnB4BitDiffusersQuantizer.create_quantized_param":
+        ("161a9af12bdb", "bases/memory.py", "overridden, undocumented"),
+    "diffusers.quantizers.bitsandbytes.bnb_quantizer.BnB4BitDiffusersQuantizer.update_device_map":
+        ("acb11c056dac", "bases/memory.py", "overridden, undocumented"),
     "diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteScheduler.time_shift":
         ("7badd165d753", "bases/base.py", "copied: the shift of noise levels"),
     "huggingface_hub.utils._validators.REPO_ID_REGEX":

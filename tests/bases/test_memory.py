@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from torch import nn
 
 import four_bits
@@ -186,6 +188,60 @@ def test_what_is_quantised(bases, monkeypatch):
     assert isinstance(pipe.text_encoder_2.encoder.block[0].layer[0].SelfAttention.q, Linear4bit)
     assert not any(isinstance(one, Linear4bit) for part in (pipe.vae, pipe.text_encoder) for one in part.modules())
     assert base.dtype == torch.float32
+
+
+@pytest.fixture
+def placed(bases, monkeypatch):
+    """The weights that diffusers quantised, by name: where it was told to, and what came of them; and the denoiser."""
+    four_bits.allow_on_a_cpu(monkeypatch)
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda _, given: given or {"": "cuda:1"})
+    quantise, made = BnB4BitDiffusersQuantizer.create_quantized_param, {}
+
+    def on_a_cpu(self, model, value, name, device, *args, **options):
+        quantise(self, model, value, name, CPU, *args, **options)
+        made[name] = (torch.device(device), model.get_parameter(name).data)
+
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "create_quantized_param", on_a_cpu)
+    monkeypatch.setattr(streaming.HostMemory, "__init__", lambda self, pinned: vars(self).update(_pinned=False))
+    base = open_base(bases / "flux", memory=Whole("nf4", "group"))
+    base.load_denoiser(CPU)
+    return made, base.denoiser
+
+
+def test_what_will_wait_is_on_the_host_as_soon_as_it_is_quantised(placed):
+    """Bug: all of it lay on the device first, and the most that a card of 8 GB held was in the loading."""
+    made, denoiser = placed
+    weights = {f"{name}.weight" for name, one in denoiser.named_modules() if isinstance(one, Linear4bit)}
+    assert weights and weights <= made.keys() and {device for device, _ in made.values()} == {torch.device("cuda:1")}
+    for name, parameter in denoiser.named_parameters():  # with diffusers' own map none of them were on a CPU
+        assert parameter.device == CPU
+        assert name not in made or parameter.data_ptr() != made[name][1].data_ptr()
+        assert name not in made or torch.equal(parameter.data, made[name][1])
+    assert denoiser.hf_quantizer.quantization_config.quant_method == "bitsandbytes"
+
+
+def test_whoever_else_loads_four_bits_has_them_where_diffusers_puts_them(bases, placed, monkeypatch):
+    made, _ = placed
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda _, given: given or {"": "cpu"})
+    made.clear()
+    theirs = FluxTransformer2DModel.from_pretrained(
+        bases / "flux" / "transformer", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    assert type(theirs.hf_quantizer) is BnB4BitDiffusersQuantizer
+    assert all(theirs.get_parameter(name).data_ptr() == data.data_ptr() for name, (_, data) in made.items())
+    assert made and {device for device, _ in made.values()} == {CPU}
+
+
+def test_what_is_page_locked_already_is_not_copied(monkeypatch):
+    """Bug: a host held the weights twice while they were brought to where they wait."""
+    there = torch.ones(3)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.data_ptr() == there.data_ptr())
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    host = streaming.HostMemory(pinned=True)
+    assert host.keep(there).data_ptr() == there.data_ptr()
+    other, another = host.keep(there + 1), host.keep(there + 2)
+    assert other.tolist() == [2, 2, 2] and another.tolist() == [3, 3, 3]
 
 
 DRAWN = ("none", "group"), ("int8", "model"), ("int8", "group"), ("fp8", "group"), ("nf4", "model")

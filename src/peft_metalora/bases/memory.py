@@ -15,11 +15,14 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import ModelMixin
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationMethod
 from torch import nn
 
 from ..errors import ConfigError
 from ..settings import OFFLOAD, QUANTIZE
-from .streaming import blocks_of
+from .streaming import HostMemory, blocks_of
 
 USES = "train", "draw", "read", "evaluate"
 """What a base is loaded for."""
@@ -157,17 +160,48 @@ def quantization(asked: Memory, hull: nn.Module, dtype: torch.dtype) -> Any:
     """
     library: Any = importlib.import_module("diffusers" if isinstance(hull, ModelMixin) else "transformers")
     if asked.quantize == "nf4":
-        return library.BitsAndBytesConfig(
+        found = library.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
             llm_int8_skip_modules=list(outside_of_blocks(hull)) or None,
         )
+        if asked.offload == "group" and isinstance(hull, ModelMixin):
+            found.quant_method = _ToHost.method
+        return found
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     recipe = Int8WeightOnlyConfig() if asked.quantize == "int8" else Float8WeightOnlyConfig()
     return library.TorchAoConfig(recipe, modules_to_not_convert=list(outside_of_blocks(hull)) or None)
+
+
+class _ToHost(BnB4BitDiffusersQuantizer):
+    """Quantises one weight after another on the device, and keeps what comes of it on the host.
+
+    diffusers' own leaves it there, so that a model whose blocks are to wait would need its whole size once.
+    """
+
+    method = "bitsandbytes_4bit_to_host"
+    supports_parallel_loading = False  # two files read side by side would be given one place on the host
+
+    def __init__(self, config: Any, **options: Any) -> None:
+        config.quant_method = QuantizationMethod.BITS_AND_BYTES  # as it was: from here on all is bitsandbytes' own
+        super().__init__(config, **options)
+
+    def update_device_map(self, device_map: Any) -> None:
+        """Hold the device; no map, with which diffusers puts all that is not quantised on the host."""
+        (self._device,) = map(torch.device, super().update_device_map(device_map).values())
+        self._host = HostMemory(pinned=self._device.type == "cuda")
+
+    def create_quantized_param(self, model: Any, value: Any, name: str, _: Any, *args: Any, **options: Any) -> None:
+        super().create_quantized_param(model, value, name, self._device, *args, **options)
+        parameter = model.get_parameter(name)
+        parameter.data = self._host.keep(parameter.data)
+
+
+# A name of its own beside diffusers': whoever else loads 4-bit weights, in another thread too, has them as ever.
+AUTO_QUANTIZER_MAPPING[_ToHost.method] = _ToHost
 
 
 def outside_of_blocks(hull: nn.Module) -> Iterator[str]:

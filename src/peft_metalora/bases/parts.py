@@ -143,7 +143,7 @@ class Parts:
         """Load those of these models that are hulls, frozen and in evaluation mode, to the CPU.
 
         Args:
-            device: where they will compute: bitsandbytes quantises there, and leaves them there.
+            device: where they will compute: bitsandbytes quantises there, and leaves there what will not wait.
 
         Raises:
             BaseModelMismatchError: the weights are not there, not all of them, or not the configuration's.

@@ -42,11 +42,12 @@ class BlockStream:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model, self.device = model, device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._host = _Host(pinned=device.type == "cuda")
+        self._host = HostMemory(pinned=device.type == "cuda")
         self._blocks: list[_Block] = []
         self._streamed: set[int] = set()
         places: dict[Any, list[_Place]] = {}
         for number, module in enumerate(blocks_of(model)):
+            kept = [self._host.keep(weight.value) for weight in _weights_of(module)]
             module.to(device)
             weights = list(_weights_of(module))
             self._streamed |= {id(weight.parameter) for weight in weights}
@@ -54,7 +55,7 @@ class BlockStream:
             kind = tuple((tensor.shape, tensor.dtype) for tensor in like)
             if kind not in places:
                 places[kind] = [_Place([torch.empty_like(tensor) for tensor in like]) for _ in range(2)]
-            self._blocks.append(_Block(module, weights, [self._host.keep(tensor) for tensor in like], places[kind]))
+            self._blocks.append(_Block(module, weights, kept, places[kind]))
             self._blocks[-1].park()
             module.register_forward_pre_hook(lambda _, __, number=number: self._come(number))
         self._last: int | None = None
@@ -179,7 +180,7 @@ class _Block:
         self.touch()
 
 
-class _Host:
+class HostMemory:
     """Host memory for weights, page-locked on request so that copies go on beside the computation."""
 
     def __init__(self, *, pinned: bool) -> None:
@@ -188,9 +189,11 @@ class _Host:
         self._used = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor in this memory."""
+        """A copy of a tensor in this memory; or itself, if it lies in such memory already."""
         if not self._pinned:
             return tensor.detach().clone()
+        if tensor.is_pinned():
+            return tensor.detach()
         size, start = tensor.nbytes, -(-self._used // 64) * 64
         if start + size > self._chunk.nbytes:
             self._chunk, start = torch.empty(max(_CHUNK, size), dtype=torch.uint8, pin_memory=True), 0

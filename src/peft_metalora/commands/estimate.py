@@ -237,11 +237,6 @@ class _Held:
             return streamed(self.base.denoiser, self.memory, self.dtype, quantized=self._quantized(name))
         return self.whole(name)
 
-    def loading(self) -> dict[str, float]:
-        """Of a denoiser that is quantised on the device, and waits elsewhere only then."""
-        waits = self.memory.offload == "group" and self.memory.quantize == "nf4"
-        return {"loading": self.whole(self.base.denoiser_name)} if waits else {}
-
     def drawing(self) -> tuple[float, float, float]:
         """Of what is on the device while text is encoded, noise is taken away and a picture is decoded."""
         everything = (*self.base.encoder_names, self.base.denoiser_name)
@@ -285,7 +280,7 @@ def _of_training(config: TrainingConfig) -> tuple[Estimate, nn.Module]:
     every, limit = config.checkpointing_steps, config.checkpoints_total_limit
     kept = 0 if every is None else min(config.max_train_steps // every, limit or config.max_train_steps)
     written = 4.0 * saved + kept * 12.0 * trained
-    phases = {"encoding": encode, **at.loading(), "training": train}
+    phases = {"encoding": encode, "training": train}
     return _told(at, phases, seconds, rate, (*base.encoder_names, base.denoiser_name), written), base.denoiser
 
 
