@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 from families_tiny import FAMILIES
@@ -21,6 +22,7 @@ from peft_metalora.commands import estimate
 from pipelines_tiny import PIPELINES, tiny_flux_pipeline
 from training_tiny import save_tiny_down, teach_to_read, write_people
 
+REPOSITORY = Path(__file__).parents[2]
 FLUX = {
     "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
     "joint_attention_dim": 4096, "pooled_projection_dim": 768, "in_channels": 64, "guidance_embeds": True,
@@ -134,15 +136,22 @@ def test_what_was_measured_is_said_before_what_shapes_say(tmp_path, monkeypatch,
     command += ["--gradient_checkpointing", "--quantize", "nf4", "--offload", "group"]
     for size, said in (("1", "6.2 GiB, measured (a card); from shapes enc"), ("2", "about ")):
         assert main(["estimate", *command, "--train_batch_size", size]) == 0
-        assert f"GPU memory  {said}" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert f"GPU memory  {said}" in told
+        assert "loading" not in told, "4-bit weights that will wait are on the device one after another"
 
 
 def test_the_table_is_what_the_benchmark_found():
-    found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "memory.json").read_text())
+    found = json.loads((REPOSITORY / "benchmarks" / "results" / "memory.json").read_text())
     measured = [
         (one["gib"], one["machine"]) for kind in ("details", "cells") for one in found[kind].values() if one["fits"]
     ]
     assert [(row["gib"], row["machine"]) for row in estimate._rows()] == measured
+    commands = [one["command"] for one in found["details"].values()]
+    for row, command in zip(estimate._rows(), commands, strict=False):
+        recipe = yaml.safe_load((REPOSITORY / re.search(r"examples/recipes/\S+", command)[0]).read_text())
+        same = recipe.keys() & row["occasion"].keys()
+        assert {key: recipe[key] for key in same} == {key: row["occasion"][key] for key in same}, command
 
 
 def test_want_of_memory_says_what_less_would_need(tmp_path, monkeypatch, capsys):

@@ -136,6 +136,8 @@ PROSE = (
     ("docs/training_speed.md", "layer_details", "from {figures.subject_fp32_eager_step_b1:.0f} to"),
     ("docs/training_speed.md", "layer_details", "to {figures.subject_fp32_graph_step_b1:.0f} ms"),
     ("docs/person_on_8_gb.md", "memory", "learning took {details.flux_personalize_512_gib.gib:.1f} GiB and drawing"),
+    ("CHANGELOG.md", "memory", "at 512 px takes {details.flux_personalize_512_gib.gib:.1f} GiB instead of"),
+    ("CHANGELOG.md", "memory", "batch of four now, {details.flux_personalize_512_gib.seconds_a_step:.1f} s a step"),
     ("docs/person_on_8_gb.md", "memory", "drawing {details.flux_generate_1024_gib.gib:.1f} GiB"),
     ("docs/person_on_8_gb.md", "memory", "alone, {details.flux_read_gib.gib:.1f} GiB as measured"),
     ("docs/serving.md", "service", "from {figures.capacity_images_per_s:.1f} to"),
