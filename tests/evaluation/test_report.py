@@ -126,6 +126,13 @@ def test_more_lines_than_colours_are_told_apart() -> None:
     assert drawn.count('fill="#1b76bc"') == drawn.count('fill="#d1495b"') == 6, "two points and the legend, twice"
 
 
+def test_a_legend_names_what_is_drawn_in_the_colours_of_all() -> None:
+    """Bug: the plot of fonts named T-LoRA, which nobody had run on them."""
+    drawn = plot({"third": [(1.0, 0.2)]}, "steps", "R-FaceSim", names=["first", "second", "third"])
+    assert ">third</text>" in drawn and ">first</text>" not in drawn
+    assert drawn.count('<circle cx="4.0" cy="6.0" r="4" fill="#3a9447">') == 1, "its own colour, in the first line"
+
+
 def test_a_plot_marks_levels_and_draws_some_points_as_rings() -> None:
     drawn = plot({"a": [(1, 0.1), (100, 0.2)]}, "s", "y", rules={"real <photos>": 0.9}, hollow={(100, 0.2)}, log_x=True)
     assert "real &lt;photos&gt;" in drawn and ">0.8</text>" in drawn, "the axis reaches to the level"

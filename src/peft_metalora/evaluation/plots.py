@@ -54,7 +54,8 @@ def plot(
         )
 
     floor, end = height - bottom, width - right
-    whole = height + 18 * len(names) + 8 if with_legend else height
+    shown = [name for name in names if name in series]
+    whole = height + 18 * len(shown) + 8 if with_legend else height
     parts = [_svg(width, whole)]
     for y in _ticks(y_low, y_high):
         py = place(1.0, y)[1]
@@ -82,7 +83,7 @@ def plot(
         )
         parts += [_dot(x, y, number, name, ring=point in hollow) for (x, y), point in zip(placed, points, strict=True)]
     if with_legend:
-        parts.append(f'<g transform="translate({left} {height + 4})">{legend(names, 4)}</g>')
+        parts.append(f'<g transform="translate({left} {height + 4})">{legend(shown, 4, names)}</g>')
     return "".join(parts) + "</svg>"
 
 
