@@ -30,8 +30,9 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
-        tree = {**self.commits.get(self.refs.get(ref, ""), {}), **files}
+    def commit(self, files: dict[str, bytes], ref: str = "main", gone: set[str] = frozenset()) -> str:
+        before = self.commits.get(self.refs.get(ref, ""), {})
+        tree = {**{name: content for name, content in before.items() if name not in gone}, **files}
         oid = hashlib.sha1(repr(sorted((k, hashlib.sha1(v).digest()) for k, v in tree.items())).encode()).hexdigest()
         self.commits[oid] = tree
         self.refs[ref] = oid
@@ -115,6 +116,11 @@ class _Handler(BaseHTTPRequestHandler):
             objects = json.loads(body)["objects"]
             reply = [{**o, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{o['oid']}"}}} for o in objects]
             self._json(200, {"transfer": "basic", "objects": reply})
+        elif "/branch/" in path:
+            repo_id, _, branch = path.removeprefix("/api/models/").partition("/branch/")
+            refs = self.hub.repos[repo_id].refs
+            self._json(409 if branch in refs else 200, {})
+            refs.setdefault(branch, refs["main"])
         elif "/commit/" in path:
             self._commit(path, body)
         else:
@@ -132,14 +138,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, path: str, body: bytes) -> None:
         repo_id, _, ref = path.removeprefix("/api/models/").partition("/commit/")
-        files = {}
+        files, gone = {}, set()
         for line in body.splitlines():
             item = json.loads(line)
             if item["key"] == "file":
                 files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
             elif item["key"] == "lfsFile":
                 files[item["value"]["path"]] = self.hub.lfs[item["value"]["oid"]]
-        oid = self.hub.repos[repo_id].commit(files, ref)
+            elif item["key"] == "deletedFile":
+                gone.add(item["value"]["path"])
+        oid = self.hub.repos[repo_id].commit(files, ref, gone)
         self._json(200, {"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}", "commitOid": oid})
 
     def _read(self) -> None:

@@ -88,6 +88,36 @@ def test_a_subject_without_a_published_down_is_not_pushed(server, pair):
     assert "ann/me" not in server.repos
 
 
+def test_a_push_replaces_nobody_else_unasked(published, pair):
+    """Bug: a push into a private repository put another person in the place of who was there."""
+    server, _ = published
+    edit_config(pair[1], subject_name="ann")
+    push_subject(pair[1], "ann/me", down="ann/faces")
+    before = server.repos["ann/me"].refs["main"]
+    edit_config(pair[1], subject_name="bob")
+    with pytest.raises(errors.OutputExistsError, match=r"found the subject 'ann', not 'bob'.*Nothing was sent"):
+        push_subject(pair[1], "ann/me", down="ann/faces")
+    with pytest.raises(errors.OutputExistsError, match="found a subject"):
+        push_down(pair[0], "ann/me")
+    assert server.repos["ann/me"].refs["main"] == before
+    push_subject(pair[1], "ann/me", down="ann/faces", revision="bob", overwrite=True)
+    assert json.loads(server.repos["ann/me"].files("bob")["adapter_config.json"])["subject_name"] == "bob"
+    assert server.repos["ann/me"].refs["main"] == before
+
+
+def test_a_push_leaves_nothing_of_an_older_one(published, pair):
+    """Bug: weights, folds and pictures of an older push stayed beside who came."""
+    server, _ = published
+    ours = {"subject_code.safetensors": b"", "subject_space.safetensors": b"", "images/1.png": b""}
+    others = {"config.yaml": b"", "images/beach.png": b""}
+    server.add("ann/me", {**ours, **others})
+    push_subject(pair[1], "ann/me", down="ann/faces")
+    made = {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "README.md"}
+    assert set(server.repos["ann/me"].files()) == {*made, *others}
+    push_down(pair[0], "ann/me", private=True, overwrite=True)
+    assert set(server.repos["ann/me"].files()) == {*made, *others} - {"pytorch_lora_weights.safetensors"}
+
+
 def test_a_broken_folder_is_not_pushed(server, pair):
     (pair[0] / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(errors.CorruptFileError):

@@ -33,6 +33,7 @@ class PushConfig:
     revision: str | None = setting("Branch to push to. Default: main.", None)
     image: list[str] = setting("Pictures for the card's gallery.", [])
     prompt: list[str] = setting("The prompts of the pictures, in their order.", [])
+    overwrite: bool = setting(*OVERWRITE)
 
     def __post_init__(self) -> None:
         if len(self.prompt) > len(self.image):
@@ -82,7 +83,14 @@ def run_push(config: PushConfig) -> Done:
     if is_down and (config.down or config.down_revision):
         raise ConfigError(f"expected `down` with a subject alone, found {config.folder}, which is a Down: leave it out")
     if is_down:
-        commit = push_down(config.folder, config.repo_id, private=not public, gallery=gallery, revision=config.revision)
+        commit = push_down(
+            config.folder,
+            config.repo_id,
+            private=not public,
+            gallery=gallery,
+            revision=config.revision,
+            overwrite=config.overwrite,
+        )
     else:
         commit = push_subject(
             config.folder,
@@ -92,6 +100,7 @@ def run_push(config: PushConfig) -> Done:
             down_revision=config.down_revision,
             gallery=gallery,
             revision=config.revision,
+            overwrite=config.overwrite,
         )
     kind = "Down" if is_down else "subject"
     seen = "private" if commit.private else "public"

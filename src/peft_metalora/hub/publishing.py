@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,17 @@ import torch
 from typing_extensions import Unpack
 
 from ..checkpoint import load_down as load_local_down
-from ..checkpoint.artefacts import CARD_FILE, open_artefact, sealed, write_artefact
+from ..checkpoint.artefacts import (
+    CARD_FILE,
+    MAIN_FILES,
+    SIDE_FILES,
+    open_artefact,
+    sealed,
+    what_else,
+    write_artefact,
+)
 from ..checkpoint.base_model import REPO_ID
+from ..checkpoint.config_file import CONFIG_FILE
 from ..checkpoint.factors import SubjectSource
 from ..checkpoint.folded import FOLD_FILE, LoraPair, check_fold, component_name, fold_subject
 from ..checkpoint.reader_files import ENCODER_CONFIG_FILE, READER_FILES, ReaderFiles, check_reader
@@ -31,7 +41,9 @@ from ..data.images import png
 from ..errors import (
     ArtefactNotFoundError,
     HubError,
+    MetaLoraError,
     MissingDownError,
+    OutputExistsError,
     UnsafeNameError,
     WrongKindError,
 )
@@ -50,6 +62,8 @@ from .loading import (
     subject_of,
     what_failed,
 )
+
+_IN_GALLERY = re.compile(r"images/\d+\.png")
 
 
 class Pushed(str):
@@ -71,6 +85,7 @@ def push_down(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | bool | None = None,
+    overwrite: bool = False,
 ) -> Pushed:
     """Publish a Down: its two files, a card made from its facts, and what it reads photos with, if it does.
 
@@ -80,19 +95,23 @@ def push_down(
         private: whether a new repository is private. True refuses one that exists and is public.
         gallery: pictures for the card, file to prompt.
         revision: the branch to push to.
+        overwrite: whether it may replace what is no Down.
 
     Returns:
         The id of the commit: give it to subjects as `down_revision`.
 
     Raises:
         HubError: the Hub refuses, or the repository is public and `private` is True.
+        OutputExistsError: something else lies there, or somebody else, and `overwrite` is not set.
         Everything that `checkpoint.load_down` raises.
     """
     with open_artefact(_local(folder)) as found:
         source = found.down()
     config = dataclasses.replace(found.config, num_slots=1, down_fingerprint=source.fingerprint)
     reader = _reader_of(Location(str(folder), None, {}, Path(folder)), config, source)
-    return _push(config, source.tensors, {}, repo_id, private, gallery or {}, revision, commit_message, token, reader)
+    return _push(
+        config, source.tensors, {}, repo_id, private, gallery or {}, revision, commit_message, token, overwrite, reader
+    )
 
 
 def push_subject(
@@ -106,6 +125,7 @@ def push_subject(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | bool | None = None,
+    overwrite: bool = False,
 ) -> Pushed:
     """Publish a subject: its two files, the exact fold and a card. Private unless the caller says otherwise.
 
@@ -117,6 +137,7 @@ def push_subject(
         down_revision: its revision; by default the commit that its repository is at now.
         gallery: pictures for the card, file to prompt.
         revision: the branch to push to.
+        overwrite: whether it may replace another kind, or another person.
 
     Returns:
         The id of the commit.
@@ -125,6 +146,7 @@ def push_subject(
         MissingDownError: the subject names no repository and `down` was not given.
         FingerprintMismatchError: `down` holds another Down.
         HubError: the Hub refuses, or the repository is public and `private` is True.
+        OutputExistsError: something else lies there, or somebody else, and `overwrite` is not set.
         Everything that `checkpoint.load_subject` raises.
     """
     with open_artefact(_local(folder)) as found:
@@ -148,7 +170,7 @@ def push_subject(
     config = dataclasses.replace(config, down=reference, down_revision=at.options["revision"] or place.name)
     pairs = fold_subject(config, source.down.tensors, source.tensors)
     content = source.code if isinstance(source, CodeSource) else source.tensors
-    return _push(config, content, pairs, repo_id, private, gallery or {}, revision, commit_message, token)
+    return _push(config, content, pairs, repo_id, private, gallery or {}, revision, commit_message, token, overwrite)
 
 
 def _local(folder: str | os.PathLike[str]) -> Path:
@@ -247,9 +269,13 @@ def _push(
     revision: str | None,
     commit_message: str | None,
     token: str | bool | None,
+    overwrite: bool,
     reader: ReaderFiles | None = None,
 ) -> Pushed:
-    """Send what a fresh save of this would hold: nothing is taken from a file by its name."""
+    """Send what a fresh save of this would hold: nothing is taken from a file by its name.
+
+    What an older push left and this one does not write goes in the same commit.
+    """
     if not REPO_ID.fullmatch(repo_id) or ".." in repo_id:
         raise HubError(f"{repo_id!r}: expected a repository id such as ann/faces-down. Give owner and name.")
     pictures = {f"images/{index}.png": _picture(path) for index, path in enumerate(gallery)}
@@ -275,13 +301,29 @@ def _push(
             )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.model_info(repo_id, revision=revision)
+        names = {file.rfilename for file in there.siblings or ()}
+        at = repository(repo_id, revision=there.sha, token=token)
+        found = (
+            what_else(fetch(at, (CONFIG_FILE,)), config.stage, config.subject_name) if CONFIG_FILE in names else None
+        )
+        if found is not None and not overwrite:
+            raise OutputExistsError(
+                f"{repo_id}: expected a new repository, or an older push of the same, found {found}. Choose another "
+                "repository, or give overwrite=True (--overwrite) to replace it. Nothing was sent."
+            )
+        ours = {name for name in names if name in (*MAIN_FILES, *SIDE_FILES) or _IN_GALLERY.fullmatch(name)}
         done = api.create_commit(
             repo_id,
-            [huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()],
+            [
+                *(huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()),
+                *(huggingface_hub.CommitOperationDelete(name) for name in sorted(ours - contents.keys())),
+            ],
             commit_message=commit_message or f"Upload a Meta-LoRA {kind}",
             revision=revision,
+            parent_commit=there.sha,
         )
-    except HubError:
+    except MetaLoraError:
         raise
     except HUB_FAILURES as error:
         raise HubError(f"{repo_id}: expected to push this {kind}, found {what_failed(error)}") from error
