@@ -19,7 +19,7 @@ A message says what was expected, what was found and what to do; where there is 
     |   +-- OutputExistsError (FileExistsError)   something else, or somebody else, lies where a file is to be written
     |   +-- UnsafeFileError (ValueError)
     |   |   +-- PickleRefusedError                a pickle, which could run code
-    |   |   +-- UnsafeNameError                   a name that leaves its folder or hides something
+    |   |   +-- UnsafeNameError                   a name or link that leaves its folder, or hides
     |   +-- CorruptFileError (ValueError)         truncated, or not what its name says
     |   +-- ConfigFormatError (ValueError)        adapter_config.json lacks a field or has one of the wrong type
     |   +-- FormatVersionError (ValueError)       written by a newer format than this package reads
@@ -132,7 +132,7 @@ class PickleRefusedError(UnsafeFileError):
 
 
 class UnsafeNameError(UnsafeFileError):
-    """A name that leaves its folder or hides something."""
+    """A name or a link that leaves its folder or hides something."""
 
 
 class CorruptFileError(CheckpointError, ValueError):

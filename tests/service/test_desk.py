@@ -139,6 +139,24 @@ def test_deleting_ends_what_is_drawn_of_somebody(home, tmp_path, run):
     assert service.pool.forgotten == [service.pool.asked[0].people[0].uid]
 
 
+def test_a_deletion_that_the_operator_has_to_help_with_says_so(home, tmp_path, run):
+    """Bug: who was a link was answered to be deleted, while what it pointed to stayed."""
+
+    async def work():
+        service = Service(home, tmp_path, pool=Gate())
+        await service.enrol("ann")
+        folder = tmp_path / "people" / "acme" / "ann"
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(tmp_path / "not mounted")
+        refused = await service.ask("DELETE", "/subjects/ann")
+        folder.unlink()
+        return refused, await service.ask("DELETE", "/subjects/ann")
+
+    refused, deleted = run(work())
+    assert refused.status == 409 and "whoever runs this place has to remove it" in refused.error
+    assert str(tmp_path) not in refused.error and deleted.status == 200
+
+
 def test_a_deletion_is_confirmed_by_every_copy_or_asked_for_again(home, tmp_path, run):
     """Bug: a copy that did not answer keeps somebody, and the second request to delete finds nobody to delete."""
 

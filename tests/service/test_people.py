@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 from uuid import uuid4
@@ -14,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from peft_metalora.errors import ConfigError, CorruptFileError, OutputExistsError, WriteFailedError
+from peft_metalora.errors import ConfigError, CorruptFileError, OutputExistsError, UnsafeNameError, WriteFailedError
 from peft_metalora.service.people import LOOK_EVERY, UNRECORDED, People, Person, Place
 
 CODE = np.arange(6, dtype=np.float32).tobytes()
@@ -302,6 +303,110 @@ def test_a_removal_that_ends_in_the_middle_is_done_again(place, monkeypatch):
     assert again.entry("acme", "ann") == ann
     again.remove(ann)
     assert People(place).entry("acme", "ann") is None
+
+
+SUBJECT = {**FILES, "adapter_config.json": b'{"peft_type": "META_LORA", "stage": "subject"}'}
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """People, and what the folder of ann among them is a link to: a subject's folder elsewhere."""
+    there, folder = tmp_path / "another disk" / "ann", tmp_path / "place" / "people" / "acme" / "ann"
+    for made in (there, folder.parent):
+        made.mkdir(parents=True)
+    for name, content in SUBJECT.items():
+        (there / name).write_bytes(content)
+    folder.symlink_to(there, target_is_directory=True)
+    return People(Place(str(tmp_path / "place"))), there
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_of_a_folder_that_is_a_link_the_files_go_too(linked, how):
+    """Bug: the link went and the person's numbers stayed where it pointed to, or, by an older fsspec, the deletion
+    failed for ever."""
+    people, there = linked
+    ann = people.find("acme", "ann")
+    if how == "deleted":
+        people.remove(ann)
+    else:
+        people.put_code("acme", "ann", CODE, **OWN, before=ann)
+    assert not there.exists() and not os.path.lexists(people.place.folder(ann)) and there.parent.is_dir()
+    assert len(People(people.place)) == (how == "replaced")
+
+
+def test_of_a_link_a_removal_that_ends_in_the_middle_is_done_again(linked, monkeypatch):
+    """Bug: where what tells whose files they are had gone first, the rest would be refused as nobody's."""
+    people, there = linked
+    ann = people.find("acme", "ann")
+    unlink, left = os.unlink, [1]
+
+    def once(*args, **more):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("gone for lunch")
+        unlink(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.unlink", once)
+        patch.setattr("pathlib.Path.unlink", once)
+        with pytest.raises(WriteFailedError, match="gone for lunch"):
+            people.remove(ann)
+    assert [path.name for path in there.iterdir()] == ["adapter_config.json"]
+    people.remove(ann)
+    assert not there.exists() and len(People(people.place)) == 0
+
+
+def anothers_file(there, folder) -> None:
+    (there / "bob.safetensors").write_bytes(b"bob")
+
+
+def a_down(there, folder) -> None:
+    (there / "adapter_config.json").write_text('{"peft_type": "META_LORA", "stage": "meta"}')
+
+
+def anothers_link(there, folder) -> None:
+    (folder.parent / "bob").symlink_to(there, target_is_directory=True)
+
+
+def a_linked_file(there, folder) -> None:
+    folder.unlink()
+    folder.mkdir()
+    for name in SUBJECT:
+        (folder / name).symlink_to(there / name)
+
+
+def not_mounted(there, folder) -> None:
+    there.rename(there.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "tuned"])
+@pytest.mark.parametrize("spoil", [anothers_file, a_down, anothers_link, a_linked_file, not_mounted])
+def test_what_may_not_be_one_persons_alone_is_left_to_the_operator(linked, spoil, how):
+    """Bug: somebody counted as deleted while links led to their numbers, or would be back once their disk was mounted;
+    and whoever was tuned took what else lay where the link pointed to with them."""
+    people, there = linked
+    ann = people.find("acme", "ann")
+    people.place.write(f"{people.place.photos(ann)}/001", b"a photo")
+    spoil(there, there.parents[1] / "place" / "people" / "acme" / "ann")
+    before = {path: path.is_file() and path.read_bytes() for path in there.parents[1].rglob("*")}
+    with pytest.raises(UnsafeNameError, match="people/acme/ann to hold the files of one person alone, found a link"):
+        if how == "deleted":
+            people.remove(ann)
+        elif how == "replaced":
+            people.put_code("acme", "ann", CODE, **OWN, before=ann)
+        else:
+            people.put_files(ann, FILES)
+    assert {path: path.is_file() and path.read_bytes() for path in there.parents[1].rglob("*")} == before
+    assert people.entry("acme", "ann") == ann
+
+
+def test_once_the_operator_has_removed_a_link_the_person_can_be_deleted(linked):
+    people, there = linked
+    ann = people.find("acme", "ann")
+    anothers_file(there, None)
+    os.unlink(people.place.folder(ann))
+    people.remove(ann)
+    assert len(People(people.place)) == 0 and (there / "bob.safetensors").exists()
 
 
 def test_files_that_the_operator_puts_there_are_somebody(place):

@@ -114,7 +114,7 @@ class Library:
             return self._people.rename(person, to)
 
     def delete(self, tenant: str, name: str | None) -> Person:
-        """Delete somebody, their photos first; raises as `person`, and WriteFailedError: delete again."""
+        """Delete somebody, their photos first; raises as `person` and `People.remove`: delete again."""
         with self._change:
             # Whose files have gone cannot be shown any more, but is entered, and may have photos.
             person = (self._people.entry(tenant, name) if name else None) or self.person(tenant, name)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from ..data.images import size_of
-from ..errors import OutputExistsError, UnreadableImageError
+from ..errors import OutputExistsError, UnreadableImageError, UnsafeNameError
 from .gauges import Gauges
 from .journal import log
 from .orders import ImageOrder, SubjectOrder
@@ -180,7 +180,7 @@ class Desk:
                 put, named = self.people.put_code, (tenant, order.name, code)
                 try:
                     person = await to_its_end(put, *named, down=down, space=space, consent=order.consent, before=before)
-                except OutputExistsError as error:
+                except (OutputExistsError, UnsafeNameError) as error:
                     raise RefusedError(409, str(error)) from error
                 self._cancel_jobs(tenant, order.name)
         return person, self._start_job(person, photos, order.instance_prompt) if order.tune else None
@@ -223,7 +223,10 @@ class Desk:
                     for work in [*self._at_work.get(uid, ())]:
                         work.cancel()
                 if person is not None:
-                    await asyncio.to_thread(self.people.remove, person)
+                    try:
+                        await asyncio.to_thread(self.people.remove, person)
+                    except UnsafeNameError as error:
+                        raise RefusedError(409, str(error)) from error
                 self._unconfirmed[tenant, name] = uids
                 try:
                     for uid in uids:

@@ -31,7 +31,16 @@ import fsspec
 from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from ..errors import ConfigError, CorruptFileError, OutputExistsError, WriteFailedError
+from ..checkpoint.artefacts import CARD_FILE, MAIN_FILES, SIDE_FILES
+from ..checkpoint.config_file import CONFIG_FILE, read_config
+from ..errors import (
+    ConfigError,
+    CorruptFileError,
+    MetaLoraError,
+    OutputExistsError,
+    UnsafeNameError,
+    WriteFailedError,
+)
 from ..files import staged_folder, sweep, temporary_folder, write_bytes
 from .tenants import NAME
 
@@ -42,6 +51,7 @@ UNRECORDED = "none on record: the operator put the files here"
 _SHARDS = 256
 _HISTORY = {"hf", "git", "github", "dvc"}  # what is deleted there can be had all the same
 _MOST_FORGOTTEN = 10_000  # names that are remembered as nobody's
+_OF_A_SUBJECT = {CONFIG_FILE, *MAIN_FILES, *SIDE_FILES, CARD_FILE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +148,9 @@ class Place:
             self.fs.pipe_file(path, content)
 
     def write_files(self, person: Person, files: Mapping[str, bytes]) -> None:
-        """Write the files of somebody; what else was in their folder goes."""
+        """Write the files of somebody; what else was in their folder goes. Raises as `require_own`."""
         folder = self.folder(person)
+        self.require_own(folder)
         if not self.is_local:
             for name in sorted(files, key=lambda name: name.endswith(".json")):  # which names the tensors
                 self.fs.pipe_file(f"{folder}/{name}", files[name])
@@ -158,9 +169,44 @@ class Place:
             if self.fs.exists(folder(person)):
                 self.fs.mv(folder(person), folder(to), recursive=True)
 
+    def require_own(self, folder: str) -> None:
+        """Refuse to take away a folder with links of the operator, of which more would stay, or go, than one person.
+
+        Raises:
+            UnsafeNameError: it holds links, or is one to something else than the files of a subject under one name.
+        """
+        if not self.is_local:
+            return
+        there = Path(os.path.realpath(folder))
+        is_linked = os.path.islink(folder)
+        if any(path.is_symlink() for path in there.rglob("*")) or (is_linked and not self._is_of_one_person(there)):
+            raise UnsafeNameError(
+                f"expected {os.path.relpath(folder, self.root)} to hold the files of one person alone, found a link to "
+                "what may be others' too, or is not there: whoever runs this place has to remove it and what it points "
+                "to; then ask again"
+            )
+
+    def _is_of_one_person(self, folder: Path) -> bool:
+        """Whether what somebody's link points to is a subject's files, nothing else, and nobody else's."""
+        try:
+            is_subject = read_config(folder).stage == "subject"
+        except MetaLoraError:
+            return False
+        names = [path for path in Path(self.root).glob("people/*/*") if Path(os.path.realpath(path)) == folder]
+        return is_subject and len(names) == 1 and all(path.name in _OF_A_SUBJECT for path in folder.iterdir())
+
     def remove(self, folder: str) -> None:
-        """Remove a folder, if it is there."""
-        if self.fs.exists(folder):
+        """Remove a folder, if it is there; of one that is a link what it points to as well. Raises as `require_own`."""
+        self.require_own(folder)
+        if self.is_local and os.path.islink(folder):
+            there = Path(os.path.realpath(folder))
+            # What tells whose they are goes last, so that a removal that ends in the middle can be done again.
+            for path in sorted(there.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+                path.unlink()
+            os.unlink(folder)
+            with suppress(OSError):  # a disk may be mounted there
+                there.rmdir()
+        elif self.fs.exists(folder):
             self.fs.rm(folder, recursive=True)
 
     def sweep(self, folder: str) -> None:
@@ -218,10 +264,14 @@ class People:
         """Keep somebody as a code, in the place of who they were `before`.
 
         Raises:
+            UnsafeNameError: they are who they were, because of links among their files.
             WriteFailedError: they are who they were, without the photos that were kept, or have come and old files lie
                 there still.
         """
         person = self._next(tenant, name, consent, before, down=sys.intern(down), space=sys.intern(space), code=code)
+        if before is not None and before.code is None:
+            with self._writing():
+                self.place.require_own(self.place.folder(before))
         self._make_room(person)
         self._write(person)
         if before is not None:
@@ -232,7 +282,7 @@ class People:
         return person
 
     def put_files(self, before: Person, files: Mapping[str, bytes]) -> Person:
-        """Keep somebody as the files of a subject; WriteFailedError: they are who they were."""
+        """Keep somebody as the files of a subject; WriteFailedError, UnsafeNameError: they are who they were."""
         person = replace(self._next(before.tenant, before.name, before.consent, before), enrolled=before.enrolled)
         with self._writing():
             self.place.write_files(person, files)
@@ -257,10 +307,17 @@ class People:
         return person
 
     def remove(self, person: Person) -> None:
-        """Take somebody away, photos and files first: a removal that ends in the middle can be done again."""
+        """Take somebody away, photos and files first: a removal that ends in the middle can be done again.
+
+        Raises:
+            UnsafeNameError: nothing is taken away, because of links among their files. WriteFailedError
+        """
+        folders = self.place.photos(person), self.place.folder(person)
         with self._writing():
-            self.place.remove(self.place.photos(person))
-            self.place.remove(self.place.folder(person))
+            for folder in folders:
+                self.place.require_own(folder)
+            for folder in folders:
+                self.place.remove(folder)
         self._sweep(person)
         self._write(person, gone=True)
         self._looked.pop(person.uid, None)
