@@ -99,7 +99,9 @@ def test_a_push_replaces_nobody_else_unasked(published, pair):
         push_subject(pair[1], "ann/me", down="ann/faces")
     with pytest.raises(errors.OutputExistsError, match="found a subject"):
         push_down(pair[0], "ann/me")
-    assert server.repos["ann/me"].refs["main"] == before
+    with pytest.raises(errors.OutputExistsError):
+        push_subject(pair[1], "ann/me", down="ann/faces", revision="bob")
+    assert server.repos["ann/me"].refs == {"main": before}, "Bug: the branch of a push that was refused stayed"
     push_subject(pair[1], "ann/me", down="ann/faces", revision="bob", overwrite=True)
     assert json.loads(server.repos["ann/me"].files("bob")["adapter_config.json"])["subject_name"] == "bob"
     assert server.repos["ann/me"].refs["main"] == before
@@ -110,12 +112,37 @@ def test_a_push_leaves_nothing_of_an_older_one(published, pair):
     server, _ = published
     ours = {"subject_code.safetensors": b"", "subject_space.safetensors": b"", "images/1.png": b""}
     others = {"config.yaml": b"", "images/beach.png": b""}
+    push_subject(pair[1], "ann/me", down="ann/faces")
     server.add("ann/me", {**ours, **others})
     push_subject(pair[1], "ann/me", down="ann/faces")
     made = {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "README.md"}
     assert set(server.repos["ann/me"].files()) == {*made, *others}
     push_down(pair[0], "ann/me", private=True, overwrite=True)
     assert set(server.repos["ann/me"].files()) == {*made, *others} - {"pytorch_lora_weights.safetensors"}
+
+
+def test_a_push_takes_nothing_from_what_was_never_a_push_of_ours(published, pair):
+    """Bug: a LoRA of diffusers, which has no configuration, was replaced unasked; numbered pictures were deleted."""
+    server, _ = published
+    server.add("ann/lora", {"pytorch_lora_weights.safetensors": b"somebody's"}, private=True)
+    before = server.repos["ann/lora"].refs["main"]
+    for push in (lambda: push_down(pair[0], "ann/lora"), lambda: push_subject(pair[1], "ann/lora", down="ann/faces")):
+        with pytest.raises(errors.OutputExistsError, match=r"found another adapter \(pytorch_lora_weights.safetensors"):
+            push()
+    assert server.repos["ann/lora"].refs["main"] == before
+    push_down(pair[0], "ann/lora", overwrite=True)
+    assert "pytorch_lora_weights.safetensors" not in server.repos["ann/lora"].files()
+    server.add("ann/pictures", {"images/1.png": b"a picture"}, private=True)
+    push_down(pair[0], "ann/pictures")
+    assert server.repos["ann/pictures"].files()["images/1.png"] == b"a picture"
+
+
+@pytest.mark.parametrize("there", [b"[]", b"{", b"\xff", b'{"peft_type": "LORA"}', b'{"peft_type": "META_LORA"}'])
+def test_a_push_replaces_no_other_adapter_and_no_broken_one(published, pair, there):
+    server, _ = published
+    server.add("ann/other", {"adapter_config.json": there}, private=True)
+    with pytest.raises(errors.OutputExistsError, match="found another adapter"):
+        push_subject(pair[1], "ann/other", down="ann/faces")
 
 
 def test_a_broken_folder_is_not_pushed(server, pair):

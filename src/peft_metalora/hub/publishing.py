@@ -17,6 +17,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from huggingface_hub import errors as hub_errors
 from typing_extensions import Unpack
 
 from ..checkpoint import load_down as load_local_down
@@ -299,20 +300,26 @@ def _push(
                 f"{repo_id}: expected a private repository for this {kind}, found a public one. Give private=False "
                 "(--public) if everybody may see it, or choose another repository. Nothing was sent."
             )
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.model_info(repo_id, revision=revision)
+        try:
+            there = api.model_info(repo_id, revision=revision)
+        except hub_errors.RevisionNotFoundError:
+            there = api.model_info(repo_id)  # where a new branch begins
         names = {file.rfilename for file in there.siblings or ()}
-        at = repository(repo_id, revision=there.sha, token=token)
-        found = (
-            what_else(fetch(at, (CONFIG_FILE,)), config.stage, config.subject_name) if CONFIG_FILE in names else None
-        )
+        ours = {name for name in names if name in (*MAIN_FILES, *SIDE_FILES) or _IN_GALLERY.fullmatch(name)}
+        if CONFIG_FILE in names:
+            at = repository(repo_id, revision=there.sha, token=token)
+            found = what_else(fetch(at, (CONFIG_FILE,)), config.stage, config.subject_name)
+        else:  # no push of ours was here: diffusers calls the weights of a LoRA by the name that our fold has
+            weights = sorted(names.intersection((*MAIN_FILES, FOLD_FILE)))
+            found = f"another adapter ({weights[0]} without {CONFIG_FILE})" if weights else None
+            ours = ours if weights else set()
         if found is not None and not overwrite:
             raise OutputExistsError(
                 f"{repo_id}: expected a new repository, or an older push of the same, found {found}. Choose another "
                 "repository, or give overwrite=True (--overwrite) to replace it. Nothing was sent."
             )
-        ours = {name for name in names if name in (*MAIN_FILES, *SIDE_FILES) or _IN_GALLERY.fullmatch(name)}
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         done = api.create_commit(
             repo_id,
             [
