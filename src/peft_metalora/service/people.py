@@ -50,6 +50,7 @@ LOOK_EVERY = 0.5
 UNRECORDED = "none on record: the operator put the files here"
 _SHARDS = 256
 _HISTORY = {"hf", "git", "github", "dvc"}  # what is deleted there can be had all the same
+_SECOND = ".new"  # ends the name of a second copy of what is being written
 _MOST_FORGOTTEN = 10_000  # names that are remembered as nobody's
 _OF_A_SUBJECT = {CONFIG_FILE, *MAIN_FILES, *SIDE_FILES, CARD_FILE}
 
@@ -141,11 +142,20 @@ class Place:
         return hashlib.sha256(repr(sorted(map(repr, found))).encode()).hexdigest()
 
     def write(self, path: str, content: bytes) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file; where the place can do that, as a local folder and object stores can, whole or not at all."""
         if self.is_local:
             write_bytes(path, content)
         else:
             self.fs.pipe_file(path, content)
+
+    def write_safely(self, path: str, content: bytes) -> None:
+        """Write a file of which a second copy is whole for as long as it may not be: sftp and others leave half of it
+        where they are killed, and a rename that replaces a file is not had everywhere."""
+        if not self.is_local:
+            self.fs.pipe_file(path + _SECOND, content)
+        self.write(path, content)
+        if not self.is_local:
+            self.fs.rm(path + _SECOND)
 
     def write_files(self, person: Person, files: Mapping[str, bytes]) -> None:
         """Write the files of somebody; what else was in their folder goes. Raises as `require_own`."""
@@ -219,7 +229,8 @@ class People:
     """Everybody at a place; what is asked of it by name is answered from memory. Methods may be called in any thread.
 
     Raises:
-        ConfigError: the place cannot be reached. CorruptFileError: a damaged index.
+        ConfigError: the place cannot be reached. CorruptFileError: a damaged index. WriteFailedError: a write of the
+            index that was killed cannot be ended.
         OutputExistsError, of `put_code` and `rename`: the place takes the name for another one that somebody has.
     """
 
@@ -389,15 +400,27 @@ class People:
     def _read_index(self) -> None:
         self.place.sweep(self.index)
         try:
-            paths = [path for path in self.place.fs.ls(self.index, detail=False) if path.endswith(".json")]
+            listed = self.place.fs.ls(self.index, detail=False)
+            paths = [path for path in listed if path.endswith((".json", f".json{_SECOND}"))]
             contents = self.place.fs.cat(paths) if paths else {}
         except FileNotFoundError:
             return
         except OSError as error:
             raise ConfigError(f"expected to be able to read the index of people, found: {error}") from error
-        for path, content in contents.items():
-            for person in _people_of(content, path).values():
+        torn = []
+        for path in dict.fromkeys(path.removesuffix(_SECOND) for path in contents):
+            people, found_in = _whole(path, contents)
+            if found_in != path:
+                torn.append(path)
+            for person in people.values():
                 self._tenants.setdefault(person.tenant, {})[person.name] = person
+        if not self.place.read_only:
+            with self._writing():
+                for path in torn:
+                    self.place.write(path, contents[path + _SECOND])
+                # None outlives the write it was made for: somebody may be in it who is deleted.
+                for path in [path for path in contents if path.endswith(_SECOND)]:
+                    self.place.fs.rm(path)
 
     def _write(self, person: Person, *, gone: bool = False, anew: bool = False) -> None:
         """Enter somebody, or take them out.
@@ -412,19 +435,29 @@ class People:
             if anew and self.entry(*key) is not None:
                 return
             if not self.place.read_only:
-                try:
-                    people = _people_of(self.place.fs.cat_file(path), path)
-                except FileNotFoundError:
-                    people = {}
+                people = self._people_at(path)
                 people.pop(key, None)
                 if not gone:
                     people[key] = person
                 content = json.dumps({"format": FORMAT, "people": [_record(one) for one in people.values()]}).encode()
-                self.place.write(path, content)
+                self.place.write_safely(path, content)
             if gone:
                 self._tenants.get(person.tenant, {}).pop(person.name, None)
             else:
                 self._tenants.setdefault(person.tenant, {})[person.name] = person
+
+    def _people_at(self, path: str) -> dict[tuple[str, str], Person]:
+        """The people of a file of the index as it is now, a write of which may have failed."""
+        contents = {}
+        for name in (path, path + _SECOND):
+            with suppress(FileNotFoundError):
+                contents[name] = self.place.fs.cat_file(name)
+                with suppress(CorruptFileError):
+                    people = _people_of(contents[name], name)
+                    if name != path:  # the only whole one, which the next write begins with
+                        self.place.write(path, contents[name])
+                    return people
+        return _whole(path, contents)[0]
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -450,6 +483,20 @@ def _record(person: Person) -> dict[str, Any]:
     if person.code is not None:
         values["code"] = base64.b64encode(person.code).decode()
     return values
+
+
+def _whole(path: str, contents: Mapping[str, bytes]) -> tuple[dict[tuple[str, str], Person], str]:
+    """The people of a file of the index, and where they stand: in its second copy, where the file was not ended."""
+    failures = []
+    for name in (path, path + _SECOND):
+        if name in contents:
+            try:
+                return _people_of(contents[name], name), name
+            except CorruptFileError as error:
+                failures.append(error)
+    if path in contents:
+        raise failures[0]
+    return {}, path
 
 
 def _people_of(content: bytes, path: str) -> dict[tuple[str, str], Person]:
