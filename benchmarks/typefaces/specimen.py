@@ -23,7 +23,7 @@ from peft_metalora.checkpoint.space import load_space
 from peft_metalora.checkpoint.untrusted import read_tensors
 from peft_metalora.demo.embedded import RESOLUTION
 from peft_metalora.demo.scoring import to_pil
-from peft_metalora.demo.sheet import Row, sheet
+from peft_metalora.demo.sheet import Font, Row, sheet, wrapped
 from peft_metalora.encoder import EncoderConfig, make_encoder
 from peft_metalora.evaluation.rivals import RIVALS, put_on, take_off, vmap_ready
 from peft_metalora.training.engine.stacked import train_stack
@@ -129,7 +129,7 @@ def of_specimens(fonts: Sequence[Specimen]) -> Image.Image:
     first = next(iter(fonts[0].letters.values()))
     ways, count, height = len(fonts[0].letters), len(first), first[0].height + _GAP
     left = _MARGIN + _REFERENCE + _MARGIN + _LABEL
-    names = [_wrapped(one.name, small, _REFERENCE) for one in fonts]
+    names = [wrapped(_cut_to(_REFERENCE, one.name, small), _REFERENCE, small) for one in fonts]
     most = max(len(lines) for lines in names)
     block = max(ways * height, _REFERENCE + (3 + most) * _TEXT) + _BETWEEN
     size = left + count * (_LETTER + _GAP) + _MARGIN, _MARGIN + len(fonts) * block
@@ -162,19 +162,14 @@ def tiles(letters: Tensor) -> list[Image.Image]:
     return found
 
 
-def _wrapped(name: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """A name in lines of at most that many pixels; a word that is wider than that is cut."""
-    lines = [""]
-    for word in name.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        cut = word
-        while font.getlength(cut) > width:
-            cut = cut[:-2] + "-"
-        lines = [*filter(None, lines), cut]
-    return lines
+def _cut_to(width: int, name: str, font: Font) -> str:
+    """A name of which no word is wider than that many pixels."""
+    words = name.split()
+    for number, word in enumerate(words):
+        while font.getlength(word) > width:
+            word = word[:-2] + "-"
+        words[number] = word
+    return " ".join(words)
 
 
 def on_white(images: Tensor) -> Tensor:

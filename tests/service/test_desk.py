@@ -400,7 +400,7 @@ def test_what_an_error_says_stays_out_of_the_log(home, tmp_path, run, caplog, mo
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text("{")
         drawn = await service.draw(name)
-        monkeypatch.setattr(service.place, "remove", lambda path: (folder / "torn").read_bytes())
+        monkeypatch.setattr(service.place, "remove", lambda *paths: (folder / "torn").read_bytes())
         return drawn, await service.ask("DELETE", f"/subjects/{name}")
 
     drawn, deleted = run(work())

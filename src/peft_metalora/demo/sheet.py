@@ -72,14 +72,14 @@ def _texts(row: Row, width: int, font: Font, step: int) -> tuple[list[Line], int
     if notes and beside + font.getlength(notes) <= width:
         lines.append((beside, 0, notes, _GREY))
     elif notes:
-        lines += [(0, below + step * number, words, _GREY) for number, words in enumerate(_wrapped(notes, width, font))]
+        lines += [(0, below + step * number, words, _GREY) for number, words in enumerate(wrapped(notes, width, font))]
         below = step * len(lines)
     starts = [0]
     for image in row.images[: len(row.heads)]:
         starts.append(starts[-1] + image.width * SCALE + GAP)
     starts[-1] = width + GAP
     columns = [
-        (left, _wrapped(head, right - left - GAP, font))
+        (left, wrapped(head, right - left - GAP, font))
         for head, (left, right) in zip(row.heads, pairwise(starts), strict=True)
     ]
     tallest = max((len(words) for _, words in columns), default=0)
@@ -90,7 +90,7 @@ def _texts(row: Row, width: int, font: Font, step: int) -> tuple[list[Line], int
     return lines, above + 6 if above else 0
 
 
-def _wrapped(text: str, width: float, font: Font) -> list[str]:
+def wrapped(text: str, width: float, font: Font) -> list[str]:
     """Lines that are as wide as they may be."""
     lines: list[str] = []
     for part in text.split("\n"):

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -294,25 +295,17 @@ def _push(
     kind = "Down" if config.stage == "meta" else "subject"
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        is_private = bool(api.repo_info(repo_id).private)
+        there = api.model_info(repo_id)
+        is_private = bool(there.private)
         if private and not is_private:
             raise HubError(
                 f"{repo_id}: expected a private repository for this {kind}, found a public one. Give private=False "
                 "(--public) if everybody may see it, or choose another repository. Nothing was sent."
             )
-        try:
-            there = api.model_info(repo_id, revision=revision)
-        except hub_errors.RevisionNotFoundError:
-            there = api.model_info(repo_id)  # where a new branch begins
-        names = {file.rfilename for file in there.siblings or ()}
-        ours = {name for name in names if name in (*MAIN_FILES, *SIDE_FILES) or _IN_GALLERY.fullmatch(name)}
-        if CONFIG_FILE in names:
-            at = repository(repo_id, revision=there.sha, token=token)
-            found = what_else(fetch(at, (CONFIG_FILE,)), config.stage, config.subject_name)
-        else:  # no push of ours was here: diffusers calls the weights of a LoRA by the name that our fold has
-            weights = sorted(names.intersection((*MAIN_FILES, FOLD_FILE)))
-            found = f"another adapter ({weights[0]} without {CONFIG_FILE})" if weights else None
-            ours = ours if weights else set()
+        if revision is not None:
+            with suppress(hub_errors.RevisionNotFoundError):  # a new branch begins at the main one
+                there = api.model_info(repo_id, revision=revision)
+        older, found = _older(there, config, token)
         if found is not None and not overwrite:
             raise OutputExistsError(
                 f"{repo_id}: expected a new repository, or an older push of the same, found {found}. Choose another "
@@ -324,7 +317,7 @@ def _push(
             repo_id,
             [
                 *(huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()),
-                *(huggingface_hub.CommitOperationDelete(name) for name in sorted(ours - contents.keys())),
+                *(huggingface_hub.CommitOperationDelete(name) for name in sorted(older - contents.keys())),
             ],
             commit_message=commit_message or f"Upload a Meta-LoRA {kind}",
             revision=revision,
@@ -337,6 +330,22 @@ def _push(
     pushed = Pushed(done.oid)
     pushed.private = is_private
     return pushed
+
+
+def _older(
+    there: huggingface_hub.ModelInfo, config: MetaLoraConfig, token: str | bool | None
+) -> tuple[set[str], str | None]:
+    """The files that an older push left, and what it is, in words, if it is not of the same."""
+    names = {file.rfilename for file in there.siblings or ()}
+    if CONFIG_FILE in names:
+        at = repository(there.id, revision=there.sha, token=token)
+        found = what_else(fetch(at, (CONFIG_FILE,)), config.stage, config.subject_name)
+    else:  # diffusers calls the weights of a LoRA by the name that our fold has
+        weights = sorted(names.intersection((*MAIN_FILES, FOLD_FILE)))
+        if not weights:
+            return set(), None
+        found = f"another adapter ({weights[0]} without {CONFIG_FILE})"
+    return {name for name in names if name in (*MAIN_FILES, *SIDE_FILES) or _IN_GALLERY.fullmatch(name)}, found
 
 
 def _picture(path: str) -> bytes:

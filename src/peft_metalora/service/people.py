@@ -21,7 +21,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,11 +151,12 @@ class Place:
     def write_safely(self, path: str, content: bytes) -> None:
         """Write a file of which a second copy is whole for as long as it may not be: sftp and others leave half of it
         where they are killed, and a rename that replaces a file is not had everywhere."""
-        if not self.is_local:
-            self.fs.pipe_file(path + _SECOND, content)
+        if self.is_local:
+            self.write(path, content)
+            return
+        self.fs.pipe_file(path + _SECOND, content)
         self.write(path, content)
-        if not self.is_local:
-            self.fs.rm(path + _SECOND)
+        self.fs.rm(path + _SECOND)
 
     def write_files(self, person: Person, files: Mapping[str, bytes]) -> None:
         """Write the files of somebody; what else was in their folder goes. Raises as `require_own`."""
@@ -205,9 +206,15 @@ class Place:
         names = [path for path in Path(self.root).glob("people/*/*") if Path(os.path.realpath(path)) == folder]
         return is_subject and len(names) == 1 and all(path.name in _OF_A_SUBJECT for path in folder.iterdir())
 
-    def remove(self, folder: str) -> None:
-        """Remove a folder, if it is there; of one that is a link what it points to as well. Raises as `require_own`."""
-        self.require_own(folder)
+    def remove(self, *folders: str) -> None:
+        """Remove folders that are there; of one that is a link what it points to as well. All or, as `require_own`
+        raises, none."""
+        for folder in folders:
+            self.require_own(folder)
+        for folder in folders:
+            self._remove(folder)
+
+    def _remove(self, folder: str) -> None:
         if self.is_local and os.path.islink(folder):
             there = Path(os.path.realpath(folder))
             # What tells whose they are goes last, so that a removal that ends in the middle can be done again.
@@ -323,12 +330,8 @@ class People:
         Raises:
             UnsafeNameError: nothing is taken away, because of links among their files. WriteFailedError
         """
-        folders = self.place.photos(person), self.place.folder(person)
         with self._writing():
-            for folder in folders:
-                self.place.require_own(folder)
-            for folder in folders:
-                self.place.remove(folder)
+            self.place.remove(self.place.photos(person), self.place.folder(person))
         self._sweep(person)
         self._write(person, gone=True)
         self._looked.pop(person.uid, None)
@@ -407,17 +410,16 @@ class People:
             return
         except OSError as error:
             raise ConfigError(f"expected to be able to read the index of people, found: {error}") from error
-        torn = []
+        unfinished = {}
         for path in dict.fromkeys(path.removesuffix(_SECOND) for path in contents):
-            people, found_in = _whole(path, contents)
-            if found_in != path:
-                torn.append(path)
+            people, unfinished[path] = _whole(path, contents.get)
             for person in people.values():
                 self._tenants.setdefault(person.tenant, {})[person.name] = person
         if not self.place.read_only:
             with self._writing():
-                for path in torn:
-                    self.place.write(path, contents[path + _SECOND])
+                for path, content in unfinished.items():
+                    if content is not None:
+                        self.place.write(path, content)
                 # None outlives the write it was made for: somebody may be in it who is deleted.
                 for path in [path for path in contents if path.endswith(_SECOND)]:
                     self.place.fs.rm(path)
@@ -448,16 +450,16 @@ class People:
 
     def _people_at(self, path: str) -> dict[tuple[str, str], Person]:
         """The people of a file of the index as it is now, a write of which may have failed."""
-        contents = {}
-        for name in (path, path + _SECOND):
+
+        def content_of(name: str) -> bytes | None:
             with suppress(FileNotFoundError):
-                contents[name] = self.place.fs.cat_file(name)
-                with suppress(CorruptFileError):
-                    people = _people_of(contents[name], name)
-                    if name != path:  # the only whole one, which the next write begins with
-                        self.place.write(path, contents[name])
-                    return people
-        return _whole(path, contents)[0]
+                return self.place.fs.cat_file(name)
+            return None
+
+        people, unfinished = _whole(path, content_of)
+        if unfinished is not None:  # its second copy is the only whole one, which the next write begins with
+            self.place.write(path, unfinished)
+        return people
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -485,18 +487,20 @@ def _record(person: Person) -> dict[str, Any]:
     return values
 
 
-def _whole(path: str, contents: Mapping[str, bytes]) -> tuple[dict[tuple[str, str], Person], str]:
-    """The people of a file of the index, and where they stand: in its second copy, where the file was not ended."""
-    failures = []
+def _whole(path: str, content_of: Callable[[str], bytes | None]) -> tuple[dict[tuple[str, str], Person], bytes | None]:
+    """The people of a file of the index; and where they stand in its second copy alone, what the file has to hold."""
+    torn = None
     for name in (path, path + _SECOND):
-        if name in contents:
-            try:
-                return _people_of(contents[name], name), name
-            except CorruptFileError as error:
-                failures.append(error)
-    if path in contents:
-        raise failures[0]
-    return {}, path
+        content = content_of(name)
+        if content is None:
+            continue
+        try:
+            return _people_of(content, name), None if name == path else content
+        except CorruptFileError as error:
+            torn = torn or (error if name == path else None)
+    if torn is not None:
+        raise torn
+    return {}, None
 
 
 def _people_of(content: bytes, path: str) -> dict[tuple[str, str], Person]:
