@@ -9,7 +9,8 @@ An encoder is named by a recipe, `name:key=value,...` with the keys of `encoder_
 `DIR/<name>.json`: zero-step scores on clean and on bad photos, with floors and ceilings, the curve over the target
 images seen, and stage 2 from the read start. `--plan` makes every file of the report; those that are there are kept,
 so that a run goes on where another stopped. The rates of rivals are chosen on `tune` people. `DIR/convergence.json`
-is made again from all files of DIR at the end of every run. Choices are made with `--split tune`, the default.
+is made again from all files of DIR at the end of every run; `--onto FILE` adds its rows to an earlier run's. Choices
+are made with `--split tune`, the default.
 
 `--domain typefaces --assets DIR` does the same with fonts (`benchmarks/typefaces`) and writes `DIR/typefaces.json`.
 """
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from convergence_figures import summarise
+from convergence_figures import add, summarise
 from domains import DOMAINS, Setting
-from encoder_world import Known, Recipe, World
+from encoder_world import Known, Recipe, World, helpers
 from known_truth import FIT_STEPS, same_scenes
 from origin import origin
 from PIL import Image
@@ -507,6 +507,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decays", type=int, nargs="*", default=[100, 300], help="steps of runs that decay")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing that would end later")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--onto", type=Path, metavar="FILE", help="figures of an earlier run, to add its new rows to")
     parser.add_argument("--domain", default="faces", choices=tuple(DOMAINS), help="whose people they are")
     parser.add_argument(
         "--assets", type=Path, help="folder of a domain's networks, where the package does not bring them"
@@ -595,7 +596,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     torch._dynamo.config.automatic_dynamic_shapes = False  # recipes differ in shapes, a recipe's steps do not
     torch._dynamo.config.recompile_limit = 64
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # before anything is on the GPU
+    with helpers(args.workers) as pool:
         setting: Setting = DOMAINS[args.domain](args.assets, torch.device(args.device))
         world = World(args, pool, setting.domain, setting.down)
         world.reader = setting.second_judge(args.output, world.device)
@@ -620,7 +621,9 @@ def main() -> None:
                     continue
                 write_bytes(path, (json.dumps({**facts, **data}, indent=1) + "\n").encode())
                 print(f"{path.name}, {world.left:.0f} s left", flush=True)
-    summarise(args.output, args.domain)
+    whole = summarise(args.output, args.domain)
+    if args.onto:
+        add(whole, args.onto)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,24 @@ def summarise(folder: Path, domain: str = "faces") -> dict[str, Any]:
     return whole
 
 
+def add(whole: Mapping[str, Any], path: Path) -> None:
+    """Add the rows of a run to the file of an earlier one, of which the scores by person are gone.
+
+    Figures that compare rows stay as they are, and so does a row that is there.
+
+    Raises:
+        SystemExit: a rival that is nearer than the best of the file; all has to be run together then.
+    """
+    earlier = json.loads(path.read_text())
+    most = earlier["figures"]["best_rival_r_facesim"]["value"]
+    for name, method in whole["rivals"].items():
+        if name not in earlier["rivals"] and any(row["r_facesim"]["value"] > most for row in method["curve"].values()):
+            raise SystemExit(f"{name} is nearer than {earlier['figures']['best_rival_name']}: run both with --plan")
+    for kind in ("origins", "recipes", "rivals"):
+        earlier[kind] = dict(sorted({**whole[kind], **earlier[kind]}.items()))
+    write_bytes(path, (json.dumps(earlier, indent=1) + "\n").encode())
+
+
 def _condensed(data: Any, seeds: int = 1) -> Any:
     """Everything of a file but its origin, means with intervals for the scores of people."""
     if isinstance(data, Mapping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ SECOND, CHANCE, FACTORS, MARK = "second_r_facesim", "copied_by_chance", "factor_
 CONTENT, COPIED_CONTENT = "content_right", "copied_content"
 _RENDERED = 1024  # images drawn together on a GPU
 _ENCODED = 512
+_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,16 @@ class Known(People):
     identity: Tensor
     marked: bool
     shown: list[str]
+
+
+def helpers(count: int) -> Pool:
+    """Processes of one thread that make photos worse; to be called before anything is on a GPU.
+
+    This one keeps eight threads at most: images are small, and on a host of several GPUs others like it run beside it.
+    With all cores for each of them, one of 64 had 800 threads waiting, and an encoder had no step in nine minutes.
+    """
+    torch.set_num_threads(min(_THREADS, torch.get_num_threads()))
+    return multiprocessing.get_context("fork").Pool(count, torch.set_num_threads, (1,))
 
 
 class SecondJudge(Protocol):

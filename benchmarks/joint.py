@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -33,7 +32,7 @@ import torch
 from both import Both
 from convergence_figures import clean, paired, people_of
 from diffusers import AutoencoderKL
-from encoder_world import Recipe, World
+from encoder_world import Recipe, World, helpers
 from origin import origin
 from typefaces.domain import Typefaces
 
@@ -260,7 +259,7 @@ def work(args: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 64
     workers = 1 if args.tiny else max(1, (os.cpu_count() or 4) // args.gpus - 1)
-    with multiprocessing.get_context("fork").Pool(workers) as pool, vmap_ready():  # before anything is on the GPU
+    with helpers(workers) as pool, vmap_ready():
         worlds, last = Worlds(args, sizes, pool, device), ""
         facts = {
             **origin(device),

@@ -15,7 +15,6 @@ straight line), after fixed numbers of steps, and at the lowest held loss.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from convergence import train
-from encoder_world import Recipe, World
+from encoder_world import Recipe, World, helpers
 from origin import origin, write
 from torch import Tensor
 
@@ -174,7 +173,7 @@ def main() -> None:
     args, conditions = parse(), {}
     args.output.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.parse(args.recipe)
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # before anything is on the GPU
+    with helpers(args.workers) as pool:
         world = World(args, pool)
         with vmap_ready():
             trained = train(world, recipe)

@@ -11,7 +11,8 @@ Random weights, bf16, 512 x 512 px (1024 image and 512 text tokens), adapters on
 Writes `benchmarks/results/training.json` (`--output`) after each part: `steps` (stage 2 beside diffusers' recipe),
 `kernels` (how long the GPU computes in a step of some of these, profiled),
 `scaling` (stage 1 and the encoder's training on 1, 2, 4 and 8 GPUs, with a batch that grows and one that does not, the
-base whole on each and divided by FSDP 2; `exchange_ms` is the sum of Down's gradient over the processes, timed alone;
+base whole on each and divided by FSDP 2; `exchange_ms` is the sum of Down's gradient over the processes, timed alone,
+`kernel_ms` and `nccl_ms` what the first GPU computes in a step, and of it what it sends or waits for others, profiled;
 numbers of GPUs that the file has from before are not run again), `divided` (stage 1 on two GPUs, whole and divided,
 its losses compared),
 `recipe24` (stage 2 on a base of int8 weights, cached text, gradient checkpointing, batch 1: its peak of memory),
@@ -263,13 +264,13 @@ def seconds_a_step(steps: Iterator[Any], warmup: int, count: int, device: torch.
     return (now(device) - start) / count
 
 
-def kernel_milliseconds(steps: Iterator[Any]) -> float:
-    """How long the GPU computes in one more step, all of its kernels together."""
+def kernel_milliseconds(steps: Iterator[Any]) -> dict[str, float]:
+    """How long the GPU computes in one more step, by kernel."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         next(steps)
         torch.cuda.synchronize()
     kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
-    return sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1000
+    return {event.key: event.self_device_time_total / 1000 for event in kernels if not event.is_user_annotation}
 
 
 class Clock:
@@ -348,7 +349,7 @@ def kernels(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         steps = make()
         for _ in range(WARM_UP + 2):
             next(steps)
-        found[name] = kernel_milliseconds(steps)
+        found[name] = sum(kernel_milliseconds(steps).values())
         del steps
         gc.collect()
         restore(base.denoiser, every=True)
@@ -644,6 +645,10 @@ def measured(base: Base, down: DownSource, args: argparse.Namespace, job: str, p
     seconds = seconds_a_step((losses.append(step.loss) for step in steps), warmup, args.steps, device)
     seen = {"per_second": size / seconds, "batch": size, "step_ms": 1000 * seconds, "peak_gib": peak_gib(device)}
     seen |= {"losses": losses}
+    if device.type == "cuda":
+        kernels = kernel_milliseconds(steps)
+        seen["kernel_ms"] = sum(kernels.values())
+        seen["nccl_ms"] = sum(spent for name, spent in kernels.items() if "nccl" in name)
     if kind == "stage1" and processes.count > 1:
         downs = [torch.zeros(tensor.shape, device=device) for name, tensor in down.tensors.items() if DOWN in name]
         seen["exchanged_mb"] = sum(one.nbytes for one in downs) / 1e6

@@ -135,3 +135,30 @@ def test_an_encoder_is_compared_with_rivals_that_keep_the_prompt_too(figures: Mo
     assert whole["figures"]["encoder_minus_best_rival_at_adherence_0_97"]["value"] == pytest.approx(0.4)
     assert whole["rivals"]["full"]["marked"]["25"]["mark"]["value"] == 0.5
     assert whole["recipes"]["main-0"]["zero_steps"]["clean"]["r_facesim"]["value"] == pytest.approx(0.8)
+
+
+def test_a_rival_is_added_to_an_earlier_run(figures: ModuleType, tmp_path: Path) -> None:
+    def rivals(folder: Path, name: str, *values: float) -> None:
+        folder.mkdir(exist_ok=True)
+        methods = {name: {"learning_rate": 0.1, "curve": {"25": scores(*values)}}}
+        (folder / f"rivals-{name}.json").write_text(json.dumps({**ORIGIN, "noises": 1, "methods": methods}))
+
+    rivals(tmp_path / "all", "lora", 0.4, 0.6)
+    rivals(tmp_path / "all", "full", 0.5, 0.7)
+    recipe_file(tmp_path / "all", "main-0", [0.7, 0.9])
+    earlier = figures.summarise(tmp_path / "all")
+    path = tmp_path / "all" / "convergence.json"
+
+    rivals(tmp_path / "more", "words", 0.1, 0.3)
+    rivals(tmp_path / "more", "lora", 0.0, 0.0)
+    figures.add(figures.summarise(tmp_path / "more"), path)
+    found = json.loads(path.read_text())
+    assert found["figures"] == earlier["figures"] and found["recipes"] == earlier["recipes"]
+    assert list(found["rivals"]) == ["full", "lora", "words"] and found["rivals"]["lora"] == earlier["rivals"]["lora"]
+    assert found["rivals"]["words"]["curve"]["25"]["r_facesim"]["value"] == pytest.approx(0.2)
+    assert found["origins"]["rivals-words"] == ORIGIN
+
+    rivals(tmp_path / "best", "better", 0.9, 0.9)
+    with pytest.raises(SystemExit, match="better is nearer than full, 25 steps"):
+        figures.add(figures.summarise(tmp_path / "best"), path)
+    assert json.loads(path.read_text()) == found

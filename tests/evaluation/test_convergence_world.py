@@ -80,3 +80,15 @@ def test_a_recipe_on_another_down_takes_the_place_of_the_first(world):
     world.down = first
     world.to_train(recipe)
     assert torch.equal(gradients(inputs)[1], before) and not torch.allclose(after, before)
+
+
+def test_helpers_leave_the_cores_to_others():
+    """Bug: each of twenty helpers of each of three processes had as many threads as the host has cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(64)
+    try:
+        with encoder_world.helpers(2) as pool:
+            assert pool.apply(torch.get_num_threads) == 1
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)

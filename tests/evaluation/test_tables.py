@@ -133,6 +133,18 @@ PROSE = (
     ("docs/training_speed.md", "training", "| **{details.step_ms.meta_lora_serial:.0f}** |"),
     ("docs/training_speed.md", "training", "| **{details.step_ms.meta_lora:.0f}** |"),
     ("docs/training_speed.md", "training", "keep {figures.stage1_weak_scaling_4gpu:.3f} of the ideal speed"),
+    (
+        "docs/training_speed.md",
+        "training",
+        "takes {details.scaling.fsdp2.4.stage1_weak.peak_gib:.0f} GiB a GPU",
+    ),
+    ("docs/training_speed.md", "training", "({details.scaling.fsdp2.4.encoder_weak.peak_gib:.0f} GiB instead of"),
+    (
+        "docs/training_speed.md",
+        "training",
+        "instead of {details.scaling.whole.4.encoder_weak.peak_gib:.0f}), 1.06",
+    ),
+    ("docs/training_speed.md", "training", "divided ({details.scaling.fsdp2.4.encoder_strong.peak_gib:.0f} instead of"),
     ("docs/training_speed.md", "layer_details", "from {figures.subject_fp32_eager_step_b1:.0f} to"),
     ("docs/training_speed.md", "layer_details", "to {figures.subject_fp32_graph_step_b1:.0f} ms"),
     ("docs/person_on_8_gb.md", "memory", "learning took {details.flux_personalize_512_gib.gib:.1f} GiB and drawing"),
