@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands on a Down: the configuration of its subjects, with the scale that the Down's own gives each module."""
+"""What stands on a Down: the configuration of its subjects, with the scale of each module; and which Down it is."""
 
 from __future__ import annotations
 
 import pytest
-from peft import get_peft_model
-from tuner_models import Mlp, adapted, down_source, mlp
+import torch
+from peft import PeftModel, get_peft_model
+from tuner_models import Mlp, adapted, down_source, layer_of, mlp, randomise
 
-from peft_metalora.tuner import DownSource, MetaLoraConfig, set_down_loader
+from peft_metalora.tuner import (
+    DownSource,
+    MetaLoraConfig,
+    down_fingerprint,
+    down_state,
+    fingerprint,
+    set_down_loader,
+)
 from peft_metalora.tuner.down import subject_config
-from peft_metalora.tuner.on_model import meta_lora_layers
+from peft_metalora.tuner.on_model import know_down, meta_lora_layers
+from peft_metalora.tuner.placing import copy_factors, inject
 
 PATTERNS = {
     "plain": {"lora_alpha": 4},
@@ -59,3 +68,41 @@ def test_what_belongs_to_the_down_alone_stays_there() -> None:
 def test_a_given_alpha_is_taken_as_it_is() -> None:
     down = down_source(adapted(lora_alpha=4))
     assert subject_config(down, r=8, lora_alpha=5).lora_alpha == 5
+
+
+def checked_down():
+    """A Down of a file on a bare model, as a pipeline puts it there."""
+    source = down_source(randomise(adapted()))
+    model = mlp()
+    inject(model, source.config, "faces")
+    copy_factors(model, source.tensors, "faces")
+    know_down(model, "faces", source.fingerprint)
+    return model, source
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_down_that_was_trained_is_not_the_one_of_its_file(options, mode) -> None:
+    """Bug: after fused steps it kept the fingerprint of its file: who was trained on it was saved for the old Down."""
+    model, source = checked_down()
+    assert down_fingerprint(model, "faces") == source.fingerprint
+    for _, layer in meta_lora_layers(model):
+        layer.set_adapter("faces")
+    model.train(mode)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, **options)
+    model(torch.randn(3, 12)).square().sum().backward()
+    optimizer.step()
+    for _, layer in meta_lora_layers(model):
+        layer.set_requires_grad("faces", False)
+    assert down_fingerprint(model, "faces") == fingerprint(down_state(model, "faces")) != source.fingerprint
+
+
+def test_a_down_that_takes_the_name_of_another_is_not_that_one(tmp_path) -> None:
+    """Bug: it had the fingerprint of the one that it replaced, and subjects were bound to it that were of that one."""
+    other = randomise(adapted(), 2)
+    layer_of(other).metalora_down["default"].data.neg_()
+    other.save_pretrained(tmp_path)
+    model, source = checked_down()
+    with pytest.warns(UserWarning, match="is replaced"):
+        replaced = PeftModel.from_pretrained(model, tmp_path, "faces")
+    assert down_fingerprint(replaced, "faces") == down_fingerprint(other, "default") != source.fingerprint

@@ -53,6 +53,7 @@ class MetaLoraLayer(Mergeable):
         "stage",
         "warmup",
         "down_key",
+        "down_fingerprint",
     )
     # diffusers' pipe.set_lora_device looks into it, whatever the method of a layer is.
     lora_A: Mapping[str, Any] = MappingProxyType({})  # noqa: N815
@@ -271,6 +272,8 @@ class MetaLoraLayer(Mergeable):
         for key, down in self.metalora_down.items():
             if down.requires_grad and down.is_leaf and not self.down_trains(key):
                 down.requires_grad_(False)
+            elif mode and down.requires_grad:  # a compiled pass would not say so
+                self.down_fingerprint.pop(key, None)
         return self
 
     def _down(self, key: str) -> Tensor:
@@ -280,6 +283,8 @@ class MetaLoraLayer(Mergeable):
             if not torch.compiler.is_compiling() and down.is_leaf:  # FSDP hands out views of its flat parameter
                 down.requires_grad_(False)
             return down.detach()
+        if down.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.down_fingerprint.pop(key, None)  # fused optimisers move it without torch's count of writes
         return down
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
