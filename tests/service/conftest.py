@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from peft_metalora.bases import base_for
+from sftp_here import sftp  # noqa: F401
 from training_tiny import save_tiny_down, teach_to_read
 
 CODE_SIZE = 6

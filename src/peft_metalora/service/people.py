@@ -145,18 +145,21 @@ class Place:
         """Write a file; where the place can do that, as a local folder and object stores can, whole or not at all."""
         if self.is_local:
             write_bytes(path, content)
-        else:
+            return
+        try:
+            self.fs.pipe_file(path, content)
+        except FileNotFoundError:  # sftp, say, makes no folder by itself
+            self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
             self.fs.pipe_file(path, content)
 
     def write_safely(self, path: str, content: bytes) -> None:
         """Write a file of which a second copy is whole for as long as it may not be: sftp and others leave half of it
         where they are killed, and a rename that replaces a file is not had everywhere."""
-        if self.is_local:
-            self.write(path, content)
-            return
-        self.fs.pipe_file(path + _SECOND, content)
+        if not self.is_local:
+            self.write(path + _SECOND, content)
         self.write(path, content)
-        self.fs.rm(path + _SECOND)
+        if not self.is_local:
+            self.fs.rm(path + _SECOND)
 
     def write_files(self, person: Person, files: Mapping[str, bytes]) -> None:
         """Write the files of somebody; what else was in their folder goes. Raises as `require_own`."""
@@ -164,7 +167,7 @@ class Place:
         self.require_own(folder)
         if not self.is_local:
             for name in sorted(files, key=lambda name: name.endswith(".json")):  # which names the tensors
-                self.fs.pipe_file(f"{folder}/{name}", files[name])
+                self.write(f"{folder}/{name}", files[name])
             for path in self.fs.ls(folder, detail=False):
                 if posixpath.basename(path) not in files:
                     self.fs.rm(path)
@@ -177,8 +180,20 @@ class Place:
     def move(self, person: Person, to: Person) -> None:
         """Move files and photos of somebody, if there are any, to where those of somebody else are."""
         for folder in (self.folder, self.photos):
-            if self.fs.exists(folder(person)):
-                self.fs.mv(folder(person), folder(to), recursive=True)
+            if self._is_there(folder(person)):
+                try:
+                    self.fs.mv(folder(person), folder(to), recursive=True)
+                except TypeError:  # sftp renames a folder at once, and does not know the word
+                    self.fs.mv(folder(person), folder(to))
+
+    def _is_there(self, folder: str) -> bool:
+        """Whether there is a folder; fsspec's `exists` says no also where it could not look."""
+        self.fs.invalidate_cache(folder)
+        try:
+            self.fs.info(folder)
+        except FileNotFoundError:
+            return False
+        return True
 
     def require_own(self, folder: str) -> None:
         """Refuse to take away a folder with links of the operator, of which more would stay, or go, than one person.
@@ -223,7 +238,7 @@ class Place:
             os.unlink(folder)
             with suppress(OSError):  # a disk may be mounted there
                 there.rmdir()
-        elif self.fs.exists(folder):
+        elif self._is_there(folder):
             self.fs.rm(folder, recursive=True)
 
     def sweep(self, folder: str) -> None:
@@ -287,15 +302,15 @@ class People:
                 there still.
         """
         person = self._next(tenant, name, consent, before, down=sys.intern(down), space=sys.intern(space), code=code)
-        if before is not None and before.code is None:
+        if before is not None:
             with self._writing():
                 self.place.require_own(self.place.folder(before))
         self._make_room(person)
         self._write(person)
         if before is not None:
-            if before.code is None:
-                with self._writing():
-                    self.place.remove(self.place.folder(before))
+            # Of a code, too: tuning that ended in the middle, or another replacement, leaves files beside it.
+            with self._writing():
+                self.place.remove(self.place.folder(before))
             self._sweep(before)
         return person
 
@@ -370,8 +385,10 @@ class People:
             stamp, now = self.place.stamp(person), time.monotonic()
             before = self._looked.get(person.uid)
             is_new = stamp and (before is None or before[1] != stamp)
-            if is_new and self.entry(person.tenant, person.name) is person:
-                self._tenants[person.tenant][person.name] = replace(person, revision=_next_revision(person))
+            if is_new:
+                with self._locks[_shard(person)]:  # nobody comes in their place, or goes, between look and entry
+                    if self.entry(person.tenant, person.name) is person:
+                        self._tenants[person.tenant][person.name] = replace(person, revision=_next_revision(person))
             self._looked[person.uid] = now, stamp
             if not stamp:
                 return None
@@ -430,8 +447,7 @@ class People:
         Args:
             anew: leave who is there already as they are.
         """
-        key = person.tenant, person.name
-        shard = hashlib.sha256("/".join(key).encode()).digest()[0]
+        key, shard = (person.tenant, person.name), _shard(person)
         path = f"{self.index}/{shard:02x}.json"
         with self._locks[shard], self._writing():
             if anew and self.entry(*key) is not None:
@@ -469,6 +485,11 @@ class People:
             raise
         except OSError as error:
             raise WriteFailedError(f"expected to be able to write where the people are kept, found: {error}") from error
+
+
+def _shard(person: Person) -> int:
+    """The number of the file of the index that somebody stands in."""
+    return hashlib.sha256(f"{person.tenant}/{person.name}".encode()).digest()[0]
 
 
 def _new_uid() -> str:
