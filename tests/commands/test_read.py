@@ -72,6 +72,19 @@ def test_a_folder_of_people_is_read_at_once(home, tmp_path, capsys):
     torch.testing.assert_close(code_of(tmp_path / "one"), code_of(out / "person-1"), rtol=1e-4, atol=1e-5)
 
 
+def test_who_is_read_lies_beside_nothing_of_somebody_else(home, tmp_path):
+    """Bug: pictures and checkpoints of who was learned there stayed beside who was read over them."""
+    out, photos = tmp_path / "out", home / "people"
+    watched = ["--checkpointing_steps", "1", "--validation_steps", "1", "--validation_prompt", "a photo"]
+    learned = [*personalize(home, photos / "person-0"), "--output_dir", str(out), "--max_train_steps", "1"]
+    assert main([*learned, *watched, "--device", "cpu"]) == 0
+    assert {"checkpoint-1", "validation"} <= {path.name for path in out.iterdir()}
+    assert read(home, "--photos", photos / "person-1", "--output_dir", out) == 2
+    assert (out / "checkpoint-1").exists()
+    assert read(home, "--photos", photos / "person-1", "--output_dir", out, "--overwrite") == 0
+    assert {path.name for path in out.iterdir()} == {"adapter_config.json", "subject_code.safetensors"}
+
+
 @pytest.mark.parametrize("held", [("nf4", "group"), ("int8", "sequential")])
 def test_flags_of_a_base_that_is_held_in_few_bits_are_taken_and_change_nothing(home, tmp_path, held):
     """Bug: of the flags that learn and draw a person on a small card, the command that reads one knew none."""

@@ -365,6 +365,44 @@ def test_replacing_somebody_leaves_nothing_of_them(place, tmp_path):
     assert left == {*adapter, "notes.txt"}
 
 
+def test_a_photo_alone_replaces_nobody_unasked(place, tmp_path):
+    """Bug: who was learned from one photo had no name, and took the place of anybody without `overwrite`."""
+    people, out = place / "people", tmp_path / "out"
+    personalize(file_config(place, out, instance_data_dir=str(people / "person-0"), checkpointing_steps=1))
+    before = (out / "adapter_model.safetensors").read_bytes()
+    photo = file_config(place, out, instance_data_dir=str(people / "person-1" / "0.png"))
+    with pytest.raises(errors.OutputExistsError, match="the subject 'person-0', not 'out'"):
+        personalize(photo, progress=False)
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    (out / "adapter_config.json").unlink()
+    with pytest.raises(errors.OutputExistsError, match="checkpoint-"):  # of a run that was killed
+        personalize(photo, progress=False)
+    personalize(replace(photo, overwrite=True), progress=False)
+    assert load_subject(out).config.subject_name == "out"
+
+
+def test_a_new_run_leaves_nothing_of_an_older_one(place, tmp_path):
+    """Bug: pictures and checkpoints of the photo before stayed in a folder that says it is somebody else."""
+    out = tmp_path / "out"
+    config = file_config(place, out, instance_data_dir=str(place / "people" / "person-0" / "0.png"))
+    personalize(
+        replace(config, max_train_steps=4, checkpointing_steps=1, validation_steps=1, validation_prompt="a"),
+        progress=False,
+    )
+    assert len(list(out.glob("checkpoint-*"))) == 4 and len(list(out.glob("validation/*"))) == 4
+    mine = [out / "validation" / "ann.png", out / "logs" / "mine.log", out / "checkpoint-7" / "optimizer.bin"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    other = replace(config, instance_data_dir=str(place / "people" / "person-1" / "0.png"), checkpointing_steps=2)
+    personalize(other, progress=False)
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",
+        "validation", "logs", "checkpoint-7", "checkpoint-2",
+    }  # fmt: skip
+    assert all(path.read_text() == "mine" for path in mine) and len(list(out.glob("validation/*"))) == 1
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(place, tmp_path, monkeypatch):
     """Bug: a whole training was lost to a folder that could not be made, or ended at the first validation."""
     monkeypatch.setattr(personalize_module, "prepare", lambda *_, **__: pytest.fail("work before the check"))

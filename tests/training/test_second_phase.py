@@ -63,6 +63,16 @@ def test_it_is_stage_1_and_then_train_encoder(place, tmp_path):
     assert all("default" in layer.metalora_down for _, layer in meta_lora_layers(result.denoiser))
 
 
+def test_a_new_run_leaves_no_photos_of_people_who_left(place, tmp_path):
+    """Bug: sheets with photos of people whom an older run held out stayed beside a Down that never saw them."""
+    out = tmp_path / "out"
+    watched = {"validation_steps": 2, "validation_train_steps": 1, "validation_subjects": 1, "validation_prompt": ["a"]}
+    meta_train(both_phases(place, out, **watched, checkpointing_steps=2), progress=False)
+    assert (out / "validation" / "00002.png").exists() and (out / "encoder" / "validation" / "00002.png").exists()
+    meta_train(both_phases(place, out, encoder=None), progress=False)
+    assert {path.name for path in out.iterdir()} == {"adapter_config.json", WEIGHTS}
+
+
 @pytest.mark.parametrize("killed", ["stage 1", "encoder"])
 def test_killed_in_either_phase_it_goes_on_where_it_was(place, tmp_path, monkeypatch, killed):
     meta_train(both_phases(place, tmp_path / "whole"), progress=False)

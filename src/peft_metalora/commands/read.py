@@ -99,6 +99,7 @@ def run_read(config: ReadConfig) -> Done:
     from ..encoder.sight import Sight
     from ..files import require_apart, require_writable
     from ..hub.loading import HubOptions, folder_of, load_down
+    from ..training.leftovers import remove_run
 
     device = choose_device(config.device)
     require_supported(config, "read", *([CPU] if device.type == "cpu" else []))
@@ -152,6 +153,7 @@ def run_read(config: ReadConfig) -> Done:
         subject = reader.subject(code, down, subject_name=person.name, **named)
         facts = {"photos_read": read, **named_class(base)}
         save_read_subject(place, subject, facts=facts, whole=config.whole, overwrite=config.overwrite)
+        remove_run(place)
     count = sum(counts)
     size = size_of(places[0])
     if config.data is None:

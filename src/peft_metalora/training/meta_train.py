@@ -28,7 +28,8 @@ from .examples.batches import Examples
 from .examples.encoding import encode_subjects
 from .examples.sources import training_subjects
 from .injecting import saying_what_is_left, take_off
-from .preparing import check_places, make_room, prepare
+from .leftovers import make_room, remove_older_checkpoints, remove_second_phase
+from .preparing import check_places, prepare
 from .stage_1 import DownResult, MetaTraining
 from .stage_settings import ENCODER_FOLDER, MetaTrainConfig, TrainEncoderConfig, second_phase
 from .train_encoder import Material, check_shares, encoder_config, material_of, save_with_reader, teach, warn_of_few
@@ -182,6 +183,9 @@ def _stage_1(
     result = run.finish()
     if processes.is_main:
         save(result)
+        remove_older_checkpoints(config, len(run.losses), resumed=state is not None)
+        # What taught the older Down to read cannot go on with this one.
+        remove_second_phase(Path(config.output_dir), config.logging_dir)
     processes.wait()
     return result
 

@@ -33,7 +33,8 @@ from .engine.state import checkpoint_folder, checkpoint_folders, keep_newest, re
 from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject, name_of
 from .injecting import saying_what_is_left
-from .preparing import check_places, make_room, prepare
+from .leftovers import make_room, remove_older_checkpoints
+from .preparing import check_places, prepare
 from .stage_2 import Personalization, called, check_rank
 from .stage_settings import PersonalizeConfig
 from .watching.of_a_subject import Validation, held_out, looked_at
@@ -72,9 +73,8 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     name = name_of(config, subject)
     kind = "subject" if config.method == "meta-lora" else None
     require_replaceable(config.output_dir, kind, name, overwrite=config.overwrite)
-    for number, place in checkpoint_folders(config.output_dir).items():
-        if config.checkpointing_steps and number % config.checkpointing_steps == 0:
-            require_replaceable(place, kind, name, overwrite=config.overwrite)
+    for place in checkpoint_folders(config.output_dir).values():
+        require_replaceable(place, kind, name, overwrite=config.overwrite)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
     progress = progress and processes.is_main
@@ -138,10 +138,12 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
             raise
         finally:
             trackers.finish()
+    done = run.steps_done
     if validation is not None:
         validation.use_best()
     if processes.is_main:
         run.save(output, subject_name=name)
+        remove_older_checkpoints(config, done, resumed=state is not None)
     processes.wait()
     return output
 
@@ -230,6 +232,7 @@ def _write_as_read(
         "recipe": {"start": config.start, "trainable_parameters": 0},
     }
     save_read_subject(config.output_dir, person, facts=facts, overwrite=config.overwrite)
+    remove_older_checkpoints(config, 0, resumed=False)
 
 
 def personalize_many(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +15,6 @@ from ..bases.generic import named_class
 from ..bases.memory import COMPILED, CPU, DIVIDED, DRAWING, UNCHECKPOINTED, require_supported
 from ..bases.precision import choose_dtype
 from ..bases.streaming import blocks_of
-from ..checkpoint.artefacts import what_else
 from ..checkpoint.base_model import check_fits
 from ..data import Subject
 from ..errors import ConfigError, NoImagesError, UnreadableImageError
@@ -29,12 +27,11 @@ from .engine.optimizers import optimizer_class, optimizer_options
 from .engine.origin import BaseDigest, Origin, photos_of
 from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
-from .engine.state import checkpoint_folders, state_file
+from .engine.state import state_file
 from .examples.batches import Examples
 from .examples.encoding import caption_of, encode_subjects
 from .examples.views import shapes_of
 from .stage_settings import (
-    ENCODER_FOLDER,
     INPUTS,
     VALIDATION_FOLDER,
     MetaTrainConfig,
@@ -71,21 +68,6 @@ def check_places(config: MetaTrainConfig | PersonalizeConfig | TrainEncoderConfi
     for place in places:
         require_apart(place, **inputs)
         require_writable(place)
-
-
-def make_room(config: TrainingConfig, stage: str | None, subject_name: str | None = None) -> None:
-    """Remove what a run for somebody else, or of another kind, left in an output folder that is to be replaced.
-
-    Args:
-        stage, subject_name: as of `require_replaceable`.
-    """
-    output, checkpoints = Path(config.output_dir), checkpoint_folders(config.output_dir).values()
-    if not config.overwrite or all(what_else(place, stage, subject_name) is None for place in (output, *checkpoints)):
-        return
-    of_runs = VALIDATION_FOLDER, config.logging_dir, ENCODER_FOLDER
-    for place in (*checkpoints, *(output / name for name in of_runs)):
-        if output.resolve() in place.resolve().parents:
-            shutil.rmtree(place, ignore_errors=True)
 
 
 def _check_helpers(

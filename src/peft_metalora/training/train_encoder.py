@@ -42,7 +42,8 @@ from .examples.batches import Examples
 from .examples.reading import read_photos
 from .examples.sources import training_subjects
 from .injecting import inject, saying_what_is_left, take_off
-from .preparing import check_places, make_room, prepare
+from .leftovers import make_room, remove_older_checkpoints
+from .preparing import check_places, prepare
 from .stage_settings import TrainEncoderConfig, TrainingConfig
 from .watching.held_out import HeldOut, hold_out, split_subjects
 from .watching.of_an_encoder import EncoderValidation
@@ -278,6 +279,7 @@ def teach(
             steps = validation.best.step
         if processes.is_main:
             save(run, _facts(run, config, steps))
+            remove_older_checkpoints(config, len(run.losses), resumed=state is not None)
         processes.wait()
     finally:
         take_off(base, config)

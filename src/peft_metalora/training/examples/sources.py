@@ -63,8 +63,8 @@ def instance_subject(config: PersonalizeConfig) -> Subject:
 
 
 def name_of(config: PersonalizeConfig, subject: Subject) -> str | None:
-    """Who is learned, as far as the source says it: the name of the folder or in the data set; not that of a photo."""
+    """Who is learned: the name of the folder or in the data set; of one photo, as of one that is read, the output's."""
     if config.instance_data_dir is None:
         return subject.name
     folder = Path(os.path.abspath(config.instance_data_dir))
-    return folder.name if folder.is_dir() else None
+    return (folder if folder.is_dir() else Path(config.output_dir).resolve()).name or None
