@@ -624,6 +624,32 @@ def test_nothing_is_written_that_would_be_too_long_to_be_read(tmp_path):
     assert not (tmp_path / "down").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"subject_name": "Ann\xa0B"}, "a name of at most 256 printable characters for the subject"),
+        ({"subject_name": "a" * 257}, "a name of at most 256 printable characters for the subject"),
+        ({"base_revision": "a b"}, "expected revision to be a branch, tag or commit"),
+        ({"down_revision": "../a"}, "expected down_revision to be a branch, tag or commit"),
+        ({"facts": {"a": "[" * 70_000}}, "lists and objects"),
+        ({"facts": {"a": float("nan")}}, "expected facts of plain JSON"),
+    ],
+)
+def test_nothing_is_written_that_could_not_be_read(pair, options, says):
+    """Bug: who was learned from a folder of an odd name, or on an odd revision, was written and then refused."""
+    before = (pair[1] / "adapter_config.json").read_bytes()
+    with pytest.raises(errors.ConfigFormatError, match=says):
+        save_subject(pair[1], with_subject(with_down()), "ann", down=pair[0], overwrite=True, **options)
+    assert (pair[1] / "adapter_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("revision", ["refs/pr/1", "v1.0+cu128", "faces@512", "_old"])
+def test_revisions_that_git_knows_are_read(pair, revision):
+    """Bug: a subject on a branch of such a name was written, and refused when it was read."""
+    save_subject(pair[1], with_subject(with_down()), "ann", down=pair[0], base_revision=revision)
+    assert checkpoint.load_subject(pair[1]).config.revision == revision
+
+
 def test_names_of_modules_that_no_tensor_has_never_reach_peft(pair):
     """Bug: PEFT compared each of 12,000 names of `target_modules` with each other one, for 40 seconds."""
     edit_config(pair[0], target_modules=[*TARGETS, *(f"absent.{number}" for number in range(100))])

@@ -62,6 +62,38 @@ def test_another_kind_or_another_person_is_not_replaced_unasked(kind, pair):
         assert load_subject(pair[1]).config.subject_name == "bob"
 
 
+def test_somebody_without_a_name_is_somebody_else(pair):
+    """Bug: who had no name (one photo, a projection) replaced who had one, and the other way round."""
+    model = with_subject(with_down(), "default", seed=5)
+    before = files(pair[1])
+    with pytest.raises(errors.OutputExistsError, match="found the subject 'ann', not without a name"):
+        save_subject(pair[1], model, "default", down=pair[0])
+    assert files(pair[1]) == before
+    save_subject(pair[1], model, "default", down=pair[0], overwrite=True)
+    save_subject(pair[1], model, "default", down=pair[0])
+    with pytest.raises(errors.OutputExistsError, match="found a subject without a name, not 'ann'"):
+        save_subject(pair[1], with_subject(with_down()), "ann", down=pair[0])
+    loaded = PeftModel.from_pretrained(TinyModel(), str(pair[1]), adapter_name="mine")
+    save_subject(pair[1], loaded, "mine")  # whom nobody named is the same as before
+    assert load_subject(pair[1]).config.subject_name is None
+    save_subject(pair[1].parent / "me", loaded, "mine", subject_name="me")
+    assert load_subject(pair[1].parent / "me").config.subject_name == "me"
+
+
+@pytest.mark.parametrize("name", [FOLD, "adapter_model.safetensors"])
+def test_a_lora_without_a_configuration_is_not_replaced_unasked(name, pair, tmp_path):
+    """Bug: a save into a folder of somebody's LoRA, as diffusers writes one, deleted it: it was taken for a fold."""
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / name).write_bytes(b"somebody's")
+    model = with_subject(with_down())
+    for save in (save_down, save_subject):
+        with pytest.raises(errors.OutputExistsError, match=rf"found another adapter \({name} without adapter_config"):
+            save(tmp_path / "lora", model, "faces" if save is save_down else "ann")
+    assert files(tmp_path / "lora") == {name: b"somebody's"}
+    save_down(tmp_path / "lora", model, "faces", overwrite=True)
+    assert set(files(tmp_path / "lora")) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
 def test_the_name_goes_with_the_person_not_with_the_adapter(pair):
     """Bug: nothing in a folder said who it was, so that a save could not know whom it replaces."""
     model = PeftModel.from_pretrained(TinyModel(), str(pair[1]), adapter_name="someone")

@@ -107,6 +107,23 @@ def test_a_push_replaces_nobody_else_unasked(published, pair):
     assert server.repos["ann/me"].refs["main"] == before
 
 
+def test_a_push_of_somebody_without_a_name_replaces_nobody_who_has_one(published, pair):
+    """Bug: a subject without a name (one photo, an older release) replaced who was there, in the same repository."""
+    server, _ = published
+    before = server.repos["ann/me"].refs["main"]
+    edit_config(pair[1], subject_name=None)
+    with pytest.raises(
+        errors.OutputExistsError, match=r"found the subject 'ann', not without a name.*Nothing was sent"
+    ):
+        push_subject(pair[1], "ann/me", down="ann/faces")
+    assert server.repos["ann/me"].refs["main"] == before
+    push_subject(pair[1], "ann/me", down="ann/faces", overwrite=True)
+    push_subject(pair[1], "ann/me", down="ann/faces")
+    edit_config(pair[1], subject_name="ann")
+    with pytest.raises(errors.OutputExistsError, match="found a subject without a name, not 'ann'"):
+        push_subject(pair[1], "ann/me", down="ann/faces")
+
+
 def test_a_push_leaves_nothing_of_an_older_one(published, pair):
     """Bug: weights, folds and pictures of an older push stayed beside who came."""
     server, _ = published

@@ -225,3 +225,20 @@ def test_a_peft_folder_adapts_no_other_module_of_the_same_ending(tmp_path):
     set_adapter(model, "ann")
     x = torch.randn(5, 8)
     torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "comfyui", "peft"])
+def test_an_export_replaces_no_lora_unasked(format, subjects, tmp_path):
+    """Bug: whatever lay at the place of an export, another person's LoRA or one that cannot be had again, was gone."""
+    source = load_subject(subjects("flux2")[0])
+    lora = tmp_path / "loras"
+    lora.mkdir()
+    name = f"{format}.safetensors" if format in ("kohya", "comfyui") else "pytorch_lora_weights.safetensors"
+    (lora / name).write_bytes(b"somebody's")
+    targets = [lora] if format == "peft" else [lora, lora / name]
+    for target in targets:
+        with pytest.raises(errors.OutputExistsError, match=r"a LoRA does not say whose it is.*overwrite=True"):
+            export_subject(source, target, format)
+    assert [path.read_bytes() for path in lora.iterdir()] == [b"somebody's"]
+    export_subject(source, lora, format, overwrite=True)
+    assert b"somebody's" not in [path.read_bytes() for path in lora.iterdir()]

@@ -133,7 +133,9 @@ class Library:
 
     def export(self, person: Person, folder: Path, format: str) -> Path:
         """Write somebody as an ordinary LoRA into a folder of their own; raises as `export_subject`."""
-        return export_subject(self._studio.subject(person), folder / f"{person.name}.safetensors", format)
+        return export_subject(
+            self._studio.subject(person), folder / f"{person.name}.safetensors", format, overwrite=True
+        )
 
     def push(self, person: Person, repo_id: str, down: str | None) -> str:
         """Publish somebody, for nobody but their owner to see; returns the commit.

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from ..tuner.down import MID, digest_of
 from ..tuner.placing import require_adapter
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
 from .base_model import REPO_ID, bare_model, base_model_name, check_layers
-from .config_file import CONFIG_FILE, FORMAT_VERSION, PEFT_TYPE, check_values, config_json, read_config
+from .config_file import CONFIG_FILE, FORMAT_VERSION, PEFT_TYPE, check_values, config_json, is_name, read_config
 from .factors import (
     SUBJECT_PARTS,
     WEIGHTS_FILE,
@@ -416,7 +416,7 @@ def save_subject(
         slot: which of the adapter's subjects.
         down: the Down to name, as a local folder (written as a relative path when it lies beside the subject) or a
             repository id; by default what the adapter's configuration names.
-        subject_name: who it is; by default the name it was loaded with, or the adapter's.
+        subject_name: who it is; by default as the file said that it was loaded from, or else the adapter's name.
         fold: whether to ship `pytorch_lora_weights.safetensors`, which plain diffusers loads; by default beside Mid and
             Up, and not beside a code.
         whole: whether to write Mid and Up even of a code.
@@ -435,6 +435,7 @@ def save_subject(
     tensors = subject_state(model, adapter_name, slot)
     factors = down_state(model, adapter_name)
     reference = reference_to_write(named, target)
+    is_new = config.origin is None and adapter_name != "default"
     config = _file_config(
         _with_plain_patterns(config, tensors),
         model,
@@ -444,7 +445,7 @@ def save_subject(
         down=reference,
         down_revision=down_revision if down is not None else config.down_revision,
         down_fingerprint=down_fingerprint(model, adapter_name),
-        subject_name=subject_name or config.subject_name or (adapter_name if adapter_name != "default" else None),
+        subject_name=subject_name or config.subject_name or (adapter_name if is_new else None),
     )
     code = None if whole else code_on_model(model, adapter_name)
     fold = code is None if fold is None else fold
@@ -612,8 +613,14 @@ def require_replaceable(
         overwrite: whether it may replace another kind, or somebody else.
 
     Raises:
-        OutputExistsError: an adapter of another kind lies there, or the subject of another name.
+        OutputExistsError: an adapter of another kind lies there, or the subject of another name, or of none.
+        ConfigFormatError: a name that no file may hold.
     """
+    if not is_name(subject_name):
+        raise ConfigFormatError(
+            f"expected a name of at most 256 printable characters for the subject, found {ascii(subject_name)[:80]}: "
+            "rename the folder that it comes from, or give another name"
+        )
     found = None if overwrite else what_else(folder, stage, subject_name)
     if found is not None:
         raise OutputExistsError(
@@ -626,15 +633,28 @@ def what_else(folder: str | os.PathLike[str], stage: str | None, subject_name: s
     """What lies in a folder that is no older save of the same, in words; None: nothing. Arguments as above."""
     path = Path(folder) / CONFIG_FILE
     if not path.exists():
-        return None
+        names = {name for name in (*MAIN_FILES, FOLD_FILE) if (Path(folder) / name).exists()}
+        return bare_weights(names) if stage is not None or names & {*MAIN_FILES} else None
     try:
         there = read_json(path)
     except MetaLoraError:
         there = {}
-    kind, who = there.get("stage") if there.get("peft_type") == PEFT_TYPE else None, there.get("subject_name")
+    kind, who = there.get("stage") if there.get("peft_type") == PEFT_TYPE else None, there.get("subject_name") or None
     if kind != stage or (kind is None and there.get("peft_type") != "LORA"):
         return {"meta": "a Down", "subject": "a subject"}.get(str(kind), "another adapter")
-    return f"the subject {who!r}, not {subject_name!r}" if who and subject_name and who != subject_name else None
+    if kind != "subject" or who == subject_name:
+        return None
+    found, own = (f"{name!r}" if name else "without a name" for name in (who, subject_name))
+    return f"the subject {found}, not {own}" if who else f"a subject {found}, not {own}"
+
+
+def bare_weights(names: Iterable[str]) -> str | None:
+    """What files without a configuration are, in words; None: nothing.
+
+    diffusers calls the weights of a LoRA by the name that our fold has.
+    """
+    weights = sorted({*names} & {*MAIN_FILES, FOLD_FILE})
+    return f"another adapter ({weights[0]} without {CONFIG_FILE})" if weights else None
 
 
 # Cards

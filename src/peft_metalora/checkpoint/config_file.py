@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import ConfigFormatError, FormatVersionError, MetaLoraError, WrongKindError
 from ..tuner import MetaLoraConfig
 from ..tuner.config import MAX_ALPHA, wrong_field
-from .untrusted import MAX_CONFIG_BYTES, read_json
+from .untrusted import MAX_CONFIG_BYTES, parse_json, read_json
 
 FORMAT_VERSION = 2
 """The newest that is read. Version 1 knows no subject spaces and is still what is written where there is none."""
@@ -112,14 +112,18 @@ def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = F
     mapping = values.get("auto_mapping") or {}
     if not all(isinstance(one, str) for pair in mapping.items() for one in pair):
         raise _bad_field(path, "auto_mapping", "names of a class and a library", mapping)
-    who = values.get("subject_name")
-    if who is not None and not (0 < len(who) <= 256 and who.isprintable()):
-        raise _bad_field(path, "subject_name", "a name of at most 256 printable characters", who)
+    if not is_name(values.get("subject_name")):
+        raise _bad_field(path, "subject_name", "a name of at most 256 printable characters", values["subject_name"])
+
+
+def is_name(who: str | None) -> bool:
+    """Whether a subject may be called so; None is no name."""
+    return who is None or (0 < len(who) <= 256 and who.isprintable())
 
 
 def _is_revision(text: str) -> bool:
     """Whether a revision is none but that: it becomes part of addresses and of paths in the Hub's cache."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}", text) is not None and ".." not in text
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,/@+=#%-]{0,254}", text) is not None and ".." not in text
 
 
 def _is_tame(pattern: str) -> bool:
@@ -144,19 +148,29 @@ def _bad_field(path: Path, name: str, expected: str, value: Any) -> ConfigFormat
 
 
 def config_json(config: MetaLoraConfig) -> bytes:
-    """`adapter_config.json` with its fields and sets in order, so that equal configurations are equal files."""
+    """`adapter_config.json` with its fields and sets in order, so that equal configurations are equal files.
+
+    Raises:
+        ConfigFormatError: it could not be read again.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, (set, frozenset)):
             return sorted(value)
-        raise ConfigFormatError(
-            f"expected facts of plain JSON, found a {type(value).__name__}. Give text, numbers, lists."
-        )
+        raise TypeError(f"a {type(value).__name__}")
 
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain, allow_nan=False).encode()
+    try:
+        text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigFormatError(f"expected facts of plain JSON, found {error}. Give text, numbers, lists.") from error
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigFormatError(
             f"expected a configuration of at most {MAX_CONFIG_BYTES} bytes, which is all that is read again, found "
             f"{len(text)}. Give shorter facts, or fewer patterns."
         )
+    path = Path(CONFIG_FILE)
+    try:
+        parse_config(parse_json(text.decode(), path, "configuration"), path)
+    except MetaLoraError as error:
+        raise ConfigFormatError(f"expected a configuration that can be read again, found: {error}") from error
     return text

@@ -26,6 +26,7 @@ from ..checkpoint.artefacts import (
     CARD_FILE,
     MAIN_FILES,
     SIDE_FILES,
+    bare_weights,
     open_artefact,
     sealed,
     what_else,
@@ -340,11 +341,8 @@ def _older(
     if CONFIG_FILE in names:
         at = repository(there.id, revision=there.sha, token=token)
         found = what_else(fetch(at, (CONFIG_FILE,)), config.stage, config.subject_name)
-    else:  # diffusers calls the weights of a LoRA by the name that our fold has
-        weights = sorted(names.intersection((*MAIN_FILES, FOLD_FILE)))
-        if not weights:
-            return set(), None
-        found = f"another adapter ({weights[0]} without {CONFIG_FILE})"
+    elif (found := bare_weights(names)) is None:
+        return set(), None
     return {name for name in names if name in (*MAIN_FILES, *SIDE_FILES) or _IN_GALLERY.fullmatch(name)}, found
 
 

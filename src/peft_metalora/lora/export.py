@@ -17,9 +17,10 @@ import torch
 
 from ..checkpoint.artefacts import MAIN_FILES, SIDE_FILES, require_replaceable
 from ..checkpoint.base_model import REPO_ID
-from ..checkpoint.factors import SubjectSource
+from ..checkpoint.config_file import CONFIG_FILE
+from ..checkpoint.factors import WEIGHTS_FILE, SubjectSource
 from ..checkpoint.folded import FOLD_FILE, LoraPair, component_name, fold_subject, model_class, with_names
-from ..errors import ExportError
+from ..errors import ExportError, OutputExistsError
 from ..files import require_apart, save_tensors, staged_folder, write_tensors
 from ..tuner import MetaLoraConfig
 from ..tuner.convert import lora_config
@@ -36,7 +37,7 @@ def export_subject(
         path: a file that ends in .safetensors, or a folder for the file; for "peft" the folder.
         format: "diffusers" (`pipe.load_lora_weights`), "kohya" (sd-scripts, A1111, Forge), "comfyui" (the original
             model's names) or "peft" (a LoRA folder for `PeftModel.from_pretrained` and servers).
-        overwrite: whether it may replace an adapter of another kind.
+        overwrite: whether it may replace a LoRA, which does not say whose it is, or an adapter of another kind.
 
     Returns:
         The file or folder that was written.
@@ -44,25 +45,40 @@ def export_subject(
     Raises:
         ExportError: an unknown format, or a layer that the format has no name for.
         ConfigError: `path` is the subject's own folder or its Down's.
-        OutputExistsError: a Down, a subject or an adapter of another kind lies there.
+        OutputExistsError: a LoRA lies there, a Down, a subject or an adapter of another kind.
         WriteFailedError: the disk refuses.
     """
     _require_sayable(source, format)
     target = Path(path)
-    folder = target.parent if target.suffix == ".safetensors" and format != "peft" else target
+    is_file = target.suffix == ".safetensors" and format != "peft"
+    folder = target.parent if is_file else target
     require_apart(target, subject=(source.config.origin or {}).get("name"), down=source.config.located_down())
-    require_replaceable(folder, None, overwrite=overwrite)
+    if format == "peft":
+        replaced = [target / name for name in (CONFIG_FILE, *MAIN_FILES, *SIDE_FILES)]
+    else:
+        file = target if is_file else target / (FOLD_FILE if format == "diffusers" else f"{format}.safetensors")
+        replaced = [file]
+    _require_free(folder, replaced, overwrite)
     pairs = fold_subject(source.config, source.down.tensors, source.tensors)
     tensors, metadata = _FILES[format](source.config, pairs)
-    if format == "peft":
-        with staged_folder(target, SIDE_FILES, MAIN_FILES) as stage:
-            save_tensors(stage / "adapter_model.safetensors", tensors)
-            (stage / "adapter_config.json").write_text(json.dumps(_config_file(source.config, pairs), indent=2))
-        return target
-    if target.suffix != ".safetensors":
-        target = target / (FOLD_FILE if format == "diffusers" else f"{format}.safetensors")
-    write_tensors(target, tensors, metadata)
+    if format != "peft":
+        write_tensors(file, tensors, metadata)
+        return file
+    with staged_folder(target, SIDE_FILES, MAIN_FILES) as stage:
+        save_tensors(stage / WEIGHTS_FILE, tensors)
+        (stage / CONFIG_FILE).write_text(json.dumps(_config_file(source.config, pairs), indent=2))
     return target
+
+
+def _require_free(folder: Path, replaced: list[Path], overwrite: bool) -> None:
+    """Raise OutputExistsError for what an export would replace: an ordinary LoRA does not say whose it is."""
+    require_replaceable(folder, None, overwrite=overwrite)
+    there = [path for path in replaced if path.exists()]
+    if there and not overwrite:
+        raise OutputExistsError(
+            f"{there[0]}: expected a new file, found one, and a LoRA does not say whose it is. Choose another name, or "
+            "give overwrite=True to replace it."
+        )
 
 
 def lora_tensors(source: SubjectSource, format: str = "diffusers") -> dict[str, torch.Tensor]:

@@ -104,7 +104,8 @@ class MetaLoraConfig(PeftConfig):
         "Hash of the encoder of a Down that reads photos; set when files are written.", None
     )
     subject_name: str | None = setting(
-        "Who a subject is, for the files: a save of somebody else does not replace it unasked.", None
+        "Who a subject is, for the files: a save of somebody else, or of nobody by name, does not replace it unasked.",
+        None,
     )
     tensors_digest: str | None = setting(
         "Hash of the tensors that a file of this configuration belongs to; set when one is written.", None
