@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from tuner_models import adapted, config, layer_of, mlp, randomise
@@ -24,6 +27,7 @@ from peft_metalora.tuner import (
     using_slots,
     write_subject,
 )
+from peft_metalora.tuner.on_model import meta_lora_layers
 
 BASES = {
     "linear": (lambda: nn.Linear(12, 16), (4, 5, 12)),
@@ -197,6 +201,80 @@ def test_several_adapters_merge_together_and_by_name():
     torch.testing.assert_close(model(x), both)
     model.unmerge_adapter()
     assert torch.equal(layer_of(model).base_layer.weight, base.lin0.weight)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_adapters_merged_in_turn_are_what_they_are_together(where):
+    """Bug: DoRA's rows were measured on the weight into which the one before was merged already."""
+    model, x = adapted(use_dora=True), torch.randn(3, 12)
+    model.add_adapter("other", config(use_dora=True))
+    randomise(model)
+    set_merge_backup(model, where)
+    model.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        both = model(x)
+        for name in ("default", "other"):
+            model.merge_adapter([name])
+        torch.testing.assert_close(model(x), both)
+        model.add_adapter("new", config(use_dora=True, init_weights=True))
+        model.unmerge_adapter()
+        assert torch.equal(model(x), both)
+        model.set_adapter("new")
+        torch.testing.assert_close(model(x), mlp()(x), msg="one that comes while others are merged starts as the base")
+
+
+def test_dora_is_not_merged_after_others_that_cannot_be_taken_out():
+    model = randomise(adapted())
+    model.add_adapter("dora", config(use_dora=True))
+    set_merge_backup(model, "none")
+    model.merge_adapter(["default"])
+    merged = layer_of(model).base_layer.weight.clone()
+    with pytest.raises(AdapterStateError, match="was not kept"):
+        model.merge_adapter(["dora"])
+    assert torch.equal(layer_of(model).base_layer.weight, merged)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("merges", ["ours style", "style ours"])
+@pytest.mark.parametrize("ends", ["ours style", "style ours"])
+@pytest.mark.parametrize("dora", [True, False])
+def test_merges_of_two_methods_end_in_any_order(ours_first, merges, ends, dora):
+    """Bug: ours brought the weight from before both back, from which LoRA then took itself: the base was broken."""
+    base, x = mlp(), torch.randn(3, 12)
+    settings = {
+        "ours": config(use_dora=dora),
+        "style": LoraConfig(r=2, target_modules=["lin0", "lin1"], init_lora_weights=False),
+    }
+    for name in ("ours", "style") if ours_first else ("style", "ours"):
+        inject_adapter_in_model(settings[name], base, name)
+    randomise(base)
+    set_adapter(base, ["ours", "style"])
+    layers = {"ours": [layer for _, layer in meta_lora_layers(base)]}
+    layers["style"] = [m for m in base.modules() if isinstance(m, BaseTunerLayer) and m not in layers["ours"]]
+    with torch.no_grad():
+        wanted = base(x)
+        for name in merges.split():
+            [layer.merge() for layer in layers[name]]
+        for layer in layers["ours"]:
+            layer.set_scale("ours", 0.5)
+        for name in ends.split():
+            [layer.unmerge() for layer in layers[name]]
+        for layer in layers["ours"]:
+            layer.set_scale("ours", 1)
+        for path, layer in meta_lora_layers(base):
+            torch.testing.assert_close(layer.get_base_layer().weight, mlp().get_submodule(path).weight)
+        torch.testing.assert_close(base(x), wanted)
+
+
+def test_what_is_parked_elsewhere_is_not_unmerged():
+    """Bug: under sequential offloading disabled adapters were said to be unmerged, and the person went on to show."""
+    model = randomise(adapted())
+    model.merge_adapter()
+    layer = layer_of(model)
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.to("meta"))
+    with pytest.raises(AdapterStateError, match="parked by offloading"), model.disable_adapter():
+        model(torch.randn(3, 12))
+    assert layer.merged
 
 
 def test_scale_of_a_folded_or_merged_subject():

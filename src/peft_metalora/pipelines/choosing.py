@@ -129,8 +129,11 @@ class ChoosingMixin(PerSampleMixin):
 
     @while_idle
     def disable_meta_lora(self) -> None:
-        """Make every image the base model's until `enable_meta_lora`, ordinary LoRAs aside."""
-        for layer in meta_layers(denoiser(self)):
+        """Make every image the base model's until `enable_meta_lora`, ordinary LoRAs aside; what is fused comes out."""
+        layers = meta_layers(denoiser(self))
+        if any(layer.merged for layer in layers):  # a pass could not take it out of weights that are parked
+            self.unfuse_meta_lora()  # type: ignore[attr-defined]
+        for layer in layers:
             layer.enable_adapters(False)
 
     @while_idle

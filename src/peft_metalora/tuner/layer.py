@@ -95,6 +95,7 @@ class MetaLoraLayer(Mergeable):
         self.metalora_kept = BufferDict()
         self.merge_backup = "device"
         self._kept_quantised: Any = None
+        self._merged_as: dict[str, tuple[int | None, float]] = {}
         self.register_load_state_dict_post_hook(_fold_again)
         layers_changed()
 
@@ -199,8 +200,8 @@ class MetaLoraLayer(Mergeable):
         return self.metalora_mid[key].detach().mean(0), self.metalora_up[key].detach().mean(0)
 
     def _rows_of_weight(self) -> Tensor:
-        """The base weight as (d_out, ...), dequantised."""
-        return self._shaped_like_weight(self.get_base_weight().detach())
+        """The base weight as (d_out, ...), dequantised, without what is merged into it."""
+        return self._shaped_like_weight(self.unmerged_weight().detach())
 
     def row_norms(self, adapter_name: str) -> Tensor:
         """Norm of each row of the adapted weight for every slot, (slots, d_out), for DoRA."""

@@ -32,6 +32,7 @@ class Mergeable(Foldable):
     metalora_kept: BufferDict
     merge_backup: str
     _kept_quantised: Any
+    _merged_as: dict[str, tuple[int | None, float]]
     quantization_backend: Any
 
     # BaseTunerLayer's, for the type checker.
@@ -118,8 +119,46 @@ class Mergeable(Foldable):
         if not self.merged and self.merge_backup != "none":
             self._keep_weight()
         self.set_base_weight(merged)
-        self.merged_adapters.extend(names)
+        slot = self.merge_slot()
+        self._merged_as.update((name, (slot, self.scaling[name])) for name in names)
+        self.know_merged([*self.merged_adapters, *names])
+
+    def know_merged(self, names: list[str]) -> None:
+        """Say that the weight as it is now is the base's with these adapters merged into it."""
+        self.merged_adapters[:] = names
+        if "weight" in self.metalora_kept:
+            self.metalora_kept["left"] = self._sampled()
         layers_changed()
+
+    def _sampled(self) -> Tensor:
+        """A thousand numbers of the weight, all over it: what any other adapter adds is seen there."""
+        flat = self.get_base_layer().weight.detach().flatten()
+        return flat[:: max(1, len(flat) // 1024) | 1].clone()  # an odd step meets all columns
+
+    def unmerged_weight(self) -> Tensor:
+        """The base weight without what is merged into it.
+
+        Raises:
+            AdapterStateError: it was not kept.
+        """
+        if not self.merged:
+            return self.get_base_weight()
+        self._require_kept()
+        if "weight" in self.metalora_kept:
+            return self.metalora_kept["weight"]
+        now = self.weight_now()
+        self.put_weight(self._kept_quantised)
+        try:
+            return self.get_base_weight()
+        finally:
+            self.put_weight(now)
+
+    def _require_kept(self) -> None:
+        if self._kept_quantised is None and "weight" not in self.metalora_kept:
+            raise AdapterStateError(
+                "The weight before the merge was not kept (merge backup 'none'), so it cannot be restored. "
+                "Load the base model again."
+            )
 
     def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise what `merge` would raise, and touch nothing."""
@@ -129,6 +168,8 @@ class Mergeable(Foldable):
             self.merged_weight(names, finite=True)
         elif names:
             self._slot_to_merge()
+            if self.merged and any(name in self.metalora_magnitude for name in names):
+                self._require_kept()
 
     @torch.no_grad()
     def merged_weight(self, names: list[str], finite: bool = False) -> Tensor:
@@ -209,24 +250,46 @@ class Mergeable(Foldable):
     def unmerge(self) -> None:
         """Restore the base weight bit for bit to what it was before the first merge.
 
+        Where an adapter of another method was merged into it since, or taken out, that stays so: ours are subtracted
+        then, to the rounding of a sum.
+
         Raises:
-            AdapterStateError: `set_merge_backup(model, "none")` was chosen before the merge.
+            AdapterStateError: `set_merge_backup(model, "none")` was chosen before the merge, or the weight is parked by
+                sequential offloading.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._kept_quantised is None and "weight" not in self.metalora_kept:
+        self._require_kept()
+        if self.get_base_layer().weight.is_meta:
             raise AdapterStateError(
-                "The weight before the merge was not kept (merge backup 'none'), so it cannot be restored. "
-                "Load the base model again."
+                "The base weights are parked by offloading, so that nothing can be taken out of them. Use "
+                "unfuse_meta_lora on the pipeline first, or take the offloading off."
             )
-        self.put_weight(self.metalora_kept["weight"] if self._kept_quantised is None else self._kept_quantised)
+        if self._kept_quantised is not None:
+            self.put_weight(self._kept_quantised)
+        elif torch.equal(self._sampled(), self.metalora_kept["left"].to(self.get_base_layer().weight)):
+            self.put_weight(self.metalora_kept["weight"])
+        else:
+            self.put_weight(self._without_ours())
         self.keep_merged()
+
+    @torch.no_grad()
+    def _without_ours(self) -> Tensor:
+        weight, scaling = self.get_base_weight(), {**self.scaling}
+        total = weight.to(dtype_of_sums(weight), copy=True)
+        for name in self.merged_adapters:
+            slot, self.scaling[name] = self._merged_as[name]
+            if slot is not None:
+                total -= self.get_delta_weight(name, slot).to(total)
+        self.scaling.update(scaling)
+        return total.to(weight.dtype)
 
     def keep_merged(self) -> None:
         """Take the weight as it is now for the base's; what `unmerge` would need is freed."""
         self.metalora_kept.clear()
         self._kept_quantised = None
+        self._merged_as.clear()
         self.merged_adapters.clear()
         layers_changed()
 
@@ -255,8 +318,7 @@ def merged_or_as_before(
                 continue
             if names:
                 layer.put_weight(weight)
-                layer.merged_adapters[:] = names
-                layers_changed()
+                layer.know_merged(names)
             elif layer.merge_backup != "none":
                 layer.unmerge()
         raise
