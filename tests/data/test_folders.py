@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,17 @@ class TestReadSubjects:
             read_subjects(tmp_path, min_photos=2)
         with pytest.raises(TooFewImagesError, match="at least 2 images of 'ann'"):
             read_subjects(tmp_path)[0].split()
+
+    def test_a_copy_of_the_reference_is_no_other_photo(self, tmp_path: Path) -> None:
+        """Bug: a likeness to other photos was one to the very photo that was learned, where a copy lay beside it."""
+        paint(tmp_path / "ann" / "a.png")
+        shutil.copy(tmp_path / "ann" / "a.png", tmp_path / "ann" / "a copy.png")
+        (tmp_path / "ann" / "b.png").symlink_to("a.png")
+        with pytest.raises(TooFewImagesError, match=r"of 'ann' .*, found 3, 2 of which are copies: add photos"):
+            read_subjects(tmp_path)[0].split()
+        paint(tmp_path / "ann" / "z.png", "teal")
+        reference, others = read_subjects(tmp_path)[0].split()
+        assert reference.path.name == "a copy.png" and [photo.path.name for photo in others] == ["z.png"]
 
     @pytest.mark.parametrize(
         ("line", "message"),

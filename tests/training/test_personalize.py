@@ -350,7 +350,7 @@ def test_replacing_somebody_leaves_nothing_of_them(place, tmp_path):
     """Bug: checkpoints, validation pictures, logs and the card of the older person stayed beside the newer."""
     pytest.importorskip("tensorboard")
     people, out = place / "people", tmp_path / "out"
-    held = {"validation_data_dir": str(people / "person-0"), "validation_steps": 1, "validation_prompt": "a photo"}
+    held = {"validation_data_dir": str(people / "person-1"), "validation_steps": 1, "validation_prompt": "a photo"}
     config = file_config(place, out, instance_data_dir=str(people / "person-0"), **held, report_to="tensorboard")
     personalize(replace(config, checkpointing_steps=1), progress=False)
     (out / "README.md").write_text("All about person-0, by hand.")

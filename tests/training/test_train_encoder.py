@@ -256,6 +256,21 @@ def test_the_step_that_reads_others_best_is_written(folders, tmp_path, monkeypat
     assert content(tmp_path / "again") == content(tmp_path / "out")
 
 
+def test_a_copy_of_a_photo_is_no_other_photo(folders, tmp_path):
+    """Bug: an encoder was judged by a copy of the very photo that it read."""
+    people = shutil.copytree(folders / "people", tmp_path / "people")
+    shutil.copy(people / "person-0" / "0.png", people / "person-0" / "1.png")
+    with pytest.warns(UserWarning, match="left out 1 of 3 people, who have one photo: person-0"):
+        train_encoder(config_of(folders, tmp_path / "out", train_data_dir=str(people)), progress=False)
+
+
+def test_held_out_people_who_are_trained_on_are_named(folders, tmp_path):
+    """Bug: the best step was chosen on people who were trained on, without a word."""
+    looking = {"validation_steps": 2, "validation_data_dir": str(folders / "people"), "validation_subjects": 1}
+    with pytest.warns(UserWarning, match=r"2 photos that validation looks at are trained on, too \(person-0\)"):
+        train_encoder(config_of(folders, tmp_path / "out", **looking), progress=False)
+
+
 def test_the_score_is_that_of_a_person_who_is_read(folders, tmp_path):
     write_people(tmp_path / "others", subjects=1, each=2)
     looking = {"validation_steps": 3, "validation_data_dir": str(tmp_path / "others"), "validation_prompt": ["a photo"]}

@@ -11,12 +11,15 @@ What lies in a subject's folder and is not used is named in a warning. Nothing i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -101,16 +104,21 @@ class Subject:
     def split(self) -> tuple[Photo, list[Photo]]:
         """The reference (the photo marked so, else the first) and the other photos, as R-FaceSim needs them.
 
+        A copy of the reference is no other photo.
+
         Raises:
             TooFewImagesError: there is no other photo.
         """
-        if len(self.photos) < 2:
+        chosen = next((index for index, photo in enumerate(self.photos) if photo.reference), 0)
+        reference, rest = self.photos[chosen : chosen + 1], self.photos[:chosen] + self.photos[chosen + 1 :]
+        others = not_among(rest, reference)
+        if not others:
+            copies = f", {len(rest)} of which are copies" if rest else ""
             raise TooFewImagesError(
                 f"expected at least 2 images of {self.name!r} (a reference and another photo), found "
-                f"{len(self.photos)}: add photos of the same person"
+                f"{len(self.photos)}{copies}: add photos of the same person"
             )
-        chosen = next((index for index, photo in enumerate(self.photos) if photo.reference), 0)
-        return self.photos[chosen], self.photos[:chosen] + self.photos[chosen + 1 :]
+        return reference[0], others
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,37 @@ class _Entry:
     reference: bool
     mask: Path | None
     tags: dict[str, str]
+
+
+def first_copies(photos: Sequence[Photo]) -> list[int]:
+    """Of each photo the place of the first that has the same bytes, its own as a rule.
+
+    Files of a size that no other has are not read.
+    """
+    sizes = [_size(photo) for photo in photos]
+    count = Counter(sizes)
+    first: dict[bytes, int] = {}
+    found = []
+    for place, (photo, size) in enumerate(zip(photos, sizes, strict=True)):
+        same = place
+        if size is not None and count[size] > 1:
+            with suppress(NoImagesError, UnreadableImageError):
+                same = first.setdefault(hashlib.sha256(photo.read()).digest(), place)
+        found.append(same)
+    return found
+
+
+def not_among(photos: Sequence[Photo], known: Sequence[Photo]) -> list[Photo]:
+    """The photos that are no copies of known ones."""
+    same = first_copies([*known, *photos])[len(known) :]
+    return [photo for photo, first in zip(photos, same, strict=True) if first >= len(known)]
+
+
+def _size(photo: Photo) -> int | None:
+    try:
+        return len(photo.read()) if photo.content is not None else photo.path.stat().st_size
+    except (NoImagesError, UnreadableImageError, OSError):
+        return None
 
 
 def require_distinct(subjects: Iterable[Subject]) -> None:

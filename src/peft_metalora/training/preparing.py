@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +17,7 @@ from ..bases.memory import COMPILED, CPU, DIVIDED, DRAWING, UNCHECKPOINTED, requ
 from ..bases.precision import choose_dtype
 from ..bases.streaming import blocks_of
 from ..checkpoint.base_model import check_fits
-from ..data import Subject
+from ..data import Subject, first_copies
 from ..errors import ConfigError, NoImagesError, UnreadableImageError
 from ..files import require_apart, require_writable
 from ..metrics import face_embedder
@@ -88,7 +89,7 @@ def _check_helpers(
 
 
 def _check_photos(config: TrainingConfig, subjects: Sequence[Subject], held: Sequence[Subject]) -> None:
-    """Check that photos have captions and, of one subject, that a photo can be decoded.
+    """Check that photos have captions and, of one subject, that a photo can be decoded; warn of known held-out ones.
 
     Raises:
         NoCaptionError, ConfigError: as `caption_of`. UnreadableImageError, NoImagesError: no photo can be.
@@ -97,6 +98,7 @@ def _check_photos(config: TrainingConfig, subjects: Sequence[Subject], held: Seq
         for photo in subject.photos:
             caption_of(photo, config)
     if len(subjects) != 1:  # minutes, of many
+        _warn_of_known(subjects, held)
         return
     for photo in subjects[0].photos:
         try:
@@ -106,6 +108,22 @@ def _check_photos(config: TrainingConfig, subjects: Sequence[Subject], held: Seq
                 raise
         else:
             return
+
+
+def _warn_of_known(subjects: Sequence[Subject], held: Sequence[Subject]) -> None:
+    """Warn where photos of held-out people are trained on, whose scores then say nothing of people who are not."""
+    trained = [photo for one in subjects for photo in one.photos]
+    watched = [(one.name, photo) for one in held for photo in one.photos]
+    same = first_copies([*trained, *(photo for _, photo in watched)])[len(trained) :] if watched else []
+    known = [name for (name, _), first in zip(watched, same, strict=True) if first < len(trained)]
+    if known:
+        names = ", ".join(list(dict.fromkeys(known))[:5])
+        warnings.warn(
+            f"{len(known)} photos that validation looks at are trained on, too ({names}): "
+            "scores are better than those of people who are not. Hold out others, or take these photos out of the "
+            "training data",
+            stacklevel=3,
+        )
 
 
 def _check_denoiser(base: Base, config: TrainingConfig) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,7 +24,7 @@ from ..bases import Base
 from ..bases.precision import choose_device
 from ..checkpoint.artefacts import require_replaceable
 from ..checkpoint.base_model import base_to_load
-from ..data import Subject
+from ..data import Subject, first_copies
 from ..encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_reader
 from ..errors import ConfigError
 from ..files import require_apart
@@ -183,7 +184,14 @@ def material_of(
     sight = encoder.sight(config.face_crop)
     seen = None if held is None else encoder.source.features([sight(photo) for photo in held.references]).cpu()
     assert examples.photo is not None
-    pairs = PhotoPairs(reads, examples, examples.photo, [one.name for one in subjects])
+    # A copy of a photo is no other photo to be judged by.
+    same = torch.tensor(first_copies([photo for one in subjects for photo in one.photos]), device="cpu")
+    pairs = PhotoPairs(
+        dataclasses.replace(reads, photo=same[reads.photo]),
+        examples,
+        same[examples.photo],
+        [one.name for one in subjects],
+    )
     return Material(encoder, pairs, reads, examples, held, seen)
 
 

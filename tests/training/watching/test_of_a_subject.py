@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -11,9 +13,11 @@ from safetensors.torch import load_file
 from peft_metalora import hub
 from peft_metalora.errors import ConfigError
 from peft_metalora.metrics import face_embedder
+from peft_metalora.training.examples.sources import instance_subject
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.watching import of_a_subject as validation
 from peft_metalora.training.watching.best_step import BestStep
+from peft_metalora.training.watching.of_a_subject import looked_at
 from peft_metalora.training.watching.validation_scores import HeldOutLoss
 from training_tiny import Brightness, personal_config, tiny_base, tiny_examples
 
@@ -119,6 +123,16 @@ def test_score_of_a_face_model_on_other_photos(place, tmp_path, monkeypatch):
     personalize(config, progress=False)
     assert len(seen) == 4
     assert all(0.9 < score <= 1 for score in seen)
+
+
+def test_photos_that_are_trained_on_are_not_looked_at(place, tmp_path):
+    """Bug: where the folder of validation held the trained photo, too, a copy of it scored best."""
+    photos = place / "people" / "person-0"
+    config = config_for(place, tmp_path, instance_data_dir=str(photos / "0.png"), validation_data_dir=str(photos))
+    subject = instance_subject(config)
+    assert [photo.path.name for photo in looked_at(subject, config).photos] == ["1.png"]
+    with pytest.raises(ConfigError, match="expected a photo that is not trained on in validation_data_dir"):
+        looked_at(subject, replace(config, validation_data_dir=str(photos / "0.png")))
 
 
 def test_resumed_equals_uninterrupted_with_validation(place, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from ...bases import Base
 from ...data import Photo, Subject, read_subjects
 from ...data.images import png
-from ...errors import ConfigError, CorruptFileError
+from ...errors import ConfigError, CorruptFileError, TooFewImagesError
 from ...files import write_bytes
 from ...metrics import face_embedder
 from ..engine.processes import Processes
@@ -71,9 +71,7 @@ class HeldOut:
 
 def hold_out(base: Base, subjects: Sequence[Subject], config: HeldOutConfig) -> HeldOut:
     """Split the photos of held-out subjects and encode those that score; raises as `encode_subjects`."""
-    parts = [
-        subject.split() if len(subject.photos) > 1 else (subject.photos[0], subject.photos) for subject in subjects
-    ]
+    parts = [_parts(subject) for subject in subjects]
     # Another seed gives other crops.
     config = as_squares(replace(config, seed=config.seed + 1))
     scored = [
@@ -81,6 +79,13 @@ def hold_out(base: Base, subjects: Sequence[Subject], config: HeldOutConfig) -> 
         for one, (_, photos) in zip(subjects, parts, strict=True)
     ]
     return HeldOut([one.name for one in subjects], [part[0] for part in parts], [part[1] for part in parts], scored)
+
+
+def _parts(subject: Subject) -> tuple[Photo, list[Photo]]:
+    try:
+        return subject.split()
+    except TooFewImagesError:
+        return subject.photos[0], subject.photos
 
 
 def as_squares(config: HeldOutConfig) -> HeldOutConfig:

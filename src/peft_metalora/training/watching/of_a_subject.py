@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ...bases import Base
 from ...bases.precision import autocast
-from ...data import Photo, Subject, read_photos
+from ...data import Photo, Subject, not_among, read_photos
 from ...data.images import png
+from ...errors import ConfigError
 from ...files import write_bytes
 from ...metrics import face_embedder
 from ...tuner import set_slots
@@ -72,9 +73,20 @@ class Validation:
 
 
 def looked_at(subject: Subject, config: PersonalizeConfig) -> Subject:
-    """The subject with photos that are not trained on, or without them the trained photos."""
-    photos = read_photos(config.validation_data_dir) if config.validation_data_dir else subject.photos
-    return Subject("held out", photos)
+    """The subject with photos that are not trained on, or, where no others are given, the trained photos.
+
+    Raises:
+        ConfigError: all that are given are trained on. As `read_photos`.
+    """
+    if config.validation_data_dir is None:
+        return Subject("held out", subject.photos)
+    others = not_among(read_photos(config.validation_data_dir), subject.photos)
+    if not others:
+        raise ConfigError(
+            f"expected a photo that is not trained on in validation_data_dir, found none in "
+            f"{config.validation_data_dir}: add one, or leave it out and other crops are looked at"
+        )
+    return Subject("held out", others)
 
 
 def held_out(base: Base, held: Subject, config: PersonalizeConfig) -> tuple[list[Photo], Examples]:
