@@ -549,3 +549,42 @@ def test_a_copy_has_everybody(people, pipe, how):
     assert near(picture(twin), images[None]) and near(picture(pipe), images["ann"])
     if how == "pickle":
         assert b"hf_secret" not in pickle.dumps(pipe)
+
+
+def test_nobody_comes_into_the_slots_of_an_image_that_is_drawn(people, pipe):
+    """Bug: a callback that preloaded the next one put them into the slot of the image, which went on as theirs."""
+    folder, _ = people
+    pipe.load_meta_lora(folder / "faces")
+    table = pipe.enable_subject_slots(2)
+
+    def shows(name, callback=None):
+        return picture(pipe, subjects=name, num_inference_steps=2, callback_on_step_end=callback)
+
+    images = {None: shows([None])}
+    for name in ("ann", "bob", "cleo"):
+        pipe.add_subject(folder / name)
+        images[name] = shows(name)
+
+    def next_ones(pipe, step, time, tensors):
+        if step == 0:
+            for name in ("bob", "cleo"):
+                table.preload([name])
+            pipe.add_subject(folder / "bob", "ann")  # for the next image on
+            table.preload(["ann"])
+            with pytest.raises(errors.AdapterStateError, match="the 1 of an image that is being drawn"):
+                table.preload(["bob", "cleo"])
+        return tensors
+
+    assert near(shows("ann", next_ones), images["ann"])
+    assert near(shows("ann"), images["bob"])
+
+    def deletes(pipe, step, time, tensors):
+        if step == 0:
+            table.evict(["bob"])
+            table.preload(["cleo"])
+        return tensors
+
+    gone = shows("bob", deletes)
+    assert not any(near(gone, images[name]) for name in ("bob", "cleo"))
+    mixed = picture(pipe, ["a photo of a person"] * 2, subjects=["cleo", None], num_inference_steps=2)
+    assert near(mixed[:1], images["cleo"]) and near(mixed[1:], images[None]), "the slot is free again"

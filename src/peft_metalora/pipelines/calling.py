@@ -162,7 +162,8 @@ class PerSampleMixin:
         table, slots = self._table_with(model, chosen)
         if table and table.take_written():
             refresh_offload(model)
-        with shown_alone(model, table.adapter_name if table else None):
+        drawing = table.drawing(slots.values()) if table else nullcontext()
+        with shown_alone(model, table.adapter_name if table else None), drawing:
             yield slots
 
     def _table_with(self, model: nn.Module, names: list[str]) -> tuple[SubjectTable | None, dict[str, int]]:

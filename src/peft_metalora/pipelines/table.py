@@ -131,6 +131,7 @@ class SubjectTable:
         self._seen: Seen | None = None  # the model, when it was last made sure who is on it
         self._pinned: set[str] = set()
         self._replaced: set[str] = set()  # their slots hold what they were
+        self._drawn: list[set[int]] = []  # slots of the image that is drawn, and of one that its callbacks draw
         self._written = False
         self._counts = dict.fromkeys(
             ("device_hits", "device_misses", "host_misses", "device_evictions", "host_evictions"), 0
@@ -142,7 +143,7 @@ class SubjectTable:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the model holds the table as well; locks are of the model that it comes to.
-        own = {"_model": self._model(), "_lock": None, "_books": None, "_seen": None}
+        own: dict[str, Any] = {"_model": self._model(), "_lock": None, "_books": None, "_seen": None, "_drawn": []}
         return {**vars(self), **own, "_loaded": dict.fromkeys(self._loaded)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -303,9 +304,11 @@ class SubjectTable:
     def bring(self, names: Iterable[str]) -> dict[str, int]:
         """Have these subjects on the device; returns the slot of each. Least recently used others leave for them.
 
+        Called by a callback while an image is drawn, it leaves the slots of that image as they are.
+
         Raises:
             AdapterNotFoundError: a name that was neither registered nor loaded.
-            AdapterStateError: more than the capacity, or too many are pinned.
+            AdapterStateError: more than the capacity, or too many are pinned or in the image that is drawn.
         """
         wanted = list(dict.fromkeys(names))
         for name in wanted:
@@ -316,17 +319,18 @@ class SubjectTable:
                 raise AdapterNotFoundError(
                     f"expected a subject of this table, found {name!r}. Add it with add_subject."
                 )
-        if len(set(wanted) | self._pinned) > self.capacity:
+        needed = set(wanted) | self._pinned
+        drawn = len(self._in_image() - {self._device_order.get(name) for name in needed})
+        if len(needed) + drawn > self.capacity:
             raise AdapterStateError(
-                f"expected at most {self.capacity} subjects at once, the {len(self._pinned)} pinned included, found "
-                f"{len(set(wanted) | self._pinned)}. Raise capacity, evict some, or generate them in turn."
+                f"expected at most {self.capacity} subjects at once, the {len(self._pinned)} pinned and the {drawn} of "
+                f"an image that is being drawn included, found {len(needed) + drawn}. Raise capacity, evict some, or "
+                "generate them in turn."
             )
         self._repack_if_moved()
         for name in wanted:
             slot, row = self._device_order.get(name), self._adapter_row(name) if name in self._loaded else None
-            if slot is not None and (
-                name not in self._replaced if row is None else torch.equal(row.to(self._flat.device), self._flat[slot])
-            ):
+            if slot is not None and (slot in self._in_image() or self._holds(slot, name, row)):
                 self._counts["device_hits"] += 1
             else:
                 self._counts["device_misses"] += 1
@@ -337,6 +341,12 @@ class SubjectTable:
                 self._replaced.discard(name)
             self._device_order.move_to_end(name)
         return {name: self._device_order[name] for name in wanted}
+
+    def _holds(self, slot: int, name: str, row: torch.Tensor | None) -> bool:
+        """Whether a subject's slot is what they are now; `row` is what a loaded adapter is."""
+        if row is None:
+            return name not in self._replaced
+        return torch.equal(row.to(self._flat.device), self._flat[slot])
 
     def preload(self, names: Iterable[str]) -> None:
         """Bring subjects in before they are needed; raises as `bring`."""
@@ -499,10 +509,24 @@ class SubjectTable:
         self._written = True
         self._layers[0][1].subject_index.factors = object()
 
+    @contextmanager
+    def drawing(self, slots: Iterable[int]) -> Iterator[None]:
+        """For the length of a `with` block these slots are those of an image: nobody else comes into them."""
+        self._drawn.append(set(slots))
+        try:
+            yield
+        finally:
+            self._drawn.pop()
+
+    def _in_image(self) -> set[int]:
+        return set().union(*self._drawn)
+
     def _free_slot(self, wanted: set[str]) -> int:
-        if len(self._device_order) < self.capacity:
-            return min(set(range(self.capacity)) - set(self._device_order.values()))
-        leaving = next(name for name in self._device_order if name not in wanted and name not in self._pinned)
+        kept = self._in_image()
+        if free := set(range(self.capacity)) - set(self._device_order.values()) - kept:
+            return min(free)
+        staying = wanted | self._pinned
+        leaving = next(name for name, slot in self._device_order.items() if name not in staying and slot not in kept)
         self._counts["device_evictions"] += 1
         self._replaced.discard(leaving)
         return self._device_order.pop(leaving)
