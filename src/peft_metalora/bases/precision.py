@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +41,24 @@ def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     if mixed_precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Context in which a tensor is float32 on the CPU unless somebody says otherwise, whatever a script has set.
+
+    Training counts on it in many places, PyTorch's optimisers among them.
+    """
+    dtype = torch.get_default_dtype()
+    if dtype == torch.float32 and torch.get_default_device().type == "cpu":
+        yield  # a context of a device would make every call a little slower
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _first_line(error: BaseException) -> str:

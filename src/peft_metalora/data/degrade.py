@@ -28,9 +28,10 @@ def blur(image: Image.Image, strength: float) -> Image.Image:
 
 def noise(image: Image.Image, strength: float) -> Image.Image:
     """Gaussian noise, its deviation up to 0.4 of full scale; the same for the same image and strength."""
-    generator = torch.Generator().manual_seed(zlib.crc32(image.tobytes()))
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(image.tobytes()))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
-    noisy = pixels + 255 * 0.4 * strength * torch.randn(pixels.shape, generator=generator)
+    drawn = torch.randn(pixels.shape, generator=generator, dtype=torch.float32, device="cpu")
+    noisy = pixels + 255 * 0.4 * strength * drawn
     return Image.frombytes("RGB", image.size, bytes(noisy.round().clamp(0, 255).byte().tolist()))
 
 

@@ -209,7 +209,7 @@ def random_box(image_size: tuple[int, int], size: tuple[int, int], generator: to
         generator: source of the crop's size and place; the same state gives the same crop.
     """
     (image_width, image_height), (height, width) = image_size, size
-    scale, x, y = torch.rand(3, generator=generator).tolist()
+    scale, x, y = torch.rand(3, generator=generator, dtype=torch.float32, device="cpu").tolist()
     unit = min(image_width / width, image_height / height) * (0.8 + (1 - 0.8) * scale)
     left, top = x * (image_width - width * unit), y * (image_height - height * unit)
     # The sum may exceed the image by a rounding error, which Pillow refuses.

@@ -26,6 +26,13 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Path:
     Raises:
         DataError, ConfigError: the people or the settings cannot be used; MetaLoraError in general.
     """
+    from ..bases.precision import plain_defaults
+
+    with plain_defaults():
+        return _evaluate(config, progress)
+
+
+def _evaluate(config: EvaluateConfig, progress: bool) -> Path:
     from accelerate import PartialState
     from tqdm.auto import tqdm
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..bases import Base
-from ..bases.precision import choose_device
+from ..bases.precision import choose_device, plain_defaults
 from ..checkpoint import require_replaceable
 from ..data import Subject
 from ..hub.loading import load_down
@@ -38,6 +38,7 @@ from .watching.of_a_down import DownValidation, encode_held_out
 from .watching.tracking import Trackers
 
 
+@plain_defaults()
 def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     """Stage 1 on examples in memory; writes nothing. The denoiser must be where training is to happen.
 
@@ -53,6 +54,7 @@ def meta_train_on(base: Base, examples: Examples, config: MetaTrainConfig, *, pr
     return run.finish()
 
 
+@plain_defaults()
 def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     """Stage 1 from a folder or a data set of subjects: trains a Down and writes it to `output_dir`.
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .. import hub
 from ..bases import Base, open_base
 from ..bases.generic import named_class
-from ..bases.precision import choose_device, choose_dtype
+from ..bases.precision import choose_device, choose_dtype, plain_defaults
 from ..checkpoint import require_replaceable
 from ..checkpoint.artefacts import save_read_subject
 from ..checkpoint.base_model import base_to_load, check_fits
@@ -41,6 +41,7 @@ from .watching.of_a_subject import Validation, held_out, looked_at
 from .watching.tracking import Trackers
 
 
+@plain_defaults()
 def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     """Stage 2 from an image, a folder of images or a data set of one subject: trains and writes `output_dir`.
 
@@ -235,6 +236,7 @@ def _write_as_read(
     remove_older_checkpoints(config, 0, resumed=False)
 
 
+@plain_defaults()
 def personalize_many(
     base: Base,
     examples: Examples,

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..bases import Base
-from ..bases.precision import choose_device
+from ..bases.precision import choose_device, plain_defaults
 from ..checkpoint.artefacts import require_replaceable
 from ..checkpoint.base_model import base_to_load
 from ..data import Subject, first_copies
@@ -59,6 +59,7 @@ _FEW = 256  # people below which the curve is steep
 _SMALL = 100_000_000
 
 
+@plain_defaults()
 def train_encoder(config: TrainEncoderConfig, *, progress: bool = True) -> Path:
     """Train a space and an encoder for a Down and write all three to `output_dir`.
 

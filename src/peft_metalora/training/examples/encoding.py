@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...bases import Base, Text
+from ...bases.precision import plain_defaults
 from ...data import TRIGGER_MARK, Photo, Subject, flip_caption
 from ...errors import ConfigError, NoCaptionError, NoFaceError, NoImagesError, UnreadableImageError
 from ..prior import class_prompt
@@ -28,6 +29,7 @@ __all__ = ["Batch", "Examples", "PhotoEncoder", "encode_captions", "encode_subje
 _Seen = TypeVar("_Seen")
 
 
+@plain_defaults()
 def encode_subjects(
     base: Base,
     subjects: Sequence[Subject],
