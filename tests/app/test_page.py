@@ -17,7 +17,7 @@ from safetensors import safe_open
 from app_tiny import photo
 from fake_hub import TOKEN
 from peft_metalora import load_subject
-from peft_metalora.app import blocks, polishing
+from peft_metalora.app import blocks, polishing, studio
 from peft_metalora.app.blocks import BOXES, _crops, _told
 from peft_metalora.app.hardware import Held, _fits, machine
 from peft_metalora.app.library import Library
@@ -115,6 +115,30 @@ class TestReading:
         with pytest.raises(OutputExistsError, match="taken"):
             app.page.read("local", visit, True, "ann", True)
         assert [one.name for one in app.library.people("local")] == ["ann"] and app.kept() == []
+
+    @pytest.mark.parametrize("then", ["dropped", "forgotten"])
+    def test_photos_that_are_dropped_while_a_person_is_read_are_not_theirs(self, tried, monkeypatch, then):
+        """Bug: where another person's photos were dropped while somebody waited to be read, those were kept as
+        theirs, and they were polished on them."""
+        app, visit = tried(), Visit()
+        app.page.drop(visit, True, app.files(photo(1)))
+        read = app.studio.read
+
+        def late(*args):
+            if then == "dropped":
+                app.page.drop(visit, True, app.files(photo(2)))
+            else:
+                visit.photos, visit.uid = [], ""
+            return read(*args)
+
+        monkeypatch.setattr(app.studio, "read", late)
+        app.page.read("local", visit, True, "ann", True)
+        ann = app.library.person("local", "ann")
+        assert app.library.photos(ann) == [photo(1)] and visit.uid == ""
+        seen, begin = [], studio.begin
+        monkeypatch.setattr(studio, "begin", lambda *args: (seen.append(args[5]), begin(*args))[1])
+        assert [*app.page.polish("local", visit, "ann", PROMPT, 1, 0)][-1].said == "ann is polished, in 1 steps"
+        assert seen == [[photo(1)]]
 
     def test_users_have_libraries_of_their_own(self, tried):
         app = tried()
@@ -356,12 +380,26 @@ class TestLibrary:
         app = tried()
         app.enrol("ann", 1)
         with pytest.raises(MissingDownError):
-            app.page.push("local", "ann", "me/ann", "")
+            app.page.push("local", "ann", "me/ann", "", False)
         push_down(app.config.down, "me/down", token=TOKEN)
-        assert "private" in app.page.push("local", "ann", " me/ann ", "me/down")
+        assert "private" in app.page.push("local", "ann", " me/ann ", "me/down", False)
         assert server.repos["me/ann"].private
         source = load_subject("me/ann")
         assert source.down.fingerprint == app.studio.down.fingerprint
+
+    def test_a_push_takes_the_place_of_another_person_where_that_is_ticked(self, tried, server):
+        """Bug: who was renamed, or took another one's place, could not be pushed: the Hub's part asked for an overwrite
+        that the page had no way to give."""
+        app = tried()
+        push_down(app.config.down, "me/down", token=TOKEN)
+        app.enrol("ann", 1)
+        app.page.push("local", "ann", "me/ann", "me/down", False)
+        app.library.rename("local", "ann", "anna")
+        with pytest.raises(OutputExistsError, match="overwrite=True"):
+            app.page.push("local", "anna", "me/ann", "me/down", False)
+        assert load_subject("me/ann").config.subject_name == "ann"
+        app.page.push("local", "anna", "me/ann", "me/down", True)
+        assert load_subject("me/ann").config.subject_name == "anna"
 
     @pytest.mark.parametrize("part", ["/index/", "/photos/"])
     def test_photos_that_cannot_be_kept_leave_nobody(self, tried, monkeypatch, part):

@@ -223,6 +223,22 @@ def test_what_is_open_to_all_takes_no_body(home, tmp_path, run):
     assert (refused.status, taken.status) == (413, 200)
 
 
+def test_who_asks_for_health_without_a_token_is_answered_while_images_are_drawn(home, tmp_path, run):
+    """Bug: with one request inside /healthz said 503, so that a balancer took away a service that drew."""
+
+    async def work():
+        service = Service(home, tmp_path, pool=Gate())
+        drawing = asyncio.ensure_future(service.draw(None))
+        while not service.pool.asked:
+            await asyncio.sleep(0.001)
+        health = await service.ask("GET", "/healthz", tenant=None)
+        service.pool.open.set()
+        return health, await drawing
+
+    health, drawn = run(work())
+    assert (health.status, drawn.status) == (200, 200) and health.json["replicas"] == 1
+
+
 def test_large_requests_at_once_have_a_limit_together(home, tmp_path, run):
     async def work():
         service = Service(home, tmp_path, pool=Gate(), max_body_mb=0.001, queue=100)

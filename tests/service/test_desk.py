@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import sys
 import threading
 import time
 
 import pytest
 
 from peft_metalora.service.journal import JsonLines, log
+from peft_metalora.service.orders import SubjectOrder
 from peft_metalora.service.tasks import RefusedError
-from service_tiny import Gate, Service
+from service_tiny import Gate, Service, photo
 
 
 async def soon(true, seconds=5.0):
@@ -279,6 +282,69 @@ def test_somebody_is_tuned_as_a_job(home, tmp_path, run):
     assert (last["status"], last["step"]) == ("done", 3)
     assert person.json["kind"] == "files" and person.json["consent"] == "said yes"
     assert (tmp_path / "people" / "acme" / "ann" / "adapter_model.safetensors").read_bytes() == b"numbers"
+
+
+class Counting(Tuning):
+    """Says how many are tuned at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = 0
+
+    async def tune(self, photos, person, prompt):
+        self.inside += 1
+        try:
+            async for found in super().tune(photos, person, prompt):
+                yield found
+        finally:
+            self.inside -= 1
+
+
+def test_who_waits_to_be_tuned_waits_at_the_desk_and_in_bounds(home, tmp_path, run):
+    """Bug: any number of people could wait to be tuned, all their photos in memory, and all were sent to the tuners at
+    once, into the memory in which images are on their way, too."""
+
+    async def work():
+        service = Service(home, tmp_path, pool=Counting(), tuners=2, queue=4)
+        begun = [await service.enrol(f"p{number}", tune=True) for number in range(4)]
+        await soon(lambda: service.pool.inside == 2)
+        refused, untuned = await service.enrol("p4", tune=True), await service.enrol("p5")
+        inside = service.pool.inside
+        for _ in range(12):
+            service.pool.permits.release()
+        jobs = [service.desk.job("acme", one.json["job"]) for one in begun]
+        await asyncio.wait([job.work for job in jobs])
+        return refused, untuned, inside, jobs, service.people.entry("acme", "p4")
+
+    refused, untuned, inside, jobs, nobody = run(work())
+    assert (refused.status, untuned.status, inside, nobody) == (429, 201, 2, None)
+    assert "who wait to be tuned" in refused.error and refused.headers["retry-after"]
+    assert [job.status for job in jobs] == ["done"] * 4
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_photos_of_who_is_deleted_are_in_no_job(home, tmp_path, run, monkeypatch, waits):
+    photos = [bytes(bytearray(base64.b64decode(photo())))]
+    monkeypatch.setattr(SubjectOrder, "decoded", lambda _: [*photos])
+    before = sys.getrefcount(photos[0])
+
+    async def work():
+        service = Service(home, tmp_path, pool=Counting(), tuners=1)
+        first = await service.enrol("ann", tune=True)
+        await soon(lambda: service.pool.inside == 1)
+        name = "ann"
+        if waits:
+            name = "bob"
+            await service.enrol("bob", tune=True)
+            await service.ask("DELETE", f"/jobs/{first.json['job']}")
+            await service.enrol("cleo", tune=True)
+            await service.ask("DELETE", "/subjects/cleo")
+        held = sys.getrefcount(photos[0])
+        deleted = await service.ask("DELETE", f"/subjects/{name}")
+        return held, deleted.status, sys.getrefcount(photos[0])
+
+    held, status, after = run(work())
+    assert status == 200 and held > before == after
 
 
 @pytest.mark.parametrize("how", ["cancelled", "deleted", "replaced"])

@@ -168,6 +168,7 @@ def make_blocks(page: Page) -> gr.Blocks:
             with gr.Row(equal_height=True):
                 repo = gr.Textbox(label="Private repository on the Hub (owner/name)", elem_id="repo")
                 down = gr.Textbox(label="The Down's repository, if the page has it from a folder", elem_id="down")
+                overwrite = gr.Checkbox(label="Overwrite another person, or what else is there", elem_id="overwrite")
                 push = gr.Button("Push privately", scale=0, min_width=160, elem_id="push")
             with gr.Row(equal_height=True):
                 sure = gr.Checkbox(label="Delete them for good", elem_id="sure")
@@ -289,7 +290,13 @@ def make_blocks(page: Page) -> gr.Blocks:
             return [gr.update(value=file, visible=True), f"{name} for {tool}: here is the file"]
 
         on(export.click, on_export, [chosen, tool], [exported, library_said])
-        on(push.click, lambda *given: [page.push(*given)], [chosen, repo, down], [library_said])
+
+        def on_push(*given: Any) -> list[Any]:
+            return [False, page.push(*given)]
+
+        on(push.click, on_push, [chosen, repo, down, overwrite], [overwrite, library_said])
+        # What is ticked is meant for who was chosen then: whoever is read meanwhile is chosen as soon as they are here.
+        chosen.change(lambda: (False, False), None, [overwrite, sure], **hidden)
 
         def on_delete(tenant: str, name: str | None, sure: bool) -> list[Any]:
             if not sure:

@@ -137,11 +137,11 @@ class Library:
             self._studio.subject(person), folder / f"{person.name}.safetensors", format, overwrite=True
         )
 
-    def push(self, person: Person, repo_id: str, down: str | None) -> str:
+    def push(self, person: Person, repo_id: str, down: str | None, overwrite: bool) -> str:
         """Publish somebody, for nobody but their owner to see; returns the commit.
 
         Args:
-            down: repository of the Down, where the page has it from a folder.
+            down: repository of the Down, where the page has it from a folder. overwrite: as of `push_subject`.
 
         Raises:
             As `push_subject`.
@@ -149,11 +149,11 @@ class Library:
         with temporary_folder() as made:
             if person.code is None:
                 with self._place.files(person) as files:
-                    return push_subject(files, repo_id, private=True, down=down)
+                    return push_subject(files, repo_id, private=True, down=down, overwrite=overwrite)
             source = self._studio.subject(person)
             assert isinstance(source, CodeSource)
             saved = save_read_subject(made / person.name, source, facts=named_class(self._studio.base) or None)
-            return push_subject(saved, repo_id, private=True, down=down)
+            return push_subject(saved, repo_id, private=True, down=down, overwrite=overwrite)
 
     def _write_photos(self, person: Person, photos: Sequence[bytes]) -> None:
         try:

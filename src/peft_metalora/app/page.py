@@ -93,13 +93,17 @@ class Page:
     def read(self, tenant: str, visit: Visit, consent: bool, name: str, keep_photos: bool) -> Person:
         """Bring somebody in from the tab's photos."""
         self._require_consent(consent)
-        if not visit.photos:
+        photos = visit.photos
+        if not photos:
             raise NoImagesError("expected at least one photo of the person, found none: drop one")
         self.library.require_new(tenant, name)
-        read = self.studio.read(tenant, name, visit.photos, CONSENT)
-        person = self.library.enrol(read, visit.photos if keep_photos else ())
-        visit.uid = person.uid
-        self._visits[id(visit)] = visit
+        read = self.studio.read(tenant, name, photos, CONSENT)
+        person = self.library.enrol(read, photos if keep_photos else ())
+        if (
+            visit.photos is photos
+        ):  # the turn may have come late, and others been dropped, or these forgotten, meanwhile
+            visit.uid = person.uid
+            self._visits[id(visit)] = visit
         return person
 
     def _require_consent(self, consent: bool) -> None:
@@ -236,9 +240,10 @@ class Page:
             raise
         return str(file)
 
-    def push(self, tenant: str, name: str | None, repo_id: str, down: str) -> str:
+    def push(self, tenant: str, name: str | None, repo_id: str, down: str, overwrite: bool) -> str:
         """Publish somebody as a private repository; says where."""
-        commit = self.library.push(self.library.person(tenant, name), repo_id.strip(), down.strip() or None)
+        person = self.library.person(tenant, name)
+        commit = self.library.push(person, repo_id.strip(), down.strip() or None, overwrite)
         return f"{name} is at {repo_id.strip()}, private, commit {commit[:12]}"
 
     def delete(self, tenant: str, name: str | None) -> Person:

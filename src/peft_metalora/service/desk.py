@@ -60,6 +60,11 @@ class Job:
     error: str = ""
     work: asyncio.Task[None] | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more comes of it."""
+        return self.work is not None and self.work.done()
+
     def shown(self, steps: int) -> dict[str, Any]:
         """As a client sees it."""
         found = {"job": self.id, "subject": self.name, "status": self.status, "step": self.step, "steps": steps}
@@ -86,6 +91,8 @@ class Desk:
         self._leaving: set[str] = set()
         self._unconfirmed: dict[tuple[str, str], set[str]] = {}  # uids, deleted but perhaps still known to a copy
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        # Whoever waits to be tuned waits here: photos that were sent ahead would fill the memory that images take, too.
+        self._tuners = asyncio.Semaphore(max(1, config.tuners))
         self._counted = float("-inf"), 0  # when, and how many copies there were
 
     # Images
@@ -168,6 +175,10 @@ class Desk:
         self._may_write()
         if order.tune and not self.config.tuners:
             raise RefusedError(501, "expected no tuning, which this service does not do: leave tune out")
+        if order.tune and sum(not job.has_ended for job in self._jobs.values()) >= self.config.places:
+            raise RefusedError(
+                429, "expected fewer people who wait to be tuned: ask again later, or leave tune out", retry_after=60
+            )
         with self._place():
             photos = self._photos_of(order)
             async with self._changing(tenant, order.name):
@@ -283,20 +294,21 @@ class Desk:
         job = Job(secrets.token_hex(8), person.tenant, person.name)
         job.work = asyncio.create_task(self._tune(job, person, photos, prompt))
         self._jobs[job.id] = job
-        ended = [each.id for each in self._jobs.values() if each.work is not None and each.work.done()]
+        ended = [each.id for each in self._jobs.values() if each.has_ended]
         for name in ended[: max(0, len(ended) - _KEPT_JOBS)]:
             del self._jobs[name]
         return job
 
     async def _tune(self, job: Job, person: Person, photos: Sequence[bytes], prompt: str | None) -> None:
         try:
-            async for found in self.pool.tune(photos, person, prompt):
-                if isinstance(found, int):
-                    job.status, job.step = "running", found
-                    continue
-                async with self._changing(person.tenant, person.name):
-                    if self.people.entry(person.tenant, person.name) == person:
-                        await to_its_end(self._keep, job, person, found)
+            async with self._tuners:
+                async for found in self.pool.tune(photos, person, prompt):
+                    if isinstance(found, int):
+                        job.status, job.step = "running", found
+                        continue
+                    async with self._changing(person.tenant, person.name):
+                        if self.people.entry(person.tenant, person.name) == person:
+                            await to_its_end(self._keep, job, person, found)
             if job.status != "done":
                 job.status, job.error = "failed", "expected the person as they were, found that they have changed"
         except asyncio.CancelledError:

@@ -48,6 +48,7 @@ class Door:
     def __init__(self, app: App, config: ServeConfig, tenants: Tenants | None, gauges: Gauges) -> None:
         self._app, self._config, self._tenants, self._gauges = app, config, tenants, gauges
         self._rates = Rates(config.rate)
+        self._largest = int(config.max_body_mb * 1e6)
         self._held = 0  # bytes of bodies in memory
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -105,7 +106,7 @@ class Door:
         body = bytearray()
         try:
             # What is open to all needs no body.
-            await self._read(body, headers, receive, int(self._config.max_body_mb * 1e6) if tenant else 0)
+            await self._read(body, headers, receive, self._largest if tenant else 0)
             await self._pass_on(scope, bytes(body), receive, send)
         finally:
             self._held -= len(body)
@@ -152,7 +153,7 @@ class Door:
                 raise too_large
             body += part
             self._held += len(part)
-            if self._held > _MOST_BODIES * most:
+            if self._held > _MOST_BODIES * self._largest:
                 raise RefusedError(503, "expected fewer large requests at once: ask again later", retry_after=1)
             if not message.get("more_body"):
                 return
