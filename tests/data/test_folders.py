@@ -81,6 +81,19 @@ class TestReadSubjects:
         assert ann == Subject("ann", [Photo(tmp_path / "ann" / "0.png", "of ann", True)])
         assert [photo.path.name for photo in bob.photos] == ["1.png", "flat.png"]
 
+    def test_a_photo_of_somebody_else_is_refused(self, tmp_path: Path) -> None:
+        """Bug: a line's `subject` was not heeded in a person's folder: photos of two were learned as one person."""
+        paint(tmp_path / "ann" / "0.png"), paint(tmp_path / "ann" / "1.png", "teal")
+        describe(tmp_path / "ann", {"file_name": "0.png", "subject": "ann"}, {"file_name": "1.png", "subject": "bob"})
+        with pytest.raises(MetadataError, match=r"one person in .*ann, found several subjects \(ann, bob\): move"):
+            read_subjects(tmp_path)
+        with pytest.raises(MetadataError, match=r"several subjects \(ann, bob\)"):
+            read_photos(tmp_path / "ann")
+        describe(tmp_path / "ann", {"file_name": "1.png", "subject": "bob"})
+        with pytest.raises(MetadataError, match=r"several subjects \(ann, bob\)"):
+            read_subjects(tmp_path)
+        assert len(read_photos(tmp_path / "ann")) == 2
+
     def test_a_mask_lies_beside_its_image_or_where_metadata_says(self, tmp_path: Path) -> None:
         for name in ("a.png", "a.mask.png", "b.jpg", "b.mask.png", "c.png", "of-b.png"):
             paint(tmp_path / "ann" / name)

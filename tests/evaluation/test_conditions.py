@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from peft_metalora.cli import main
 from peft_metalora.data import load_image, read_subjects
@@ -54,6 +56,26 @@ def test_each_is_learned_drawn_after_the_last_step_and_reported(people: Path, tm
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("degraded/*/*/*/cell.json")}
     assert len(before) == 3 and main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_mask_is_learned_with_and_another_mask_is_another_cell(people: Path, tmp_path: Path) -> None:
+    """Bug: what was made worse lost its mask, and an evaluation did not notice that a mask had come or changed."""
+    data = shutil.copytree(people, tmp_path / "people")
+    (tmp_path / "prompts.yaml").write_text('poses: ["a photo of {subject}, facing left"]\n')
+    arguments = ["evaluate", "--data", str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    arguments += ["--prompts", str(tmp_path / "prompts.yaml"), "--num_inference_steps", "2", "--views_per_image", "1"]
+    arguments += ["--steps", "2", "--method", "lora:lr=1e-1", "--degrade", "grey=1"]
+
+    def drawn() -> list[bytes]:
+        assert main(arguments) == 0
+        return [path.read_bytes() for path in sorted((tmp_path / "out").rglob("00002/*.png"))]
+
+    without = drawn()
+    half = Image.new("L", (64, 64))
+    half.paste(255, (0, 0, 32, 64))
+    half.save(data / "held-out-0000" / "0.mask.png")
+    masked = drawn()
+    assert len(masked) == 2 and all(one != other for one, other in zip(masked, without, strict=True))
 
 
 def test_a_photo_takes_the_place_of_a_filter_and_brings_its_caption(people: Path, tmp_path: Path) -> None:

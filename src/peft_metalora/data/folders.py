@@ -214,7 +214,7 @@ def read_subjects(
     folders = sorted((path for path in _visible_in(root) if path.is_dir()), key=_natural)
     for folder in folders:
         people[folder.name] = dict.fromkeys(_images_in(folder))
-        people[folder.name].update(_read_metadata(folder))
+        people[folder.name].update(_of_one_person(folder, {folder.name}))
     for path, entry in entries.items():
         inside = path.relative_to(root).parts
         name = entry.subject or (inside[0] if len(inside) > 1 else None)
@@ -281,7 +281,7 @@ def read_photos(
     given = Path(path)
     if os.path.isdir(given):
         found: dict[Path, _Entry | None] = dict.fromkeys(_images_in(given))
-        found.update(_read_metadata(given))
+        found.update(_of_one_person(given, set()))
         photos = _photos(found, template, trigger)
         left = _left_out(given, _used(photos))
         if not photos:
@@ -407,6 +407,23 @@ def _read_metadata(folder: Path) -> dict[Path, _Entry]:
         if path in entries:
             raise MetadataError(f"{file}, line {number}: expected each image once, found {path.name} again: remove one")
         entries[path] = entry
+    return entries
+
+
+def _of_one_person(folder: Path, names: set[str]) -> dict[Path, _Entry]:
+    """What `metadata.jsonl` says in a folder of one person's photos, who is called so, if that is known.
+
+    Raises:
+        MetadataError: a line says of a photo that it shows somebody else. As `_read_metadata`.
+    """
+    entries = _read_metadata(folder)
+    names = names | {entry.subject for entry in entries.values() if entry.subject}
+    if len(names) > 1:
+        told = ", ".join(sorted(names)[:5])
+        raise MetadataError(
+            f"{folder / METADATA_FILE}: expected the photos of one person in {folder}, found several subjects "
+            f"({told}): move each person's photos into a folder of their own, or correct the lines"
+        )
     return entries
 
 

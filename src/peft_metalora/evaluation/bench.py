@@ -128,6 +128,7 @@ class Bench:
             "caption": reference.caption,
             **({"edits": [config.edits, config.edit_strength]} if edits else {}),
             "learned": hash_of(reference.path),
+            **({} if reference.mask is None else {"mask": hash_of(reference.mask)}),
         }
         folder, key = home / method.folder / subject.name, self._key(made_from, subject)
         if is_complete(self.output, folder, key):

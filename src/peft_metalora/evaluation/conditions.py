@@ -73,7 +73,7 @@ def bad_reference(data: str | Path, subject: Subject, condition: Condition, fold
         return Photo(path, caption_beside(path) or reference.caption, True)
     path = folder / f"{subject.name}.png"
     write_bytes(path, png(degrade(load_image(reference.path), condition.name, condition.strength)))
-    return Photo(path, reference.caption, True)
+    return Photo(path, reference.caption, True, reference.mask)
 
 
 def _photo(data: str | Path, subject: Subject, condition: Condition) -> Path | None:
