@@ -164,12 +164,18 @@ TABLE: dict[str, tuple[str, str, str]] = {
         ("7badd165d753", "bases/base.py", "copied: the shift of noise levels"),
     "huggingface_hub.utils._validators.REPO_ID_REGEX":
         ("59205219d7a5", "checkpoint/base_model.py", "copied: what is an id of a repository"),
+    "peft.config.PeftConfigMixin._get_peft_type":
+        ("dd5ea0ee0bb2", "tuner/registration.py", "called, as load_adapter does: whose file it is"),
     "peft.config.PeftConfigMixin.from_peft_type":
         ("19a0d94ffb1b", "checkpoint/config_file.py", "unknown fields are left out as there"),
     "peft.config.PeftConfigMixin.from_pretrained":
         ("836fad0727a1", "tuner/config.py", "overridden"),
     "peft.peft_model.PeftModel._enable_peft_forward_hooks":
         ("7feae5519ccb", "tuner/model.py", "calls the tuner's method of that name"),
+    "peft.peft_model.PeftModel._split_kwargs":
+        ("7c5a55779a64", "tuner/registration.py", "called, as load_adapter does: the Hub's arguments"),
+    "peft.peft_model.PeftModel.load_adapter":
+        ("75fb87dc28d6", "tuner/registration.py", "patched: a file over one of our adapters is checked"),
     "peft.tuners._buffer_dict.BufferDict":
         ("4383c0bc8eaa", "tuner/layer.py, tuner/folding.py, tuner/merging.py, tuner/linear.py", "folds, kept weights"),
     "peft.tuners.loha.layer.make_weight":

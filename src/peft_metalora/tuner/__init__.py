@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PEFT tuner: configuration, layers, model and their registration with PEFT. torch and peft only."""
 
-from . import convert, model, registration
+from . import adding, convert, model, registration
 from .combine import add_weighted_subject
 from .config import MetaLoraConfig
 from .convert import to_lora
@@ -56,5 +56,6 @@ __all__ = [
 ]
 
 registration.register(MetaLoraConfig, MetaLoraModel)
+registration.register_loading(MetaLoraConfig, adding.check_loaded_over)
 registration.register_mixed(MetaLoraConfig, MetaLoraLayer, model.inject_all_or_nothing, model.replace_target)
 convert.register_lora_conversion()

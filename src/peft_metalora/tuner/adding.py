@@ -6,12 +6,14 @@ Nothing here changes the model, so a config that cannot work fails here and leav
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
@@ -29,10 +31,10 @@ from ..errors import (
 from .base_layers import CONVOLUTIONS, base_of, check_supported, factor_shape, quantization_backend
 from .config import MetaLoraConfig
 from .conv import Conv
-from .down import DOWN, DOWN_PARTS, MID, MID_INIT, UP, DownSource, check_files, load_down_source
+from .down import DOWN, DOWN_PARTS, MAGNITUDE, MID, MID_INIT, UP, DownSource, check_files, load_down_source
 from .layer import MetaLoraLayer, subjects_aside
 from .linear import Linear
-from .on_model import configs_of, down_fingerprint, meta_lora_layers, module_path
+from .on_model import configs_of, down_fingerprint, layers_of, meta_lora_layers, module_path
 from .ranks import Ranks, ranks_of
 from .registration import PREFIX
 from .subject_index import SubjectIndex, layers_changed
@@ -280,6 +282,55 @@ def inject_all_or_nothing(
     finally:
         vars(tuner).pop("_plan", None)
     config.down_fingerprint = plan.fingerprint
+    config.__dict__["awaits_file"] = config.origin is not None
+
+
+def check_loaded_over(model: Any, adapter_name: str, config: PeftConfig, read: Callable[[], dict[str, Tensor]]) -> None:
+    """Check that a file can take the place of an adapter: all of it, on the same Down, with the same scale.
+
+    Args:
+        model: PEFT's. config: the file's. read: gives its tensors.
+
+    Raises:
+        AdapterStateError: it is of another method, has other factors or another scale, or brings a Down in the place of
+            one that subjects use.
+        FingerprintMismatchError: a subject on another Down.
+        What the check of files raises.
+    """
+    other = "Load it under another name, and delete_adapter the one that it shall replace."
+    if not isinstance(config, MetaLoraConfig):
+        raise AdapterStateError(f"{adapter_name!r} is a Meta-LoRA adapter, the file is of {config.peft_type}. {other}")
+    layers = layers_of(model, adapter_name)
+    if users := layers[0][1].subjects_of(adapter_name):
+        raise AdapterStateError(f"{', '.join(map(repr, users))} use(s) the Down of {adapter_name!r}. {other}")
+    check_files(config, model.base_model.model)
+    found = {}
+    for key, tensor in read().items():
+        path, inside, part = key.rpartition(f".{PREFIX}")
+        if inside:
+            found[f"{module_path(path)}.{PREFIX}{part}"] = tuple(tensor.shape)
+    wanted = {}
+    for path, layer in layers:
+        for part in (MID, UP, MAGNITUDE, *((DOWN, MID_INIT) if layer.stage[adapter_name] == "meta" else ())):
+            if adapter_name in (factors := getattr(layer, part)):
+                wanted[f"{path}.{part}"] = tuple(factors[adapter_name].shape)
+    if found != wanted:
+        first = min(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        raise AdapterStateError(
+            f"The file has {found.get(first, 'no tensor')} for {first}, {adapter_name!r} has "
+            f"{wanted.get(first, 'no tensor')}: one cannot take the place of the other. {other}"
+        )
+    if config.stage == "subject" and config.down_fingerprint != (mark := down_fingerprint(model, adapter_name)):
+        raise FingerprintMismatchError(
+            f"The subject was trained with the Down {str(config.down_fingerprint)[:12]}..., {adapter_name!r} stands on "
+            f"{mark[:12]}.... {other}"
+        )
+    for path, layer in layers:
+        scale, now = ranks_of(config, path).scaling, layer._full_scale(adapter_name)
+        if not math.isclose(scale, now):
+            raise AdapterStateError(
+                f"The file has the scale {scale:g} at {path!r}, {adapter_name!r} has {now:g}. {other}"
+            )
 
 
 class _Before:

@@ -117,6 +117,8 @@ class MetaLoraConfig(PeftConfig):
 
     # Where it was read: the arguments that found it, so that a Down named by a relative path can be found. Never saved.
     origin: ClassVar[dict[str, Any] | None] = None
+    # Whether what it was read from has been checked and comes next: PEFT injects an adapter first. Never saved.
+    awaits_file: ClassVar[bool] = False
     # Of a subject that was expanded from a code: the code, and a hash of the factors as they were then. Never saved.
     expanded_from: ClassVar[tuple[Any, str] | None] = None
 
@@ -158,6 +160,12 @@ class MetaLoraConfig(PeftConfig):
         """
         self.__dict__["origin"] = {"name": name, "folder": folder, **origin}
         return self
+
+    def take_place(self, other: MetaLoraConfig) -> None:
+        """Be who another configuration says, whose factors have come into the place of these."""
+        for name in ("subject_name", "facts", "tensors_digest", "down", "down_revision"):
+            setattr(self, name, getattr(other, name))
+        self.__dict__["origin"] = other.origin
 
     def __getstate__(self) -> dict[str, Any]:
         origin = self.origin and {name: value for name, value in self.origin.items() if name != "token"}

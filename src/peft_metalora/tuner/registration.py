@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Union
 
+from peft import PeftConfig, PeftModel, load_peft_weights
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -73,3 +74,33 @@ def register_mixed(
         (replace if isinstance(config, config_cls) else replaced)(self, config, *args, **kwargs)
 
     names.MixedModel.inject_adapter, names.MixedModel._create_and_replace = inject_adapter, create_and_replace
+
+
+def register_loading(config_cls: type[Any], check: Callable[..., None]) -> None:
+    """Let `load_adapter` check a file that takes the place of one of our adapters; calling it again changes nothing.
+
+    PEFT reads its tensors alone: those of another Down, another scale or other modules would show somebody else.
+    """
+    loaded = PeftModel.load_adapter
+    if getattr(loaded, "checks_meta_lora", False):
+        return
+
+    @wraps(loaded)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        known: Any = self.peft_config.get(adapter_name)
+        if not isinstance(known, config_cls):
+            return loaded(self, model_id, adapter_name, *args, **kwargs)
+        first = known.awaits_file and known.origin["name"] == model_id
+        vars(known)["awaits_file"] = False
+        if first:
+            return loaded(self, model_id, adapter_name, *args, **kwargs)
+        hub, _ = self._split_kwargs(dict(kwargs))
+        kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(model_id, **hub)]
+        config = kind.from_pretrained(model_id, **hub)
+        check(self, adapter_name, config, lambda: load_peft_weights(model_id, device="cpu", **hub))
+        result = loaded(self, model_id, adapter_name, *args, **kwargs)
+        known.take_place(config)
+        return result
+
+    load_adapter.checks_meta_lora = True  # type: ignore[attr-defined]
+    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
