@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, edit_tensors, with_down, with_subject, write_pair
 from peft_metalora import MetaLoraConfig, errors, load_down, load_subject, save_down, save_subject
 from peft_metalora.checkpoint import untrusted
-from peft_metalora.checkpoint.artefacts import sealed
+from peft_metalora.checkpoint.card_file import sealed
 from peft_metalora.tuner import down_fingerprint, down_state, fingerprint
 
 FOLD = "pytorch_lora_weights.safetensors"

@@ -246,6 +246,92 @@ def test_the_code_in_a_card_runs(server, monkeypatch, tmp_path):
     assert loaded.get_list_adapters() == {"unet": ["unet"]}
 
 
+def edit_card(server, repo_id, *changes):
+    text = server.repos[repo_id].files()["README.md"].decode()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    server.add(repo_id, {"README.md": text.encode()})
+
+
+def test_what_somebody_wrote_into_a_card_stays(published, pair):
+    """Bug: a push replaced the card, with whatever somebody had written on the Hub since."""
+    server, _ = published
+    edit_card(
+        server,
+        "ann/me",
+        ("tags:", "license: mit\nlanguage: de\ntags:"),
+        ("pipeline_tag: text-to-image\n", ""),
+        ("## Recipe", "## About\n\nDrawn by hand.\n\n## Recipe"),
+    )
+    text = server.repos["ann/me"].files()["README.md"]
+    server.add("ann/me", {"README.md": text.replace(b"\n", b"\r\n") + b"\r\nAsk me.\r\n"})
+    edit_config(pair[1], base_model_name_or_path="black-forest-labs/FLUX.1-dev", facts={"trigger": "sks", "steps": 7})
+    for _ in range(2):
+        push_subject(pair[1], "ann/me", down="ann/faces")
+        head, body = card(server, "ann/me")
+        assert (head["license"], head["language"]) == ("mit", "de") and "license_name" not in head
+        assert "pipeline_tag" not in head
+        assert (head["base_model"], head["instance_prompt"]) == ("black-forest-labs/FLUX.1-dev", "sks")
+        assert body.count("## About\n\nDrawn by hand.\n\n## Recipe") == 1 and body.endswith("-->\n\nAsk me.\n")
+        assert "| steps | 7 |" in body and 'image = pipe("sks")' in body
+        assert [line for line in body.splitlines() if line.startswith("## ")] == [
+            "## Use", "## About", "## Recipe", "## Terms"
+        ]  # fmt: skip
+    edit_config(pair[1], subject_name="bob")
+    push_subject(pair[1], "ann/me", down="ann/faces", overwrite=True)
+    assert "by hand" not in card(server, "ann/me")[1], "what was said of somebody else stayed beside who came"
+
+
+def test_a_section_that_somebody_changed_or_took_out_is_theirs(published, pair):
+    server, _ = published
+    edit_card(server, "ann/me", ("binds its use.", "binds its use. Ask Ann."), ("| size |", "| Size |"))
+    text = server.repos["ann/me"].files()["README.md"].decode()
+    use = text[text.index("## Use") : text.index("## Recipe")]
+    edit_card(server, "ann/me", (use, ""))
+    push_subject(pair[1], "ann/me", down="ann/faces")
+    _, body = card(server, "ann/me")
+    assert "Ask Ann." in body and "| Size |" in body and "\n## Use" not in body
+
+
+def test_a_card_that_was_there_before_the_first_push_stays(published, pair):
+    server, _ = published
+    server.add("ann/new", {"README.md": b"---\nlicense: mit\n---\n"})
+    server.add("ann/written", {"README.md": "# Käthe\n\nMy words.\n".encode()})
+    for name in ("ann/new", "ann/written"):
+        push_down(pair[0], name)
+        push_down(pair[0], name)
+    head, body = card(server, "ann/new")
+    assert head["license"] == "mit" and head["library_name"] == "peft" and body.count("# new\n") == 1
+    head, body = card(server, "ann/written")
+    assert body.startswith("\n# Käthe\n\nMy words.\n\n## Use\n") and "# written" not in body
+    assert body.count("\n## Use") == body.count("made by peft_metalora") == 1 and head["library_name"] == "peft"
+
+
+def test_pictures_of_a_card_that_somebody_edited(published, pair, tmp_path):
+    server, _ = published
+    for name in "ab":
+        Image.new("RGB", (2, 2), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
+    both = {str(tmp_path / "a.png"): "one", str(tmp_path / "b.png"): "two"}
+    push_subject(pair[1], "ann/me", down="ann/faces", gallery=both)
+    edit_card(server, "ann/me", ("widget:\n", "widget:\n- text: mine\n  output:\n    url: images/beach.png\n"))
+    edit_card(server, "ann/me", ("## Recipe", "![two](images/1.png)\n\n## Recipe"))
+    push_subject(pair[1], "ann/me", down="ann/faces", gallery={str(tmp_path / "b.png"): "new"})
+    shown = {one["output"]["url"]: one["text"] for one in card(server, "ann/me")[0]["widget"]}
+    assert shown == {"images/0.png": "new", "images/beach.png": "mine", "images/1.png": "two"}
+    assert {"images/0.png", "images/1.png"} <= set(server.repos["ann/me"].files())
+
+
+@pytest.mark.parametrize("broken", [b"---\na: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe"])
+def test_a_card_that_cannot_be_kept_ends_a_push(published, pair, broken):
+    server, _ = published
+    server.add("ann/faces", {"README.md": broken})
+    before = server.repos["ann/faces"].refs["main"]
+    with pytest.raises(errors.CorruptFileError, match=r"ann/faces/README.md: expected a card.*Nothing was sent"):
+        push_down(pair[0], "ann/faces")
+    assert server.repos["ann/faces"].refs["main"] == before
+
+
 # Loading
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file, save_file
 
 from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, with_down, with_subject, write_pair
 from peft_metalora import MetaLoraConfig, errors, export_subject, load_down, load_subject, project, save_subject
-from peft_metalora.checkpoint.artefacts import sealed
+from peft_metalora.checkpoint.card_file import sealed
 from peft_metalora.hub import pull, push_down, push_subject
 from peft_metalora.hub.cards import model_card
 

@@ -11,7 +11,6 @@ this module reads them. Nothing here changes a model either: what comes back has
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +39,7 @@ from ..tuner.down import MID, digest_of
 from ..tuner.placing import require_adapter
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
 from .base_model import REPO_ID, bare_model, base_model_name, check_layers
+from .card_file import CARD_FILE, is_made_card
 from .config_file import CONFIG_FILE, FORMAT_VERSION, PEFT_TYPE, check_values, config_json, is_name, read_config
 from .factors import (
     SUBJECT_PARTS,
@@ -655,24 +655,3 @@ def bare_weights(names: Iterable[str]) -> str | None:
     """
     weights = sorted({*names} & {*MAIN_FILES, FOLD_FILE})
     return f"another adapter ({weights[0]} without {CONFIG_FILE})" if weights else None
-
-
-# Cards
-
-CARD_FILE = "README.md"
-_SEAL = re.compile(r"<!-- made by peft_metalora, sha256:([0-9a-f]{64}) -->\n\Z")
-
-
-def sealed(card: str) -> str:
-    """A card with a last line that tells it from one that somebody edited."""
-    return f"{card}\n<!-- made by peft_metalora, sha256:{hashlib.sha256(card.encode()).hexdigest()} -->\n"
-
-
-def is_made_card(path: Path) -> bool:
-    """Whether a card is one of ours, as it was made."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False
-    seal = _SEAL.search(text)
-    return seal is not None and sealed(text[: seal.start() - 1]) == text

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,15 @@ from typing_extensions import Unpack
 
 from ..checkpoint import load_down as load_local_down
 from ..checkpoint.artefacts import (
-    CARD_FILE,
     MAIN_FILES,
     SIDE_FILES,
     bare_weights,
     open_artefact,
-    sealed,
     what_else,
     write_artefact,
 )
 from ..checkpoint.base_model import REPO_ID
+from ..checkpoint.card_file import CARD_FILE, renewed, sealed
 from ..checkpoint.config_file import CONFIG_FILE
 from ..checkpoint.factors import SubjectSource
 from ..checkpoint.folded import FOLD_FILE, LoraPair, check_fold, component_name, fold_subject
@@ -291,7 +290,7 @@ def _push(
         saved = write_artefact(made / "artefact", config, content, fold, reader=reader)
         contents = {path.name: path.read_bytes() for path in sorted(saved.iterdir())}
         card = model_card(config, repo_id, saved, shown, has_fold=bool(fold))
-    contents = {**contents, CARD_FILE: sealed(card).encode(), **pictures}
+    contents |= pictures
     api = huggingface_hub.HfApi(token=token)
     kind = "Down" if config.stage == "meta" else "subject"
     try:
@@ -306,12 +305,20 @@ def _push(
         if revision is not None:
             with suppress(hub_errors.RevisionNotFoundError):  # a new branch begins at the main one
                 there = api.model_info(repo_id, revision=revision)
-        older, found = _older(there, config, token)
+        at = repository(repo_id, revision=there.sha, token=token)
+        names = {file.rfilename for file in there.siblings or ()}
+        older, found = _older(names, at, config)
         if found is not None and not overwrite:
             raise OutputExistsError(
                 f"{repo_id}: expected a new repository, or an older push of the same, found {found}. Choose another "
                 "repository, or give overwrite=True (--overwrite) to replace it. Nothing was sent."
             )
+        if CARD_FILE in names and found is None:
+            card = renewed(fetch(at, (CARD_FILE,)).joinpath(CARD_FILE).read_bytes(), card, f"{repo_id}/{CARD_FILE}")
+        else:
+            card = sealed(card)
+        contents[CARD_FILE] = card.encode()
+        older -= {*_IN_GALLERY.findall(card)}  # which somebody's words still show
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         done = api.create_commit(
@@ -333,13 +340,9 @@ def _push(
     return pushed
 
 
-def _older(
-    there: huggingface_hub.ModelInfo, config: MetaLoraConfig, token: str | bool | None
-) -> tuple[set[str], str | None]:
+def _older(names: Set[str], at: Location, config: MetaLoraConfig) -> tuple[set[str], str | None]:
     """The files that an older push left, and what it is, in words, if it is not of the same."""
-    names = {file.rfilename for file in there.siblings or ()}
     if CONFIG_FILE in names:
-        at = repository(there.id, revision=there.sha, token=token)
         found = what_else(fetch(at, (CONFIG_FILE,)), config.stage, config.subject_name)
     elif (found := bare_weights(names)) is None:
         return set(), None

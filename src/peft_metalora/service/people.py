@@ -31,7 +31,8 @@ import fsspec
 from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from ..checkpoint.artefacts import CARD_FILE, MAIN_FILES, SIDE_FILES
+from ..checkpoint.artefacts import MAIN_FILES, SIDE_FILES
+from ..checkpoint.card_file import CARD_FILE
 from ..checkpoint.config_file import CONFIG_FILE, read_config
 from ..errors import (
     ConfigError,
