@@ -90,8 +90,8 @@ class ServeConfig(DrawConfig):
     max_subjects: int = setting("Most people in one image.", 4)
     max_body_mb: float = setting("Largest request, in megabytes.", 32.0)
     queue: int | None = setting(
-        "Requests that may wait or be drawn at once, and beside them people who wait to be tuned; more are refused (429). "
-        "Default: four batches for each copy.",
+        "Requests that may wait or be drawn at once, and beside them people who wait to be tuned; more are refused "
+        "(429). Default: four batches for each copy.",
         None,
     )
     rate: float | None = setting("Requests a second of each tenant; more are refused (429). Default: no limit.", None)
