@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -19,6 +20,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
+from peft_metalora.cli import main
 from peft_metalora.errors import ConfigError, CorruptFileError, OutputExistsError, UnsafeNameError, WriteFailedError
 from peft_metalora.service import people as people_module
 from peft_metalora.service.people import LOOK_EVERY, UNRECORDED, People, Person, Place
@@ -671,6 +673,24 @@ def test_a_place_that_keeps_copies_is_refused():
     """Bug: whoever was deleted stayed in the cache of a URL such as simplecache::s3://bucket/people."""
     with pytest.raises(ConfigError, match="of which no copies are kept, found 'simplecache::memory"):
         Place("simplecache::memory://people")
+
+
+@pytest.mark.parametrize("command", ["app", "serve"])
+def test_a_folder_of_people_has_one_service(tmp_path, capsys, command):
+    """Bug: page and service could run on one folder. Who was deleted in one was drawn by the other until it ended."""
+    one, other = People(Place(str(tmp_path))), People(Place(str(tmp_path)))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ann = one.put_code("acme", "ann", CODE, **OWN)
+    assert other.find("acme", "ann") is None, "none knows what another one changes"
+    with one.place.alone():
+        with pytest.raises(ConfigError, match="expected people whom nobody else serves"), other.place.alone():
+            pass
+        assert main([command, "--demo", "--people", str(tmp_path), "--port", str(port)]) == 2
+        one.remove(ann)
+    assert "found a service or a page at work on" in capsys.readouterr().err
+    with other.place.alone(), Place("memory://people").alone(), Place("memory://people").alone():
+        pass
 
 
 def test_a_place_with_a_history_is_read_only(monkeypatch):

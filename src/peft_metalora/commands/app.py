@@ -62,10 +62,11 @@ def opened(config: AppConfig) -> Iterator[tuple[Any, Any]]:
             require_writable(config.people)
             Path(config.people).mkdir(mode=0o700, parents=True, exist_ok=True)
         place = Place(config.people)
-        studio = open_studio(copy, place)
-        estimates = _estimates_of(studio.config, studio.side)
-        with serving_page(studio, place, copy, tenants, estimates) as server:
-            yield server, listening
+        with place.alone():
+            studio = open_studio(copy, place)
+            estimates = _estimates_of(studio.config, studio.side)
+            with serving_page(studio, place, copy, tenants, estimates) as server:
+                yield server, listening
 
 
 def _estimates_of(config: ServeConfig, side: int) -> Callable[[], list[Any]]:

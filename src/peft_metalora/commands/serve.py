@@ -49,7 +49,7 @@ def serving(config: ServeConfig) -> Iterator[threading.Thread]:
             raise ConfigError(
                 f"expected Ray Serve, found no {error.name}: pip install 'peft-metalora[serve]'"
             ) from error
-        with running(config, tenants, listening) as answering:
+        with Place(config.people).alone(), running(config, tenants, listening) as answering:
             yield answering
 
 

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from ..errors import (
     UnsafeNameError,
     WriteFailedError,
 )
-from ..files import staged_folder, sweep, temporary_folder, write_bytes
+from ..files import held_alone, staged_folder, sweep, temporary_folder, write_bytes
 from .tenants import NAME
 
 FORMAT = 1
@@ -104,6 +104,21 @@ class Place:
         self.is_local = isinstance(self.fs, LocalFileSystem)
         if self.is_local and not self.fs.isdir(self.root):
             raise ConfigError(f"expected a folder for people, found none at {url}: make it, or name another one")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the one who serves these people, for as long as the block lasts; of what is no folder nobody can tell.
+
+        Raises:
+            ConfigError: another service or page has them, which would go on to show whoever is deleted here.
+        """
+        with held_alone(self.root) if self.is_local else nullcontext(True) as is_alone:
+            if not is_alone:
+                raise ConfigError(
+                    f"expected people whom nobody else serves, found a service or a page at work on {self.root}: end "
+                    "that one, or give another folder"
+                )
+            yield
 
     def ignores_case(self) -> bool:
         """Whether two names that differ in capitals alone are one file here, as on most disks of Macs and Windows."""
