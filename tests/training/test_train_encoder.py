@@ -256,6 +256,26 @@ def test_the_step_that_reads_others_best_is_written(folders, tmp_path, monkeypat
     assert content(tmp_path / "again") == content(tmp_path / "out")
 
 
+def test_a_resumed_run_may_be_looked_at_in_another_way(folders, tmp_path, monkeypatch):
+    """Bug: with validation from then on the checkpoint was called broken; with another score the best step so far by
+    the older one was written, whatever came after."""
+    write_people(tmp_path / "others", subjects=1, each=2)
+    looking = {"validation_steps": 2, "validation_data_dir": str(tmp_path / "others")}
+    by_face = {**looking, "validation_embedder": "training_tiny:Brightness", "validation_prompt": ["a photo"]}
+    monkeypatch.setattr(Watch, "finish", lambda self, step: 10.0 - step if self._faces else step - 10.0)
+    settings = {"max_train_steps": 6, "checkpointing_steps": 2}
+    for name, before, now, best in (
+        ("new", {}, looking, 6),
+        ("other", by_face, looking, 6),
+        ("same", by_face, by_face, 2),
+        ("none", by_face, {}, 6),
+    ):
+        teach(config_of(folders, tmp_path / name, **settings, **before))
+        checkpoint = str(tmp_path / name / "checkpoint-4")
+        teach(config_of(folders, tmp_path / name, **settings, **now, resume_from_checkpoint=checkpoint))
+        assert load_down(tmp_path / name).config.facts["encoder_steps"] == best, name
+
+
 def test_a_copy_of_a_photo_is_no_other_photo(folders, tmp_path):
     """Bug: an encoder was judged by a copy of the very photo that it read."""
     people = shutil.copytree(folders / "people", tmp_path / "people")

@@ -270,7 +270,7 @@ def teach(
             validation = EncoderValidation(run, material.held, material.references, config, trackers, done)
             if state is not None:
                 with understanding(str(asked.resume_from_checkpoint)):
-                    validation.best.load_state_dict(state["best"])
+                    validation.load_state_dict(state)
         try:
             trackers.start(done)
             alone = f"The Down in {config.down} is whole, but reads no photos" if asked is not config else None
@@ -336,8 +336,8 @@ def _run(
                     bar.set_postfix(loss=f"{step.loss:.4f}", score=f"{score:.4f}", refresh=False)
             if every and step.number % every == 0 and run.processes.is_main:
                 folder = checkpoint_folder(config.output_dir, step.number)
-                best = {} if validation is None else {"best": validation.best.state_dict()}
-                write_state(folder, {**run.state_dict(), **best}, asked, origin=origin)
+                seen = {} if validation is None else validation.state_dict()
+                write_state(folder, {**run.state_dict(), **seen}, asked, origin=origin)
                 keep_newest(config, step.number)
 
 

@@ -8,13 +8,18 @@ its people by heart reads others ever worse.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...bases.precision import autocast
+from ...data import Subject
 from ...tuner import set_slots
 from ..encoder_training import EncoderTraining
 from ..engine.compiling import eagerly
+from ..engine.origin import photos_of
 from ..stage_settings import TrainEncoderConfig
 from .best_step import BestStep
 from .held_out import HeldOut, Watch
@@ -45,6 +50,18 @@ class EncoderValidation:
         self.watch = Watch(run.base, held, config, run.processes, trackers, done)
         trained = [*run.encoder.state_dict().values(), *run.space.state_dict().values()]
         self.best = BestStep(trained, keeps=run.processes.is_main)
+        people = zip(held.names, held.references, held.others, strict=True)
+        seen = photos_of([Subject(name, [reference, *others]) for name, reference, others in people])
+        self._measure = [config.validation_embedder, list(config.validation_prompt), list(seen.values())]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a resumed run."""
+        return {"best": self.best.state_dict(), "measure": self._measure}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave, if scores to come can be compared with those; else the best is yet to be."""
+        if state.get("measure") == self._measure:
+            self.best.load_state_dict(state["best"])
 
     def look(self, step: int) -> float | None:
         """Look, if this is a step to look at; returns the mean score of the subjects, the higher the better.
