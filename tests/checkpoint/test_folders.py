@@ -373,6 +373,7 @@ def test_many_patterns_cost_as_much_as_few(pair, monkeypatch):
         {"rank_pattern": {"(a+)+b": 2}},
         {"r": 2**28, "modules_to_save": ["norm"]},
         {"down_revision": "../../etc"},
+        {"format_version": 99},
     ],
 )
 def test_pefts_road_has_the_checks_of_ours(changes, pair):
@@ -382,6 +383,18 @@ def test_pefts_road_has_the_checks_of_ours(changes, pair):
     with pytest.raises(errors.MetaLoraError):
         PeftModel.from_pretrained(model, str(pair[1]))
     assert not [name for name, _ in model.named_parameters() if "metalora" in name]
+
+
+@pytest.mark.parametrize(("of", "value"), [(torch.float32, 1e39), (torch.bfloat16, 1e39), (torch.float16, 1e5)])
+def test_numbers_that_a_model_cannot_hold_are_refused_on_pefts_road(of, value, pair):
+    """Bug: they became infinity on the model, and everything that it drew NaN."""
+    edit_tensors(pair[1], lambda tensors: tensors.update({name: t.double() * 0 + value for name, t in tensors.items()}))
+    model = TinyModel().to(of)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(errors.NonFiniteError, match=r"expected numbers that torch.float.* can hold"):
+        PeftModel.from_pretrained(model, str(pair[1]))
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_slow_expression_of_a_file_is_never_matched(pair):

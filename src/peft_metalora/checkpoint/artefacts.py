@@ -38,9 +38,18 @@ from ..tuner.config import reference_to_write
 from ..tuner.down import MID, digest_of
 from ..tuner.placing import require_adapter
 from ..tuner.ranks import exceptions, ranks_of, whole_paths
-from .base_model import REPO_ID, bare_model, base_model_name, check_layers
+from .base_model import REPO_ID, bare_model, base_model_name, check_layers, require_held
 from .card_file import CARD_FILE, is_made_card
-from .config_file import CONFIG_FILE, FORMAT_VERSION, PEFT_TYPE, check_values, config_json, is_name, read_config
+from .config_file import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    PEFT_TYPE,
+    check_values,
+    check_version,
+    config_json,
+    is_name,
+    read_config,
+)
 from .factors import (
     SUBJECT_PARTS,
     WEIGHTS_FILE,
@@ -249,6 +258,7 @@ def check_files(folder: Path, config: MetaLoraConfig, model: nn.Module) -> None:
             f"{folder}: expected a subject with Mid and Up, found a code alone, which PEFT's own verbs cannot expand. "
             "Load it with pipe.load_meta_lora or peft_metalora.load_subject, or save it whole (whole=True)."
         )
+    check_version(config.format_version, folder / CONFIG_FILE)
     check_values(config.to_dict(), folder / CONFIG_FILE, expressions=True)
     with open_weights(folder) as file:
         if config_of(file, config) is not config:
@@ -259,6 +269,7 @@ def check_files(folder: Path, config: MetaLoraConfig, model: nn.Module) -> None:
         factors = FactorFile(file, config, others=True)
         check_layers(model, factors.entries, str(folder))
         tensors = factors.read()
+    require_held(model, tensors, str(folder))
     if config.stage == "meta" and config.down_fingerprint not in (None, fingerprint(tensors)):
         raise FingerprintMismatchError(
             f"{folder}: expected the Down {str(config.down_fingerprint)[:16]}…, as its configuration says, found "

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import BaseModelMismatchError, ConfigError
+from ..errors import BaseModelMismatchError, ConfigError, NonFiniteError
 from ..settings import shown
 from ..tuner import MetaLoraConfig
 from ..tuner.base_layers import base_of, factor_shape
@@ -110,6 +110,24 @@ def check_layers(model: nn.Module, tensors: Mapping[str, torch.Tensor | TensorEn
     layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
     for module in sorted({key.rpartition(".")[0] for key in tensors} & layers.keys()):
         _check_layer(layers[module], module, tensors, f"{name}: expected a base model")
+
+
+def require_held(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Check that factors which fill adapters of the model's layers are numbers there, too.
+
+    Raises:
+        NonFiniteError: one that the dtype cannot hold.
+    """
+    layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
+    for key, tensor in tensors.items():
+        weight = getattr(layers.get(key.rpartition(".")[0]), "weight", None)
+        # Where weights have fewer bits still, factors have not.
+        dtype = torch.float16 if getattr(weight, "dtype", None) == torch.float16 else torch.float32
+        if not torch.isfinite(tensor.to(dtype)).all():
+            raise NonFiniteError(
+                f"{name}: expected numbers that {dtype} can hold in {key}, found more than that. Load the base model "
+                "in bfloat16 or float32, or fetch the file again."
+            )
 
 
 def _check_layer(layer: nn.Module, module: str, tensors: Mapping[str, torch.Tensor | TensorEntry], told: str) -> None:

@@ -51,13 +51,7 @@ def parse_config(table: Mapping[str, Any], path: Path) -> MetaLoraConfig:
             "Load ordinary adapters with PEFT or pipe.load_lora_weights."
         )
     version = table.get("format_version", 1)
-    if type(version) is not int or version < 1:
-        raise _bad_field(path, "format_version", "a whole number from 1", version)
-    if version > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{path}: expected format version {FORMAT_VERSION} or older, found {version}. "
-            "Upgrade: pip install -U peft-metalora."
-        )
+    check_version(version, path)
     known = {field.name for field in dataclasses.fields(MetaLoraConfig)}
     values = {name: value for name, value in table.items() if name in known}
     if (wrong := wrong_field(values)) is not None:
@@ -75,6 +69,17 @@ def parse_config(table: Mapping[str, Any], path: Path) -> MetaLoraConfig:
         return MetaLoraConfig(**values)
     except (MetaLoraError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ConfigFormatError(f"{path}: expected a configuration that can be, found: {error}") from error
+
+
+def check_version(version: Any, path: Path) -> None:
+    """Refuse what a newer release wrote; raises FormatVersionError, and ConfigFormatError for what is no version."""
+    if type(version) is not int or version < 1:
+        raise _bad_field(path, "format_version", "a whole number from 1", version)
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: expected format version {FORMAT_VERSION} or older, found {version}. "
+            "Upgrade: pip install -U peft-metalora."
+        )
 
 
 def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = False) -> None:
