@@ -134,7 +134,7 @@ class Bench:
         if is_complete(self.output, folder, key):
             return
         _ = self.base  # whatever is missing is told before anything is written
-        remove_cell(folder)
+        remove_cell(self.output, folder)
         cell: Cell = {"rows": [], "points": [], "failure": None, "reference": self._show(folder, reference)}
         if condition is not None:
             cell |= {"condition": condition.name, "strength": condition.strength}
@@ -161,7 +161,7 @@ class Bench:
         if is_complete(self.output, folder, key):
             return
         images = [load_image(path) if path.is_file() else None for path in paths]
-        remove_cell(folder)
+        remove_cell(self.output, folder)
         rows = self._score(folder, images, subject, 0)
         reference = self._show(folder, subject.split()[0])
         cell = {"rows": rows, "points": [], "failure": None, "reference": reference}

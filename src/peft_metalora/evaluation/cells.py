@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,19 @@ def is_complete(output: Path, folder: Path, key: str) -> bool:
     )
 
 
-def remove_cell(folder: Path) -> None:
-    """Before images are made anew: of a run that is killed meanwhile no older cell shows the new ones as its own."""
+def remove_cell(output: Path, folder: Path) -> None:
+    """Before images are made anew: neither does an older cell show the new ones as its own, nor do older images stay,
+    which may be of somebody else who was called so."""
+    with suppress(MetaLoraError):
+        cell = _read(folder / "cell.json")
+        named = [row["file"] for row in (*cell["rows"], *cell.get("edited", []))]
+        files = [output / name for name in (*named, cell["reference"]) if name]
+        files = [path for path in files if folder.resolve() in path.resolve().parents]
+        for path in files:
+            path.unlink(missing_ok=True)
+        for place in {path.parent for path in files} - {folder}:
+            with suppress(OSError):  # something else is there
+                place.rmdir()
     (folder / "cell.json").unlink(missing_ok=True)
 
 
@@ -67,9 +79,13 @@ def _read(path: Path) -> Cell:
         cell: Cell = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path}: expected a cell in JSON, found: {error}. Remove it and run again.") from error
-    rows = cell.get("rows") if isinstance(cell, dict) and cell.keys() >= _PARTS else None
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and isinstance(row.get("file", 0), (str, type(None))) for row in rows
-    ):
+    is_whole = isinstance(cell, dict) and cell.keys() >= _PARTS and isinstance(cell["reference"], str)
+    if not is_whole or not all(map(_are_rows, (cell["rows"], cell.get("edited", [])))):
         raise CorruptFileError(f"{path}: expected a cell in JSON, found something else. Remove it and run again.")
     return cell
+
+
+def _are_rows(rows: Any) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and isinstance(row.get("file", 0), (str, type(None))) for row in rows
+    )
