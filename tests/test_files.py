@@ -16,7 +16,7 @@ import torch
 from artefacts_tiny import write_pair
 from peft_metalora import files, load_down, load_subject
 from peft_metalora.cli import main
-from peft_metalora.errors import CheckpointError, ConfigError
+from peft_metalora.errors import CheckpointError, ConfigError, WriteFailedError
 from peft_metalora.files import open_regular, require_apart, staged_folder, temporary_folder, write_bytes, write_tensors
 
 
@@ -50,6 +50,54 @@ def test_outputs_beside_and_around_an_input_are_good(output, source, tmp_path, m
     require_apart(output, down=source, data="owner/repository", base=None)
     require_apart("owner/repository", down="owner/repository")  # nothing here has that name
     require_apart("photo folder", photo=source / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("why", ["another disk", "a closed parent"])
+def test_a_folder_is_written_where_nothing_beside_it_can_be(why, tmp_path, monkeypatch):
+    """Bug: a run into a mounted volume, or a link to another disk, failed at its end: a rename does not lead there."""
+    disk = "/dev/shm" if why == "another disk" else None
+    with tempfile.TemporaryDirectory(dir=disk) as there:
+        place = tmp_path / "around" / "out"
+        place.parent.mkdir()
+        if disk is None:
+            place.mkdir()
+            access, make = os.access, os.mkdir
+
+            def mkdir(path, *options):
+                if Path(path).parent == place.parent:
+                    raise PermissionError(path)
+                make(path, *options)
+
+            monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place.parent and access(path, mode))
+            monkeypatch.setattr(os, "mkdir", mkdir)
+        else:
+            if os.stat(there).st_dev == os.stat(tmp_path).st_dev:
+                pytest.skip("one disk alone")
+            place.symlink_to(there)
+        for content in ("old", "new"):
+            with staged_folder(place, stale=["fold"]) as stage:
+                for name in ("config", "weights", "fold"):
+                    (stage / name).write_text(content)
+        assert {path.name: path.read_text() for path in place.iterdir()} == dict.fromkeys(
+            ("config", "weights", "fold"), "new"
+        )
+        assert [path.name for path in place.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["config", "fold", "code"])
+def test_a_folder_by_the_name_of_a_file_is_not_replaced(name, tmp_path):
+    """Bug: it was deleted with what lay in it, or the save ended between two of its files."""
+    place = tmp_path / "out"
+    (place / name).mkdir(parents=True)
+    (place / name / "mine").write_text("mine")
+    (place / "weights").write_text("old")
+    with (
+        pytest.raises(WriteFailedError, match=f"{name} is a folder"),
+        staged_folder(place, stale=["fold"], replaced=["code"]) as stage,
+    ):
+        for written in ("config", "weights"):
+            (stage / written).write_text("new")
+    assert (place / name / "mine").read_text() == "mine" and (place / "weights").read_text() == "old"
 
 
 @pytest.mark.parametrize("before", [[], ["config"], ["config", "photo"]])

@@ -198,9 +198,10 @@ def staged_folder(
     """Give an empty folder to write into; when the block ends well, its files appear in `folder` together.
 
     A new folder, and one of which nothing stays, changes in one step (rename, or exchange where the system has it). A
-    folder that holds files of others, or that somebody works in, stays what it is: then each of our files is replaced
-    in one step, in sorted order from last to first, so that `adapter_config.json` comes after the tensors. The rights
-    of a folder and of files that are replaced stay, and new files of a folder that is closed to others are closed too.
+    folder that holds files of others, that somebody works in, or that is a disk of its own, stays what it is: then each
+    of our files is replaced in one step, in sorted order from last to first, so that `adapter_config.json` comes after
+    the tensors. The rights of a folder and of files that are replaced stay, and new files of a folder that is closed to
+    others are closed too.
 
     Args:
         stale: names of files made from the others: what an older save left of them goes before anything is replaced,
@@ -213,7 +214,7 @@ def staged_folder(
     """
     target = Path(os.path.abspath(folder))
     try:
-        with _stage_beside(target) as stage:
+        with _stage_beside(target / target.name if _is_apart(target) else target) as stage:
             yield stage
             for path in stage.iterdir():
                 _flush(path)
@@ -225,6 +226,14 @@ def staged_folder(
         raise
     except (OSError, SafetensorError) as error:
         raise _write_failed(target, error) from error
+
+
+def _is_apart(target: Path) -> bool:
+    """Whether nothing beside a folder can be renamed into it: a mounted disk, a link to one, a parent closed to us."""
+    if not target.is_dir():
+        return False
+    around = target.parent
+    return target.stat().st_dev != around.stat().st_dev or not os.access(around, os.W_OK | os.X_OK)
 
 
 def _keep_rights(stage: Path, target: Path) -> None:
@@ -242,6 +251,9 @@ def _install(stage: Path, target: Path, stale: set[str], replaced: set[str]) -> 
         raise NotADirectoryError(f"{target} is a file")
     written = {path.name for path in stage.iterdir()}
     present = {path.name for path in target.iterdir()} if target.exists() else set()
+    for name in present & (written | stale | replaced):
+        if (target / name).is_dir():  # somebody's, and no file can take its place
+            raise IsADirectoryError(f"{target / name} is a folder")
     if not target.exists() and not target.is_symlink():
         os.replace(stage, target)
     elif not (
