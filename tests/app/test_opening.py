@@ -81,6 +81,23 @@ def test_users_enter_with_their_own_token(tried):
         assert asking.get("/config").json()["username"] == "ann"
 
 
+def test_no_other_sites_page_asks_in_a_users_name(tried):
+    """Bug: Gradio's cookie comes along from everywhere, and every site was allowed to read the answers. Any page that a
+    user who had logged in came by could look at their people, export and delete them."""
+    with client(tried(), Tenants(TOKENS)) as asking:
+        asking.post("/login", data={"username": "ann", "password": TOKENS["ann"][0]})
+        own = {"host": "people.example", "cookie": "; ".join(f"{k}={v}" for k, v in asking.cookies.items())}
+
+        def told(site, mode, method="GET", path="/config", origin="https://evil.example"):
+            headers = {**own, "origin": origin, "sec-fetch-site": site, "sec-fetch-mode": mode}
+            return asking.request(method, path, headers=headers).status_code
+
+        assert [told(site, "cors") for site in ("cross-site", "same-site")] == [403, 403]
+        assert told("cross-site", "navigate", "POST", "/gradio_api/queue/join") == 403
+        assert told("cross-site", "navigate", path="/") == 200  # a link to the page
+        assert told("same-origin", "cors", origin="https://people.example") == told("none", "navigate") == 200
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [

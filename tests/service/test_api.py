@@ -200,6 +200,18 @@ def test_without_tokens_another_hosts_name_is_refused(home, tmp_path, run):
     assert run(work()) == [200] * 5 + [421] * 3
 
 
+@pytest.mark.parametrize(("tenants", "status"), [(False, 403), (True, 201)])
+def test_without_tokens_a_page_of_the_web_brings_nobody_in(home, tmp_path, run, tenants, status):
+    """A browser says whose page asks. A token is told by whoever has it, from whatever page."""
+
+    async def work():
+        service = Service(home, tmp_path, pool=Gate(), tenants=tenants)
+        body = {"name": "ann", "photos": [photo()], "consent": "said yes"}
+        return await service.ask("POST", "/subjects", body, headers={"sec-fetch-site": "cross-site"})
+
+    assert run(work()).status == status
+
+
 # Limits
 
 

@@ -15,12 +15,15 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..files import temporary_folder
+from ..service.door import answer, require_own_page
 from ..service.people import Place
 from ..service.serve_settings import LOOPBACK, ServeConfig
+from ..service.tasks import RefusedError
 from ..service.tenants import OPERATOR, Tenants
 from .blocks import STYLE, make_blocks
 from .hardware import Estimates
@@ -48,6 +51,7 @@ def serving_page(
         blocks = make_blocks(Page(studio, library, config, folder / "exports", estimates))
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         app.add_middleware(_WholeUploads, folder=folder)
+        app.add_middleware(_OwnPage)
         if tenants is None:
             # A page of the web whose name was turned to this address (DNS rebinding) gives itself away by the name.
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
@@ -66,6 +70,23 @@ def serving_page(
         )
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         yield server
+
+
+class _OwnPage:
+    """Lets no page from elsewhere ask: browsers send Gradio's cookie for any of them, and show them its answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            try:
+                require_own_page(scope["method"], Headers(scope=scope))
+            except RefusedError as error:
+                await answer(send, error)
+                return
+        await self._app(scope, receive, send)
 
 
 class _WholeUploads:

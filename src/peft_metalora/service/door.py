@@ -13,7 +13,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from .gauges import Gauges
@@ -32,6 +32,13 @@ OPEN = {"/healthz", "/docs", "/openapi.json"}
 _HUNG_UP = 499
 _MOST_BODIES = 32  # of the largest size, in memory at once
 _HEADERS = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
+
+
+def require_own_page(method: str, headers: Mapping[str, str]) -> None:
+    """Raises RefusedError where a browser asks for a page from elsewhere, unless that opens what it asks for."""
+    opens = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not opens:
+        raise RefusedError(403, "expected a request of this address's own page, found one of a page from elsewhere")
 
 
 class _HungUpError(Exception):
@@ -71,13 +78,13 @@ class Door:
         try:
             await self._let_in(scope, receive, out)
         except RefusedError as error:
-            await _answer(out, error)
+            await answer(out, error)
         except _HungUpError:
             pass
         except Exception:
             log.exception("failed", extra={"fields": {"request": number}})
             if status == _HUNG_UP:
-                await _answer(out, RefusedError(500, f"the service failed; its log says why, under {number}"))
+                await answer(out, RefusedError(500, f"the service failed; its log says why, under {number}"))
         finally:
             seconds, route = time.monotonic() - start, getattr(scope.get("route"), "path", "other")
             self._gauges.requests.labels(route, status).inc()
@@ -92,6 +99,7 @@ class Door:
             # A page of the web whose name was turned to this address (DNS rebinding) gives itself away by the name.
             if re.sub(r":\d*$", "", headers.get("host", "")).strip("[]") not in LOOPBACK:
                 raise RefusedError(421, "expected a request to the loopback, found another host's name")
+            require_own_page(scope["method"], headers)
             tenant: str | None = LOCAL
         else:
             tenant = self._tenants.of(headers.get("authorization"))
@@ -174,7 +182,8 @@ def answer_to(error: RefusedError) -> tuple[bytes, dict[str, str]]:
     return json.dumps({"error": " ".join(str(error).split())}).encode(), headers
 
 
-async def _answer(send: Send, error: RefusedError) -> None:
+async def answer(send: Send, error: RefusedError) -> None:
+    """Answer with a refusal."""
     body, headers = answer_to(error)
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     pairs.append((b"content-length", str(len(body)).encode()))
