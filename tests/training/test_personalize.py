@@ -392,8 +392,10 @@ def test_a_new_run_leaves_nothing_of_an_older_one(place, tmp_path):
     )
     assert len(list(out.glob("checkpoint-*"))) == 4 and len(list(out.glob("validation/*"))) == 4
     mine = [out / "validation" / "ann.png", out / "logs" / "mine.log", out / "checkpoint-7" / "optimizer.bin"]
-    for path in mine:
-        path.parent.mkdir(exist_ok=True)
+    mine.append(out / "logs" / "another run" / "events.out.tfevents.1")
+    older = out / "logs" / "metalora" / "events.out.tfevents.1"
+    for path in (*mine, older):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     other = replace(config, instance_data_dir=str(place / "people" / "person-1" / "0.png"), checkpointing_steps=2)
     personalize(other, progress=False)
@@ -401,6 +403,7 @@ def test_a_new_run_leaves_nothing_of_an_older_one(place, tmp_path):
         "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",
         "validation", "logs", "checkpoint-7", "checkpoint-2",
     }  # fmt: skip
+    assert not older.exists()
     assert all(path.read_text() == "mine" for path in mine) and len(list(out.glob("validation/*"))) == 1
 
 

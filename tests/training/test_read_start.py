@@ -148,6 +148,16 @@ def replace_code(person, code):
     return type(person)(person.config, replace(person.code, code=code), person.space, person.down)
 
 
+def test_a_run_does_not_go_on_with_what_reads_otherwise(place, reading, tmp_path):
+    """Bug: where the Down had been taught to read anew, the run stopped where nobody had asked it to."""
+    settings = {"max_train_steps": 4, "max_drift": 0.5, "checkpointing_steps": 2}
+    personalize(config_of(place, reading, tmp_path / "out", **settings), progress=False)
+    anew = teach_to_read(shutil.copytree(place / "down", tmp_path / "anew"), spread=0.5)
+    going_on = config_of(place, anew, tmp_path / "out", **settings, resume_from_checkpoint="checkpoint-2")
+    with pytest.raises(ConfigError, match=r"expected the reader of the Down of the run .*found others \(.*anew\)"):
+        personalize(going_on, progress=False)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(place, reading, tmp_path):
     settings = {"learning_rate": 0.002, "max_train_steps": 50, "checkpointing_steps": 2}
     whole = hub.load_subject(personalize(config_of(place, reading, tmp_path / "whole", **settings), progress=False))

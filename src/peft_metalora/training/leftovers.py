@@ -37,7 +37,8 @@ def make_room(config: TrainingConfig, stage: str | None, subject_name: str | Non
     if config.overwrite and any(what_else(place, stage, subject_name) for place in places):
         remove_run(output, config.logging_dir)
     else:
-        _remove_sights(output, config.logging_dir)
+        # Runs of other names there are to be compared.
+        _remove_sights(output, str(Path(config.logging_dir, config.tracker_project_name)))
 
 
 def remove_older_checkpoints(config: TrainingConfig, done: int, *, resumed: bool) -> None:

@@ -104,6 +104,9 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     validation = Validation(run, *others, trackers) if others is not None else None
     if down is not None:
         origin["Down"] = {str(config.down): down.fingerprint}
+        if read:  # how far somebody may move is a share of where they were read
+            reader = down.config.space_fingerprint, down.config.encoder_fingerprint
+            origin["reader of the Down"] = {str(config.down): " ".join(map(str, reader))}
     if others is not None:
         origin["validation photos"] = photos_of([Subject("of validation", others[0])])
     state = read_state(config, origin=origin, extendable=config.has_constant_rate)
