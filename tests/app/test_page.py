@@ -401,6 +401,26 @@ class TestLibrary:
         app.page.push("local", "anna", "me/ann", "me/down", True)
         assert load_subject("me/ann").config.subject_name == "anna"
 
+    def test_who_is_deleted_while_they_are_pushed_is_told_to_be_there(self, tried, server, monkeypatch):
+        """Bug: a push that ended after its person was deleted said nothing but that all was well."""
+        app = tried()
+        push_down(app.config.down, "me/down", token=TOKEN)
+        app.enrol("ann", 1)
+        push = app.library.push
+        monkeypatch.setattr(app.library, "push", lambda *a: (push(*a), app.page.delete("local", "ann"))[0])
+        with pytest.raises(ConfigError, match="at me/ann by now, so delete that repository"):
+            app.page.push("local", "ann", "me/ann", "me/down", False)
+
+    def test_nobody_is_kept_between_two_of_whom_one_is_deleted_meanwhile(self, tried, monkeypatch):
+        """Bug: a blend that was kept just as one of the two was deleted brought their likeness back."""
+        app = tried()
+        app.enrol("ann", 1), app.enrol("bob", 2)
+        between = app.studio.between
+        monkeypatch.setattr(app.studio, "between", lambda people: (app.page.delete("local", "ann"), between(people))[1])
+        with pytest.raises(ConfigError, match="ann, who was deleted"):
+            app.page.keep_blend("local", ["ann", "bob"], 0.5, "cleo")
+        assert [one.name for one in app.library.people("local")] == ["bob"]
+
     @pytest.mark.parametrize("part", ["/index/", "/photos/"])
     def test_photos_that_cannot_be_kept_leave_nobody(self, tried, monkeypatch, part):
         app, visit, write = tried(), Visit(), Place.write

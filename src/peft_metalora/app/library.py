@@ -74,17 +74,18 @@ class Library:
         if self._people.find(tenant, name) is not None:
             raise OutputExistsError(f"expected a new name, found {name}, which is taken: give another, or delete them")
 
-    def enrol(self, person: Person, photos: Sequence[bytes] = ()) -> Person:
+    def enrol(self, person: Person, photos: Sequence[bytes] = (), between: Sequence[Person] = ()) -> Person:
         """Keep somebody whom nobody knows yet, as a code.
 
         Args:
-            photos: those to be kept.
+            photos: those to be kept. between: whom they are a blend of, who have to be here.
 
         Raises:
-            ConfigError, OutputExistsError: as `require_new`. WriteFailedError: nobody was added.
+            ConfigError, OutputExistsError: as `require_new` and `require_here`. WriteFailedError: nobody was added.
         """
         with self._change:
             self.require_new(person.tenant, person.name)
+            self.require_here(between)
             own: dict[str, Any] = {"down": person.down, "space": person.space, "consent": person.consent}
             # Entered before their photos are kept, so that no photo is without a name to delete it by.
             added = self._people.put_code(person.tenant, person.name, person.code or b"", **own)

@@ -143,9 +143,9 @@ class Page:
     def keep_blend(self, tenant: str, names: Sequence[str | None], share: float, name: str) -> Person:
         """Enter somebody between two into the library."""
         self.library.require_new(tenant, name)
-        person = self._between(self._two(tenant, names), share)
-        person = Person(tenant, name, *(getattr(person, one) for one in Person.__slots__[2:]))
-        return self.library.enrol(person)
+        people = self._two(tenant, names)
+        person = replace(self._between(people, share), name=name)
+        return self.library.enrol(person, between=people)
 
     def _two(self, tenant: str, names: Sequence[str | None]) -> list[Person]:
         return [self.library.person(tenant, name) for name in names]
@@ -244,6 +244,12 @@ class Page:
         """Publish somebody as a private repository; says where."""
         person = self.library.person(tenant, name)
         commit = self.library.push(person, repo_id.strip(), down.strip() or None, overwrite)
+        try:
+            self.library.require_here([person])
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}: they are at {repo_id.strip()} by now, so delete that repository, too"
+            ) from error
         return f"{name} is at {repo_id.strip()}, private, commit {commit[:12]}"
 
     def delete(self, tenant: str, name: str | None) -> Person:
