@@ -395,6 +395,28 @@ def test_a_job_that_is_cancelled_too_late_is_done(home, tmp_path, run, monkeypat
     assert (cancelled.json["status"], person.json["kind"]) == ("done", "files")
 
 
+def test_who_hangs_up_as_somebody_is_replaced_ends_their_job_too(home, tmp_path, run, monkeypatch):
+    """Bug: of who was replaced by a client that hung up then, the photos stayed in a job, and were learned from."""
+
+    async def work():
+        service, writing, go_on = Service(home, tmp_path, pool=Tuning(), tuners=1), threading.Event(), threading.Event()
+        begun, gone = await service.enrol("ann", tune=True), asyncio.Event()
+        put = service.people.put_code
+        monkeypatch.setattr(service.people, "put_code", lambda *a, **k: (writing.set(), go_on.wait(5), put(*a, **k))[2])
+        body = {"name": "ann", "photos": [photo(1)], "consent": "by mail", "replace": True}
+        replacing = asyncio.ensure_future(service.ask("POST", "/subjects", body, hang_up=gone))
+        await soon(writing.is_set)
+        gone.set()
+        await asyncio.sleep(0.01)
+        go_on.set()
+        await replacing
+        job = service.desk.job("acme", begun.json["job"])
+        await asyncio.wait([job.work], timeout=1)
+        return job.status, service.people.entry("acme", "ann").consent
+
+    assert run(work()) == ("cancelled", "by mail")
+
+
 def test_photos_that_cannot_be_read_end_no_job(home, tmp_path, run):
     """Bug: who was to be replaced by photos that no copy could read was tuned no more."""
 

@@ -193,7 +193,9 @@ class Desk:
                     person = await to_its_end(put, *named, down=down, space=space, consent=order.consent, before=before)
                 except (OutputExistsError, UnsafeNameError) as error:
                     raise RefusedError(409, str(error)) from error
-                self._cancel_jobs(tenant, order.name)
+                finally:
+                    if self.people.entry(tenant, order.name) != before:  # though whoever asked may have hung up
+                        self._cancel_jobs(tenant, order.name)
         return person, self._start_job(person, photos, order.instance_prompt) if order.tune else None
 
     def _photos_of(self, order: SubjectOrder) -> list[bytes]:
