@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
 from dataclasses import replace
 
@@ -281,6 +282,19 @@ def test_what_somebody_wrote_into_a_card_stays(published, pair):
     edit_config(pair[1], subject_name="bob")
     push_subject(pair[1], "ann/me", down="ann/faces", overwrite=True)
     assert "by hand" not in card(server, "ann/me")[1], "what was said of somebody else stayed beside who came"
+
+
+def test_a_card_of_an_older_seal_is_made_anew_unless_somebody_edited_it(published, pair):
+    """Bug: a seal that does not say which parts were made left the whole card to whoever had pushed it."""
+    server, _ = published
+    text = server.repos["ann/me"].files()["README.md"].decode()
+    older = re.sub(r" \{.*\} -->", " -->", text)
+    assert older != text
+    edit_config(pair[1], facts={"steps": 7})
+    for there, renewed in ((older, True), (older.replace("binds its use", "binds"), False)):
+        server.add("ann/me", {"README.md": there.encode()})
+        push_subject(pair[1], "ann/me", down="ann/faces")
+        assert ("| steps | 7 |" in card(server, "ann/me")[1]) == renewed
 
 
 def test_a_section_that_somebody_changed_or_took_out_is_theirs(published, pair):
