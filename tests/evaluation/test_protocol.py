@@ -27,7 +27,8 @@ from peft_metalora.evaluation.methods import run_method
 from peft_metalora.evaluation.plots import plot
 from peft_metalora.evaluation.prompts import read_prompts
 from peft_metalora.evaluation.protocol import evaluate
-from training_tiny import Brightness, teach_to_read
+from pipelines_tiny import save_tiny_flux
+from training_tiny import Brightness, teach_to_read, write_people
 
 METHODS = ("meta-lora:start=mean,lr=3e-3", "lora:r=1,lr=1e-2", "textual-inversion:lr=1e-1")
 
@@ -304,6 +305,25 @@ def test_a_person_who_is_read_is_drawn_before_the_first_step_and_stays_when_the_
     judged = {"embedder": f"{__name__}:judge", "face_model": f"{__name__}:judge", "steps": [0]}
     with pytest.raises(ConfigError, match="a judge that the encoder does not read through"):
         evaluate(EvaluateConfig(**settings, **judged, method=[f"meta-lora:start=encoder,down={face}"]), progress=False)
+
+
+def test_a_base_that_was_trained_anew_is_another(tmp_path: Path) -> None:
+    """Bug: an evaluation knew a base in a folder by its path, and showed images of the one that had been there."""
+    save_tiny_flux(tmp_path / "base")
+    people = write_people(tmp_path / "people", subjects=1)
+    settings = {"base": str(tmp_path / "base"), "data": str(people), "embedder": "training_tiny:Brightness"}
+    settings |= {"method": ["base"], "seeds": 1, "num_inference_steps": 1, "resolution": 16, "device": "cpu"}
+
+    def drawn() -> dict[Path, tuple[bytes, int]]:
+        evaluate(EvaluateConfig(**settings, output=str(tmp_path / "out")), progress=False)
+        files = (tmp_path / "out").rglob("00000/*.png")
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before = drawn()
+    assert before and drawn() == before
+    weights = tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert all(now[0] != before[path][0] for path, now in drawn().items())
 
 
 def judge() -> Brightness:

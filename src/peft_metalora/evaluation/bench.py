@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from ..data import Photo, Subject, load_image, read_tags
 from ..data.images import png
 from ..encoder.reader import Reader, load_reader, no_encoder
 from ..errors import ConfigError, MetricInputError, TrainingError
-from ..files import write_bytes
+from ..files import open_regular, write_bytes
 from ..hub.loading import folder_of
 from ..tuner import DownSource
 from ..tuner.down import digest_of
@@ -40,6 +42,7 @@ _MADE_FROM = (
     "base", "instance_prompt", "learning_rate", "train_batch_size", "views_per_image", "num_inference_steps",
     "mixed_precision", "subject_name",
 )  # fmt: skip
+_START = 2**20  # bytes, more than a header has
 _JUDGES = "base", "embedder", "match_threshold", "face_pack", "clip_model", "dino_model", "dinov2_model", "lpips"
 
 
@@ -89,6 +92,22 @@ class Bench:
             self._base.place(device, encoders=True)
         return self._base
 
+    @cached_property
+    def _base_files(self) -> dict[str, str]:
+        """What a base in a folder is made of, so that one that was trained anew there is another.
+
+        Trained weights differ nearly everywhere: the start of a file tells them apart.
+        """
+        folder = Path(self.config.base)
+        if self.config.base == DEMO or not folder.is_dir():
+            return {}
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
+            with open_regular(path) as file:
+                start = file.read(_START)
+            digest.update(f"{path.relative_to(folder).as_posix()}|{path.stat().st_size}|".encode() + start)
+        return {"base files": digest.hexdigest()}
+
     def _check(self) -> None:
         """Have the judge and the Downs of all methods there before the base is opened."""
         _ = self.judge
@@ -123,6 +142,7 @@ class Bench:
             **{name: getattr(config, name) for name in _MADE_FROM},
             **({} if config.quantize == "none" else {"quantize": config.quantize}),  # cells of before stay valid
             **({} if config.generic is None else {"generic": config.generic}),
+            **self._base_files,
             "resolution": config.side,
             "steps": steps,
             "caption": reference.caption,
