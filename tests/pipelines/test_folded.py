@@ -142,6 +142,79 @@ def test_training_begins_without_a_verb(folder, pipe, tmp_path):
     assert folded(pipe) == {"again"} and same(image(pipe), trained)
 
 
+def bob_into_ann(pipe):
+    with torch.no_grad():
+        for layer in meta_layers(pipe.transformer):
+            for part in (layer.metalora_mid, layer.metalora_up):
+                part["ann"].copy_(part["bob"])
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_what_is_written_shows_in_a_compiled_pipeline(folder, pipe, compiled_first):
+    """Bug: a graph read the fold of before beside the new Up: somebody who is neither."""
+    pipe.load_meta_lora(folder / "bob")
+    bob = image(pipe)
+    pipe.load_meta_lora(folder / "ann")
+    torch._dynamo.reset()
+    if compiled_first:
+        pipe.transformer.compile(backend="eager")
+        image(pipe)
+    bob_into_ann(pipe)
+    if not compiled_first:
+        pipe.transformer.compile(backend="eager")
+    assert same(image(pipe), bob)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_what_is_trained_shows_in_a_compiled_pipeline(folder, pipe, options):
+    """Bug: a model that trained in eval mode, compiled, went on with the fold of before."""
+    pipe.load_meta_lora(folder / "ann")
+    torch._dynamo.reset()
+    pipe.transformer.compile(backend="eager")
+    before, model = image(pipe), pipe.transformer
+    factors = [part["ann"] for layer in meta_layers(model) for part in (layer.metalora_mid, layer.metalora_up)]
+    for factor in factors:
+        factor.requires_grad_(True)
+    optimizer = torch.optim.AdamW(factors, lr=0.1, **options)
+    for _ in range(2):
+        image(pipe)
+        torch.manual_seed(0)
+        given = {
+            "hidden_states": torch.randn(1, 16, 16),
+            "encoder_hidden_states": torch.randn(1, 4, 16),
+            "pooled_projections": torch.randn(1, 16),
+            "timestep": torch.ones(1),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(4, 3),
+        }
+        model(**given).sample.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for factor in factors:
+        factor.requires_grad_(False)
+    trained = image(pipe)
+    model._compiled_call_impl = None
+    assert not same(trained, before) and same(trained, unfolded_image(pipe))
+
+
+def test_who_is_loaded_in_inference_mode_is_as_any_other(folder, pipe):
+    """Bug: torch counts no writes into what is made there, so that a fold stayed; and nobody could come in outside."""
+    with torch.inference_mode():
+        pipe.load_meta_lora(folder / "bob")
+        bob = image(pipe)
+        pipe.load_meta_lora(folder / "ann")
+        ann = image(pipe)
+        pipe.add_subject(folder / "bob", "robert")
+        assert same(image(pipe, subjects="robert"), bob)
+        pipe.to(torch.float64).to(torch.float32)
+        assert folded(pipe) == {"ann"}
+    pipe.add_subject(folder / "ann", "anna")
+    assert same(image(pipe, subjects="anna"), ann) and same(image(pipe, subjects="bob"), bob)
+    with torch.inference_mode():
+        bob_into_ann(pipe)
+        assert same(image(pipe), bob)
+
+
 def test_beside_a_fused_subject(folder, pipe):
     pipe.load_meta_lora(folder / "ann")
     before = image(pipe)

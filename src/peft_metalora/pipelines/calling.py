@@ -22,6 +22,7 @@ from ..checkpoint.space import CodeSource
 from ..errors import AdapterNotFoundError, AdapterStateError, RegionError
 from ..hub.loading import HubOptions, KnownDown, load_subject
 from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_slots
+from ..tuner.folding import renew_folds
 from ..tuner.on_model import configs_of, down_on_model, meta_layers, seen
 from ..tuner.placing import active_adapters, remove_adapters, shown_alone
 from .denoiser import (
@@ -81,6 +82,7 @@ class PerSampleMixin:
                 with self._showing(model, names) as slots, shown_in_regions(self, model, places, slots):
                     return super().__call__(*args, **kwargs)  # type: ignore[misc]
             if subjects is None:
+                renew_folds(layer for _, known in seen(model).layers if (layer := known()) is not None)
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
             names = [subjects] if isinstance(subjects, str) else [*subjects]
             prompts, images = self._batch(args, kwargs)

@@ -75,7 +75,8 @@ class Rows:
     def pack(self) -> None:
         """Move the slots of all layers into one tensor."""
         parameters = [getattr(layer, part)[self._adapter] for _, layer, part in self.pieces()]
-        self.flat = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
+        with torch.inference_mode(False):  # or nobody could come in outside of it
+            self.flat = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
         start = 0
         for parameter in parameters:
             stop = start + parameter[0].numel()

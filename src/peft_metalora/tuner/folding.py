@@ -7,7 +7,7 @@ factors are those that it was made of, which torch's version counters tell; what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -89,8 +89,10 @@ class Foldable(BaseTunerLayer, nn.Module):
         """Whether an adapter has a fold, and its factors are those that it was made of."""
         if adapter_name not in self.metalora_folded or transformed():
             return False
-        # A graph is compiled once: what writes into factors has their folds follow.
-        return torch.compiler.is_compiling() or self.fold_mark[adapter_name] == self._mark(adapter_name)
+        if torch.compiler.is_compiling():  # once: what writes into factors has their folds follow, see `renew_folds`
+            return True
+        mark = self._mark(adapter_name)
+        return self.fold_mark[adapter_name] == mark and len(mark) == _COUNTED
 
     def fold_of_slot(self, name: str, slot: int) -> Shown | None:
         """The fold for a batch that shows one subject alone, made if it is not there; None for what may train."""
@@ -133,6 +135,17 @@ class Foldable(BaseTunerLayer, nn.Module):
         return flat.view(*mid.shape[:-1], *down.shape[1:])
 
 
+def renew_folds(layers: Iterable[Foldable]) -> None:
+    """Make anew what folds are not those of the factors as they are: a compiled graph reads them without asking."""
+    for layer in layers:
+        for name in [*layer.metalora_folded]:
+            trains = layer.metalora_mid[name].requires_grad or layer.metalora_up[name].requires_grad
+            if trains or not layer.is_folded(name):
+                layer.fold(name)
+            if trains:  # a compiled step of a fused optimiser leaves no trace
+                layer.fold_mark[name] = ()
+
+
 @contextmanager
 def folds_follow(layers: Sequence[Foldable], adapter_name: str, slot: int) -> Iterator[None]:
     """Let a block write the factors of a slot, and the folds of these layers follow."""
@@ -142,6 +155,9 @@ def folds_follow(layers: Sequence[Foldable], adapter_name: str, slot: int) -> It
         layer.shown_subject = None
     for layer, is_current in folded:
         layer.fold(adapter_name, slot if is_current else None)
+
+
+_COUNTED = 6  # of a mark of tensors whose writes torch counts
 
 
 def _mark_of(mid: Tensor, up: Tensor, down: Tensor) -> tuple[int, ...]:

@@ -181,7 +181,8 @@ def fold(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
     """Cache Mid @ Down of every slot, so that inference costs what a rank-r LoRA costs and never touches Down.
 
     Layers fold by themselves what is frozen and shown to a whole batch; this folds for batches of several subjects and
-    for compiled graphs. `write_subject` keeps a fold up to date, other writes put it out of use, and so does training.
+    for compiled graphs. `write_subject` and `load_state_dict` keep a fold up to date; other writes put it out of use,
+    and so does training. A compiled graph does not notice those: fold again then. A pipeline does so by itself.
 
     Args:
         adapter_names: which adapters; all of them by default.

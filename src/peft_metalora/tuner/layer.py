@@ -303,7 +303,11 @@ class MetaLoraLayer(Mergeable):
 
         folded = [name for name in self.metalora_folded if self.is_folded(name)]
         for name, child in self.named_children() if recurse else ():
-            child._apply(fn if name == "base_layer" else computable)
+            if name == "base_layer":
+                child._apply(fn)
+                continue
+            with torch.inference_mode(False):  # a move in inference mode would end torch's count of writes
+                child._apply(computable)
         super()._apply(fn, recurse=False)  # FSDP keeps what it flattens on the layer itself
         for name in folded:
             self.fold_mark[name] = self._mark(name)

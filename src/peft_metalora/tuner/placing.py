@@ -44,7 +44,8 @@ def inject(model: nn.Module, config: MetaLoraConfig, name: str, down: DownSource
     remember(model)
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
-    with warnings.catch_warnings(), given(down):
+    # Of tensors that are made in inference mode torch counts no writes.
+    with warnings.catch_warnings(), given(down), torch.inference_mode(False):
         # PEFT warns of a second adapter on a model, which is what a pipeline's user asks for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, name)
