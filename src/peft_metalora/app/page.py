@@ -99,9 +99,8 @@ class Page:
         self.library.require_new(tenant, name)
         read = self.studio.read(tenant, name, photos, CONSENT)
         person = self.library.enrol(read, photos if keep_photos else ())
-        if (
-            visit.photos is photos
-        ):  # the turn may have come late, and others been dropped, or these forgotten, meanwhile
+        # The turn may have come late, and others been dropped, or these forgotten, meanwhile.
+        if visit.photos is photos:
             visit.uid = person.uid
             self._visits[id(visit)] = visit
         return person
