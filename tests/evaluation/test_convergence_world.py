@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import encoder_world
 
 from embedded_rank_4 import embedded_down
+from forked import on_processes
 from peft_metalora.bases import load_base
 from peft_metalora.demo.embedded import BASE
 from peft_metalora.training.engine.replay import named
@@ -82,13 +83,13 @@ def test_a_recipe_on_another_down_takes_the_place_of_the_first(world):
     assert torch.equal(gradients(inputs)[1], before) and not torch.allclose(after, before)
 
 
-def test_helpers_leave_the_cores_to_others():
-    """Bug: each of twenty helpers of each of three processes had as many threads as the host has cores."""
-    before = torch.get_num_threads()
+def of_helpers(rank, path):
     torch.set_num_threads(64)
-    try:
-        with encoder_world.helpers(2) as pool:
-            assert pool.apply(torch.get_num_threads) == 1
-        assert torch.get_num_threads() == 8
-    finally:
-        torch.set_num_threads(before)
+    with encoder_world.helpers(2) as pool:
+        path.write_text(f"{torch.get_num_threads()} {pool.apply(torch.get_num_threads)}")
+
+
+def test_helpers_leave_the_cores_to_others(tmp_path):
+    """Bug: each of twenty helpers of each of three processes had as many threads as the host has cores."""
+    on_processes(1, of_helpers, tmp_path / "threads")  # this process has threads and signals of other tests
+    assert (tmp_path / "threads").read_text() == "8 1"

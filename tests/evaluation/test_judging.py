@@ -184,7 +184,9 @@ def test_an_image_covers_its_prompt_when_all_measured_scores_are_reached() -> No
 def test_people_whose_photos_show_no_face_are_named(tmp_path: Path, models: dict[str, str]) -> None:
     (tmp_path / "people" / "ann").mkdir(parents=True)
     for number in range(2):
-        scene().save(tmp_path / "people" / "ann" / f"{number}.png")
+        photo = scene()
+        photo.putpixel((number, 0), (1, 2, 3))  # no copies of each other
+        photo.save(tmp_path / "people" / "ann" / f"{number}.png")
     (tmp_path / "made" / "ann").mkdir(parents=True)
     scene((1, 1, WHITE)).save(tmp_path / "made" / "ann" / "000-000.png")
     from peft_metalora.evaluation.protocol import evaluate
