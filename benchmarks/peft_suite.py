@@ -143,7 +143,7 @@ def draw_a_down(model: Any, config: Any, planned: Any, targets: dict[str, Any]) 
     tensors: dict[str, torch.Tensor] = {}
     for key, module in targets.items():
         row, d_out = factor_shape(base_of(module))
-        r, meta_r, _ = planned.ranks[key]
+        r, meta_r, *_ = planned.ranks[key]
         generator = torch.Generator().manual_seed(len(module_path(key)) + d_out)
         for part, shape in {
             down.DOWN: (meta_r, *row),
