@@ -244,8 +244,8 @@ def test_what_another_machine_may_hold_is_left_alone_for_a_day(tmp_path, monkeyp
 def test_a_folder_for_temporary_files_is_never_open_to_others(tmp_path, monkeypatch):
     """Bug: for a moment it had the rights of any folder, which under umask 0 let others put links into it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    seen, held = [], files._held
-    monkeypatch.setattr(files, "_held", lambda folder: seen.append(folder.stat().st_mode & 0o777) or held(folder))
+    seen, held = [], files.held
+    monkeypatch.setattr(files, "held", lambda folder: seen.append(folder.stat().st_mode & 0o777) or held(folder))
     before = os.umask(0)
     try:
         with temporary_folder():

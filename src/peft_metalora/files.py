@@ -308,7 +308,7 @@ def _stage_beside(target: Path, mode: int = 0o777) -> Iterator[Path]:
     _live.add(stage.name)
     try:
         stage.mkdir(mode)
-        with _held(stage):
+        with held(stage):
             yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -351,35 +351,21 @@ def _is_left(stage: Path, older_than: float) -> bool:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Let `_is_held` see, through the block, that a process works in a folder; the system ends it with the process."""
-    handle: int | None = None
-    with suppress(OSError):
-        if sys.platform != "win32":
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_SH)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
+def held(folder: str | os.PathLike[str], *, alone: bool = False) -> Iterator[bool]:
+    """Hold a folder for as long as the block lasts; the system ends it with the process. Reading and writing go on.
 
-
-@contextmanager
-def held_alone(folder: str | os.PathLike[str]) -> Iterator[bool]:
-    """Hold a folder for as long as the block lasts; gives False where it is held so already, as far as the system says.
-
-    Only `held_alone` looks: reading and writing go on as before.
+    Gives whether it is held now, which is False where it was to be `alone` and is held already, as far as the system
+    says; `_is_held` sees both kinds.
     """
     handle, is_free = None, True
+    with suppress(OSError):  # closed to us, or a disk that knows no locks
+        if sys.platform != "win32":
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+            except BlockingIOError:
+                is_free = False
     try:
-        with suppress(OSError):  # closed to us, or a disk that knows no locks
-            if sys.platform != "win32":
-                handle = os.open(folder, os.O_RDONLY)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    is_free = False
         yield is_free
     finally:
         if handle is not None:

@@ -42,7 +42,7 @@ from ..errors import (
     UnsafeNameError,
     WriteFailedError,
 )
-from ..files import held_alone, staged_folder, sweep, temporary_folder, write_bytes
+from ..files import held, staged_folder, sweep, temporary_folder, write_bytes
 from .tenants import NAME
 
 FORMAT = 1
@@ -112,7 +112,7 @@ class Place:
         Raises:
             ConfigError: another service or page has them, which would go on to show whoever is deleted here.
         """
-        with held_alone(self.root) if self.is_local else nullcontext(True) as is_alone:
+        with held(self.root, alone=True) if self.is_local else nullcontext(True) as is_alone:
             if not is_alone:
                 raise ConfigError(
                     f"expected people whom nobody else serves, found a service or a page at work on {self.root}: end "
