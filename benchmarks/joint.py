@@ -279,11 +279,14 @@ def work(args: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:
                 world.clear()
 
 
-def summarise(output: Path) -> dict[str, Any]:
+def summarise(output: Path, gpus: int) -> dict[str, Any]:
     """Write `joint.json`: of each domain every arm, and how far it is from the arm of the domain alone."""
     files = {arm: json.loads(path.read_text()) for arm in ARMS if (path := output / f"{arm.name}.json").exists()}
     figures: dict[str, Any] = {}
+    ceilings: dict[str, Any] = {}
     for half in HALVES:
+        if ceiling := next(filter(None, (_ceiling(data, half) for data in files.values())), None):
+            ceilings[half] = interval(ceiling)
         scores = {arm.name: _scores(arm, data, half) for arm, data in files.items() if half in arm.judged}
         rows = figures[half] = {}
         for name, own in scores.items():
@@ -295,14 +298,21 @@ def summarise(output: Path) -> dict[str, Any]:
     facts = ("machine", "date", "command", "split", "people", "noises", "versions")
     whole = {
         "figures": figures,
+        "real_ceiling": ceilings,
         "base": {half: json.loads(path.read_text()) for half, path in bases.items() if path.exists()},
-        "command": "python benchmarks/joint.py run --assets build/typefaces --output build/joint --gpus 4",
+        "command": f"python benchmarks/joint.py run --assets build/typefaces --output build/joint --gpus {gpus}",
         "shift": SHIFT,
         "tuned_steps": int(TUNED),
         "origins": {arm.name: {key: data[key] for key in facts if key in data} for arm, data in files.items()},
     }
     write_bytes(output / "joint.json", (json.dumps(whole, indent=1) + "\n").encode())
     return whole
+
+
+def _ceiling(data: Mapping[str, Any], half: str) -> list[float] | None:
+    """R-FaceSim of photos among themselves by person, which arms with an encoder have."""
+    found: list[float] | None = data.get("judged", {}).get(half, {}).get("ceiling")
+    return found
 
 
 def _scores(arm: Arm, data: Mapping[str, Any], half: str) -> dict[str, list[float]]:
@@ -348,7 +358,7 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     jobs.free_claims(args.output)
     jobs.run(tasks(args), args.seconds, args.gpus, args.output)
-    summarise(args.output)
+    summarise(args.output, args.gpus)
 
 
 def main() -> None:

@@ -595,7 +595,7 @@ def zero_rivals(results: dict[str, Data]) -> str:
 
     def cells(scores: Data) -> list[str]:
         keys = ("r_facesim", "prompt_adherence", "copied_background", "factor_distance")
-        return [*(spread(scores[key]) for key in keys), *copied(scores, more)]
+        return [*(spread(scores[key]) if key in scores else "" for key in keys), *copied(scores, more)]
 
     for label, ways, step in points:
         there = [(how, one["learning_rate"], one["curve"][step]) for how, one in ways if step in one["curve"]]
@@ -649,6 +649,7 @@ def joint(results: dict[str, Data]) -> str:
             apart = scores.get("r_facesim_minus_own"), scores.get("prompt_adherence_minus_own")
             cells = [spread(scores[metric]) for metric in ("r_facesim", "prompt_adherence")]
             rows.append([half, how, down, *cells, *(spread(one) if one else "" for one in apart)])
+        rows.append([f"*{half}: {REAL}*", "", "", spread(data["real_ceiling"][half]), "", "", ""])
     heads = ["drawn", "encoder reads", "Down over", "R-FaceSim", "adherence", "minus own Down", "adherence minus own"]
     bases = [f"{name} {base['adherence']['all']:.3f}" for name, base in data["base"].items()]
     note = f". Adherence of the base without an adapter: {', '.join(bases)}." if bases else "."

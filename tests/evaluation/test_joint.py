@@ -123,13 +123,16 @@ def test_arms_are_compared_with_the_one_of_their_own_domain_over_the_same_people
         zero = {"clean": of_people(scores), "clean, noise 1": of_people([score + 0.1 for score in scores])}
         data = {"noises": 2, "judged": {"faces": {"zero_steps": zero}}}
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
-    both = {"noises": 2, "judged": {half: {"zero_steps": {"clean": of_people([0.9, 0.9])}} for half in joint.HALVES}}
+    judged = {"zero_steps": {"clean": of_people([0.9, 0.9])}, "ceiling": [0.8, 1.0]}
+    both = {"noises": 2, "judged": dict.fromkeys(joint.HALVES, judged)}
     (tmp_path / "both-on-both.json").write_text(json.dumps(both))
     for down, scores in (("faces", [0.1, 0.3, 0.2, 0.4]), ("both", [0.2, 0.4, 0.2, 0.4])):
         curve = {"50": of_people([0.0] * 4), "100": of_people(scores)}
         data = {"noises": 2, "methods": {"meta_lora_mean": {"curve": curve}}}
         (tmp_path / f"tuned-faces-on-{down}.json").write_text(json.dumps(data))
-    figures = joint.summarise(tmp_path)["figures"]
+    whole = joint.summarise(tmp_path, 1)
+    figures = whole["figures"]
+    assert whole["real_ceiling"]["typefaces"]["value"] == pytest.approx(0.9)
     faces = figures["faces"]
     assert faces["faces-on-faces"]["r_facesim"]["value"] == pytest.approx(0.65)
     assert "r_facesim_minus_own" not in faces["faces-on-faces"]
