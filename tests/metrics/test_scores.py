@@ -140,6 +140,11 @@ class TestBootstrap:
         assert (interval.low, interval.value, interval.high) == (0.25, 0.25, 0.25)
         assert str(interval) == "0.250 [0.250, 0.250]"
 
+    def test_one_person_has_no_interval(self) -> None:
+        """Bug: a report on one person showed `0.300 [0.300, 0.300]`, as if it were certain."""
+        interval = bootstrap(torch.tensor([0.2, 0.4]), ["ann", "ann"])
+        assert (str(interval), f"{interval:.1f}") == ("0.300", "0.3")
+
     def test_it_covers_the_mean_as_often_as_it_says(self) -> None:
         generator = torch.Generator().manual_seed(0)
         hits = 0

@@ -168,7 +168,7 @@ def _table(cells: Sequence[Cell], thresholds: Mapping[str, float] | None) -> tup
                 method,
                 *(str(row[name]) if name in row else "" for name in metrics),
                 next((f"{cell['parameters']:,}" for cell in own if "parameters" in cell), ""),
-                f"{seconds.value:.1f} [{seconds.low:.1f}, {seconds.high:.1f}]" if seconds else "",
+                f"{seconds:.1f}" if seconds else "",
             ]
         )
     return ["method", *(LABELS[name] for name in metrics), "parameters", "seconds"], rows

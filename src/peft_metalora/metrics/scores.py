@@ -46,14 +46,25 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the bounds of its confidence interval."""
+    """An estimate and the bounds of its confidence interval.
+
+    Attributes:
+        subjects: how many were resampled; over a single one there is no interval, and its bounds are the value.
+    """
 
     value: float
     low: float
     high: float
+    subjects: int
+
+    def __format__(self, spec: str) -> str:
+        """As each number is shown, by default `.3f`: `0.512 [0.480, 0.544]`, or `0.512` of one subject."""
+        spec = spec or ".3f"
+        shown = f"{self.value:{spec}}"
+        return shown if self.subjects == 1 else f"{shown} [{self.low:{spec}}, {self.high:{spec}}]"
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
 
 
 def r_facesim(generated: Embeddings, others: Embeddings) -> Similarity:
@@ -289,7 +300,7 @@ def bootstrap(
     )
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")
     low, high = means[picks].mean(1).quantile(tails).tolist()
-    return Interval(float(means.mean()), low, high)
+    return Interval(float(means.mean()), low, high, len(means))
 
 
 def _mean_similarity(images: Embeddings, targets: Embeddings, what: str) -> Similarity:
