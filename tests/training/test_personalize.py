@@ -365,6 +365,27 @@ def test_replacing_somebody_leaves_nothing_of_them(place, tmp_path):
     assert left == {*adapter, "notes.txt"}
 
 
+def test_a_run_that_goes_on_elsewhere_leaves_nothing_of_who_was_there(place, tmp_path):
+    """Bug: a run that went on from a checkpoint in another folder took its output's checkpoints and pictures for its
+    own: those of the older person stayed beside the newer."""
+    people, ann, out = place / "people", tmp_path / "ann", tmp_path / "out"
+    looks = {"checkpointing_steps": 1, "validation_steps": 1, "validation_prompt": ["a photo"]}
+    config = file_config(place, ann, instance_data_dir=str(people / "person-1"), **looks, max_train_steps=3)
+    personalize(config, progress=False)
+    older = replace(config, instance_data_dir=str(people / "person-0"), output_dir=str(out), max_train_steps=2)
+    personalize(older, progress=False)
+    went_on = replace(config, output_dir=str(out), resume_from_checkpoint=str(ann / "checkpoint-2"), overwrite=True)
+    personalize(went_on, progress=False)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert load_subject(out / "checkpoint-3").config.subject_name == "person-1"
+    assert [path.name for path in out.glob("validation/*")] == ["00003-00.png"]
+    whole, found = load_subject(ann).tensors, load_subject(out).tensors
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    # In the folder of its checkpoint it keeps what it had.
+    personalize(replace(config, resume_from_checkpoint="checkpoint-2"), progress=False)
+    assert len(list(ann.glob("checkpoint-*"))) == len(list(ann.glob("validation/*"))) == 3
+
+
 def test_a_photo_alone_replaces_nobody_unasked(place, tmp_path):
     """Bug: who was learned from one photo had no name, and took the place of anybody without `overwrite`."""
     people, out = place / "people", tmp_path / "out"

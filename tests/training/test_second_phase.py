@@ -16,6 +16,7 @@ from peft_metalora.encoder import EncoderConfig, load_reader
 from peft_metalora.errors import ConfigError, TooFewImagesError, TrainingError
 from peft_metalora.training.engine.slot_gradients import SlotGradients
 from peft_metalora.training.engine.stacked import RowGradients
+from peft_metalora.training.engine.state import write_state
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.stage_settings import TrainEncoderConfig, second_phase
 from peft_metalora.training.train_encoder import train_encoder
@@ -112,6 +113,27 @@ def test_killed_in_either_phase_it_goes_on_where_it_was(place, tmp_path, monkeyp
     )
     with pytest.raises(ConfigError, match="other values of encoder_learning_rate"):
         meta_train(again, progress=False)
+
+
+def test_killed_in_stage_1_it_goes_on_there_beside_an_older_runs_second_phase(place, tmp_path, monkeypatch):
+    """Bug: the older run's checkpoint of the second phase was taken for this run's, and refused."""
+    settings, out = {"checkpointing_steps": 1, "learning_rate": 0.02}, tmp_path / "killed"
+    meta_train(both_phases(place, tmp_path / "whole", **settings), progress=False)
+    meta_train(both_phases(place, out, checkpointing_steps=1), progress=False)
+
+    def write_and_die(folder, *arguments):
+        write_state(folder, *arguments)
+        if folder.name == "checkpoint-3":
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_metalora.training.meta_train.write_state", write_and_die)
+        with pytest.raises(RuntimeError, match="killed"):
+            meta_train(both_phases(place, out, **settings), progress=False)
+    assert (out / "encoder" / "checkpoint-4").exists()
+    with pytest.warns(UserWarning, match=r"going on from .*checkpoint-3"):
+        meta_train(both_phases(place, out, **settings, resume_from_checkpoint="latest"), progress=False)
+    assert content(out) == content(tmp_path / "whole")
 
 
 def test_both_phases_are_looked_at(place, tmp_path):

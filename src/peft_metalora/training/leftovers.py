@@ -8,30 +8,31 @@ its name as a run's own: whatever else lies there is somebody's.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from ..checkpoint.artefacts import what_else
-from .engine.state import checkpoint_folders
+from .engine.state import checkpoint_folders, goes_on_in_place, is_of_a_run, remove_checkpoint
 from .stage_settings import ENCODER_FOLDER, VALIDATION_FOLDER, TrainingConfig
 
 _PICTURES = re.compile(r"\d{5,}(-\d{2,})?\.png|scores\.jsonl")
 _LOGS = re.compile(r"events\.out\.tfevents\..*|hparams\.yml")
-_CHECKPOINT = "training_state*.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors"
 _LOGGING = "logs"
 
 
-def make_room(config: TrainingConfig, stage: str | None, subject_name: str | None = None) -> None:
-    """Remove what an older run left, for one that starts anew.
+def make_room(config: TrainingConfig, stage: str | None, subject_name: str | None = None, *, began: int = 0) -> None:
+    """Remove what an older run left, for one that starts anew, or goes on from a checkpoint that lies elsewhere.
 
     Pictures, scores and logs go. Checkpoints stay until the new result is there (`remove_older_checkpoints`), because
     the older run may be gone on with; those for somebody else, or of another kind, are to be replaced, and go at once.
 
     Args:
         stage, subject_name: as of `require_replaceable`.
+        began: steps that the run has behind it.
     """
+    if began and goes_on_in_place(config):
+        return
     output = Path(config.output_dir)
     places = (output, *checkpoint_folders(config.output_dir).values())
     if config.overwrite and any(what_else(place, stage, subject_name) for place in places):
@@ -41,12 +42,17 @@ def make_room(config: TrainingConfig, stage: str | None, subject_name: str | Non
         _remove_sights(output, str(Path(config.logging_dir, config.tracker_project_name)))
 
 
-def remove_older_checkpoints(config: TrainingConfig, done: int, *, resumed: bool) -> None:
-    """Remove checkpoints that are none of a run that has just written its result after `done` steps."""
-    every = config.checkpointing_steps
+def remove_older_checkpoints(config: TrainingConfig, done: int, *, began: int = 0) -> None:
+    """Remove checkpoints that are none of a run that has just written its result after `done` steps.
+
+    Args:
+        began: steps that the run had behind it when it went on.
+    """
+    every, in_place = config.checkpointing_steps, bool(began) and goes_on_in_place(config)
 
     def is_older(number: int) -> bool:
-        return number > done or not (resumed or (every is not None and number % every == 0))
+        own = number > began and every is not None and number % every == 0
+        return number > done or not (in_place or own)
 
     _remove_checkpoints(Path(config.output_dir), is_older)
 
@@ -73,9 +79,9 @@ def _remove_sights(output: Path, logging_dir: str) -> None:
 
 def _remove_checkpoints(output: Path, which: Callable[[int], bool]) -> None:
     for number, place in checkpoint_folders(str(output)).items():
-        is_ours = any(next(place.glob(name), None) for name in _CHECKPOINT)
-        if which(number) and is_ours and not place.is_symlink():
-            shutil.rmtree(place, ignore_errors=True)
+        if which(number) and is_of_a_run(place):
+            with suppress(OSError):
+                remove_checkpoint(place)
 
 
 def _remove_files(output: Path, found: Iterable[Path], ours: re.Pattern[str]) -> None:

@@ -23,7 +23,17 @@ from ..tuner.placing import set_aside
 from .encoder_training import EncoderTraining
 from .engine.origin import Origin
 from .engine.processes import Processes
-from .engine.state import checkpoint_folder, keep_newest, last_checkpoint, read_state, understanding, write_state
+from .engine.state import (
+    STATE_FILE,
+    checkpoint_folder,
+    is_of_this_run,
+    keep_newest,
+    last_checkpoint,
+    named_folder,
+    read_state,
+    understanding,
+    write_state,
+)
 from .examples.batches import Examples
 from .examples.encoding import encode_subjects
 from .examples.sources import training_subjects
@@ -92,7 +102,7 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
     look = partial(_encode_more, subjects, others, config, teaching, progress)
     base, examples, more, origin = prepare(config, subjects, device, processes, look, held=others, progress=progress)
     assert more is not None
-    (held, material), went_on = more, _checkpoint_of_second_phase(config)
+    (held, material), went_on = more, _checkpoint_of_second_phase(config, origin)
     if went_on is None:
         result = _stage_1(base, examples, held, config, origin, processes, trackers, progress)
         if teaching is None:
@@ -132,16 +142,22 @@ def _encode_more(
     return held, material_of(base, examples, subjects, held and held[0], teaching, progress=progress)
 
 
-def _checkpoint_of_second_phase(config: MetaTrainConfig) -> str | None:
+def _checkpoint_of_second_phase(config: MetaTrainConfig, origin: Origin) -> str | None:
     """The checkpoint of the second phase that the run goes on from; None: it is in stage 1, or starts."""
-    wanted, place = config.resume_from_checkpoint, Path(config.output_dir, ENCODER_FOLDER)
-    if config.encoder is None or wanted is None:
+    if config.encoder is None or config.resume_from_checkpoint is None:
         return None
-    if wanted == "latest":
-        folder = last_checkpoint(str(place))
-    else:
-        folder = Path(wanted) if Path(wanted).exists() else Path(config.output_dir, wanted)
-        folder = folder if folder.absolute().parent.name == ENCODER_FOLDER else None
+    folder = named_folder(config)
+    if folder is not None:
+        return str(folder) if folder.absolute().parent.name == ENCODER_FOLDER else None
+
+    def is_ours(folder: Path | None) -> bool:
+        return folder is not None and is_of_this_run(folder / STATE_FILE, config, origin)
+
+    place = str(Path(config.output_dir, ENCODER_FOLDER))
+    folder = last_checkpoint(place, fits=is_ours) or last_checkpoint(place)
+    # An older run's, beside which this one was killed in stage 1.
+    if folder is not None and not is_ours(folder) and last_checkpoint(config.output_dir, fits=is_ours) is not None:
+        return None
     return None if folder is None else str(folder)
 
 
@@ -161,9 +177,9 @@ def _stage_1(
     if state is not None:
         with understanding(str(config.resume_from_checkpoint)):
             run.load_state_dict(state)
-    elif processes.is_main:
-        make_room(config, "meta")
     done = len(run.losses)
+    if processes.is_main:
+        make_room(config, "meta", began=done)
     validation = DownValidation(run, *held, trackers, done) if held is not None else None
     save = partial(
         DownResult.save,
@@ -185,7 +201,7 @@ def _stage_1(
     result = run.finish()
     if processes.is_main:
         save(result)
-        remove_older_checkpoints(config, len(run.losses), resumed=state is not None)
+        remove_older_checkpoints(config, len(run.losses), began=done)
         # What taught the older Down to read cannot go on with this one.
         remove_second_phase(Path(config.output_dir), config.logging_dir)
     processes.wait()

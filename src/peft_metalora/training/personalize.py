@@ -115,8 +115,9 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
             run.load_state_dict(state["run"])
             if validation is not None:
                 validation.best.load_state_dict(state["best"])
-    elif processes.is_main:
-        make_room(config, kind, name)
+    began = run.steps_done
+    if processes.is_main:
+        make_room(config, kind, name, began=began)
     output, total, every = Path(config.output_dir), config.max_train_steps, config.checkpointing_steps
     doing = f"stage 2: learning the {kind or 'LoRA'}"
     bar = tqdm(total=total, initial=run.steps_done, desc=doing, unit="step", disable=not progress)
@@ -147,7 +148,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
         validation.use_best()
     if processes.is_main:
         run.save(output, subject_name=name)
-        remove_older_checkpoints(config, done, resumed=state is not None)
+        remove_older_checkpoints(config, done, began=began)
     processes.wait()
     return output
 
@@ -236,7 +237,7 @@ def _write_as_read(
         "recipe": {"start": config.start, "trainable_parameters": 0},
     }
     save_read_subject(config.output_dir, person, facts=facts, overwrite=config.overwrite)
-    remove_older_checkpoints(config, 0, resumed=False)
+    remove_older_checkpoints(config, 0)
 
 
 @plain_defaults()

@@ -262,9 +262,9 @@ def teach(
         if state is not None:
             with understanding(str(asked.resume_from_checkpoint)):
                 run.load_state_dict(state)
-        elif processes.is_main:
-            make_room(config, "meta")
         done = len(run.losses)
+        if processes.is_main:
+            make_room(asked, "meta", began=done)
         validation = None
         if material.held is not None and material.references is not None:
             validation = EncoderValidation(run, material.held, material.references, config, trackers, done)
@@ -288,7 +288,7 @@ def teach(
             steps = validation.best.step
         if processes.is_main:
             save(run, _facts(run, config, steps))
-            remove_older_checkpoints(config, len(run.losses), resumed=state is not None)
+            remove_older_checkpoints(asked, len(run.losses), began=done)
         processes.wait()
     finally:
         take_off(base, config)

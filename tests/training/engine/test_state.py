@@ -213,6 +213,60 @@ def test_what_another_run_left_is_refused_before_any_work(place, tmp_path):
     run(replace(config, **other, overwrite=True))
 
 
+@pytest.mark.parametrize("killed", [None, 4])
+def test_a_killed_run_goes_on_beside_the_checkpoints_of_an_older_one(place, tmp_path, monkeypatch, killed):
+    """Bug: 'latest' took the older run's checkpoint of more steps. It was refused with the advice to start anew, or to
+    give the older run's settings, and what the killed run had learned was lost."""
+    out = tmp_path / "out"
+    older = make_config(place, "meta", out, checkpointing_steps=2, resume_from_checkpoint="latest")
+    newer = replace(older, learning_rate=0.02)
+    run(replace(newer, output_dir=str(tmp_path / "whole")))
+    run(older)
+
+    def write_and_die(folder, *arguments):
+        write_state(folder, *arguments)
+        if folder.name == f"checkpoint-{killed}":
+            raise RuntimeError("killed")
+
+    if killed is None:
+        with pytest.raises(ConfigError, match="checkpoint-12, found other values of learning_rate"):
+            run(newer)
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_metalora.training.meta_train.write_state", write_and_die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(replace(newer, resume_from_checkpoint=None))
+    steps, real = [], MetaTraining._loss
+    monkeypatch.setattr(MetaTraining, "_loss", lambda self: steps.append(None) or real(self))
+    with pytest.warns(UserWarning, match=r"going on from .*checkpoint-4: .*checkpoint-12 is of another run"):
+        run(newer)
+    assert len(steps) == 8
+    whole, found = result(tmp_path / "whole"), result(out)
+    assert all(torch.equal(whole[file][name], found[file][name]) for file in whole for name in whole[file])
+
+
+@pytest.mark.parametrize("stage", ["meta", "meta-lora"])
+def test_no_folder_that_another_trainer_calls_alike_is_removed(place, tmp_path, stage):
+    """Bug: `checkpoints_total_limit` removed whatever was called checkpoint-<step>, and the end of a run whatever held
+    a LoRA: checkpoints of diffusers' own scripts, and files that somebody kept in one of ours."""
+    out = tmp_path / "out"
+    mine = [out / "checkpoint-1" / "notes.txt", out / "checkpoint-4" / "why.txt"]
+    mine.append(out / "checkpoint-3" / "optimizer.bin")
+    mine.append(out / "checkpoint-3" / "pytorch_lora_weights.safetensors")
+    mine.append(out / "checkpoint-500" / "pytorch_lora_weights.safetensors")
+    mine.append(out / "checkpoint-500" / "optimizer.bin")
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (out / "checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    (out / "checkpoint-5" / ".training_state.safetensors.1-0123abcd.tmp").mkdir(parents=True)  # of a killed write
+    run(make_config(place, stage, out, checkpointing_steps=4, checkpoints_total_limit=1, overwrite=True))
+    assert all(path.read_text() == "mine" for path in mine) and (out / "checkpoint-2").is_symlink()
+    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (1, 2, 3, 4, 12, 500)}
+    assert list((out / "checkpoint-4").iterdir()) == [out / "checkpoint-4" / "why.txt"]
+
+
 def test_another_number_of_processes_is_refused(tmp_path):
     """Bug: it was accepted, and the subjects of the processes that were missing were lost."""
     config = meta_config(output_dir=str(tmp_path), resume_from_checkpoint="latest")

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -30,7 +32,11 @@ from .processes import ALONE, Processes
 
 STATE_FILE = "training_state.safetensors"
 _HEADER, _DIGEST = "training_state", "training_state_sha256"
-_FOLDER = re.compile(r"checkpoint-(\d+)")
+_FOLDER = re.compile(r"checkpoint-([1-9][0-9]*)")
+# What runs write into a checkpoint; the last is what a killed write leaves.
+_STATES, _OTHERS = "training_state*.safetensors", (
+    "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", ".training_state*.tmp",
+)  # fmt: skip
 # May differ between a run and the one that goes on with it: where things lie (`Origin` says what they are), and what
 # leaves every number as it is, or as exact.
 _FREE = {*INPUTS, *OUTPUTS, "revision", "down_revision", "local_files_only"} | {
@@ -46,14 +52,35 @@ def checkpoint_folder(output_dir: str, step: int) -> Path:
 
 
 def checkpoint_folders(output_dir: str) -> dict[int, Path]:
-    """The folders of checkpoints that lie in an output folder, whole or not, by step."""
+    """The folders of checkpoints that lie in an output folder, whole or not, a run's or not, by step."""
     folders = ((path, _FOLDER.fullmatch(path.name)) for path in Path(output_dir).glob("checkpoint-*"))
     return {int(match[1]): path for path, match in folders if match}
 
 
-def last_checkpoint(output_dir: str, up_to: float = math.inf) -> Path | None:
-    """The newest checkpoint of an output folder, none after step `up_to`; None: there is none."""
-    found = {step: path for step, path in _with_file(output_dir, STATE_FILE).items() if step <= up_to}
+def is_of_a_run(folder: Path) -> bool:
+    """Whether a run wrote a checkpoint's folder: other trainers call theirs alike."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return any(folder.glob(_STATES)) or set(folder.iterdir()) == set(_written(folder))
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove what a run wrote into a checkpoint's folder, and the folder if nothing else lies there; raises OSError."""
+    for path in _written(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _written(folder: Path) -> list[Path]:
+    return [path for name in (_STATES, *_OTHERS) for path in folder.glob(name)]
+
+
+def last_checkpoint(
+    output_dir: str, up_to: float = math.inf, fits: Callable[[Path], bool] = lambda _: True
+) -> Path | None:
+    """The newest checkpoint of an output folder that fits, none after step `up_to`; None: there is none."""
+    found = {step: path for step, path in _with_file(output_dir, STATE_FILE).items() if step <= up_to and fits(path)}
     return found[max(found)] if found else None
 
 
@@ -90,10 +117,10 @@ def keep_newest(config: TrainingConfig, step: int, processes: Processes = ALONE)
         return
     processes.wait()
     found = checkpoint_folders(config.output_dir)
-    older = sorted(number for number in found if number <= step)[: -config.checkpoints_total_limit]
-    for number in older if processes.is_main else []:
+    own = sorted(number for number, folder in found.items() if number <= step and is_of_a_run(folder))
+    for number in own[: -config.checkpoints_total_limit] if processes.is_main else []:
         try:
-            shutil.rmtree(found[number])
+            remove_checkpoint(found[number])
         except OSError as error:
             raise WriteFailedError(
                 f"expected to remove the old checkpoint {found[number]}, found: {error}. Remove it, and resume"
@@ -108,7 +135,7 @@ def read_state(
     extendable: bool = False,
 ) -> dict[str, Any] | None:
     """The state that `resume_from_checkpoint` names: a checkpoint's folder (its path, or its name in `output_dir`), or
-    'latest' (None if there is none yet).
+    'latest' (None if there is none yet): of this run, where there are older ones' beside it.
 
     Args:
         origin: what the run is made from now.
@@ -118,7 +145,11 @@ def read_state(
         ArtefactNotFoundError: no state in the folder. CorruptFileError: it cannot be read.
         ConfigError: the run that wrote it had other settings, another origin or another number of processes.
     """
-    path = state_file(config, processes)
+
+    def fits(folder: Path) -> bool:
+        return is_of_this_run(folder / _file_name(processes), config, origin, processes, extendable=extendable)
+
+    path = state_file(config, processes, fits)
     if path is None:
         return None
     folder, own = path.parent, path.with_name(_file_name(processes))
@@ -135,19 +166,44 @@ def read_state(
         if config.resume_from_checkpoint == "latest":  # killed before every process had written its first
             return None
         raise ArtefactNotFoundError(f"expected {own.name} in {folder}, found only other processes' files: take another")
-    _check_settings(folder, before, config, extendable)
-    for kind, hashes in (origin or {}).items():
-        _check_origin(folder, kind, origin_before.get(kind, []), hashes)
+    _check(folder, before, origin_before, config, origin, extendable)
     return state
 
 
-def state_file(config: TrainingConfig, processes: Processes = ALONE) -> Path | None:
+def is_of_this_run(
+    file: Path,
+    config: TrainingConfig,
+    origin: Origin | None,
+    processes: Processes = ALONE,
+    *,
+    extendable: bool = False,
+) -> bool:
+    """Whether a run like this one wrote a state, as its header has it. One that cannot be read counts, so that
+    `read_state` says what is wrong with it."""
+    try:
+        with understanding(file), safe_open(file, "pt") as opened:
+            content = _unpack(json.loads(opened.metadata()[_HEADER]), None)
+            before = {kind: list(hashes) for kind, hashes in content["origin"].items()}
+            _check(file.parent, content["config"], before, config, origin, extendable)
+            return bool(content["processes"] == processes.count)
+    except ConfigError:
+        return False
+    except CorruptFileError:
+        return True
+
+
+def state_file(
+    config: TrainingConfig, processes: Processes = ALONE, fits: Callable[[Path], bool] = lambda _: True
+) -> Path | None:
     """The file that `resume_from_checkpoint` means for this process: its own, or else the main one's.
+
+    Args:
+        fits: of which folders 'latest' is one, if there are any.
 
     Raises:
         ArtefactNotFoundError: neither is in the folder.
     """
-    folder = _wanted_folder(config, processes)
+    folder = _wanted_folder(config, processes, fits)
     if folder is None:
         return None
     own = folder / _file_name(processes)
@@ -181,17 +237,34 @@ def understanding(path: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _wanted_folder(config: TrainingConfig, processes: Processes) -> Path | None:
-    wanted, file = config.resume_from_checkpoint, _file_name(processes)
-    if wanted is None:
+def named_folder(config: TrainingConfig) -> Path | None:
+    """The folder that `resume_from_checkpoint` names; None where it names none, or the 'latest'."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None or wanted == "latest":
         return None
-    if wanted != "latest":
-        folder = Path(wanted)
-        return folder if folder.exists() else Path(config.output_dir, folder)
+    return Path(wanted) if Path(wanted).exists() else Path(config.output_dir, wanted)
+
+
+def goes_on_in_place(config: TrainingConfig) -> bool:
+    """Whether a run that goes on does so where its checkpoint lies, so that what lies there is its own."""
+    folder = named_folder(config)
+    return folder is None or os.path.realpath(folder.parent) == os.path.realpath(config.output_dir)
+
+
+def _wanted_folder(config: TrainingConfig, processes: Processes, fits: Callable[[Path], bool]) -> Path | None:
+    if config.resume_from_checkpoint != "latest":
+        return named_folder(config)
+    file = _file_name(processes)
     # A killed run may have left the last checkpoint of some of its processes only.
     found = _with_file(config.output_dir, file)
     steps = processes.common(set(found))
-    return found[max(steps)] if steps else last_checkpoint(config.output_dir)
+    own = processes.common({step for step in steps if fits(found[step])}) or steps
+    if own and max(own) < max(steps) and processes.is_main:
+        warnings.warn(
+            f"going on from {found[max(own)]}: {found[max(steps)]} is of another run, with other settings or photos",
+            stacklevel=2,
+        )
+    return found[max(own)] if own else last_checkpoint(config.output_dir)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -220,6 +293,19 @@ def check_steps(done: Any, steps: int) -> None:
             f"expected max_train_steps of at least the {done} steps that the checkpoint has behind it, found "
             f"{steps}: raise it, or resume from an earlier checkpoint"
         )
+
+
+def _check(
+    folder: Path,
+    before: Mapping[str, Any],
+    origin_before: Mapping[str, list[str]],
+    config: TrainingConfig,
+    origin: Origin | None,
+    extendable: bool,
+) -> None:
+    _check_settings(folder, before, config, extendable)
+    for kind, hashes in (origin or {}).items():
+        _check_origin(folder, kind, origin_before.get(kind, []), hashes)
 
 
 def _check_settings(folder: Path, before: Mapping[str, Any], config: TrainingConfig, extendable: bool) -> None:
@@ -286,12 +372,13 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, torch.Tensor] | None) -> Any:
+    """Without `tensors` each of them is None."""
     if not isinstance(value, list):
         return value
     kind, content = value
     if kind == "tensor":
-        return tensors[content]
+        return None if tensors is None else tensors[content]
     if kind == "dict":
         return {key: _unpack(item, tensors) for key, item in content}
     items = [_unpack(item, tensors) for item in content]
