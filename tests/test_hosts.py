@@ -301,7 +301,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "torch.nn.modules.module.Module._call_impl":
         ("6dfda168c08a", "tuner/linear.py, tuner/base_layers.py", "left out where it would call no hook"),
     "torch.nn.modules.module.Module.compile":
-        ("5bc1506b9a2f", "training/engine/compiling.py, pipelines/calling.py", "_compiled_call_impl is changed"),
+        ("5bc1506b9a2f", "training/engine/compiling.py, pipelines/calls.py", "_compiled_call_impl is changed"),
     "torch.nn.modules.module._has_any_global_hook":
         ("492e28497ebb", "tuner/base_layers.py", "called"),
     "torch.utils.checkpoint._checkpoint_hook":

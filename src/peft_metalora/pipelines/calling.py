@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +25,13 @@ from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_slots
 from ..tuner.folding import renew_folds
 from ..tuner.on_model import configs_of, down_on_model, meta_layers, seen
 from ..tuner.placing import active_adapters, remove_adapters, shown_alone
+from .calls import call_on, each_pass
 from .denoiser import (
     books_of,
     denoiser,
     free_name,
     is_adapter,
     lock_of,
-    named_denoiser,
     offload_paused,
     own_factors,
     refresh_offload,
@@ -73,7 +73,7 @@ class PerSampleMixin:
             RegionError: a region that is empty or does not fit the image, or regions together with subjects.
             PipelineError: regions for another kind of denoiser.
         """
-        with self._idle() as model:
+        with self._idle() as model, call_on(model):
             if regions is not None:
                 if subjects is not None:
                     raise RegionError("expected subjects or regions, found both. Name the subjects in the regions.")
@@ -84,7 +84,7 @@ class PerSampleMixin:
             if subjects is None:
                 renew_folds(layer for _, known in seen(model).layers if (layer := known()) is not None)
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
-            names = [subjects] if isinstance(subjects, str) else [*subjects]
+            names = _names(subjects)
             prompts, images = self._batch(args, kwargs)
             with self._showing(model, names) as slots:
                 index = sample_slots(names, slots, prompts, images)
@@ -119,35 +119,20 @@ class PerSampleMixin:
     def _following_the_batch(self, model: nn.Module, index: Sequence[int]) -> Iterator[None]:
         """Let each row of the denoiser's batch show the slot of its image, and what it flattens a row into as well."""
         set_slots(model, index, each=True)
-        part = getattr(self, named_denoiser(self)[0])
         first = [*inspect.signature(type(model).forward).parameters][1]
         rows = len(index)
 
-        def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(args: tuple[Any, ...], kwargs: dict[str, Any], anew: bool) -> None:
             nonlocal rows
             given: Any = args[0] if args else kwargs.get(first)
             now = len(given) if isinstance(given, (list, tuple)) or getattr(given, "ndim", False) else 0
-            if now != rows:
+            if anew or now != rows:
                 guided = getattr(self, "do_classifier_free_guidance", True)
                 set_slots(model, batch_slots(index, now, passes=MOST_PASSES if guided else 1), each=True)
                 rows = now
 
-        compiled = part._compiled_call_impl
-        if compiled is not None:  # model.compile(): the graph is older than the hook would be
-
-            def called(*args: Any, **kwargs: Any) -> Any:
-                look(part, args, kwargs)
-                return compiled(*args, **kwargs)
-
-            part._compiled_call_impl = called
-        hook = part.register_forward_pre_hook(look, with_kwargs=True) if compiled is None else None
-        try:
+        with each_pass(self, model, look):
             yield
-        finally:
-            if hook is None:
-                part._compiled_call_impl = compiled
-            else:
-                hook.remove()
 
     @contextmanager
     def _showing(self, model: nn.Module, names: Sequence[str | None]) -> Iterator[dict[str, int]]:
@@ -330,6 +315,19 @@ class PerSampleMixin:
                 return enter(table)
             with self._new_table(model, source.down, 8) as table:
                 return enter(table)
+
+
+def _names(subjects: Any) -> list[str | None]:
+    """What was given as `subjects=`, one after the other."""
+    names = [subjects] if isinstance(subjects, str) else subjects
+    in_order = isinstance(names, Iterable) and not isinstance(names, (Mapping, Set))
+    names = [*names] if in_order else [names]
+    if not all(name is None or isinstance(name, str) for name in names):
+        raise AdapterStateError(
+            f"expected a name, or a list of names and None, as subjects, found {subjects!r}. Weights are given with "
+            "set_adapters, several people of one image with regions=."
+        )
+    return names
 
 
 @dataclass(frozen=True)

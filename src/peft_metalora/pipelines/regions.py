@@ -25,7 +25,7 @@ from ..errors import PipelineError, RegionError
 from ..tuner import TokenSlots, set_token_slots
 from ..tuner.on_model import Seen, meta_lora_layers, seen
 from ..tuner.subject_index import NO_SUBJECT
-from .denoiser import named_denoiser
+from .calls import each_pass
 
 # Modules of diffusers' transformers and UNets that see text tokens only.
 _TEXT = {
@@ -96,11 +96,10 @@ def shown_in_regions(
     """
     layout = _Layout(pipe, model, regions, slots)
     set_token_slots(model, layout.tables())
-    hook = getattr(pipe, named_denoiser(pipe)[0]).register_forward_pre_hook(layout.look, with_kwargs=True)
     try:
-        yield
+        with each_pass(pipe, model, layout.look):
+            yield
     finally:
-        hook.remove()
         set_token_slots(model, None)
 
 
@@ -149,8 +148,10 @@ class _Layout:
         attention = self._model.get_submodule(parent) if parent else self._model
         return leaf in ("to_k", "to_v") and getattr(attention, "is_cross_attention", False)
 
-    def look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a call of the denoiser: write the tables if the shapes are new."""
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any], anew: bool) -> None:
+        """Before a pass of the denoiser: write the tables if the shapes are new, or another call had them meanwhile."""
+        if anew:
+            set_token_slots(self._model, self.tables())
         given = self._forward.bind_partial(self._model, *args, **kwargs).arguments
         if "sample" in given:
             size = tuple(given["sample"].shape[-2:])
@@ -158,7 +159,7 @@ class _Layout:
         else:
             ids, before, behind = self._tokens(given)
             shape, write = (len(ids), before, behind), partial(self._packed, ids, before, behind)
-        if shape == self._seen:
+        if shape == self._seen and not anew:
             return
         self._image.write(write(), seen(self._model).homes()[0][1])
         self._seen = shape
