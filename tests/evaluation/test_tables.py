@@ -41,6 +41,7 @@ def test_every_table_is_on_a_page(tables: ModuleType) -> None:
 PROSE = (
     ("README.md", "convergence", "by {figures.encoder_minus_best_rival} in pairs"),
     ("README.md", "convergence", "real photos reach {figures.real_ceiling:.2f} among themselves"),
+    ("docs/concepts.md", "convergence", "among themselves: {figures.real_ceiling:.2f} on the drawn faces"),
     ("docs/results.md", "convergence", "off the photo has {figures.zero_step_r_facesim:.2f}. The best"),
     ("docs/results.md", "convergence", "fine-tuned method has {figures.best_rival_r_facesim:.2f}, after"),
     ("docs/results.md", "convergence", "Read people show {figures.zero_step_adherence:.2f} of the prompt"),

@@ -175,6 +175,17 @@ def test_of_several_downs_each_has_a_table(people, portraits, tmp_path):
         picture(pipe, "flux", (0, 1), subjects=["ann", "gil"])
 
 
+def test_a_table_that_subjects_made_is_named_when_another_is_wanted(people):
+    """Bug: after `subjects=` it was refused with "Load the Down", which was there."""
+    pipe = pipeline("flux")
+    pipe.load_meta_lora(people("flux") / "ann")
+    picture(pipe, "flux", (0,), subjects="ann")
+    with pytest.raises(errors.AdapterStateError, match="subjects= and add_subject make it by themselves"):
+        pipe.enable_subject_slots(16)
+    with pytest.raises(errors.AdapterStateError, match="expected a loaded Down, found none for 0000"):
+        pipe.enable_subject_slots(fingerprint="0" * 64)
+
+
 def test_a_swap_changes_no_module_and_no_address(served):
     pipe, table, _ = served
     model = pipe.transformer

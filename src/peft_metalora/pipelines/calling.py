@@ -231,11 +231,14 @@ class PerSampleMixin:
                 return table
 
     def _down_for_a_table(self, model: nn.Module, fingerprint: str) -> DownSource:
-        down, tables = down_on_model(model, fingerprint), tables_of(model)
-        if down is None or fingerprint in tables:
+        if fingerprint in tables_of(model):
             raise AdapterStateError(
-                f"expected a loaded Down without a table, found {'a table' if down else 'no Down'} for "
-                f"{fingerprint[:16]}. Load the Down, or unload_meta_lora first."
+                f"expected a Down without a table, found one for {fingerprint[:16]}: subjects= and add_subject make it "
+                "by themselves. Make yours before them, or use unload_meta_lora first."
+            )
+        if (down := down_on_model(model, fingerprint)) is None:
+            raise AdapterStateError(
+                f"expected a loaded Down, found none for {fingerprint[:16]}. Load it with load_meta_lora."
             )
         return down
 
