@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from peft_metalora.bases import base_for
 from peft_metalora.data import cut, load_image, random_box, read_subjects
 from peft_metalora.errors import ConfigError, TrainingError
 from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
@@ -91,6 +92,45 @@ def test_a_cached_file_of_other_content_is_encoded_anew(base, people, tmp_path):
             content[-1] ^= 1
             path.write_bytes(content)
     assert equal(encode(base, people, config), first)
+
+
+OWN = """
+import torch
+from peft_metalora.bases.flux1 import Flux1
+
+SCALE = {scale}
+
+
+class Own(Flux1):
+    @torch.no_grad()
+    def text_of(self, prompts):
+        return {{name: tensor * SCALE for name, tensor in super().text_of(prompts).items()}}
+
+
+class Other(Own):
+    def latents_of(self, pixels):
+        return super().latents_of(pixels) * SCALE
+"""
+
+
+def test_what_another_class_of_the_base_makes_is_encoded_anew(base, people, tmp_path):
+    """Bug: after an edit of a class of one's own, a run with a cache trained on what the class had made before; so it
+    did after a change of an autoencoder's shift."""
+    config = personal_config(cache_dir=str(tmp_path / "cache"))
+    scales = {}
+    for scale in (1.0, 0.5):
+        (tmp_path / "own.py").write_text(OWN.format(scale=scale))
+        for name in ("Own", "Other"):
+            own = base_for(base.pipeline, generic=f"{tmp_path}/own.py:{name}")
+            encode(own, people, config)  # the second time from the cache
+            found = encode(own, people, config)
+            assert equal(found, encode(own, people, personal_config()))
+            scales[scale, name] = found
+    assert len({float(one.text["sequence"].sum()) for one in scales.values()}) == 2
+    assert len({float(one.latents.sum()) for one in scales.values()}) == 2
+    first = encode(base, people, config)
+    base.pipeline.vae.register_to_config(shift_factor=0.25)
+    assert not torch.equal(encode(base, people, config).latents, first.latents)
 
 
 def test_another_model_or_photo_or_a_damaged_file_is_encoded_anew(base, people, tmp_path):

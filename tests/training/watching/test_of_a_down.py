@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image, ImageChops, ImageOps
 from safetensors.torch import load_file
 
 from peft_metalora.data import load_image
-from peft_metalora.errors import ConfigError, CorruptFileError
+from peft_metalora.errors import ConfigError, CorruptFileError, NoImagesError
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.stage_1 import MetaTraining
@@ -135,6 +136,25 @@ def test_some_subjects_of_the_training_data_are_held_out(place, tmp_path):
     with pytest.raises(ConfigError, match="more subjects than the 4 that are held out for validation, found 3"):
         meta_train(config_for(place, tmp_path / "b", validation_steps=3), progress=False)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("broken", ["0.png", "2.png"])
+def test_photos_of_held_out_people_that_cannot_be_used_are_left_out_and_named(place, tmp_path, monkeypatch, broken):
+    """Bug: one of them ended the run when all others were encoded, where one to train on is left out with a warning."""
+    people = tmp_path / "people"
+    shutil.copytree(place / "others", people)
+    (people / "person-1" / broken).write_bytes(b"no image")
+    monkeypatch.setattr(held_out, "face_embedder", lambda name, setting: Brightness())
+    settings = looking(place, validation_data_dir=str(people), validation_prompt=["a photo"], max_train_steps=4)
+    settings |= {"validation_embedder": "training_tiny:Brightness", "encoder": "latents", "encoder_train_steps": 2}
+    settings |= {"code_size": 6, "encoder_width": 8, "encoder_hidden": 16, "encoder_subjects_per_batch": 2}
+    with pytest.warns(UserWarning, match=f"skipped 1 of 6 images: .*person-1/{broken} which cannot be decoded"):
+        meta_train(config_for(place, tmp_path / "a", **settings), progress=False)
+    assert all(list(record["subjects"]) == ["person-0", "person-1"] for record in records(tmp_path / "a"))
+    for path in (people / "person-1").glob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(NoImagesError, match="a readable image of each subject, found none of person-1"):
+        meta_train(config_for(place, tmp_path / "b", **settings), progress=False)
 
 
 def test_score_of_a_face_model(place, tmp_path, monkeypatch):

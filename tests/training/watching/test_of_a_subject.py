@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,18 @@ def test_score_of_a_face_model_on_other_photos(place, tmp_path, monkeypatch):
     personalize(config, progress=False)
     assert len(seen) == 4
     assert all(0.9 < score <= 1 for score in seen)
+
+
+def test_photos_to_look_at_that_cannot_be_used_are_left_out_of_a_face_models_score_too(place, tmp_path, monkeypatch):
+    """Bug: the loss did without a photo that cannot be decoded, the face model ended the run."""
+    monkeypatch.setattr(validation, "face_embedder", lambda name, setting: Brightness())
+    others = tmp_path / "others"
+    shutil.copytree(place / "people" / "person-1", others)
+    (others / "0.png").write_bytes(b"no image")
+    seen = {"validation_data_dir": str(others), "validation_prompt": ["a photo"]}
+    config = config_for(place, tmp_path / "a", **seen, validation_embedder="training_tiny:Brightness")
+    with pytest.warns(UserWarning, match="skipped 1 of 2 images: .*0.png which cannot be decoded"):
+        personalize(config, progress=False)
 
 
 def test_photos_that_are_trained_on_are_not_looked_at(place, tmp_path):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoded photos and captions on disk, so that a second run needs neither VAE nor text encoders.
 
-A file's name is a hash of everything its content depends on: the encoder's weights, the photo's bytes, the settings.
+A file's name is a hash of everything its content depends on: the encoder's weights, the code of somebody's own base
+class, the photo's bytes, the settings.
 Nothing is ever out of date; a folder may be shared by runs and processes, and deleted at any time.
 """
 
@@ -23,6 +24,8 @@ from ...tuner.down import digest_of
 
 # A retrained encoder differs nearly everywhere, so that a few numbers of each tensor tell it apart from its origin.
 _SAMPLE = 64
+# Of an autoencoder: latents are scaled by them, and no weight knows them.
+_SCALES = "scaling_factor", "shift_factor", "latents_mean", "latents_std"
 _KEY = "made_from"  # in a file's metadata
 
 
@@ -79,7 +82,8 @@ def identity(*modules: nn.Module | None) -> str:
         if module is None:
             continue
         config = getattr(module, "config", None)
-        digest.update(f"{type(module).__name__}|{getattr(config, 'scaling_factor', '')}|".encode())
+        scales = [getattr(config, name, "") for name in _SCALES]
+        digest.update(f"{type(module).__name__}|{scales}|".encode())
         for name, tensor in module.state_dict().items():
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
             sample = tensor.detach().flatten()[:_SAMPLE].to("cpu", torch.float64)

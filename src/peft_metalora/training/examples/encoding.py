@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...bases import Base, Text
+from ...bases.generic import written_as
 from ...bases.precision import plain_defaults
 from ...data import TRIGGER_MARK, Photo, Subject, flip_caption
 from ...errors import ConfigError, NoCaptionError, NoFaceError, NoImagesError, UnreadableImageError
@@ -81,7 +83,7 @@ def encode_subjects(
     present = set(owners)
     lost = [subject.name for number, subject in enumerate(subjects) if number not in present]
     if lost:
-        raise NoImagesError(f"expected a readable image of each subject, found none of {', '.join(lost[:5])}")
+        raise _nothing_left(lost)
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     examples = Examples(
         latents,
@@ -94,6 +96,30 @@ def encode_subjects(
         torch.tensor(of_photo),
     )
     return examples if views else FreshExamples.of(examples, base, cutter, [one for _, one in opened])
+
+
+def usable(base: Base, subjects: Sequence[Subject], config: TrainingConfig) -> list[Subject]:
+    """The subjects without the photos that `encode_subjects` would leave out, with a warning that names them.
+
+    Raises:
+        NoImagesError: a subject has no other. ConfigError: as `encode_subjects`.
+    """
+    cutter = ViewCutter(base, config)
+    photos = [photo for subject in subjects for photo in subject.photos]
+
+    def look(photo: Photo) -> None:
+        cutter.open(photo)
+
+    left = {number for number, _ in see(photos, look, skip_unreadable=True)}
+    numbers = iter(range(len(photos)))
+    found = [replace(one, photos=[photo for photo in one.photos if next(numbers) in left]) for one in subjects]
+    if lost := [one.name for one in found if not one.photos]:
+        raise _nothing_left(lost)
+    return found
+
+
+def _nothing_left(names: Sequence[str]) -> NoImagesError:
+    return NoImagesError(f"expected a readable image of each subject, found none of {', '.join(names[:5])}")
 
 
 def see(photos: Iterable[Photo], look: Callable[[Photo], _Seen], skip_unreadable: bool) -> list[tuple[int, _Seen]]:
@@ -136,7 +162,8 @@ class PhotoEncoder:
         self.base, self.config, self.views = base, config, views
         self.cutter = ViewCutter(base, config) if cutter is None else cutter
         self._cache = Cache(config.cache_dir)
-        self._vae = identity(base.pipeline.vae) if config.cache_dir is not None else ""
+        cached = config.cache_dir is not None
+        self._made_by = [identity(base.pipeline.vae), written_as(base)] if cached else []
 
     def __call__(self, photo: Photo) -> tuple[Tensor, list[str], Tensor | None]:
         """Latents (views, c, h, w), captions, and masks (views, 1, h, w) of a photo that has one.
@@ -148,12 +175,12 @@ class PhotoEncoder:
         content, mask = photo.read(), mask_content(photo)
         digest = content_hash(content)
         made_from = {
-            "vae": self._vae,
+            "made_by": self._made_by,
             "photo": digest,
             "mask": None if mask is None else content_hash(mask),
             "views": self.views,
             "seed": self.config.seed,
-            "format": 2,
+            "format": 3,
             **self.cutter.settings,
         }
         found = self._cache.get(made_from, lambda: self._encode(photo, content, int(digest[:12], 16)))
@@ -180,7 +207,8 @@ def encode_captions(base: Base, captions: Sequence[str], *, cache_dir: str | Non
     else:
         cache = Cache(cache_dir)
         encoders = identity(*(getattr(base.pipeline, name, None) for name in base.encoder_names if name != "vae"))
-        made_from = {"encoders": encoders, "length": base.max_sequence_length, "format": 1}
+        length = base.max_sequence_length
+        made_from = {"encoders": encoders, "base": written_as(base), "length": length, "format": 2}
         parts = [cache.get({**made_from, "caption": one}, partial(base.encode_text, [one])) for one in captions]
     return {name: _join_text([part[name] for part in parts]) for name in parts[0]}
 

@@ -19,7 +19,7 @@ from ...files import write_bytes
 from ...metrics import face_embedder
 from ..engine.processes import Processes
 from ..examples.batches import Examples
-from ..examples.encoding import encode_subjects
+from ..examples.encoding import encode_subjects, usable
 from ..stage_settings import VALIDATION_FOLDER, HeldOutConfig, MetaTrainConfig
 from .tracking import Trackers
 from .validation_scores import FaceScore, HeldOutLoss, Painter
@@ -70,10 +70,13 @@ class HeldOut:
 
 
 def hold_out(base: Base, subjects: Sequence[Subject], config: HeldOutConfig) -> HeldOut:
-    """Split the photos of held-out subjects and encode those that score; raises as `encode_subjects`."""
-    parts = [_parts(subject) for subject in subjects]
+    """Split the photos of held-out subjects and encode those that score; raises as `encode_subjects`.
+
+    Those that cannot be used are left out, as photos to train on are, and a warning names them.
+    """
     # Another seed gives other crops.
     config = as_squares(replace(config, seed=config.seed + 1))
+    parts = [_parts(subject) for subject in usable(base, subjects, config)]
     scored = [
         encode_subjects(base, [Subject(one.name, photos)], config, max(1, VIEWS // len(photos)), progress=False)
         for one, (_, photos) in zip(subjects, parts, strict=True)
