@@ -208,6 +208,31 @@ def test_what_is_written_into_a_loaded_person_shows(people, pipe):
     assert table.statistics().device_hits == hits + 1, "what has not changed is not copied again"
 
 
+@pytest.mark.parametrize("by", ["pipe", "model"])
+def test_a_weight_holds_in_a_batch_too(people, pipe, by):
+    """Bug: after `set_adapters("ann", 0.5)` the image of `subjects="ann"` showed her in full."""
+    folder, images = people
+    for name in ("bob", "ann"):
+        pipe.load_meta_lora(folder / name)
+    weigh = pipe.set_adapters if by == "pipe" else pipe.transformer.set_adapters
+    assert near(picture(pipe, subjects="ann"), images["ann"])
+    for weight in (0.5, 0.3):
+        weigh(["ann"], [weight])
+        wanted = picture(pipe)
+        assert not near(wanted, images["ann"])
+        assert near(picture(pipe, subjects="ann"), wanted)
+    mixed = picture(pipe, ["a photo of a person"] * 3, subjects=["ann", "bob", None])
+    assert near(mixed[:1], wanted) and near(mixed[1:2], images["bob"]) and near(mixed[2:], images[None])
+    in_part = picture(pipe, regions=[("ann", (0, 0, 32, 32))])
+    pipe.set_adapters("bob")
+    assert near(picture(pipe, subjects="ann"), wanted), "until she is given another one"
+    weigh(["ann"], [1.0])
+    assert near(picture(pipe, subjects="ann"), images["ann"])
+    assert not near(picture(pipe, regions=[("ann", (0, 0, 32, 32))]), in_part)
+    weigh(["ann"], [0.0])
+    assert near(picture(pipe, subjects="ann"), images[None])
+
+
 def test_a_name_is_one_persons(people, pipe, tmp_path):
     """Bug: `add_subject(folder, "ann")` hid a loaded ann from `subjects=`, or lived under two Downs at once."""
     folder, images = people

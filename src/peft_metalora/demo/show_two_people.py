@@ -67,11 +67,10 @@ def draw_two(
         pipe: has the LoRA `ADAPTER` and both subjects, by these names.
         weight: None for a region each; else the sum of both adapters, each with this weight.
     """
-    if weight is None:
-        pipe.set_adapters(ADAPTER)
-        return generate(pipe, prompts, seeds, 2 * RESOLUTION, regions=[(left, LEFT), (right, RIGHT)])
-    pipe.set_adapters([ADAPTER, left, right], [1.0, weight, weight])
-    return generate(pipe, prompts, seeds, 2 * RESOLUTION)
+    share = 1.0 if weight is None else weight
+    pipe.set_adapters([ADAPTER, left, right], [1.0, share, share])
+    places = {"regions": [(left, LEFT), (right, RIGHT)]} if weight is None else {}
+    return generate(pipe, prompts, seeds, 2 * RESOLUTION, **places)
 
 
 def keep_apart(embedder: FaceEmbedder, images: Tensor, photos: tuple[Embeddings, Embeddings]) -> Apart:

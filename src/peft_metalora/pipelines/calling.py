@@ -57,8 +57,8 @@ class PerSampleMixin:
 
         Args:
             subjects: a name, or one name (None: nobody, exactly the base model) for each prompt or each image. Names
-                are those of loaded subjects and of `add_subject`, all of one Down; the active adapters do not count
-                then, ordinary LoRAs aside. Without it, the active adapters show, as always.
+                are those of loaded subjects and of `add_subject`, all of one Down; which adapters are active does not
+                count then, ordinary LoRAs aside, their weights do. Without it, the active adapters show, as always.
             regions: pairs of a subject (or None) and its place in every image of the call: a box (x0, y0, x1, y1) in
                 pixels, or a mask of the image's size (a PIL image, or a tensor (h, w)). Image tokens show the subject
                 of the region that holds most of them, the later one where regions meet; all else, text tokens too, is

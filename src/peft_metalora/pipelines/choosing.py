@@ -63,6 +63,8 @@ class ChoosingMixin(PerSampleMixin):
     ) -> None:
         """Make these adapters active and no others, in all components; a weight multiplies an adapter's output.
 
+        Until it is given another one, the weight of a subject holds in calls with `subjects=` and `regions=` too.
+
         Raises:
             AdapterNotFoundError: an adapter that is not loaded.
             AdapterStateError: weights that are no numbers, or not as many as names; or something is fused.

@@ -10,6 +10,7 @@ expansion into its slot.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -404,15 +405,23 @@ class SubjectTable:
         written, self._written = self._written, False
         return written
 
-    def _row(self, name: str, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A subject's factors as one row, where they are."""
+    def _row(
+        self,
+        name: str,
+        config: MetaLoraConfig,
+        tensors: Mapping[str, torch.Tensor],
+        scales: Mapping[str, float] | None = None,
+    ) -> torch.Tensor:
+        """A subject's factors as one row, where they are; `scales` by layer, by default those of its configuration."""
         check_subject_on_down({k: v for k, v in tensors.items() if not k.endswith(_PARTS[2])}, self.down.tensors, name)
         if config.use_dora != self.config.use_dora:
             raise AdapterStateError(
                 f"{name}: expected use_dora={self.config.use_dora}, as its Down has, found {config.use_dora}. Load it "
                 "with load_meta_lora instead."
             )
-        return self._flatten(name, self._scaled(config, tensors))
+        if scales is None:
+            scales = {path: ranks_of(config, path).scaling for path, _ in self._layers}
+        return self._flatten(name, self._scaled(scales, tensors))
 
     def _flatten(self, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         pieces = []
@@ -442,7 +451,8 @@ class SubjectTable:
         model = cast(nn.Module, self._model())
         known, config, checked = seen(model), configs_of(model)[name], self._loaded[name]
         if checked is None or checked[0] is not known:
-            row = self._row(name, config, subject_state(model, name))
+            scales = {path: layer.scaling[name] for path, layer in self._layers}  # with the weight of set_adapters
+            row = self._row(name, config, subject_state(model, name), scales)
             self._loaded[name] = (known, Rows(self._layers, name)) if self._is_row(name) else None
             return row
         if checked[1].moved():
@@ -454,8 +464,10 @@ class SubjectTable:
         """Whether a loaded adapter can lie as a slot does: its factors are a row as they are, and frozen."""
         factors = [getattr(layer, part)[name] for _, layer, part in _pieces(self._layers, name)]
         alike = all(one.dtype == self._flat.dtype and one.device == self._flat.device for one in factors)
-        model = cast(nn.Module, self._model())
-        return alike and not any(one.requires_grad for one in factors) and self._scales_alike(configs_of(model)[name])
+        own = ((layer.scaling[name], ranks_of(self.config, path).scaling) for path, layer in self._layers)
+        # Scaled for a call and back (a pipeline's `scale`) it is the same but for the last bit.
+        scales_alike = all(math.isclose(one, other, rel_tol=1e-9) for one, other in own)
+        return alike and scales_alike and not any(one.requires_grad for one in factors)
 
     def _scales_alike(self, config: MetaLoraConfig) -> bool:
         """Whether a subject's own scale is the table's on every layer, so that nothing has to be taken into Up."""
@@ -465,11 +477,11 @@ class SubjectTable:
             self._alike = marks, all(own.scaling == its.scaling for own, its in scales)
         return self._alike[1]
 
-    def _scaled(self, config: MetaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _scaled(self, scales: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The subject's own scale taken into Up, relative to the table's."""
         scaled = dict(tensors)
-        for path, _ in self._layers:
-            ratio = ranks_of(config, path).scaling / ranks_of(self.config, path).scaling
+        for path, scale in scales.items():
+            ratio = scale / ranks_of(self.config, path).scaling
             if ratio != 1 and f"{path}.{UP}" in scaled:
                 scaled[f"{path}.{UP}"] = scaled[f"{path}.{UP}"] * ratio
         return scaled

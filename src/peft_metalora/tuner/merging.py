@@ -49,8 +49,9 @@ class Mergeable(Foldable):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Weight the adapter: its output is multiplied by `scale` times its own scaling."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._full_scale(adapter)
+        if adapter in self.scaling and (scaling := scale * self._full_scale(adapter)) != self.scaling[adapter]:
+            self.scaling[adapter] = scaling
+            layers_changed()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
