@@ -71,8 +71,11 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     return content
 
 
-def decode_image(content: bytes, name: str | os.PathLike[str]) -> Image.Image:
+def decode_image(content: bytes, name: str | os.PathLike[str], behind: str = "white") -> Image.Image:
     """As `load_image`, of bytes; `name` is for the message.
+
+    Args:
+        behind: the colour that transparency is laid on.
 
     Raises:
         UnreadableImageError: they are damaged, too large, or no image.
@@ -81,11 +84,11 @@ def decode_image(content: bytes, name: str | os.PathLike[str]) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             try:
-                return _decoded(content)
+                return _decoded(content, behind)
             except ValueError as error:
                 if "MAX_TEXT_" not in str(error):
                     raise
-                return _decoded(_without_text(content))
+                return _decoded(_without_text(content), behind)
     except (_TooLargeError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(
             f"expected an image of at most {MAX_MEGAPIXELS} megapixels, found {os.fspath(name)} of more ({error}): "
@@ -122,7 +125,7 @@ class _TooLargeError(Exception):
     pass
 
 
-def _decoded(content: bytes) -> Image.Image:
+def _decoded(content: bytes, behind: str) -> Image.Image:
     image: Image.Image
     with Image.open(io.BytesIO(content), formats=_formats()) as image:
         _limit(image)
@@ -135,7 +138,7 @@ def _decoded(content: bytes) -> Image.Image:
         raise ValueError("expected 8 or 16 bits a channel, found 32, whose black and white nothing tells")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -182,17 +185,24 @@ def _formats() -> list[str]:
 def decode_mask(content: bytes, name: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image:
     """Decode a mask to grey, white where the subject is, and bring it to the size of its photo.
 
+    What is transparent in it is black: tools that cut somebody out leave the rest so.
+
     Args:
         size: width and height of the photo, upright.
 
     Raises:
-        UnreadableImageError: it cannot be decoded, or has not the shape of the photo.
+        UnreadableImageError: it cannot be decoded, is light nowhere, or has not the shape of the photo.
     """
-    mask = decode_image(content, name).convert("L")
+    mask = decode_image(content, name, behind="black").convert("L")
     if abs(mask.width * size[1] - mask.height * size[0]) > 0.02 * mask.width * size[1]:
         raise UnreadableImageError(
             f"expected a mask of the shape of its photo, {size[0]} x {size[1]}, found {os.fspath(name)} of "
             f"{mask.width} x {mask.height}: draw it on the upright photo"
+        )
+    if (lightest := int(mask.getextrema()[1])) < 128:  # type: ignore[arg-type]
+        raise UnreadableImageError(
+            f"expected a mask that is white where the subject is, found {os.fspath(name)}, whose lightest place is "
+            f"{lightest} of 255: draw the subject in white, or remove it and the whole photo counts"
         )
     return mask if mask.size == size else mask.resize(size, Image.Resampling.BOX)
 

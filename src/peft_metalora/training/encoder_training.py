@@ -26,7 +26,7 @@ from .engine.optimizers import restore_scheduler
 from .engine.processes import ALONE, Processes
 from .engine.slot_gradients import SlotGradients
 from .engine.stacked import Recorded, RowGradients, denoising_inputs
-from .engine.state import check_steps
+from .engine.state import check_steps, restore_generator
 from .examples.batches import Examples
 from .injecting import sanity_of
 from .stage_settings import EncoderTrainingConfig
@@ -257,7 +257,7 @@ class EncoderTraining:
         restore_scheduler(self.scheduler, state["scheduler"])
         if self.scale is not None:
             self.scale.load_state_dict(state["scale"])
-        self._generator.set_state(state["generator"].cpu())
+        restore_generator(self._generator, state["generator"])
         self.losses = [float(loss) for loss in state["losses"]]
         self._batches_of_steps = int(state.get("batches", len(self.losses) * self.config.accumulation))
 

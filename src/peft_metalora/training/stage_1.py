@@ -34,7 +34,7 @@ from .engine.processes import ALONE, Processes
 from .engine.replay import ReplayedLoss, named, text_in, why_not_recorded
 from .engine.sampler import SubjectSampler, balanced_buckets
 from .engine.slot_optimizer import SlotOptimizer
-from .engine.state import check_steps
+from .engine.state import check_steps, restore_generator
 from .examples.batches import Examples
 from .injecting import inject, sanity_of, targets
 from .stage_settings import MetaTrainConfig
@@ -297,7 +297,7 @@ class MetaTraining:
         restore_scheduler(self.scheduler, state["scheduler"])
         if self.scale is not None:
             self.scale.load_state_dict(state["scale"])
-        self._generator.set_state(state["generator"])
+        restore_generator(self._generator, state["generator"])
         self._number, self._open = range(len(self.buckets))[state["bucket"]], True
         self._bucket = self.buckets[self._number]
         self.sampler.start(self._bucket)

@@ -327,6 +327,19 @@ def test_states_that_make_no_sense_are_corrupt_files(tmp_path):
                 read_state(config)
 
 
+def test_random_numbers_of_the_other_kind_of_device_are_named():
+    """Bug: a checkpoint of a GPU was called corrupt on a CPU, though the docs say that a run may go on elsewhere."""
+    base = tiny_base()
+    training = MetaTraining(base, tiny_examples(base), meta_config())
+    next(training.steps())
+    state = {**training.state_dict(), "generator": torch.zeros(16, dtype=torch.uint8)}
+    with (
+        pytest.raises(ConfigError, match=r"^expected a GPU, .* found a CPU, .*: choose another device"),
+        understanding("x"),
+    ):
+        training.load_state_dict(state)
+
+
 def test_a_bit_that_flipped_in_a_tensor_of_a_state_is_found(tmp_path):
     """Bug: only the JSON of a state had a digest; a run went on from other numbers in silence."""
     config = personal_config(resume_from_checkpoint=str(tmp_path))

@@ -31,6 +31,7 @@ from .origin import Origin
 from .processes import ALONE, Processes
 
 STATE_FILE = "training_state.safetensors"
+_CPU_STATE, _GPU_STATE = 5056, 16  # bytes of a generator
 _HEADER, _DIGEST = "training_state", "training_state_sha256"
 _FOLDER = re.compile(r"checkpoint-([1-9][0-9]*)")
 # What runs write into a checkpoint; the last is what a killed write leaves.
@@ -293,6 +294,22 @@ def check_steps(done: Any, steps: int) -> None:
             f"expected max_train_steps of at least the {done} steps that the checkpoint has behind it, found "
             f"{steps}: raise it, or resume from an earlier checkpoint"
         )
+
+
+def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
+    """Take up the state of a generator.
+
+    Raises:
+        ConfigError: it is one of the other kind of device. What torch raises of one that makes no sense.
+    """
+    kinds = {_CPU_STATE: "a CPU", _GPU_STATE: "a GPU"}
+    then, now = kinds.get(state.numel()), kinds.get(generator.get_state().numel())
+    if then is not None and now is not None and then != now:
+        raise ConfigError(
+            f"expected {then}, on which the run of the checkpoint drew its random numbers, found {now}, which draws "
+            "others: choose another device, or start anew without resume_from_checkpoint"
+        )
+    generator.set_state(state.cpu())
 
 
 def _check(

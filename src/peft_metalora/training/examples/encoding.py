@@ -180,7 +180,7 @@ class PhotoEncoder:
             "mask": None if mask is None else content_hash(mask),
             "views": self.views,
             "seed": self.config.seed,
-            "format": 3,
+            "format": 4,
             **self.cutter.settings,
         }
         found = self._cache.get(made_from, lambda: self._encode(photo, content, int(digest[:12], 16)))

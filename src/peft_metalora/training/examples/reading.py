@@ -82,7 +82,7 @@ class _Looker:
             "made_by": self._made_by,
             "photo": digest,
             "mask": None if mask is None else content_hash(mask),
-            "format": 1,
+            "format": 2,
             **{name: getattr(self._config, name) for name in sees},
         }
         return self._cache.get(made_from, lambda: {"features": self._look(photo, content, digest)})["features"]
