@@ -275,3 +275,61 @@ def test_somebody_is_tuned_step_by_step(home, tmp_path, run):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     assert load_subject(tmp_path).config.subject_name == "ann"
+
+
+def test_files_that_come_slowly_hold_up_nobody_else(home, tmp_path, run, monkeypatch):
+    """Bug: while the files of one person were fetched, no other image of that copy was drawn, not even of nobody."""
+    names, go = write_people(home, tmp_path / "people" / "acme", 2), threading.Event()
+
+    async def work():
+        service, (ann, *_) = await with_people(home, tmp_path)
+        artist, fetch = service.pool.artists[0], service.place.files
+
+        def files(person):
+            if person.name == names[0]:
+                go.wait(20)
+            return fetch(person)
+
+        monkeypatch.setattr(service.place, "files", files)
+        slow, other = [service.people.find("acme", name) for name in names]
+        waiting = [asyncio.ensure_future(artist.draw(task(slow, seed))) for seed in (0, 0)]
+        try:
+            await asyncio.sleep(0.05)
+            for order in (task(None), task(ann), task(other)):
+                assert (await asyncio.wait_for(artist.draw(order), 5)).content
+            await asyncio.wait_for(artist.forget(ann.uid), 5)
+            forgotten = asyncio.ensure_future(artist.forget(slow.uid))
+            await asyncio.sleep(0.05)
+            assert not forgotten.done(), "they are just being brought"
+        finally:
+            go.set()
+        await forgotten
+        for each in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(each, RefusedError) and each.status == 404
+        assert slow.uid not in artist._table.names()
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(ConnectionError("no route"), 503, "ask again later"), (FileNotFoundError("gone"), 409, "bring them in again")],
+)
+def test_a_place_that_cannot_be_reached_is_no_fault_of_the_person(
+    home, tmp_path, run, monkeypatch, error, status, said
+):
+    """Bug: while the place of the files did not answer, clients were told to bring everybody in again."""
+    name = write_people(home, tmp_path / "people" / "acme", 1)[0]
+
+    async def work():
+        service = Service(home, tmp_path)
+
+        def files(person):
+            raise error
+
+        monkeypatch.setattr(service.place, "files", files)
+        return await service.draw(name)
+
+    answer = run(work())
+    assert answer.status == status and answer.error.endswith(said) and name in answer.error
+    assert ("retry-after" in answer.headers) == (status == 503)

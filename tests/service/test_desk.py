@@ -15,7 +15,7 @@ import pytest
 from peft_metalora.service.journal import JsonLines, log
 from peft_metalora.service.orders import SubjectOrder
 from peft_metalora.service.tasks import RefusedError
-from service_tiny import Gate, Service, photo
+from service_tiny import Gate, Service, photo, write_people
 
 
 async def soon(true, seconds=5.0):
@@ -70,6 +70,48 @@ def test_nobody_waits_for_ever(home, tmp_path, run):
     answer, dropped, again = run(work())
     assert (answer.status, again, dropped) == (503, 503, 1)
     assert "within 0.1 s" in answer.error and int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_place_of_files_that_does_not_answer_keeps_no_place_in_the_queue(home, tmp_path, run, monkeypatch):
+    """Bug: a request for somebody whose files did not answer held its place for ever; after some nobody got one."""
+    write_people(home, tmp_path / "people" / "acme", 1)
+    go = threading.Event()
+
+    async def work():
+        service = Service(home, tmp_path, pool=Gate(), timeout=0.2, queue=1)
+        service.pool.open.set()
+        monkeypatch.setattr(service.place, "stamp", lambda person: go.wait(20) and "")
+        try:
+            answers = [await service.draw("p00"), await service.ask("GET", "/subjects/p00")]
+            answers.append(await service.enrol("p00"))
+            return answers, await service.draw(None)
+        finally:
+            go.set()
+
+    answers, nobody = run(work())
+    assert [answer.status for answer in answers] == [503] * 3 and nobody.status == 200
+    assert all("within 0.2 s" in answer.error for answer in answers)
+
+
+def test_a_place_that_cannot_be_looked_at_is_said(home, tmp_path, run, monkeypatch):
+    """Bug: while the place of the files could not be reached, the service was told to have failed (500)."""
+    write_people(home, tmp_path / "people" / "acme", 1)
+
+    async def work():
+        service = Service(home, tmp_path, pool=Gate())
+
+        def stamp(person):
+            raise ConnectionError("no route to /secret")
+
+        monkeypatch.setattr(service.place, "stamp", stamp)
+        asked = [service.draw("p00"), service.ask("DELETE", "/subjects/p00"), service.enrol("p00")]
+        answers = [await each for each in asked]
+        monkeypatch.undo()
+        return answers, (await service.ask("DELETE", "/subjects/p00")).status
+
+    answers, later = run(work())
+    assert [answer.status for answer in answers] == [503] * 3 and later == 200
+    assert all("ask again later" in answer.error and "secret" not in answer.error for answer in answers)
 
 
 # People

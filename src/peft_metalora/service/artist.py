@@ -12,8 +12,10 @@ import io
 import os
 import threading
 import time
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,10 +40,11 @@ from ..tuner import DownSource, fold
 from .journal import log
 from .people import Person, Place
 from .serve_settings import ServeConfig
-from .tasks import Drawn, Offer, RefusedError, Task, is_gone, to_its_end
+from .tasks import Drawn, Offer, RefusedError, Task, cannot_be_reached, is_gone, to_its_end
 
 _NOBODY = "nobody"  # no uid
 _QUALITY = 95  # of JPEG and WebP
+_FETCHED_AT_ONCE = 4  # people with files: asyncio has few threads, one of which draws
 
 
 @dataclass
@@ -91,7 +94,9 @@ class Artist:
         self._queue: list[_Waiting] = []
         self._errands: list[_Errand] = []
         self._arrived = asyncio.Event()
-        self._loading = asyncio.Lock()
+        # By uid, for as long as somebody holds it or waits for it: who is being brought.
+        self._coming: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._fetching = asyncio.Semaphore(_FETCHED_AT_ONCE)
         self._moving = threading.Lock()  # of people into the table and out of it
         self._counts: Counter[str] = Counter(images=0, batches=0, subjects=0)
         self._worker = asyncio.create_task(self._work())
@@ -111,8 +116,7 @@ class Artist:
         uids = [one.uid for one in task.people if one is not None]
         self._wanted.update(uids)
         try:
-            async with self._loading:
-                await self._get_ready(task)
+            await self._get_ready(task)
             if not self._gone.isdisjoint(uids):
                 raise is_gone()
             waiting = _Waiting(task, asyncio.get_running_loop().create_future())
@@ -143,10 +147,12 @@ class Artist:
         for waiting in self._queue:
             if any(one is not None and one.uid == uid for one in waiting.task.people) and not waiting.done.done():
                 waiting.done.set_exception(is_gone())
-        async with self._loading:  # who was just being brought is there by now
-            leaving = [one for one in self._known if one not in self._wanted] if uid is None else [uid]
-            for one in leaving:
-                self._known.pop(one, None)
+        for coming in [*self._coming.values()] if uid is None else [self._lock_of(uid)]:
+            async with coming:  # who was just being brought is there by now
+                pass
+        leaving = [one for one in self._known if one not in self._wanted] if uid is None else [uid]
+        for one in leaving:
+            self._known.pop(one, None)
         await self._between_batches(partial(self._evict, leaving))
 
     def statistics(self) -> dict[str, Any]:
@@ -156,13 +162,20 @@ class Artist:
     # People
 
     async def _get_ready(self, task: Task) -> None:
-        """Have all people of a task in host memory, as they are by now; another batch may be drawn meanwhile."""
+        """Have all people of a task in host memory, as they are by now; other batches may be drawn meanwhile."""
         for person in task.people:
-            if person is None or person.uid in self._gone:
+            if person is None:
                 continue
-            if person.revision > self._known.get(person.uid, -1):
-                await to_its_end(self._bring, person)
-            self._known.move_to_end(person.uid)
+            async with self._lock_of(person.uid):
+                if person.uid in self._gone:
+                    continue
+                if person.revision > self._known.get(person.uid, -1):
+                    async with self._fetching if person.code is None else nullcontext():
+                        await to_its_end(self._bring, person)
+                self._known.move_to_end(person.uid)
+
+    def _lock_of(self, uid: str) -> asyncio.Lock:
+        return self._coming.setdefault(uid, asyncio.Lock())
 
     def _surplus(self) -> list[str]:
         """Who has to leave host memory, those that nobody has asked for the longest: known no more from now on."""
@@ -194,6 +207,8 @@ class Artist:
                 self._known[person.uid] = person.revision
         except (MetaLoraError, OSError) as error:
             log.warning("person cannot be shown", exc_info=error, extra={"fields": {"person": person.uid}})
+            if not isinstance(error, (MetaLoraError, FileNotFoundError)):
+                raise cannot_be_reached(person.name) from error
             raise RefusedError(
                 409,
                 f"expected {person.name} to be somebody whom this service can show, found {type(error).__name__}: "

@@ -23,7 +23,7 @@ from .journal import log
 from .orders import ImageOrder, SubjectOrder
 from .people import People, Person
 from .serve_settings import ServeConfig
-from .tasks import Drawn, Offer, Progress, RefusedError, Task, is_gone, to_its_end
+from .tasks import Drawn, Offer, Progress, RefusedError, Task, cannot_be_reached, is_gone, to_its_end
 
 _Result = TypeVar("_Result")
 _KEPT_JOBS = 1000  # that have ended
@@ -100,8 +100,14 @@ class Desk:
     async def draw(self, tenant: str, order: ImageOrder) -> Drawn:
         """An image: 404 for somebody who is not there, 409 or 422 for what cannot be shown, 429 or 503 for later."""
         with self._place():
-            people, boxes = await self._people_of(tenant, order)
-            task = Task(
+            drawn: Drawn = await self._in_time(self._drawn(tenant, order))
+        self.gauges.drawn(drawn)
+        return drawn
+
+    async def _drawn(self, tenant: str, order: ImageOrder) -> Drawn:
+        people, boxes = await self._people_of(tenant, order)
+        return await self._showing(
+            Task(
                 people,
                 boxes,
                 order.prompt,
@@ -113,9 +119,7 @@ class Desk:
                 order.seed,
                 order.format,
             )
-            drawn: Drawn = await self._in_time(self._showing(task))
-        self.gauges.drawn(drawn)
-        return drawn
+        )
 
     async def _people_of(
         self, tenant: str, order: ImageOrder
@@ -134,12 +138,20 @@ class Desk:
     async def person(self, tenant: str, name: str) -> Person:
         """Somebody of the tenant; 404."""
         if self.people.needs_to_look(tenant, name):
-            person = await asyncio.to_thread(self.people.find, tenant, name)
+            person = await self._look_up(tenant, name)
         else:
             person = self.people.find(tenant, name)
         if person is None or person.uid in self._leaving:
             raise RefusedError(404, f"expected somebody of yours, found no {name}: see GET /subjects")
         return person
+
+    async def _look_up(self, tenant: str, name: str) -> Person | None:
+        """`People.find` where it asks the place, which may not answer."""
+        try:
+            return await self._in_time(asyncio.to_thread(self.people.find, tenant, name))
+        except OSError as error:
+            log.warning("nobody can be looked up", exc_info=error)
+            raise cannot_be_reached(name) from error
 
     async def _showing(self, task: Task) -> Drawn:
         """Draw, unless somebody in it has been deleted since they were looked up, or is meanwhile."""
@@ -182,7 +194,7 @@ class Desk:
         with self._place():
             photos = self._photos_of(order)
             async with self._changing(tenant, order.name):
-                before = await asyncio.to_thread(self.people.find, tenant, order.name)
+                before = await self._look_up(tenant, order.name)
                 if before is not None and not order.replace:
                     raise RefusedError(
                         409, f"expected a new name, found {order.name}, which is taken: give replace=true"
@@ -223,7 +235,7 @@ class Desk:
 
     async def _delete(self, tenant: str, name: str) -> int:
         async with self._changing(tenant, name):
-            person = await asyncio.to_thread(self.people.find, tenant, name) or self.people.entry(tenant, name)
+            person = await self._look_up(tenant, name) or self.people.entry(tenant, name)
             uids = {*self._unconfirmed.get((tenant, name), ())}
             if person is not None:
                 uids.add(person.uid)

@@ -35,6 +35,12 @@ def is_gone() -> RefusedError:
     return RefusedError(404, "expected somebody who is here, found somebody who was deleted")
 
 
+def cannot_be_reached(name: str) -> RefusedError:
+    """What is said while the place of somebody's files does not let itself be read."""
+    message = f"expected to be able to read where {name} is kept, found that this fails: ask again later"
+    return RefusedError(503, message, retry_after=5)
+
+
 @dataclass(frozen=True)
 class Offer:
     """What of the settings depends on the pipeline.
