@@ -7,6 +7,7 @@ import ast
 import functools
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from diffusers import FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 
 from peft_metalora import enable_meta_lora, export_subject, load_subject
+from peft_metalora.cli import COMMANDS, build_parser
 from peft_metalora.demo.embedded import BASE, DOWN
 from peft_metalora.demo.faces import write_dataset
 from peft_metalora.hub.loading import HubOptions
@@ -100,3 +102,16 @@ def test_methods_are_listed_with_their_own_arguments():
             word, _, default = argument.strip("*").partition("=")
             assert word in taken or passed_on, f"{name}({argument})"
             assert not default or ast.literal_eval(default) == taken[word].default, f"{name}({argument})"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_the_commands_of_a_page_have_the_flags_that_it_gives(page):
+    """Bug: a flag was renamed, and a page went on to show the old one."""
+    shown = re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    text = "\n".join(shown).replace("\\\n", " ")
+    for name, value in re.findall(r'^(\w+)="(--[^"]*)"$', text, re.MULTILINE):
+        text = text.replace(f"${name}", value)
+    for line in re.findall(r"^ *(?:.* -m peft_metalora\.cli|metalora) (.*)$", text, re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        if words[0] in COMMANDS and "..." not in words:
+            build_parser([words[0]]).parse_args(words)

@@ -49,6 +49,18 @@ def test_the_package_brings_what_files_call_the_demos(tmp_path, monkeypatch, cap
     )
 
 
+def test_nobody_asks_the_hub_for_what_the_package_brings(tmp_path, monkeypatch, capsys):
+    """Bug: `metalora read` on the embedded Down printed a push that then asked the Hub for it; so did a pull."""
+    monkeypatch.chdir(tmp_path)
+    to_pil(torch.rand(3, RESOLUTION, RESOLUTION)).save("ann.png")
+    assert main(["read", "--down", "peft_metalora/demo-down", "--photos", "ann.png", "--output_dir", "ann"]) == 0
+    assert "push" not in capsys.readouterr().out
+    assert main(["push", "--folder", "ann", "--repo_id", "me/ann"]) == 2
+    assert "found peft_metalora/demo-down, which is none: it comes with the package" in capsys.readouterr().err
+    assert main(["pull", "--repo_id", "peft_metalora/demo-down", "--output_dir", "copy"]) == 0
+    assert load_down("copy").fingerprint == load_down(DOWN).fingerprint
+
+
 def test_files_are_the_ones_that_were_measured():
     lines = (ASSETS / "SHA256SUMS").read_text().splitlines()
     listed = {name: digest for digest, name in (line.split("  ") for line in lines)}

@@ -52,7 +52,11 @@ _DECIDE = "resolution", "quantize", "offload", "gradient_checkpointing", "train_
 class EstimateConfig:
     """Say what a command would take: GPU memory, time, download and disk. Nothing but configurations is read."""
 
-    arguments: list[str] = setting("The command with its flags, as it would be run.", [], positional="COMMAND ...")
+    arguments: list[str] = setting(
+        "meta-train, train-encoder, read, personalize or generate, with its flags, as it would be run.",
+        [],
+        positional="COMMAND ...",
+    )
 
 
 @dataclass(frozen=True)

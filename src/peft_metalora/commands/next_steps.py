@@ -34,13 +34,13 @@ def next_steps(
     local = (
         f" --down {shlex.quote(f'me/{Path(down).resolve().name}')}" if down is not None and os.path.isdir(down) else ""
     )
-    return "\n".join(
-        (
-            f"draw:        metalora generate --subject {place}{own} --prompt {drawn} --output_dir images",
-            f"{whom} metalora export --subject {place} --format {kind} --output {file}",
-            f"publish:     metalora push --folder {place} --repo_id {shlex.quote(f'me/{name}')}{local}",
-        )
-    )
+    steps = [
+        f"draw:        metalora generate --subject {place}{own} --prompt {drawn} --output_dir images",
+        f"{whom} metalora export --subject {place} --format {kind} --output {file}",
+    ]
+    if down not in EMBEDDED:  # whose Down is in no repository
+        steps.append(f"publish:     metalora push --folder {place} --repo_id {shlex.quote(f'me/{name}')}{local}")
+    return "\n".join(steps)
 
 
 def in_words(size: int) -> str:

@@ -49,7 +49,7 @@ from ..errors import (
     UnsafeNameError,
     WrongKindError,
 )
-from ..files import temporary_folder
+from ..files import EMBEDDED, temporary_folder
 from ..tuner import DownSource, MetaLoraConfig
 from ..tuner.config import reference_to_write
 from .cards import Picture, model_card
@@ -59,6 +59,7 @@ from .loading import (
     Location,
     fetch,
     fetch_beside,
+    locate,
     repository,
     space_at,
     subject_of,
@@ -154,6 +155,12 @@ def push_subject(
     with open_artefact(_local(folder)) as found:
         config = found.config
         reference = down or config.down or ""
+        if reference in EMBEDDED:
+            raise MissingDownError(
+                f"{folder}: expected the Down in a repository, found {reference}, which is none: it comes with the "
+                f"package. Push a copy (metalora pull --repo_id {reference} --output_dir DIR, then metalora push "
+                "--folder DIR), and give its repository as `down`."
+            )
         if not REPO_ID.fullmatch(reference) or (down is None and os.path.isdir(found.folder / reference)):
             raise MissingDownError(
                 f"{folder}: expected the Down in a repository, so that others can load the subject, found "
@@ -205,7 +212,7 @@ def pull(
         OutputExistsError: something else lies in the folder.
         As `load_subject`.
     """
-    at = repository(repo_id, **hub)
+    at = locate(repo_id, **hub) if repo_id in EMBEDDED else repository(repo_id, **hub)
     with open_artefact(fetch(at)) as found:
         config = found.config
         source = found.down() if found.is_down else subject_of(found, at)
