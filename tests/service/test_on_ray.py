@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -25,7 +26,7 @@ from peft_metalora import enable_meta_lora
 from peft_metalora.bases import load_base
 from peft_metalora.commands.serve import serving
 from peft_metalora.errors import BaseModelMismatchError, ConfigError
-from peft_metalora.service.tasks import RefusedError
+from peft_metalora.service.tasks import RefusedError, Task
 from service_tiny import TOKENS, Answer, photo, settings, write_people
 
 CLIENTS, EACH = 24, 5
@@ -83,6 +84,32 @@ def test_a_copy_that_does_not_start_is_told_to_whoever_starts_the_service(home, 
         RayPool(SimpleNamespace(offer=asked), None)
     with pytest.raises(BaseModelMismatchError):
         replica.check_health()
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("an illegal memory access"), StopIteration()])
+def test_a_copy_of_which_no_image_comes_any_more_is_replaced(home, tmp_path, run, monkeypatch, error):
+    """Bug: after a fault of the GPU, or the end of what draws, a copy failed for ever, and passed for healthy."""
+    from peft_metalora.service.on_ray import ArtistReplica
+
+    replica = object.__new__(ArtistReplica.func_or_class)
+    task = Task((None,), (), "a photo of a person", None, 16, 16, 1, None, 0, "png")
+
+    async def work():
+        await replica.__init__(settings(home, tmp_path, pretrained_model_name_or_path=str(home / "base")))
+        for _ in range(2):
+            replica.check_health()
+
+        def fails(*_):
+            raise error
+
+        monkeypatch.setattr(replica._artist, "_draw_batch", fails)
+        with pytest.raises((torch.AcceleratorError, asyncio.TimeoutError)):
+            await asyncio.wait_for(replica.draw(task), 2)
+        with pytest.raises((torch.AcceleratorError, TypeError)):  # no future takes a StopIteration
+            replica.check_health()
+        return await replica.draw(task)
+
+    assert run(work()).status == 503
 
 
 def test_copies_that_tune_are_told_of_a_deletion_too(run):

@@ -99,6 +99,7 @@ class Artist:
         self._fetching = asyncio.Semaphore(_FETCHED_AT_ONCE)
         self._moving = threading.Lock()  # of people into the table and out of it
         self._counts: Counter[str] = Counter(images=0, batches=0, subjects=0)
+        self._fault: Exception | None = None
         self._worker = asyncio.create_task(self._work())
 
     @property
@@ -106,6 +107,13 @@ class Artist:
         """What the pipeline has."""
         multiple, side = self._base.pixel_multiple, self._config.resolution or self._base.default_side
         return Offer(side // multiple * multiple, multiple, "negative_prompt" in self._accepts)
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What this copy does not get over, if there is such a thing: no image comes of it any more."""
+        if self._worker.done() and not self._worker.cancelled():
+            return self._worker.exception()
+        return self._fault
 
     async def draw(self, task: Task) -> Drawn:
         """Draw an image, in one batch with whoever else waits then.
@@ -238,12 +246,23 @@ class Artist:
             self._arrived.clear()
             errands, self._errands = self._errands, []
             for errand in errands:
-                _finish(errand.done, await asyncio.to_thread(_outcome, errand.work))
+                self._finish(errand.done, await asyncio.to_thread(_outcome, errand.work))
             if batch := self._next_batch():
                 tasks, leaving = [waiting.task for waiting in batch], self._surplus()
                 for waiting, result in zip(batch, await asyncio.to_thread(self._draw, tasks, leaving), strict=True):
-                    _finish(waiting.done, result)
+                    self._finish(waiting.done, result)
                 self._arrived.set()  # there may be more
+
+    def _finish(self, done: asyncio.Future[Any], result: Any) -> None:
+        """Give a result, or an error, to who still waits for it."""
+        if isinstance(result, torch.AcceleratorError):  # a process is rid of it only when it ends
+            self._fault = result
+        if done.done():
+            return
+        if isinstance(result, Exception):
+            done.set_exception(result)
+        else:
+            done.set_result(result)
 
     def _next_batch(self) -> list[_Waiting]:
         """Whoever has waited longest, and whoever can be drawn with them; who has hung up waits no longer."""
@@ -319,16 +338,6 @@ def _outcome(work: Callable[[], Any]) -> Any:
         return work()
     except Exception as error:
         return error
-
-
-def _finish(done: asyncio.Future[Any], result: Any) -> None:
-    """Give a result, or an error, to who still waits for it."""
-    if done.done():
-        return
-    if isinstance(result, Exception):
-        done.set_exception(result)
-    else:
-        done.set_result(result)
 
 
 def _encoded(image: Any, kind: str) -> bytes:

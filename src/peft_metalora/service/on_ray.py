@@ -85,12 +85,16 @@ class ArtistReplica:
     def check_health(self) -> None:
         """For Serve, which starts another replica where this raises; not yet at the first look, as it starts."""
         self._looks += 1
-        if self._failure is not None and self._looks > 1:
-            raise self._failure
+        if (why := self._broken()) is not None and self._looks > 1:
+            raise why
+
+    def _broken(self) -> BaseException | None:
+        """Why no image comes of this copy."""
+        return self._artist.fault if self._failure is None else self._failure
 
     async def draw(self, task: Task) -> Drawn | RefusedError:
         """As `Artist.draw`."""
-        if self._failure is not None:
+        if self._broken() is not None:
             return _no_copy()
         if (uid := _with_files(task)) is not None:
             await self._resident(uid)
@@ -98,7 +102,7 @@ class ArtistReplica:
 
     async def read(self, photos: Sequence[bytes]) -> tuple[bytes, str, str] | RefusedError:
         """As `Artist.read`."""
-        if self._failure is not None:
+        if self._broken() is not None:
             return _no_copy()
         return await _answered(self._artist.read(photos), "not read")
 
@@ -151,7 +155,7 @@ async def _answered(work: Coroutine[Any, Any, _Answer], otherwise: str) -> _Answ
 
 
 def _no_copy() -> RefusedError:
-    return RefusedError(503, "expected a copy of the base that draws, found one that did not start", retry_after=30)
+    return RefusedError(503, "expected a copy of the base that draws, found one that is broken", retry_after=30)
 
 
 def _with_files(task: Task) -> str | None:
