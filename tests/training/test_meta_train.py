@@ -241,6 +241,34 @@ def test_data_that_cannot_be_used(tmp_path):
     assert not (tmp_path / "down").exists()
 
 
+def test_a_run_that_cannot_be_is_refused_before_photos_are_encoded(tmp_path, monkeypatch):
+    """Bug: a run of thousands encoded them for hours, and was then refused for its number of steps or shards, or for a
+    setting that is not that of its checkpoint."""
+    people, model, out = write_people(tmp_path / "people"), save_tiny_flux(tmp_path / "base"), tmp_path / "down"
+    (people / "people.json").write_text(
+        '{"person-0": {"sex": "x"}, "person-1": {"sex": "x"}, "person-2": {"sex": "y"}}'
+    )
+    settings = {"pretrained_model_name_or_path": str(model), "train_data_dir": str(people), "output_dir": str(out)}
+    settings |= {"max_train_steps": 2, "checkpointing_steps": 1}
+    meta_train(meta_config(**settings), progress=False)
+    monkeypatch.setattr("peft_metalora.training.meta_train.encode_subjects", None)
+    monkeypatch.setattr("peft_metalora.training.preparing.encode_subjects", None)
+    for changes, told in (
+        ({"warmup_steps": 2}, "more steps in each bucket than the 2 of its warm-up"),
+        ({"bucket_size": 1}, "more steps in each bucket"),
+        ({"shards": 3}, "subjects_per_batch must be a multiple of the number of shards"),
+        (
+            {"shards": 2, "bucket_size": 1, "warmup_steps": 0, "max_train_steps": 9},
+            "at least 2 subjects in every bucket",
+        ),
+        ({"balance_by": "sex", "shards": 2}, "2 subject.s. of the group 'y' in every bucket"),
+        ({"learning_rate": 0.5, "resume_from_checkpoint": "latest"}, "other values of learning_rate"),
+        ({"learning_rate": 0.5, "resume_from_checkpoint": "checkpoint-1"}, "other values of learning_rate"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            meta_train(meta_config(**{**settings, **changes}), progress=False)
+
+
 def test_an_output_among_the_people_is_refused_before_any_work(tmp_path):
     """Bug: a Down or a cache written into train_data_dir became a person of the next run, or replaced photos."""
     people = write_people(tmp_path / "people")

@@ -40,7 +40,7 @@ from .examples.sources import training_subjects
 from .injecting import saying_what_is_left, take_off
 from .leftovers import make_room, remove_older_checkpoints, remove_second_phase
 from .preparing import check_places, prepare
-from .stage_1 import DownResult, MetaTraining
+from .stage_1 import DownResult, MetaTraining, plan
 from .stage_settings import ENCODER_FOLDER, MetaTrainConfig, TrainEncoderConfig, second_phase
 from .train_encoder import Material, check_shares, encoder_config, material_of, save_with_reader, teach, warn_of_few
 from .watching.held_out import HeldOut, split_subjects
@@ -94,9 +94,11 @@ def meta_train(config: MetaTrainConfig, *, progress: bool = True) -> DownResult:
         warn_of_few(subjects)
     device = choose_device(config.device)
     processes = Processes.of_environment(device)
+    # Refused before any work.
+    plan(config, len(subjects), processes, [one.tags[tag] for one in subjects] if (tag := config.balance_by) else None)
     if teaching is not None:
         check_shares(teaching.subjects_per_batch, processes)
-        encoder_config(teaching)  # refused before any work
+        encoder_config(teaching)
     progress = progress and processes.is_main
     trackers = Trackers(config, processes)
     look = partial(_encode_more, subjects, others, config, teaching, progress)

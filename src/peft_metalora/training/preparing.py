@@ -28,11 +28,12 @@ from .engine.optimizers import optimizer_class, optimizer_options
 from .engine.origin import BaseDigest, Origin, photos_of
 from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
-from .engine.state import state_file
+from .engine.state import check_resumable, last_checkpoint
 from .examples.batches import Examples
 from .examples.encoding import caption_of, encode_subjects
 from .examples.views import shapes_of
 from .stage_settings import (
+    ENCODER_FOLDER,
     INPUTS,
     VALIDATION_FOLDER,
     MetaTrainConfig,
@@ -77,9 +78,11 @@ def _check_helpers(
     """Check that what else a run needs is there: detector, judge, optimiser, and the checkpoint to go on from.
 
     Raises:
-        As `FaceCrop`, `face_embedder`, `optimizer_options` and `state_file`.
+        As `FaceCrop`, `face_embedder`, `optimizer_options` and `check_resumable`.
     """
-    state_file(config, processes)
+    teaches = isinstance(config, MetaTrainConfig) and config.encoder is not None
+    if not (teaches and last_checkpoint(str(Path(config.output_dir, ENCODER_FOLDER)))):  # then in which phase it was
+        check_resumable(config, processes)
     if isinstance(config, StageConfig):
         optimizer_options(optimizer_class(config.optimizer), config, device)
     if config.face_crop is not None:

@@ -10,7 +10,7 @@ start.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -79,6 +79,39 @@ class DownResult:
         )
 
 
+def plan(
+    config: MetaTrainConfig, subjects: int, processes: Processes = ALONE, groups: Sequence[Hashable] | None = None
+) -> tuple[list[Sequence[int]], list[int], int]:
+    """The buckets of a run over so many subjects, the steps of each, and the number of shards.
+
+    Args:
+        groups: of each subject, where they are balanced.
+
+    Raises:
+        ConfigError: more buckets than steps, a warm-up that leaves Down no step, or shards that do not work out.
+    """
+    slots = min(config.bucket_size or subjects, subjects)
+    shards = config.shards or processes.count
+    buckets: list[Sequence[int]] = (
+        [range(start, min(start + slots, subjects)) for start in range(0, subjects, slots)]
+        if groups is None
+        else list(balanced_buckets(groups, slots, shards))
+    )
+    # The first buckets get the odd steps, so that the sum is what was asked for.
+    share, rest = divmod(config.max_train_steps, len(buckets))
+    if share <= config.warmup_steps:
+        raise ConfigError(
+            f"expected more steps in each bucket than the {config.warmup_steps} of its warm-up, found {share} "
+            f"({config.max_train_steps} steps, {len(buckets)} buckets): raise max_train_steps or bucket_size, "
+            "or lower warmup_steps"
+        )
+    if shards % processes.count:
+        raise ConfigError(f"shards must be a multiple of the {processes.count} processes, found {shards}")
+    sampler = SubjectSampler([[0]] * subjects, config.subjects_per_batch, 1, shards, config.seed, groups=groups)
+    sampler.start(buckets[-1])  # the smallest: fails here or never
+    return buckets, [share + (number < rest) for number in range(len(buckets))], shards
+
+
 class MetaTraining:
     """One run of stage 1 on examples in memory; `steps()` trains, `finish()` publishes.
 
@@ -91,7 +124,7 @@ class MetaTraining:
             order of sums) as long as `shards` is the same.
 
     Raises:
-        ConfigError: more buckets than steps, a warm-up that leaves Down no step, or shards that do not work out.
+        ConfigError: as `plan`.
         TooFewImagesError: a subject without an example.
     """
 
@@ -102,26 +135,8 @@ class MetaTraining:
         empty = [subject for subject, positions in enumerate(all_positions) if not positions]
         if empty:
             raise TooFewImagesError(f"expected an example of every subject, found none of subject(s) {empty[:5]}")
-        subjects = len(all_positions)
-        slots = min(config.bucket_size or subjects, subjects)
-        shards = config.shards or processes.count
         groups = None if config.balance_by is None else examples.groups(config.balance_by)
-        self.buckets: list[Sequence[int]] = (
-            [range(start, min(start + slots, subjects)) for start in range(0, subjects, slots)]
-            if groups is None
-            else list(balanced_buckets(groups, slots, shards))
-        )
-        # The first buckets get the odd steps, so that the sum is what was asked for.
-        share, rest = divmod(config.max_train_steps, len(self.buckets))
-        self.bucket_steps = [share + (number < rest) for number in range(len(self.buckets))]
-        if share <= config.warmup_steps:
-            raise ConfigError(
-                f"expected more steps in each bucket than the {config.warmup_steps} of its warm-up, found {share} "
-                f"({config.max_train_steps} steps, {len(self.buckets)} buckets): raise max_train_steps or bucket_size, "
-                "or lower warmup_steps"
-            )
-        if shards % processes.count:
-            raise ConfigError(f"shards must be a multiple of the {processes.count} processes, found {shards}")
+        self.buckets, self.bucket_steps, shards = plan(config, len(all_positions), processes, groups)
         shapes = examples.shapes()
         self._many_shapes = len(set(shapes)) > 1
         self.sampler = SubjectSampler(
@@ -136,7 +151,7 @@ class MetaTraining:
         # Shapes differ between shards, not within one: then each shard of this process is a pass of its own.
         self._passes = shards // processes.count if self._many_shapes else 1
         self._parts: list[_Part] = []
-        self.sampler.start(self.buckets[-1])  # the smallest: fails here or never
+        self.sampler.start(self.buckets[0])
         cls = optimizer_class(config.optimizer)
         options = optimizer_options(cls, config, base.device)
         self.adapter_config = MetaLoraConfig(
@@ -144,7 +159,7 @@ class MetaTraining:
             meta_r=config.meta_rank,
             lora_alpha=config.lora_alpha or config.rank,
             target_modules=targets(base, config),
-            num_slots=slots,
+            num_slots=len(self.buckets[0]),
             base_model_name_or_path=config.pretrained_model_name_or_path,
         )
         inject(base, self.adapter_config, _TRAINING, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image, ImageChops, ImageOps
 from safetensors.torch import load_file
 
 from peft_metalora.data import load_image
-from peft_metalora.errors import ConfigError, CorruptFileError, NoImagesError
+from peft_metalora.errors import ConfigError, CorruptFileError, NoFaceError, NoImagesError
 from peft_metalora.training.meta_train import meta_train
 from peft_metalora.training.personalize import personalize_many
 from peft_metalora.training.stage_1 import MetaTraining
@@ -166,6 +167,22 @@ def test_score_of_a_face_model(place, tmp_path, monkeypatch):
     found = records(tmp_path / "a")
     assert len(found) == 2
     assert all(0.9 < record["score"] <= 1 for record in found)
+
+
+def test_held_out_photos_without_a_face_are_named_before_the_first_step(place, tmp_path, monkeypatch):
+    """Bug: the first validation ended the run, and what was learned by then was lost."""
+
+    class Blind(Brightness):
+        def embed(self, images):
+            seen = super().embed(images)
+            return replace(seen, found=torch.zeros_like(seen.found))
+
+    monkeypatch.setattr(held_out, "face_embedder", lambda name, setting: Blind())
+    monkeypatch.setattr(MetaTraining, "_loss", lambda self: pytest.fail("a step"))
+    settings = looking(place, validation_prompt=["a photo"], validation_embedder="training_tiny:Brightness")
+    told = r"a face in one of the 2 photo\(s\) that validation compares with, found none in .*person-0.*: add a photo"
+    with pytest.raises(NoFaceError, match=told):
+        meta_train(config_for(place, tmp_path / "a", **settings), progress=False)
 
 
 def test_settings_that_cannot_be():

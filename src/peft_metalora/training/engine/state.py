@@ -182,8 +182,8 @@ def is_of_this_run(
     """Whether a run like this one wrote a state, as its header has it. One that cannot be read counts, so that
     `read_state` says what is wrong with it."""
     try:
-        with understanding(file), safe_open(file, "pt") as opened:
-            content = _unpack(json.loads(opened.metadata()[_HEADER]), None)
+        with understanding(file):
+            content = _header(file)
             before = {kind: list(hashes) for kind, hashes in content["origin"].items()}
             _check(file.parent, content["config"], before, config, origin, extendable)
             return bool(content["processes"] == processes.count)
@@ -191,6 +191,24 @@ def is_of_this_run(
         return False
     except CorruptFileError:
         return True
+
+
+def check_resumable(config: TrainingConfig, processes: Processes = ALONE) -> None:
+    """Check, before any work, that there is a state to go on from, and that its settings are these.
+
+    Raises:
+        As `read_state`, which then looks at all of it.
+    """
+    path = state_file(config, processes, lambda folder: is_of_this_run(folder / STATE_FILE, config, {}, processes))
+    if path is not None:
+        with understanding(path):
+            _check_settings(path.parent, _header(path)["config"], config, extendable=True)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """A state without its tensors."""
+    with safe_open(file, "pt") as opened:
+        return dict(_unpack(json.loads(opened.metadata()[_HEADER]), None))
 
 
 def state_file(

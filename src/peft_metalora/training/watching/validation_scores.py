@@ -11,6 +11,7 @@ from PIL import Image
 
 from ...bases import Base
 from ...data import Photo
+from ...errors import NoFaceError
 from ...metrics import Embedder, r_facesim
 from ..examples.batches import Examples
 
@@ -49,11 +50,21 @@ class HeldOutLoss:
 
 
 class FaceScore:
-    """R-FaceSim of the validation prompts' images against held-out photos; images without a face count as 0."""
+    """R-FaceSim of the validation prompts' images against held-out photos; images without a face count as 0.
+
+    Raises:
+        NoFaceError: no photo shows one.
+    """
 
     def __init__(self, photos: Sequence[Photo], embedder: Embedder) -> None:
         self.embedder = embedder
         self._others = embedder.embed([photo.load() for photo in photos])
+        if not self._others.found.any():  # else the first score would end the run
+            names = ", ".join(str(photo.path) for photo in photos[:5])
+            raise NoFaceError(
+                f"expected a face in one of the {len(photos)} photo(s) that validation compares with, found none in "
+                f"{names}: add a photo that shows it, or leave validation_embedder out"
+            )
 
     def __call__(self, images: list[Image.Image]) -> float:
         return r_facesim(self.embedder.embed(images), self._others).mean
