@@ -427,6 +427,7 @@ def save_subject(
         slot: which of the adapter's subjects.
         down: the Down to name, as a local folder (written as a relative path when it lies beside the subject) or a
             repository id; by default what the adapter's configuration names.
+        facts: plain JSON, such as `consent`, in the place of what the adapter knows of itself.
         subject_name: who it is; by default as the file said that it was loaded from, or else the adapter's name.
         fold: whether to ship `pytorch_lora_weights.safetensors`, which plain diffusers loads; by default beside Mid and
             Up, and not beside a code.
