@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import sys
 import threading
@@ -540,3 +541,27 @@ def test_what_an_error_says_stays_out_of_the_log(home, tmp_path, run, caplog, mo
     shown, failed = lines[0]["error"], lines[-1]["error"]
     assert shown.endswith("CorruptFileError") or shown.endswith("ConfigFormatError"), shown
     assert "FileNotFoundError (errno 2)" in failed and failed.endswith("WriteFailedError") and "people.py" in failed
+
+
+def test_who_hangs_up_leaves_no_name_in_a_log(home, tmp_path, run, caplog):
+    """Bug: of a client that hung up as it was refused asyncio logged the refusal, with the name of the person."""
+
+    async def work():
+        service, gone = Service(home, tmp_path, pool=Gate()), asyncio.Event()
+
+        async def person(tenant, name):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise RefusedError(404, f"found no {name}") from None
+
+        service.desk.person = person
+        body = {"subject": "ann", "prompt": "a photo"}
+        asked = asyncio.ensure_future(service.ask("POST", "/images", body, hang_up=gone))
+        await soon(lambda: service.desk._inside)
+        gone.set()
+        await asked
+        gc.collect()
+
+    run(work())
+    assert "ann" not in caplog.text

@@ -369,8 +369,11 @@ class Desk:
             self.gauges.waiting.set(self._inside)
 
     async def _in_time(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        task = asyncio.ensure_future(work)
+        # Where who asked has hung up, nobody takes the error, and asyncio would log what it says: names.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
-            return await asyncio.wait_for(work, self.config.timeout)
+            return await asyncio.wait_for(task, self.config.timeout)
         except asyncio.TimeoutError:
             raise RefusedError(
                 503,
