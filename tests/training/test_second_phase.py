@@ -41,9 +41,15 @@ def content(folder):
     return [load_down(folder).fingerprint, *((folder / name).read_bytes() for name in READER)]
 
 
-def test_it_is_stage_1_and_then_train_encoder(place, tmp_path):
-    result = meta_train(both_phases(place, tmp_path / "both"), progress=False)
-    meta_train(both_phases(place, tmp_path / "down", encoder=None), progress=False)
+@pytest.mark.parametrize("views", [1, 0])
+@pytest.mark.parametrize("flips", [True, False])
+def test_it_is_stage_1_and_then_train_encoder(place, tmp_path, flips, views):
+    """Bug: mirror images of stage 1, which are its default and not train-encoder's, were the encoder's too."""
+    write_people(tmp_path / "others", subjects=2, each=2)
+    looks = {"validation_steps": 2, "validation_data_dir": str(tmp_path / "others"), "validation_train_steps": 1}
+    shared = {"random_flip": flips, "views_per_image": views, **looks}
+    result = meta_train(both_phases(place, tmp_path / "both", **shared), progress=False)
+    meta_train(both_phases(place, tmp_path / "down", encoder=None, **shared), progress=False)
     alone = TrainEncoderConfig(
         down=str(tmp_path / "down"),
         train_data_dir=str(place / "people"),
@@ -52,9 +58,14 @@ def test_it_is_stage_1_and_then_train_encoder(place, tmp_path):
         subjects_per_batch=2,
         images_per_subject=1,
         device="cpu",
+        views_per_image=views,
+        validation_steps=2,
+        validation_data_dir=str(tmp_path / "others"),
         **OF_ENCODER,
     )
     train_encoder(alone, progress=False)
+    scores = [(tmp_path / name / "validation" / "scores.jsonl").read_text() for name in ("both/encoder", "reading")]
+    assert scores[0] == scores[1]
     assert content(tmp_path / "both") == content(tmp_path / "reading")
     down = load_down(tmp_path / "both")
     assert down.config.facts["encoder_subjects"] == result.facts["encoder_subjects"] == 3
@@ -182,7 +193,7 @@ def test_defaults_are_the_encoders_own():
     assert (asked.encoder, asked.resolution, asked.code_size) == (made.source, made.resolution, made.code_size)
     assert (asked.encoder_width, asked.encoder_hidden, asked.encoder_dropout) == (made.width, made.hidden, made.dropout)
     assert (asked.face_margin, asked.face_align) == (made.face_margin, made.face_align)
-    second = second_phase(meta_config(encoder="latents", random_flip=False), "down", "out")
+    second = second_phase(meta_config(encoder="latents"), "down", "out")
     for name in ("max_train_steps", "learning_rate", "lr_warmup_steps", "subjects_per_batch", "images_per_subject"):
         assert getattr(second, name) == getattr(asked, name)
 

@@ -36,14 +36,16 @@ from .engine.state import (
 )
 from .examples.batches import Examples
 from .examples.encoding import encode_subjects
+from .examples.fresh import FreshExamples
 from .examples.sources import training_subjects
+from .examples.views import ViewCutter
 from .injecting import saying_what_is_left, take_off
 from .leftovers import make_room, remove_older_checkpoints, remove_second_phase
 from .preparing import check_places, prepare
 from .stage_1 import DownResult, MetaTraining, plan
 from .stage_settings import ENCODER_FOLDER, MetaTrainConfig, TrainEncoderConfig, second_phase
 from .train_encoder import Material, check_shares, encoder_config, material_of, save_with_reader, teach, warn_of_few
-from .watching.held_out import HeldOut, split_subjects
+from .watching.held_out import HeldOut, hold_out, split_subjects
 from .watching.of_a_down import DownValidation, encode_held_out
 from .watching.tracking import Trackers
 
@@ -138,10 +140,15 @@ def _encode_more(
     held = encode_held_out(base, others, config, progress=progress) if others else None
     if teaching is None:
         return held, None
-    if len(set(examples.shapes())) > 1:  # an encoder's batches mix people
+    # An encoder's batches mix people, and nothing that it reads or is judged by is mirrored.
+    mixes, mirrored = len(set(examples.shapes())) > 1, config.random_flip
+    if mirrored and not mixes and isinstance(examples, FreshExamples):
+        examples = replace(examples, cutter=ViewCutter(base, teaching))
+    elif mirrored or mixes:
         views = max(1, config.views_per_image)
         examples = encode_subjects(base, subjects, teaching, views, progress=progress, skip_unreadable=True)
-    return held, material_of(base, examples, subjects, held and held[0], teaching, progress=progress)
+    judging = hold_out(base, others, teaching) if others and mirrored else held and held[0]
+    return held, material_of(base, examples, subjects, judging, teaching, progress=progress)
 
 
 def _checkpoint_of_second_phase(config: MetaTrainConfig, origin: Origin) -> str | None:

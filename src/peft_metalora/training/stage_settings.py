@@ -571,6 +571,7 @@ def second_phase(config: MetaTrainConfig, down: str, output_dir: str) -> TrainEn
         "subjects_per_batch": config.encoder_subjects_per_batch,
         "images_per_subject": config.encoder_images_per_subject,
         "lr_warmup_steps": TrainEncoderConfig.lr_warmup_steps,
+        "random_flip": TrainEncoderConfig.random_flip,
         "down": down,
         "down_revision": None,
         "output_dir": output_dir,
