@@ -4,6 +4,8 @@
 import cProfile
 import pstats
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from artefacts_tiny import write_subjects
 from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
 from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_subject
+from peft_metalora.checkpoint.space import SubjectSpace
 from peft_metalora.pipelines.table import sample_slots
 from peft_metalora.tuner import fold
-from peft_metalora.tuner.on_model import meta_lora_layers
+from peft_metalora.tuner.layer import subjects_aside
+from peft_metalora.tuner.on_model import meta_layers, meta_lora_layers
 
 # Largest difference of a pixel between a subject in a mixed batch and alone: the rounding of another batch size.
 TOLERANCE = 1e-4
@@ -321,6 +325,28 @@ def test_a_load_never_changes_a_running_image(people):
 
 
 # Fusing
+
+
+@pytest.mark.parametrize("kind", ["factors", "code"])
+def test_who_comes_while_an_adapter_is_loaded_comes_whole(people, tmp_path, kind):
+    """Bug: while another thread loaded an adapter, layers hid their factors from a subject that was added."""
+    folder, pipe = people("flux"), pipeline("flux")
+    pipe.load_meta_lora(folder / "faces")
+    table = pipe.enable_subject_slots(2)
+    if kind == "code":
+        space = SubjectSpace.around(table.down, 6)
+        with torch.no_grad():
+            space.basis.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+        add = partial(table.register_code, "new", space.coded(torch.ones(space.code_size)), space)
+    else:
+        add = partial(pipe.add_subject, folder / "ann", "new")
+    with ThreadPoolExecutor(1) as threads, subjects_aside(meta_layers(denoiser(pipe))):
+        threads.submit(add).result(20)
+    found = picture(pipe, "flux", (0,), subjects="new")
+    table.evict(["new"])
+    add()
+    assert_same(found, picture(pipe, "flux", (0,), subjects="new"))
+    assert np.abs(found - picture(pipe, "flux", (0,), subjects=[None])).max() > 10 * TOLERANCE
 
 
 def test_fused_shows_the_same_and_unfused_is_exact_after_many(people):

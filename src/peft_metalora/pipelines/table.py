@@ -63,19 +63,22 @@ def _pieces(layers: Sequence[tuple[str, MetaLoraLayer]], adapter_name: str) -> l
 
 
 class Rows:
-    """All slots of an adapter as one tensor `flat` (slots, size of a subject) that its layers look into."""
+    """All slots of an adapter as one tensor `flat` (slots, size of a subject) that its layers look into.
+
+    Attributes:
+        pieces: path, part and shape of each factor, in the order of a row; for threads that do not wait: while another
+            adapter comes, the layers do not show theirs.
+    """
 
     def __init__(self, layers: Sequence[tuple[str, MetaLoraLayer]], adapter_name: str) -> None:
         self._layers, self._adapter = layers, adapter_name
         self.pack()
 
-    def pieces(self) -> list[tuple[str, MetaLoraLayer, str]]:
-        """Path, layer and part of each factor, in the order of a row."""
-        return _pieces(self._layers, self._adapter)
-
     def pack(self) -> None:
         """Move the slots of all layers into one tensor."""
-        parameters = [getattr(layer, part)[self._adapter] for _, layer, part in self.pieces()]
+        places = _pieces(self._layers, self._adapter)
+        parameters = [getattr(layer, part)[self._adapter] for _, layer, part in places]
+        self.pieces = [(path, part, one.shape[1:]) for (path, _, part), one in zip(places, parameters, strict=True)]
         with torch.inference_mode(False):  # or nobody could come in outside of it
             self.flat = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
         start = 0
@@ -263,7 +266,7 @@ class SubjectTable:
 
     def _of_slots(self, space: SubjectSpace) -> SubjectSpace:
         """A space with its numbers in the order of a row, where the slots are."""
-        return space.ordered([f"{path}.{part}" for path, _, part in self._slots.pieces()]).to(self._flat.device)
+        return space.ordered([f"{path}.{part}" for path, part, _ in self._slots.pieces]).to(self._flat.device)
 
     def _enter(self, name: str) -> None:
         """Let a name be free for a subject that comes, its older self gone."""
@@ -425,8 +428,8 @@ class SubjectTable:
 
     def _flatten(self, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         pieces = []
-        for path, layer, part in self._slots.pieces():
-            tensor, shape = tensors[f"{path}.{part}"], getattr(layer, part)[self.adapter_name].shape[1:]
+        for path, part, shape in self._slots.pieces:
+            tensor = tensors[f"{path}.{part}"]
             if tensor.shape[1:] != shape:
                 raise AdapterStateError(
                     f"{name}: expected {path}.{part} of shape {tuple(shape)}, as all of the table have, found "
