@@ -81,13 +81,27 @@ def test_the_page_of_the_api_knows_the_bounds(home, tmp_path, run):
         return [await service.ask("GET", path, tenant=None) for path in ("/openapi.json", "/docs")]
 
     found, page = run(work())
-    assert page.status == 200 and b"swagger" in page.body
+    assert page.status == 200
     paths, models = found.json["paths"], found.json["components"]["schemas"]
     assert {*paths} == {"/images", "/subjects", "/subjects/{name}", "/jobs/{name}", "/healthz", "/metrics"}
     image = models["Image"]["properties"]
     assert image["steps"]["maximum"] == 50 and image["width"]["default"] == 16 and image["width"]["multipleOf"] == 8
     assert models["Image"]["additionalProperties"] is False
     assert found.json["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    text = page.body.decode()
+    for shown in (*paths, *image, "Place", "integer, maximum 50, minimum 1", "array of", "required"):
+        assert shown in text, shown
+
+
+def test_the_page_of_the_api_runs_nothing_from_elsewhere(home, tmp_path, run):
+    """Bug: it loaded a script of another site, newest version, which could read and delete people as the page's own."""
+
+    async def work():
+        return await Service(home, tmp_path, pool=Gate()).ask("GET", "/docs", tenant=None)
+
+    page = run(work())
+    assert b"<script" not in page.body and b"//" not in page.body
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
 
 
 # Tenants

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
+from .api_page import HEADERS, page_of
 from .desk import Desk
 from .door import App, Door, answer_to
 from .orders import FORMATS, image_order, sentence, subject_order
@@ -31,7 +32,7 @@ def make_api(desk: Desk, tenants: Tenants | None) -> App:
     """
     config = desk.config
     said = "Images of people: bring somebody in, draw them, delete them. A refusal is one sentence under `error`."
-    api = FastAPI(title="metalora serve", description=said, redoc_url=None)
+    api = FastAPI(title="metalora serve", description=said, docs_url=None, redoc_url=None)
     Image, Subject = image_order(config, desk.offer), subject_order(config)  # noqa: N806
     Tenant = Annotated[str, Depends(_tenant)]  # noqa: N806
     files: dict[int | str, Any] = {200: {"content": {f"image/{kind}": {} for kind in FORMATS}}}
@@ -92,6 +93,11 @@ def make_api(desk: Desk, tenants: Tenants | None) -> App:
             raise RefusedError(403, "expected the operator's token, found a tenant's")
         await desk.replicas()
         return Response(desk.gauges.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # FastAPI's own page runs a script of another site, which could ask for everything that the reader may.
+    @api.get("/docs", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(page_of(api.openapi()), headers=HEADERS)
 
     for kind in (RefusedError, RequestValidationError, HTTPException, Exception):
         api.add_exception_handler(kind, _refuse)
