@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -287,6 +288,20 @@ def test_a_refused_subject_leaves_no_table(people, pipe):
     assert pipe.get_list_adapters() == {"transformer": ["odd"]} and not tables_of(pipe.transformer)
     pipe.load_meta_lora(folder / "ann")
     assert near(picture(pipe, subjects="ann"), images["ann"]), "the table has the Down's rank, not the first subject's"
+
+
+def test_a_subject_is_read_again_from_the_folder_that_was_named(people, pipe, tmp_path, monkeypatch):
+    """Bug: a relative path was looked up from wherever the process was by then, where another person may lie."""
+    folder, images = people
+    shutil.copytree(folder / "bob", tmp_path / "ann")
+    monkeypatch.chdir(folder)
+    pipe.load_meta_lora("faces")
+    pipe.enable_subject_slots(1, host_capacity=1)
+    for name in ("ann", "cleo"):
+        pipe.add_subject(name)
+    monkeypatch.chdir(tmp_path)
+    for name in ("cleo", "ann", "cleo", "ann"):
+        assert near(picture(pipe, subjects=name), images[name])
 
 
 def test_a_subject_that_is_read_again_is_read_whole(people, pipe, tmp_path):

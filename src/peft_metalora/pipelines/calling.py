@@ -37,7 +37,7 @@ from .denoiser import (
     refresh_offload,
     refuse_fused,
 )
-from .readers import readers_of
+from .readers import fixed_place, readers_of
 from .regions import read_regions, shown_in_regions
 from .saving import saved_in_parts
 from .table import MOST_PASSES, Read, SubjectTable, batch_slots, drop_tables, put_table, sample_slots, tables_of
@@ -272,7 +272,7 @@ class PerSampleMixin:
         source = load_subject(path_or_repo, known_down=known, known_space=partial(readers.space, model), **hub)
         readers.remember(source, path_or_repo, hub)
         last = hub.get("subfolder") or path_or_repo
-        own = self._into_table(model, source, name, last, _Again(path_or_repo, hub))
+        own = self._into_table(model, source, name, last, _Again(fixed_place(path_or_repo), hub))
         if isinstance(source, CodeSource):
             readers.keep(model, source.space)
         return own
@@ -337,7 +337,7 @@ def _names(subjects: Any) -> list[str | None]:
 class _Again:
     """Reads a subject of `add_subject` from where it came; a token does not go into copies and pickles."""
 
-    path_or_repo: str | os.PathLike[str]
+    path_or_repo: str
     hub: HubOptions
 
     def __call__(self, known_down: KnownDown) -> SubjectSource:

@@ -60,10 +60,10 @@ class Readers:
             path, hub: where `source` was loaded from.
         """
         if isinstance(source, DownSource):
-            self._places[source.fingerprint] = _fixed(path), hub
+            self._places[source.fingerprint] = fixed_place(path), hub
         elif (place := source.config.located_down()) is not None:
             of_down: HubOptions = {**hub, "subfolder": None, "revision": source.config.down_revision}
-            self._places.setdefault(source.down.fingerprint, (_fixed(place), of_down))
+            self._places.setdefault(source.down.fingerprint, (fixed_place(place), of_down))
 
     def space(self, model: nn.Module, fingerprint: str) -> SubjectSpace | None:
         """A subject space that a table holds, that was read before, or that lies beside a Down that was loaded."""
@@ -134,7 +134,7 @@ class Readers:
             reader.encoder.to(_device(getattr(pipe, "vae", None) or model))
             self._opened[folder, face_model, generic] = _Opened(file, source.config, reader.encoder)
             self.keep(model, reader.space)
-        self._places.setdefault(source.fingerprint, (_fixed(place), hub))
+        self._places.setdefault(source.fingerprint, (fixed_place(place), hub))
         return reader, source, (os.path.abspath(folder) if os.path.isdir(place) else place, hub)
 
     def down(self, model: nn.Module, fingerprint: str) -> tuple[DownSource, Place]:
@@ -177,7 +177,7 @@ def readers_of(pipe: Any) -> Readers:
     return kept
 
 
-def _fixed(place: str | os.PathLike[str]) -> str:
+def fixed_place(place: str | os.PathLike[str]) -> str:
     """A place that means the same from another working directory."""
     return os.path.abspath(place) if os.path.isdir(place) else os.fspath(place)
 
