@@ -34,7 +34,7 @@ from .engine.processes import ALONE, Processes
 from .engine.replay import ReplayedLoss, named, text_in, why_not_recorded
 from .engine.sampler import SubjectSampler, balanced_buckets
 from .engine.slot_optimizer import SlotOptimizer
-from .engine.state import check_steps, restore_generator
+from .engine.state import check_steps, restore_generator, started
 from .examples.batches import Examples
 from .injecting import inject, sanity_of, targets
 from .stage_settings import MetaTrainConfig
@@ -294,6 +294,7 @@ class MetaTraining:
             "sums": self._sums,
             "counted": self._counted,
             "losses": self.losses,
+            "seconds": time.perf_counter() - self._start,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -318,6 +319,7 @@ class MetaTraining:
         self.sampler.start(self._bucket)
         self.sampler.load_state_dict(state["sampler"])
         self._counted, self.losses = int(state["counted"]), [float(loss) for loss in state["losses"]]
+        self._start = started(state.get("seconds", 0))
 
     def _factors(self) -> list[Tensor]:
         return [getattr(layer, part)[_TRAINING].detach() for layer in self._layers for part in DOWN_PARTS]

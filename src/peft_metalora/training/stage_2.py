@@ -41,7 +41,7 @@ from .engine.optimizers import make_scheduler, optimizer_class, optimizer_option
 from .engine.processes import ALONE, Processes
 from .engine.replay import ReplayedLoss, named, text_in, why_not_recorded
 from .engine.slot_optimizer import SlotOptimizer
-from .engine.state import check_steps
+from .engine.state import check_steps, started
 from .examples.batches import Examples
 from .injecting import inject, sanity_of, take_off, targets
 from .prior import distance_from_base
@@ -310,6 +310,7 @@ class Personalization:
             **({} if self.scale is None else {"scale": asdict(self.scale)}),
             "generators": [generator.get_state() for generator in self._generators],
             "steps": self.steps_done,
+            "seconds": time.perf_counter() - self._start,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -329,6 +330,7 @@ class Personalization:
         for generator, value in zip(self._generators, state["generators"], strict=True):
             generator.set_state(value)
         self.steps_done = state["steps"]
+        self._start = started(state.get("seconds", 0))
 
     def facts(self, slot: int = 0) -> dict[str, Any]:
         """What is written beside a subject, and from there into a model card: how it was learned and is called."""

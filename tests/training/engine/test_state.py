@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from forked import forkserver
+from peft_metalora.checkpoint.config_file import read_config
 from peft_metalora.errors import ArtefactNotFoundError, ConfigError, CorruptFileError, OutputExistsError
 from peft_metalora.training.engine.processes import Processes
 from peft_metalora.training.engine.state import STATE_FILE, read_state, understanding, write_state
@@ -61,6 +62,23 @@ def test_resumed_in_the_middle_equals_uninterrupted(place, tmp_path, stage):
         run(make_config(place, stage, again, resume_from_checkpoint=folder))
         found = result(again)
         assert all(torch.equal(whole[file][name], found[file][name]) for file in whole for name in whole[file])
+
+
+@pytest.mark.parametrize("stage", ["meta", "meta-lora"])
+def test_a_resumed_run_says_how_long_all_of_it_took(place, tmp_path, stage, monkeypatch):
+    """Bug: facts, and the card, told the seconds since the run was resumed."""
+    config = make_config(place, stage, tmp_path / "out", checkpointing_steps=6)
+    with monkeypatch.context() as slow:
+        slow.setattr(f"peft_metalora.training.stage_{1 if stage == 'meta' else 2}.time.perf_counter", ticking(100.0))
+        run(config)
+    run(replace(config, resume_from_checkpoint="checkpoint-6"))
+    assert read_config(tmp_path / "out").facts["recipe"]["seconds"] > 100
+
+
+def ticking(step):
+    """A clock that is `step` later each time somebody looks."""
+    times = itertools.count(1)
+    return lambda: step * next(times)
 
 
 @pytest.mark.parametrize("stage", ["meta", "meta-lora"])

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -312,6 +313,13 @@ def check_steps(done: Any, steps: int) -> None:
             f"expected max_train_steps of at least the {done} steps that the checkpoint has behind it, found "
             f"{steps}: raise it, or resume from an earlier checkpoint"
         )
+
+
+def started(seconds: Any) -> float:
+    """When a run would have started, by `time.perf_counter`, that has taken so many seconds; raises ValueError."""
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{seconds!r} seconds")
+    return time.perf_counter() - seconds
 
 
 def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
