@@ -84,7 +84,12 @@ class ReadPerson:
     def INPUT_TYPES(cls):
         return {
             "required": {"down": ("META_LORA_DOWN",), "model": ("MODEL",), "vae": ("VAE",), "photos": ("IMAGE",)},
-            "optional": {"face_crop": ("STRING", {"default": "", "tooltip": "As metalora read takes it; empty: none"})},
+            "optional": {
+                "face_crop": (
+                    "STRING",
+                    {"default": "", "tooltip": "As metalora read takes it; empty: as the encoder was trained"},
+                )
+            },
         }
 
     def read(self, down, model, vae, photos, face_crop=""):
