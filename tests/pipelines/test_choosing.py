@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -232,6 +233,31 @@ def test_a_weight_holds_in_a_batch_too(people, pipe, by):
     assert not near(picture(pipe, regions=[("ann", (0, 0, 32, 32))]), in_part)
     weigh(["ann"], [0.0])
     assert near(picture(pipe, subjects="ann"), images[None])
+
+
+def test_the_slots_are_nobody_by_a_name(people, pipe, tmp_path):
+    """Bug: a message named the adapter of the slots, and under that name whoever lay in the first one was shown, fused
+    and saved; deleted, it took everybody along."""
+    folder, images = people
+    pipe.load_meta_lora(folder / "ann")
+    pipe.add_subject(folder / "bob")
+    picture(pipe, subjects="bob")
+    (table,) = tables_of(pipe.transformer).values()
+    with pytest.raises(errors.AdapterNotFoundError, match=r"found no 'zoe' among \['ann'\]"):
+        pipe.set_adapters("zoe")
+    uses = (
+        pipe.set_adapters,
+        pipe.fuse_meta_lora,
+        pipe.delete_adapters,
+        partial(pipe.save_meta_lora, tmp_path / "saved"),
+    )
+    for use in uses:
+        with pytest.raises(errors.AdapterNotFoundError, match=r"found no 'slots-\w+' among \['ann'\]"):
+            use(table.adapter_name)
+        with pytest.raises(errors.AdapterNotFoundError, match=r"'bob' in the table of slots alone. Show it with subj"):
+            use("bob")
+    assert not (tmp_path / "saved").exists()
+    assert near(picture(pipe), images["ann"]) and near(picture(pipe, subjects="bob"), images["bob"])
 
 
 def test_a_name_is_one_persons(people, pipe, tmp_path):

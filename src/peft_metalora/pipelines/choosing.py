@@ -14,12 +14,33 @@ from torch import nn
 from ..errors import AdapterNotFoundError, AdapterStateError
 from ..tuner import MetaLoraConfig, MetaLoraLayer
 from ..tuner.on_model import configs_of, meta_layers
-from ..tuner.placing import activate, active_adapters, fold_active, require_adapter
+from ..tuner.placing import activate, active_adapters, fold_active
 from .calling import PerSampleMixin
 from .denoiser import adapted_parts, all_layers, denoiser, named_denoiser, refuse_fused, tuner_layers, while_idle
 from .table import tables_of
 
 _DISPLACED = "_meta_lora_displaced"
+
+
+def require_loaded(model: nn.Module, name: str) -> MetaLoraConfig:
+    """The configuration of a Down or subject that was loaded as an adapter; the one of a table's slots is no one's.
+
+    Raises:
+        AdapterNotFoundError: there is none.
+    """
+    tables, configs = tables_of(model).values(), configs_of(model)
+    if any(table.is_own(name) for table in tables):
+        raise AdapterNotFoundError(
+            f"expected a loaded Down or subject, found {name!r} in the table of slots alone. Show it with subjects= or "
+            "regions=, let it go with the table's evict, or load_meta_lora it under another name."
+        )
+    known = {one: config for one, config in configs.items() if one not in {table.adapter_name for table in tables}}
+    if not isinstance(config := known.get(name), MetaLoraConfig):
+        raise AdapterNotFoundError(
+            f"expected a loaded Down or subject, found no {name!r} among {sorted(known) or 'no adapters'}. "
+            "Give the name of one of them, or load it with load_meta_lora."
+        )
+    return config
 
 
 def choose(pipe: Any, names: list[str]) -> None:
@@ -78,7 +99,7 @@ class ChoosingMixin(PerSampleMixin):
             )
         ordinary = self._loaded() - {n for n, config in configs_of(model).items() if isinstance(config, MetaLoraConfig)}
         for name in set(names) - ordinary:
-            require_adapter(model, name)
+            require_loaded(model, name)
         refuse_fused(all_layers(self))
         if ordinary & set(names):
             super().set_adapters(names, weights)  # type: ignore[misc]

@@ -40,10 +40,9 @@ from ..tuner.placing import (
     inject,
     remove_adapters,
     remove_other_methods,
-    require_adapter,
     restore,
 )
-from .choosing import ChoosingMixin, choose, displace_ordinary, give_back
+from .choosing import ChoosingMixin, choose, displace_ordinary, give_back, require_loaded
 from .denoiser import (
     all_layers,
     books_of,
@@ -268,7 +267,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             if (code := table.code(name)) is not None:
                 return code
         own = any(table.is_own(name) for table in tables_of(model).values())
-        if not own and require_adapter(model, name).stage == "subject" and (code := code_on_model(model, name)):
+        if not own and require_loaded(model, name).stage == "subject" and (code := code_on_model(model, name)):
             return code
         raise AdapterStateError(
             f"expected subjects that are codes, found {name!r} with a Mid and Up of their own. Blend people who were "
@@ -375,7 +374,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             AdapterNotFoundError: there is no such adapter.
         """
         model = denoiser(self)
-        is_down = require_adapter(model, adapter_name).stage == "meta"
+        is_down = require_loaded(model, adapter_name).stage == "meta"
         save = checkpoint.save_down if is_down else checkpoint.save_subject
         save(folder, model, adapter_name, **options)
 
@@ -394,7 +393,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         ours = [name for name in names if name not in others]
         people = {table.adapter_name: set(table.names()) - set(ours) for table in tables_of(model).values()}
         for name in ours:
-            require_adapter(model, name)
+            require_loaded(model, name)
             users = {user for layer in meta_layers(model) for user in layer.subjects_of(name)} - set(ours)
             users = {person for user in users for person in people.get(user, {user})}
             if users:
@@ -436,7 +435,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or active_adapters(model))
         names = [name for name in names if adapter_names or isinstance(configs_of(model)[name], MetaLoraConfig)]
         for name in names:
-            require_adapter(model, name)
+            require_loaded(model, name)
         layers = meta_layers(model)
         if not names or any(layer.merged for layer in layers):
             found = "nothing active" if not names else "adapters that are fused already"
