@@ -257,6 +257,8 @@ def test_the_slots_are_nobody_by_a_name(people, pipe, tmp_path):
         with pytest.raises(errors.AdapterNotFoundError, match=r"'bob' in the table of slots alone. Show it with subj"):
             use("bob")
     assert not (tmp_path / "saved").exists()
+    with pytest.raises(errors.AdapterNotFoundError, match=r"found 'slots-\w+' among ann, bob\."):
+        picture(pipe, subjects=table.adapter_name)
     assert near(picture(pipe), images["ann"]) and near(picture(pipe, subjects="bob"), images["bob"])
 
 

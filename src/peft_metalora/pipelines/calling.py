@@ -192,14 +192,15 @@ class PerSampleMixin:
             raise
 
     def _adapter_home(self, model: nn.Module, name: str) -> str:
-        config = configs_of(model).get(name)
-        if not isinstance(config, MetaLoraConfig) or config.stage != "subject":
-            tables = tables_of(model).values()
-            known = [n for n, c in configs_of(model).items() if isinstance(c, MetaLoraConfig) and c.stage == "subject"]
-            known = [n for n in known if n not in {table.adapter_name for table in tables}]
-            known += [n for table in tables for n in table.names()]
+        tables = tables_of(model).values()
+        slots = {table.adapter_name for table in tables}
+        loaded = {
+            n for n, c in configs_of(model).items() if isinstance(c, MetaLoraConfig) and c.stage == "subject"
+        } - slots
+        if name not in loaded:
+            known = loaded.union(*(table.names() for table in tables))
             raise AdapterNotFoundError(
-                f"expected a loaded subject, found {name!r} among {listed(set(known), 8) or 'none'}. Load it with "
+                f"expected a loaded subject, found {name!r} among {listed(known, 8) or 'none'}. Load it with "
                 "load_meta_lora or add_subject."
             )
         return down_fingerprint(model, name)
