@@ -287,7 +287,7 @@ def other_rank(folder, name):
 
 
 def test_a_table_that_holds_nobody_stays_unless_its_down_goes(people, pipe, tmp_path):
-    """Bug: deleting a subject took empty tables of other Downs along, with the room that was asked for."""
+    """Bug: a deleted subject took empty tables along, of its own Down and others, with the room that was asked for."""
     folder, images = people
     pipe.load_meta_lora(folder / "faces")
     table = pipe.enable_subject_slots(3)
@@ -296,6 +296,11 @@ def test_a_table_that_holds_nobody_stays_unless_its_down_goes(people, pipe, tmp_
     pipe.delete_adapters("dan")
     pipe.add_subject(folder / "ann")
     assert near(picture(pipe, subjects="ann"), images["ann"]) and table.names() == ["ann"] and table.capacity == 3
+    table.evict(["ann"])
+    pipe.load_meta_lora(folder / "bob")
+    pipe.delete_adapters("bob")
+    pipe.add_subject(folder / "ann")
+    assert near(picture(pipe, subjects="ann"), images["ann"]) and table.names() == ["ann"]
     table.evict(["ann"])
     pipe.delete_adapters("faces")
     assert tables_of(pipe.transformer) == {} and near(picture(pipe), images[None])

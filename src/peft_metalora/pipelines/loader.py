@@ -408,8 +408,8 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         with books_of(model):
             for fingerprint, table in tables_of(model).items():
                 table.evict([name for name in ours if name in table])
-                if fingerprint in downs and not table.names():
-                    # A table that holds nobody goes with the adapters of its Down.
+                if fingerprint in downs and not table.names() and table.is_alone(ours):
+                    # A table that holds nobody goes with the last adapter of its Down.
                     ours.append(table.adapter_name)
                     drop_tables(model, fingerprint)
         with offload_paused(self), saved_in_parts(model):

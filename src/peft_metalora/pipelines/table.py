@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -177,6 +177,12 @@ class SubjectTable:
                     self._forget(name)
             self._seen = known
         return self.adapter_name in configs_of(model)
+
+    def is_alone(self, without: Collection[str]) -> bool:
+        """Whether no other adapter stands on the table's Down once these are gone."""
+        _, layer = self._layers[0]
+        key = layer.down_key[self.adapter_name]
+        return all(used != key or name in {self.adapter_name, *without} for name, used in layer.down_key.items())
 
     def is_own(self, name: str) -> bool:
         """Whether a subject is in the table by itself, not as the row of a loaded adapter."""
