@@ -61,6 +61,14 @@ def test_nobody_asks_the_hub_for_what_the_package_brings(tmp_path, monkeypatch, 
     assert load_down("copy").fingerprint == load_down(DOWN).fingerprint
 
 
+def test_a_base_in_a_folder_is_no_repository(tmp_path, monkeypatch):
+    """Bug: diffusers calls the transformer of a folder `base` "base/transformer", which was taken for another base."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(BASE)
+    pipe = enable_meta_lora(FluxPipeline.from_pretrained("base"))
+    assert pipe.load_meta_lora("peft_metalora/demo-down", "faces") == "faces"
+
+
 def test_files_are_the_ones_that_were_measured():
     lines = (ASSETS / "SHA256SUMS").read_text().splitlines()
     listed = {name: digest for digest, name in (line.split("  ") for line in lines)}

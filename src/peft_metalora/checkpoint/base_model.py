@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -51,6 +52,8 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
         BaseModelMismatchError
     """
     wanted, has = source.config.base_model_name_or_path, base_model_name(model)
+    if has and os.path.isfile(os.path.join(has, "config.json")):  # a folder such as base/transformer, no repository
+        has = None
     if wanted and has and wanted != has and REPO_ID.fullmatch(wanted) and REPO_ID.fullmatch(has):
         others = fits_of(source.config)
         if has not in others:
