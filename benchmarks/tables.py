@@ -359,7 +359,10 @@ def readme(results: dict[str, Data]) -> str:
         if f"{family}-0" not in data["recipes"]:
             continue
         clean = data["recipes"][f"{family}-0"]["clean"]
-        rows.append([ZERO_STEPS[family], "0", spread(clean["r_facesim"]), spread(clean["prompt_adherence"])])
+        scores = clean["r_facesim"], clean["prompt_adherence"]
+        if family == "main":
+            scores = data["figures"]["zero_step_r_facesim"], data["figures"]["zero_step_adherence"]
+        rows.append([ZERO_STEPS[family], "0", *map(spread, scores)])
     for kind in ("lora_r1", "lora_r16", "t_lora", "mean_lora", "full", "meta_lora_mean"):
         curves = [one["curve"] for name, one in data["rivals"].items() if name.partition(", ")[0] == kind]
         if not curves:
@@ -369,7 +372,8 @@ def readme(results: dict[str, Data]) -> str:
         )
         rows.append([FINE_TUNED[kind], step, spread(best["r_facesim"]), spread(best["prompt_adherence"])])
     rows = beside_photos(rows, data["figures"]["real_ceiling"], 2)
-    return table(["method", "steps", "R-FaceSim", "adherence"], rows) + zero_source(results)
+    note = ZERO_STEPS_NOTE.removesuffix(".") + "; the first row of three trainings, the others of one."
+    return table(["method", "steps", "R-FaceSim", "adherence"], rows) + zero_source(results, note=note)
 
 
 def image_gen(results: dict[str, Data]) -> str:

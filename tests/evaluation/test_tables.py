@@ -234,6 +234,13 @@ def test_what_real_photos_reach_is_in_every_table_and_plot_of_likeness(tables: M
             assert ">real photos" in drawing, name
 
 
+def test_the_readme_shows_the_mean_of_trainings_that_its_differences_are_of(tables: ModuleType) -> None:
+    """Bug: it showed the first training, and beside it a difference from the mean of three."""
+    results = tables.load()
+    row = tables.readme(results).splitlines()[2]
+    assert f"| {tables.spread(results['convergence']['figures']['zero_step_r_facesim'])} |" in row
+
+
 def test_a_rival_shows_the_better_schedule_and_copies_where_they_were_measured(tables: ModuleType) -> None:
     keys = "r_facesim", "prompt_adherence", "copied_background", "factor_distance"
 
