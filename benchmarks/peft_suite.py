@@ -59,13 +59,13 @@ FILES = (
     "test_loraplus.py",
     "test_bufferdict.py",
 )
-# Why a test of LoRA's cannot pass on Meta-LoRA: what its name and last line hold, and the reason.
+# Why a test of LoRA's cannot pass on Meta-LoRA: what its name and its error's last line hold, and the reason.
 REASONS = {
-    r"NotOursError|eva_\w+_but_not|alt_weight_tying": (
+    r"NotOursError|eva_\w+_but_not|alt_weight_tying|no attribute '(\w+_config|use_bdlora)'": (
         "uses an argument of LoRA's that Meta-LoRA has no counterpart of"
     ),
     r"UnsupportedModuleError|use_dora is for linear": "adapts a module that Meta-LoRA refuses",
-    r"lora_[AB]|_magnitude_vector|missing_keys_warning|dora_save|dora_caching": (
+    r"lora_[AB]|KeyError: '(default|first|second)'|_magnitude_vector|missing_keys_warning|dora_save|dora_caching": (
         "looks for LoRA's parameters by their names"
     ),
     r"_register_custom_module|target_parameters": "looks for an attribute of LoraConfig",
@@ -273,7 +273,10 @@ def cell_as_ours(cell: Any) -> Any:
 def pytest_runtest_logreport(report: Any) -> None:
     if _outcomes is not None and (report.when == "call" or report.outcome != "passed"):
         name = report.nodeid.replace(StandIn.__name__, "LoraConfig")
-        last = (report.longreprtext.strip().splitlines() or [""])[-1]
+        lines = [
+            line for line in report.longreprtext.strip().splitlines() if "See docs/troubleshooting.md#" not in line
+        ]
+        last = (lines or [""])[-1]
         with _outcomes.open("a") as file:
             file.write(json.dumps([name, report.outcome, last]) + "\n")
 

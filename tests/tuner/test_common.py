@@ -15,6 +15,7 @@ import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
 )
 from tuner_models import Mlp, config, down_source, flux, flux_inputs, randomise
 
+from peft_metalora.errors import TensorDtypeError
 from peft_metalora.tuner import MetaLoraConfig, set_down_loader, set_slots
 from peft_metalora.tuner.on_model import meta_lora_layers
 
@@ -406,6 +408,29 @@ class WithHead(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(x))
+
+
+def test_a_saved_module_with_a_counter_comes_back(tmp_path):
+    """Bug: an adapter with `modules_to_save=["norm"]` was saved and never loaded again: no factor is an integer."""
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin0, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(self.lin0(x))
+
+    model = get_peft_model(Normed(), config(target_modules=["lin0"], modules_to_save=["norm"]))
+    model(torch.randn(8, 4))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Normed(), tmp_path)
+    assert loaded.base_model.model.norm.modules_to_save["default"].num_batches_tracked == 1
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {name: one.long() if name.endswith("metalora_up") else one for name, one in load_file(path).items()}
+    save_file(tensors, path)
+    with pytest.raises(TensorDtypeError, match=r"expected .*metalora_up in F64, F32, F16, BF16, found torch\.int64"):
+        PeftModel.from_pretrained(Normed(), tmp_path)
 
 
 def test_modules_to_save_train_save_and_load(tmp_path):

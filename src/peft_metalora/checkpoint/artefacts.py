@@ -260,7 +260,7 @@ def check_files(folder: Path, config: MetaLoraConfig, model: nn.Module) -> None:
         )
     check_version(config.format_version, folder / CONFIG_FILE)
     check_values(config.to_dict(), folder / CONFIG_FILE, expressions=True)
-    with open_weights(folder) as file:
+    with open_weights(folder, others=True) as file:
         if config_of(file, config) is not config:
             raise CorruptFileError(
                 f"{folder}: expected a configuration and tensors of one save, found those of two: a save was killed "

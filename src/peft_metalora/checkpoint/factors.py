@@ -19,6 +19,7 @@ from ..errors import (
     NonFiniteError,
     RankMismatchError,
     ShapeMismatchError,
+    TensorDtypeError,
 )
 from ..files import save_tensors
 from ..tuner import DownSource, MetaLoraConfig
@@ -26,7 +27,7 @@ from ..tuner.down import DOWN, DOWN_PARTS, MAGNITUDE, MID, MID_INIT, UP, digest_
 from ..tuner.ranks import ranks_of
 from .base_model import PREFIX
 from .config_file import CONFIG_FILE, config_json, parse_config
-from .untrusted import TensorEntry, TensorFile, open_tensors, parse_json, require_safe_file
+from .untrusted import DTYPES, FURTHER_DTYPES, TensorEntry, TensorFile, open_tensors, parse_json, require_safe_file
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PLACES = "base_model_name_or_path", "revision", "down", "down_revision"
@@ -61,7 +62,8 @@ class FactorFile:
         others: whether tensors of other kinds may lie in the file, as PEFT saves them along; they are passed over.
 
     Raises:
-        MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError: it is not what the config says.
+        MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError, TensorDtypeError: it is not what the
+            config says.
     """
 
     def __init__(self, file: TensorFile, config: MetaLoraConfig, *, others: bool = False) -> None:
@@ -74,8 +76,8 @@ class FactorFile:
 
     def read(self) -> dict[str, torch.Tensor]:
         """All tensors, on the CPU; raises CorruptFileError, and NonFiniteError for NaN or infinity."""
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in self._file.read().items()}
-        tensors = {name: tensors[name] for name in self.entries}
+        names = [entry.name for entry in self.entries.values()]
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in self._file.read(names).items()}
         require_finite(tensors, self.path)
         return tensors
 
@@ -91,12 +93,16 @@ def require_finite(tensors: Mapping[str, torch.Tensor], where: str | os.PathLike
 
 
 @contextmanager
-def open_weights(folder: Path) -> Iterator[TensorFile]:
-    """Open the tensors' file in a folder; raises as `untrusted.open_tensors`."""
+def open_weights(folder: Path, *, others: bool = False) -> Iterator[TensorFile]:
+    """Open the tensors' file in a folder; raises as `untrusted.open_tensors`.
+
+    Args:
+        others: whether modules that PEFT saved along may lie in it, of dtypes that no factor has.
+    """
     path = folder / WEIGHTS_FILE
     if not path.exists() and (folder / "adapter_model.bin").exists():
         require_safe_file(folder / "adapter_model.bin")
-    with open_tensors(path) as file:
+    with open_tensors(path, FURTHER_DTYPES if others else DTYPES) as file:
         yield file
 
 
@@ -141,6 +147,11 @@ def _check_header(
         raise ForeignKeysError(
             f"{path}: expected each tensor once, found some with and without {PREFIX}. Save it again."
         )
+    for entry in entries.values():
+        if entry.dtype not in DTYPES.values():
+            raise TensorDtypeError(
+                f"{path}: expected {entry.name} in {', '.join(DTYPES)}, found {entry.dtype}. Save it in one of those."
+            )
     modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, shape in shapes.items():
         module, _, part = name.rpartition(".")

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,21 @@ DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+}
+# Of modules that PEFT saves along with an adapter: counters and masks, quantised weights.
+FURTHER_DTYPES = DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -62,30 +77,37 @@ class TensorFile:
     What replaces the file meanwhile under its name does not matter: the open one is read.
     """
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
         self._file, self.path = file, path
         try:
-            self.header = _parse_header(file, path)
+            self.header = _parse_header(file, path, dtypes)
         except OSError as error:
             raise _unreadable(path, error) from error
 
-    def read(self) -> dict[str, torch.Tensor]:
-        """All tensors, on the CPU; they share no memory with the file. Raises CorruptFileError."""
+    def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Tensors on the CPU, by default all; they share no memory with the file. Raises CorruptFileError."""
+        entries = self.header.entries
         try:
-            return {name: _read_tensor(self._file, entry, self.path) for name, entry in self.header.entries.items()}
+            return {
+                name: _read_tensor(self._file, entries[name], self.path)
+                for name in (entries if names is None else names)
+            }
         except OSError as error:
             raise _unreadable(self.path, error) from error
 
 
 @contextmanager
-def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
+def open_tensors(path: str | os.PathLike[str], dtypes: Mapping[str, torch.dtype] = DTYPES) -> Iterator[TensorFile]:
     """Open a safetensors file and check its header.
+
+    Args:
+        dtypes: those that its tensors may have, by their names in the format.
 
     Raises:
         ArtefactNotFoundError, PickleRefusedError, CorruptFileError, UnsafeNameError, TensorDtypeError.
     """
     with _open(path) as file:
-        yield TensorFile(file, Path(path))
+        yield TensorFile(file, Path(path), dtypes)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -154,7 +176,7 @@ def _unreadable(path: Path, error: OSError) -> CorruptFileError:
     return CorruptFileError(f"{path}: expected a readable file, found: {error}. Check the disk and its rights.")
 
 
-def _parse_header(file: BinaryIO, path: Path) -> Header:
+def _parse_header(file: BinaryIO, path: Path, dtypes: Mapping[str, torch.dtype]) -> Header:
     size = os.fstat(file.fileno()).st_size
     lead = file.read(8)
     length = int.from_bytes(lead, "little")
@@ -174,7 +196,7 @@ def _parse_header(file: BinaryIO, path: Path) -> Header:
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _corrupt(path, "metadata that maps text to text", type(metadata).__name__)
-    entries = {name: _parse_entry(name, value, 8 + length, path) for name, value in table.items()}
+    entries = {name: _parse_entry(name, value, 8 + length, path, dtypes) for name, value in table.items()}
     _check_layout(entries, 8 + length, size, path)
     return Header(entries, metadata)
 
@@ -205,7 +227,7 @@ def _parse_json_object(raw: bytes, path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def _parse_entry(name: str, value: Any, base: int, path: Path) -> TensorEntry:
+def _parse_entry(name: str, value: Any, base: int, path: Path, dtypes: Mapping[str, torch.dtype]) -> TensorEntry:
     if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
         raise UnsafeNameError(
             f"{path}: expected tensor names of letters, digits, '_', '-' and dots between them, found {name[:80]!r}. "
@@ -214,18 +236,18 @@ def _parse_entry(name: str, value: Any, base: int, path: Path) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         _corrupt(path, f"dtype, shape and data_offsets for {name}", str(value)[:80])
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise TensorDtypeError(
-            f"{path}: expected {name} in {', '.join(DTYPES)}, found {str(dtype)[:40]!r}. Save it in one of those."
+            f"{path}: expected {name} in {', '.join(dtypes)}, found {str(dtype)[:40]!r}. Save it in one of those."
         )
     if not _is_counts(shape, low=1) or len(shape) > MAX_DIMENSIONS:
         _corrupt(path, f"a shape of at most {MAX_DIMENSIONS} positive sizes for {name}", str(shape)[:80])
     if not _is_counts(offsets, low=0) or len(offsets) != 2 or offsets[0] > offsets[1]:
         _corrupt(path, f"two rising offsets for {name}", str(offsets)[:80])
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * dtypes[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
         _corrupt(path, f"{expected} bytes for {name} of shape {shape}", f"{offsets[1] - offsets[0]} bytes")
-    return TensorEntry(name, DTYPES[dtype], tuple(shape), base + offsets[0], base + offsets[1])
+    return TensorEntry(name, dtypes[dtype], tuple(shape), base + offsets[0], base + offsets[1])
 
 
 def _is_counts(value: Any, low: int) -> bool:
