@@ -296,7 +296,8 @@ def make_blocks(page: Page) -> gr.Blocks:
 
         on(push.click, on_push, [chosen, repo, down, overwrite], [overwrite, library_said])
         # What is ticked is meant for who was chosen then: whoever is read meanwhile is chosen as soon as they are here.
-        chosen.change(lambda: (False, False), None, [overwrite, sure], **hidden)
+        # In the browser itself: an answer of this process could come after the next tick.
+        chosen.change(None, None, [overwrite, sure], js="() => [false, false]", **hidden)
 
         def on_delete(tenant: str, name: str | None, sure: bool) -> list[Any]:
             if not sure:
