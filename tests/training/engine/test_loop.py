@@ -242,6 +242,7 @@ def test_no_step_uses_the_attention_of_cudnn():
         weight.register_post_accumulate_grad_hook(lambda _: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
         return loss()
 
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as in a new process: scripts that a test ran before may turn it off
     assert torch.backends.cuda.cudnn_sdp_enabled()
     for _ in training_steps(watched, torch.optim.SGD([weight], lr=0.1), steps=1):
         assert torch.backends.cuda.cudnn_sdp_enabled()
