@@ -285,8 +285,9 @@ def summarise(output: Path, gpus: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     ceilings: dict[str, Any] = {}
     for half in HALVES:
-        if ceiling := next(filter(None, (_ceiling(data, half) for data in files.values())), None):
-            ceilings[half] = interval(ceiling)
+        judged = [data["judged"][half] for arm, data in files.items() if half in arm.judged and not arm.tuned]
+        if of_photos := [one["ceiling"] for one in judged if "ceiling" in one]:
+            ceilings[half] = interval(of_photos[0])
         scores = {arm.name: _scores(arm, data, half) for arm, data in files.items() if half in arm.judged}
         rows = figures[half] = {}
         for name, own in scores.items():
@@ -307,12 +308,6 @@ def summarise(output: Path, gpus: int) -> dict[str, Any]:
     }
     write_bytes(output / "joint.json", (json.dumps(whole, indent=1) + "\n").encode())
     return whole
-
-
-def _ceiling(data: Mapping[str, Any], half: str) -> list[float] | None:
-    """R-FaceSim of photos among themselves by person, which arms with an encoder have."""
-    found: list[float] | None = data.get("judged", {}).get(half, {}).get("ceiling")
-    return found
 
 
 def _scores(arm: Arm, data: Mapping[str, Any], half: str) -> dict[str, list[float]]:

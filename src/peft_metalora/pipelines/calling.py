@@ -40,7 +40,17 @@ from .denoiser import (
 from .readers import fixed_place, readers_of
 from .regions import read_regions, shown_in_regions
 from .saving import saved_in_parts
-from .table import MOST_PASSES, Read, SubjectTable, batch_slots, drop_tables, put_table, sample_slots, tables_of
+from .table import (
+    MOST_PASSES,
+    Read,
+    SubjectTable,
+    batch_slots,
+    drop_tables,
+    loaded_configs,
+    put_table,
+    sample_slots,
+    tables_of,
+)
 
 
 class PerSampleMixin:
@@ -192,13 +202,10 @@ class PerSampleMixin:
             raise
 
     def _adapter_home(self, model: nn.Module, name: str) -> str:
-        tables = tables_of(model).values()
-        slots = {table.adapter_name for table in tables}
-        loaded = {
-            n for n, c in configs_of(model).items() if isinstance(c, MetaLoraConfig) and c.stage == "subject"
-        } - slots
+        configs = loaded_configs(model).items()
+        loaded = {n for n, c in configs if isinstance(c, MetaLoraConfig) and c.stage == "subject"}
         if name not in loaded:
-            known = loaded.union(*(table.names() for table in tables))
+            known = loaded.union(*(table.names() for table in tables_of(model).values()))
             raise AdapterNotFoundError(
                 f"expected a loaded subject, found {name!r} among {listed(known, 8) or 'none'}. Load it with "
                 "load_meta_lora or add_subject."

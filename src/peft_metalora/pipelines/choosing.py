@@ -17,7 +17,7 @@ from ..tuner.on_model import configs_of, meta_layers
 from ..tuner.placing import activate, active_adapters, fold_active
 from .calling import PerSampleMixin
 from .denoiser import adapted_parts, all_layers, denoiser, named_denoiser, refuse_fused, tuner_layers, while_idle
-from .table import tables_of
+from .table import loaded_configs, tables_of
 
 _DISPLACED = "_meta_lora_displaced"
 
@@ -28,13 +28,12 @@ def require_loaded(model: nn.Module, name: str) -> MetaLoraConfig:
     Raises:
         AdapterNotFoundError: there is none.
     """
-    tables, configs = tables_of(model).values(), configs_of(model)
-    if any(table.is_own(name) for table in tables):
+    if any(table.is_own(name) for table in tables_of(model).values()):
         raise AdapterNotFoundError(
             f"expected a loaded Down or subject, found {name!r} in the table of slots alone. Show it with subjects= or "
             "regions=, let it go with the table's evict, or load_meta_lora it under another name."
         )
-    known = {one: config for one, config in configs.items() if one not in {table.adapter_name for table in tables}}
+    known = loaded_configs(model)
     if not isinstance(config := known.get(name), MetaLoraConfig):
         raise AdapterNotFoundError(
             f"expected a loaded Down or subject, found no {name!r} among {sorted(known) or 'no adapters'}. "
@@ -124,8 +123,7 @@ class ChoosingMixin(PerSampleMixin):
         if hasattr(super(), "get_list_adapters"):
             listed = dict(super().get_list_adapters())  # type: ignore[misc]
         component, model = named_denoiser(self)
-        hidden = {table.adapter_name for table in tables_of(model).values()}
-        names = [name for name in configs_of(model) if name not in hidden]
+        names = [*loaded_configs(model)]
         return {
             **{name: found for name, found in listed.items() if name != component},
             **({component: names} if names else {}),

@@ -578,6 +578,12 @@ def tables_of(model: nn.Module) -> dict[str, SubjectTable]:
         return dict(tables)
 
 
+def loaded_configs(model: nn.Module) -> dict[str, Any]:
+    """PEFT's configurations of the adapters that somebody loaded, by name: one that holds slots is nobody's."""
+    slots = {table.adapter_name for table in tables_of(model).values()}
+    return {name: config for name, config in configs_of(model).items() if name not in slots}
+
+
 def down_known(model: nn.Module, fingerprint: str | None) -> DownSource | None:
     """The Down of this fingerprint if the model has it: a table's, or as `down_on_model` finds it."""
     table = tables_of(model).get(fingerprint or "")

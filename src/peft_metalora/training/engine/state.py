@@ -36,9 +36,13 @@ _CPU_STATE, _GPU_STATE = 5056, 16  # bytes of a generator
 _HEADER, _DIGEST = "training_state", "training_state_sha256"
 _FOLDER = re.compile(r"checkpoint-([1-9][0-9]*)")
 # What runs write into a checkpoint; the last is what a killed write leaves.
-_STATES, _OTHERS = "training_state*.safetensors", (
-    "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", ".training_state*.tmp",
-)  # fmt: skip
+_STATES = "training_state*.safetensors"
+_OTHERS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    ".training_state*.tmp",
+)
 # May differ between a run and the one that goes on with it: where things lie (`Origin` says what they are), and what
 # leaves every number as it is, or as exact.
 _FREE = {*INPUTS, *OUTPUTS, "revision", "down_revision", "local_files_only"} | {
