@@ -51,6 +51,7 @@ INPUTS = (
 """Settings that may be paths of this machine, or name something elsewhere: a run only reads what they name."""
 OUTPUTS = "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint"
 """Settings that are paths of this machine and say where a run keeps what."""
+_POLYNOMIAL_END = 1e-7  # the learning rate at which diffusers' schedule of that name ends
 
 
 @dataclass(kw_only=True)
@@ -218,6 +219,26 @@ class StageConfig(TrainingConfig):
 
     def _zero_or_more(self) -> tuple[str, ...]:
         return *super()._zero_or_more(), "weight_decay", "max_grad_norm"
+
+    def _check_schedule(self, steps: int | None) -> None:
+        """Check that diffusers can make the schedule over so many steps; what is not known yet is no matter.
+
+        Raises:
+            ConfigError
+        """
+        if self.lr_scheduler != "polynomial":
+            return
+        if self.learning_rate is not None and self.learning_rate <= _POLYNOMIAL_END:
+            raise ConfigError(
+                f"lr_scheduler 'polynomial' ends at {_POLYNOMIAL_END} and needs a learning_rate above it, found "
+                f"{self.learning_rate}: raise it, or give lr_scheduler 'linear', which ends at 0"
+            )
+        # It divides by the steps after the warm-up, once the last is done.
+        if steps is not None and self.lr_warmup_steps == steps:
+            raise ConfigError(
+                f"lr_scheduler 'polynomial' needs steps after those of the warm-up, found lr_warmup_steps {steps} and "
+                f"max_train_steps {steps}: lower lr_warmup_steps"
+            )
 
 
 @dataclass(kw_only=True)
@@ -388,6 +409,7 @@ class MetaTrainConfig(ReaderConfig, HeldOutConfig, StageConfig):
         super().__post_init__()
         if bad := [one for one in self.fits if not re.fullmatch(r"[\w.-]+/[\w.-]+", one)]:
             raise ConfigError(f"fits must name repositories of the Hub, owner/name, found {bad[0]!r}")
+        self._check_schedule(self.max_train_steps)
 
     def _at_least_one(self) -> tuple[str, ...]:
         own = "rank", "meta_rank", "max_train_steps", "bucket_size", "subjects_per_batch", "images_per_subject"
@@ -485,6 +507,7 @@ class PersonalizeConfig(StageConfig):
             raise ConfigError(f"max_train_steps must be a whole number of at least 0, found {steps!r}")
         if self.method == "lora" and self.start == "encoder":
             raise ConfigError("start 'encoder' belongs to method 'meta-lora', found 'lora': leave one of them out")
+        self._check_schedule(steps)
 
     def settled(self, reads: bool) -> PersonalizeConfig:
         """The same with every default that depends on the start.

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimisers by name: those of other packages train too, and a run that they make resumes."""
 
+import inspect
 import sys
 
 import pytest
 import torch
+from diffusers.optimization import get_polynomial_decay_schedule_with_warmup
 
 from peft_metalora.errors import ConfigError
 from peft_metalora.training.engine.optimizers import optimizer_class
@@ -48,6 +50,30 @@ def test_what_cannot_train_here_is_refused_before_anything_is_on_the_model(name)
         with pytest.raises(ConfigError, match=f"optimizer must take lr and weight_decay .*found '{name}'"):
             make()
         assert not hasattr(base.denoiser, "peft_config")
+
+
+def test_a_schedule_that_diffusers_cannot_make_is_refused_with_the_settings():
+    """Bugs: of a rate at or below the schedule's last, diffusers' own error, once the base was there; with a warm-up
+    of all steps a ZeroDivisionError after the last of them, and nothing was written."""
+    end = inspect.signature(get_polynomial_decay_schedule_with_warmup).parameters["lr_end"].default
+    for make, own in ((meta_config, {}), (personal_config, {"method": "lora"})):
+        short = {"lr_scheduler": "polynomial", "max_train_steps": 60, **own}
+        for rate in (end, 1e-9):
+            with pytest.raises(ConfigError, match=f"needs a learning_rate above it, found {rate}: raise it, or give"):
+                make(learning_rate=rate, **short)
+        with pytest.raises(ConfigError, match="found lr_warmup_steps 60 and max_train_steps 60: lower lr_warmup_steps"):
+            make(lr_warmup_steps=60, **short)
+        for fine in ({"learning_rate": 2 * end}, {"lr_warmup_steps": 59}, {"lr_warmup_steps": 61}):
+            make(**short, **fine)
+    # From the encoder's start the warm-up is 10 steps, unless somebody says otherwise.
+    with pytest.raises(ConfigError, match="found lr_warmup_steps 10"):
+        personal_config(
+            lr_scheduler="polynomial", max_train_steps=10, learning_rate=None, lr_warmup_steps=None
+        ).settled(True)
+    base = tiny_base()
+    schedule = {"lr_scheduler": "polynomial", "lr_warmup_steps": 2, "max_train_steps": 3, "learning_rate": 2 * end}
+    run = Personalization(base, tiny_examples(base, 1), personal_config(method="lora", **schedule))
+    assert [step.lr for step in run.steps()] == pytest.approx([0, end, 2 * end])
 
 
 def test_a_missing_package_is_named_as_pip_knows_it(monkeypatch):
