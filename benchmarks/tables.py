@@ -827,6 +827,28 @@ def many_people(results: dict[str, Data]) -> str:
     return table(heads, rows)
 
 
+JOBS = {
+    "stage1_weak": "stage 1, batch grows",
+    "stage1_strong": "stage 1, batch fixed",
+    "encoder_weak": "encoder, batch grows",
+    "encoder_strong": "encoder, batch fixed",
+}
+LAYOUTS = {"whole": "whole", "fsdp2": "divided"}
+
+
+def training_profile(results: dict[str, Data]) -> str:
+    """Where a step on several GPUs goes: what the first of them computes, and its transfers."""
+    data, rows = results["training_profile"], []
+    for job, label in JOBS.items():
+        for layout, base in LAYOUTS.items():
+            for count, found in data["details"]["scaling"].get(layout, {}).items():
+                one = found[job]
+                computed = one["kernel_ms"] - one["nccl_ms"]
+                rows.append([label, count, base, *(f"{ms:,.0f}" for ms in (one["step_ms"], computed, one["nccl_ms"]))])
+    heads = ["training", "GPUs", "base", "a step, ms", "computing, ms", "NCCL, waits included, ms"]
+    return table(heads, rows) + source(data)
+
+
 TARGETS = 4  # photos that judge each person in a step, in `training.py` and in `convergence.py`
 
 
@@ -952,6 +974,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Data]], str]]] = {
     "memory_cells": ("memory", memory_cells),
     "recipes": ("memory", recipes),
     "quantized": ("layer", quantized),
+    "training_profile": ("training_profile", training_profile),
     "training": ("training", lambda results: goals(results["training"], TRAINING)),
 }
 """Name of a block -> the file it needs, and what writes it."""

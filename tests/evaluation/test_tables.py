@@ -157,6 +157,18 @@ PROSE = (
     ),
     ("docs/results.md", "convergence", "does: {rivals.dora.curve.700.r_facesim:.2f} after 700 steps, at an"),
     ("docs/results.md", "convergence", "at an adherence of {rivals.dora.curve.700.prompt_adherence:.2f}, and it"),
+    ("docs/training_speed.md", "training_profile", "step of {details.scaling.whole.4.stage1_weak.step_ms:.0f} are not"),
+    (
+        "docs/training_speed.md",
+        "training_profile",
+        "of {details.scaling.whole.4.stage1_strong.step_ms:.0f} in stage 1, and 55",
+    ),
+    ("docs/training_speed.md", "training_profile", "come for {details.scaling.fsdp2.4.stage1_weak.nccl_ms:.0f} ms of"),
+    (
+        "docs/training_speed.md",
+        "training_profile",
+        "takes {details.scaling.whole.4.stage1_weak.exchange_ms:.1f} of them",
+    ),
     ("docs/results.md", "convergence", "700 steps, {rivals.oft.curve.700.r_facesim:.2f}, at an"),
     ("docs/results.md", "convergence", "an adherence of {rivals.oft.curve.700.prompt_adherence:.2f}: more"),
     (
