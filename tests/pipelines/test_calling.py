@@ -17,7 +17,7 @@ from artefacts_tiny import write_subjects
 from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
 from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_subject
 from peft_metalora.checkpoint.space import SubjectSpace
-from peft_metalora.pipelines.table import sample_slots
+from peft_metalora.pipelines.samples import sample_slots
 from peft_metalora.tuner import fold
 from peft_metalora.tuner.layer import subjects_aside
 from peft_metalora.tuner.on_model import meta_layers, meta_lora_layers

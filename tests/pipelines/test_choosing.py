@@ -20,7 +20,8 @@ from torch import nn
 from artefacts_tiny import write_subjects
 from families_tiny import tiny_pipeline
 from peft_metalora import MetaLoraConfig, enable_meta_lora, errors, save_subject
-from peft_metalora.pipelines.table import batch_slots, tables_of
+from peft_metalora.pipelines.samples import batch_slots
+from peft_metalora.pipelines.table import tables_of
 from peft_metalora.tuner import subject_state, write_subject
 from peft_metalora.tuner.on_model import meta_layers, meta_lora_layers
 from pipelines_tiny import tiny_flux_pipeline, tiny_sd15_pipeline

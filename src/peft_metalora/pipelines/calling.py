@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from diffusers.utils import BaseOutput
 from torch import nn
 from typing_extensions import Unpack
 
@@ -21,11 +18,11 @@ from ..checkpoint.factors import SubjectSource, listed
 from ..checkpoint.space import CodeSource
 from ..errors import AdapterNotFoundError, AdapterStateError, RegionError
 from ..hub.loading import HubOptions, KnownDown, load_subject
-from ..tuner import DownSource, MetaLoraConfig, down_fingerprint, set_slots
+from ..tuner import DownSource, MetaLoraConfig, down_fingerprint
 from ..tuner.folding import renew_folds
 from ..tuner.on_model import configs_of, down_on_model, meta_layers, seen
 from ..tuner.placing import active_adapters, remove_adapters, shown_alone
-from .calls import call_on, each_pass
+from .calls import call_on
 from .denoiser import (
     books_of,
     denoiser,
@@ -39,18 +36,9 @@ from .denoiser import (
 )
 from .readers import fixed_place, readers_of
 from .regions import read_regions, shown_in_regions
+from .samples import count_samples, read_names, require_one_each, sample_slots, shown_in_samples
 from .saving import saved_in_parts
-from .table import (
-    MOST_PASSES,
-    Read,
-    SubjectTable,
-    batch_slots,
-    drop_tables,
-    loaded_configs,
-    put_table,
-    sample_slots,
-    tables_of,
-)
+from .table import Read, SubjectTable, drop_tables, loaded_configs, put_table, tables_of
 
 
 class PerSampleMixin:
@@ -94,18 +82,13 @@ class PerSampleMixin:
             if subjects is None:
                 renew_folds(layer for _, known in seen(model).layers if (layer := known()) is not None)
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
-            names = _names(subjects)
-            prompts, images = self._batch(args, kwargs)
+            names = read_names(subjects)
+            prompts, images = count_samples(super().__call__, args, kwargs)  # type: ignore[misc]
             with self._showing(model, names) as slots:
                 index = sample_slots(names, slots, prompts, images)
-                with self._following_the_batch(model, index) if slots else nullcontext():
+                with shown_in_samples(self, model, index) if slots else nullcontext():
                     made = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            first: Any = made[0] if isinstance(made, (BaseOutput, tuple, list)) else None
-            if len(set(index)) > 1 and hasattr(first, "__len__") and len(first) != len(index):
-                raise AdapterStateError(
-                    f"expected an image or film for each of {len(index)} subjects, found that this pipeline makes "
-                    f"{len(first)} of such a call, in which people may be mixed. Generate one subject at a time."
-                )
+            require_one_each(made, index)
             return made
 
     @contextmanager
@@ -115,34 +98,6 @@ class PerSampleMixin:
         with lock_of(model):
             own_factors(model)
             yield model
-
-    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-        """Number of prompts, and of images for each."""
-        given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments  # type: ignore[misc]
-        given = {**given, **given.get("kwargs", {})}
-        prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
-        count = len(prompt) if isinstance(prompt, (list, tuple)) else 1
-        images = next((n for key, n in given.items() if re.fullmatch(r"num_\w+_per_prompt", key) and n), 1)
-        return (count if embeds is None else len(embeds)), images
-
-    @contextmanager
-    def _following_the_batch(self, model: nn.Module, index: Sequence[int]) -> Iterator[None]:
-        """Let each row of the denoiser's batch show the slot of its image, and what it flattens a row into as well."""
-        set_slots(model, index, each=True)
-        first = [*inspect.signature(type(model).forward).parameters][1]
-        rows = len(index)
-
-        def look(args: tuple[Any, ...], kwargs: dict[str, Any], anew: bool) -> None:
-            nonlocal rows
-            given: Any = args[0] if args else kwargs.get(first)
-            now = len(given) if isinstance(given, (list, tuple)) or getattr(given, "ndim", False) else 0
-            if anew or now != rows:
-                guided = getattr(self, "do_classifier_free_guidance", True)
-                set_slots(model, batch_slots(index, now, passes=MOST_PASSES if guided else 1), each=True)
-                rows = now
-
-        with each_pass(self, model, look):
-            yield
 
     @contextmanager
     def _showing(self, model: nn.Module, names: Sequence[str | None]) -> Iterator[dict[str, int]]:
@@ -326,19 +281,6 @@ class PerSampleMixin:
                 return enter(table)
             with self._new_table(model, source.down, 8) as table:
                 return enter(table)
-
-
-def _names(subjects: Any) -> list[str | None]:
-    """What was given as `subjects=`, one after the other."""
-    names = [subjects] if isinstance(subjects, str) else subjects
-    in_order = isinstance(names, Iterable) and not isinstance(names, (Mapping, Set))
-    names = [*names] if in_order else [names]
-    if not all(name is None or isinstance(name, str) for name in names):
-        raise AdapterStateError(
-            f"expected a name, or a list of names and None, as subjects, found {subjects!r}. Weights are given with "
-            "set_adapters, several people of one image with regions=."
-        )
-    return names
 
 
 @dataclass(frozen=True)

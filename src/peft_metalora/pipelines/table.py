@@ -10,10 +10,9 @@ expansion into its slot.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,22 +21,21 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..checkpoint.factors import SubjectSource, check_subject_on_down
+from ..checkpoint.factors import SubjectSource
 from ..checkpoint.space import CodeSource, SubjectCode, SubjectSpace
-from ..errors import AdapterNotFoundError, AdapterStateError, FingerprintMismatchError, NonFiniteError
-from ..tuner import DownSource, MetaLoraConfig, MetaLoraLayer, subject_state
-from ..tuner.down import MAGNITUDE, MID, MID_INIT, UP, subject_config
+from ..errors import AdapterNotFoundError, AdapterStateError, FingerprintMismatchError
+from ..tuner import DownSource, MetaLoraConfig, subject_state
+from ..tuner.down import MID_INIT, subject_config
 from ..tuner.folding import folds_follow
 from ..tuner.on_model import Seen, configs_of, down_on_model, layers_of, seen
 from ..tuner.placing import choice_kept, inject
-from ..tuner.ranks import exceptions, ranks_of
+from ..tuner.ranks import exceptions
 from .codes import CodeBook
 from .denoiser import books_of, is_adapter, lock_of, own_factors, while_idle
+from .rows import Rows, SubjectRows
 
 Read = Callable[[Callable[[str], DownSource | None]], SubjectSource]
 """Reads a subject anew, given what finds a Down that is known by its fingerprint."""
-
-_PARTS = (MID, UP, MAGNITUDE)
 
 
 @dataclass(frozen=True)
@@ -56,42 +54,6 @@ class Statistics:
     host_misses: int
     device_evictions: int
     host_evictions: int
-
-
-def _pieces(layers: Sequence[tuple[str, MetaLoraLayer]], adapter_name: str) -> list[tuple[str, MetaLoraLayer, str]]:
-    return [(path, layer, part) for path, layer in layers for part in _PARTS if adapter_name in getattr(layer, part)]
-
-
-class Rows:
-    """All slots of an adapter as one tensor `flat` (slots, size of a subject) that its layers look into.
-
-    Attributes:
-        pieces: path, part and shape of each factor, in the order of a row; for threads that do not wait: while another
-            adapter comes, the layers do not show theirs.
-    """
-
-    def __init__(self, layers: Sequence[tuple[str, MetaLoraLayer]], adapter_name: str) -> None:
-        self._layers, self._adapter = layers, adapter_name
-        self.pack()
-
-    def pack(self) -> None:
-        """Move the slots of all layers into one tensor."""
-        places = _pieces(self._layers, self._adapter)
-        parameters = [getattr(layer, part)[self._adapter] for _, layer, part in places]
-        self.pieces = [(path, part, one.shape[1:]) for (path, _, part), one in zip(places, parameters, strict=True)]
-        with torch.inference_mode(False):  # or nobody could come in outside of it
-            self.flat = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
-        start = 0
-        for parameter in parameters:
-            stop = start + parameter[0].numel()
-            parameter.data = self.flat[:, start:stop].view(parameter.shape)
-            start = stop
-
-    def moved(self) -> bool:
-        """Whether the layers look elsewhere by now: the model has gone to another device or dtype."""
-        place = self.flat.untyped_storage().data_ptr()
-        ends = self._layers[0][1], self._layers[-1][1]
-        return any(layer.metalora_mid[self._adapter].untyped_storage().data_ptr() != place for layer in ends)
 
 
 class SubjectTable:
@@ -126,10 +88,9 @@ class SubjectTable:
             inject(model, self.config, self.adapter_name, down)
         self._model, self._lock, self._books = weakref.ref(model), lock_of(model), books_of(model)
         self._layers = layers_of(model, self.adapter_name)
-        self._slots = Rows(self._layers, self.adapter_name)
+        self._slots = SubjectRows(self._layers, self.adapter_name, self.config, down)
         self._device_order: OrderedDict[str, int] = OrderedDict()
         self._host: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._alike: tuple[Any, bool] | None = None  # the last scales that were compared
         self._codes: dict[str, CodeBook] = {}  # by the fingerprint of their space
         self._read: dict[str, Read | None] = {}
         self._loaded: dict[str, tuple[Seen, Rows] | None] = {}  # adapters of the model, whose factors are their rows
@@ -211,7 +172,7 @@ class SubjectTable:
             AdapterStateError: a loaded adapter's name, another rank, or DoRA in one and not in the other.
             MissingKeysError, ForeignKeysError, RankMismatchError: tensors of another Down.
         """
-        row = self._host_copy(name, self._row(name, config, tensors))
+        row = self._slots.host_copy(name, self._slots.row(name, config, tensors))
         with self._books:
             self._enter(name)
             self._host[name] = row
@@ -236,12 +197,12 @@ class SubjectTable:
             )
         book = self._codes.get(subject.space_fingerprint)
         if book is None:  # one without anybody is falsy
-            book = CodeBook(self._of_slots(space))
+            book = CodeBook(self._slots.ordered(space))
         code = book.space.accept(subject)
         if self._flat.dtype == torch.float16:  # the one dtype that a sum in float32 may not fit into
             row = torch.empty_like(self._flat[0])
             book.space.expand_into(code, row)
-            self._require_finite(name, row)
+            self._slots.require_finite(name, row)
         with self._books:
             self._enter(name)
             book = self._codes.get(subject.space_fingerprint, book)
@@ -252,7 +213,7 @@ class SubjectTable:
 
     def add(self, name: str, source: SubjectSource, read: Read | None = None) -> None:
         """Put a subject that was read into host memory, one that is a code as its code; raises as the two above."""
-        if isinstance(source, CodeSource) and self._scales_alike(source.config):
+        if isinstance(source, CodeSource) and self._slots.scales_alike(source.config):
             self.register_code(name, source.code, source.space)
         else:
             self.register(name, source.config, source.tensors, read)
@@ -269,10 +230,6 @@ class SubjectTable:
         """A subject space of codes that are here, or were last."""
         book = self._codes.get(fingerprint)
         return None if book is None else book.space
-
-    def _of_slots(self, space: SubjectSpace) -> SubjectSpace:
-        """A space with its numbers in the order of a row, where the slots are."""
-        return space.ordered([f"{path}.{part}" for path, part, _ in self._slots.pieces]).to(self._flat.device)
 
     def _enter(self, name: str) -> None:
         """Let a name be free for a subject that comes, its older self gone."""
@@ -401,7 +358,7 @@ class SubjectTable:
             in_host, registered = len(self._host) + codes, len(self._read) + codes
             return Statistics(self.capacity, len(self._device_order), in_host, registered, **self._counts)
 
-    # Rows
+    # Slots, and what fills them
 
     def _repack_if_moved(self) -> None:
         model = self._model()
@@ -414,86 +371,20 @@ class SubjectTable:
         written, self._written = self._written, False
         return written
 
-    def _row(
-        self,
-        name: str,
-        config: MetaLoraConfig,
-        tensors: Mapping[str, torch.Tensor],
-        scales: Mapping[str, float] | None = None,
-    ) -> torch.Tensor:
-        """A subject's factors as one row, where they are; `scales` by layer, by default those of its configuration."""
-        check_subject_on_down({k: v for k, v in tensors.items() if not k.endswith(_PARTS[2])}, self.down.tensors, name)
-        if config.use_dora != self.config.use_dora:
-            raise AdapterStateError(
-                f"{name}: expected use_dora={self.config.use_dora}, as its Down has, found {config.use_dora}. Load it "
-                "with load_meta_lora instead."
-            )
-        if scales is None:
-            scales = {path: ranks_of(config, path).scaling for path, _ in self._layers}
-        return self._flatten(name, self._scaled(scales, tensors))
-
-    def _flatten(self, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        pieces = []
-        for path, part, shape in self._slots.pieces:
-            tensor = tensors[f"{path}.{part}"]
-            if tensor.shape[1:] != shape:
-                raise AdapterStateError(
-                    f"{name}: expected {path}.{part} of shape {tuple(shape)}, as all of the table have, found "
-                    f"{tuple(tensor.shape[1:])}. Show it alone, with load_meta_lora and set_adapters."
-                )
-            pieces.append(tensor[0].flatten().to(self._flat.dtype))
-        return torch.cat(pieces)
-
-    def _host_copy(self, name: str, row: torch.Tensor) -> torch.Tensor:
-        self._require_finite(name, row := row.cpu())
-        return row.pin_memory() if self._flat.is_cuda else row
-
-    def _require_finite(self, name: str, row: torch.Tensor) -> None:
-        if not torch.isfinite(row).all():
-            raise NonFiniteError(
-                f"{name}: expected numbers that {row.dtype} can hold, found more than that. Load the base model in "
-                "bfloat16 or float32."
-            )
-
     def _adapter_row(self, name: str) -> torch.Tensor:
         """A loaded adapter's factors as they are now; in one tensor, so that a call need not visit the layers."""
         model = cast(nn.Module, self._model())
         known, config, checked = seen(model), configs_of(model)[name], self._loaded[name]
         if checked is None or checked[0] is not known:
             scales = {path: layer.scaling[name] for path, layer in self._layers}  # with the weight of set_adapters
-            row = self._row(name, config, subject_state(model, name), scales)
-            self._loaded[name] = (known, Rows(self._layers, name)) if self._is_row(name) else None
+            row = self._slots.row(name, config, subject_state(model, name), scales)
+            rows = self._slots.of_adapter(name)
+            self._loaded[name] = None if rows is None else (known, rows)
             return row
         if checked[1].moved():
             own_factors(model)
             checked[1].pack()
         return checked[1].flat[0]
-
-    def _is_row(self, name: str) -> bool:
-        """Whether a loaded adapter can lie as a slot does: its factors are a row as they are, and frozen."""
-        factors = [getattr(layer, part)[name] for _, layer, part in _pieces(self._layers, name)]
-        alike = all(one.dtype == self._flat.dtype and one.device == self._flat.device for one in factors)
-        own = ((layer.scaling[name], ranks_of(self.config, path).scaling) for path, layer in self._layers)
-        # Scaled for a call and back (a pipeline's `scale`) it is the same but for the last bit.
-        scales_alike = all(math.isclose(one, other, rel_tol=1e-9) for one, other in own)
-        return alike and scales_alike and not any(one.requires_grad for one in factors)
-
-    def _scales_alike(self, config: MetaLoraConfig) -> bool:
-        """Whether a subject's own scale is the table's on every layer, so that nothing has to be taken into Up."""
-        marks = config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern
-        if self._alike is None or self._alike[0] != marks:
-            scales = ((ranks_of(config, path), ranks_of(self.config, path)) for path, _ in self._layers)
-            self._alike = marks, all(own.scaling == its.scaling for own, its in scales)
-        return self._alike[1]
-
-    def _scaled(self, scales: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The subject's own scale taken into Up, relative to the table's."""
-        scaled = dict(tensors)
-        for path, scale in scales.items():
-            ratio = scale / ranks_of(self.config, path).scaling
-            if ratio != 1 and f"{path}.{UP}" in scaled:
-                scaled[f"{path}.{UP}"] = scaled[f"{path}.{UP}"] * ratio
-        return scaled
 
     def _waiting(self, name: str) -> torch.Tensor | Callable[[torch.Tensor], None]:
         """What fills a slot with a subject of the table's own."""
@@ -512,7 +403,7 @@ class SubjectTable:
                     f"{name}: expected a subject on the Down {self.down.fingerprint[:16]} as when it was added, found "
                     f"one on {source.down.fingerprint[:16]}. Evict it and add_subject it again."
                 )
-            self._host[name] = self._host_copy(name, self._row(name, source.config, source.tensors))
+            self._host[name] = self._slots.host_copy(name, self._slots.row(name, source.config, source.tensors))
         self._host.move_to_end(name)
         row = self._host[name]
         self._trim_host()
@@ -603,53 +494,3 @@ def drop_tables(model: nn.Module, fingerprint: str | None = None) -> None:
         tables.pop(fingerprint, None)
         if fingerprint is None or not tables:
             vars(model).pop(_TABLES, None)
-
-
-def sample_slots(subjects: Sequence[str | None], slots: Mapping[str, int], prompts: int, images: int) -> list[int]:
-    """The slot of each sample of a batch, -1 for none, in the order in which pipelines repeat their prompts.
-
-    Args:
-        subjects: one for each prompt, or one for each image of each prompt, or a single one for all.
-        slots: where each subject lies.
-        prompts: number of prompts.
-        images: images per prompt.
-
-    Raises:
-        AdapterStateError: another number of subjects.
-    """
-    index = [-1 if name is None else slots[name] for name in subjects]
-    if len(index) == 1:
-        return index * (prompts * images)
-    if len(index) == prompts:
-        return [slot for slot in index for _ in range(images)]
-    if len(index) == prompts * images:
-        return index
-    raise AdapterStateError(
-        f"expected one subject for each of {prompts} prompts (or of {prompts * images} images), found {len(index)}. "
-        "Use None where nobody shall appear."
-    )
-
-
-MOST_PASSES = 4  # that guidance asks of one image: none and the prompt; also the image, or a perturbed one
-
-
-def batch_slots(index: Sequence[int], rows: int, passes: int = MOST_PASSES) -> list[int]:
-    """The slot of each row of a denoiser's batch: the images, or all of them once for each pass of guidance.
-
-    Args:
-        index: the slot of each image.
-        rows: size of the batch, 0 for one that is not known.
-        passes: the most passes that there can be.
-
-    Raises:
-        AdapterStateError: the rows are something else, so that nobody knows whose they are.
-    """
-    if len(set(index)) == 1:
-        return [index[0]] * (rows or 1)
-    times, left = divmod(rows, len(index))
-    if left or not 1 <= times <= passes:
-        raise AdapterStateError(
-            f"expected the denoiser's batch to be the {len(index)} images, or all of them once for each pass of "
-            f"guidance, found {rows} rows, which this pipeline makes in its own way. Generate one subject at a time."
-        )
-    return [*index] * times
