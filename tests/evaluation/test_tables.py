@@ -191,6 +191,8 @@ PROSE = (
         "convergence",
         "OFT {rivals.oft.curve.300.second_r_facesim:.2f} and {rivals.oft.curve.700.second_r_facesim:.2f}",
     ),
+    ("CHANGELOG.md", "memory", "2 takes {cells.krea2 personalize 512 nf4 group batch 1.gib:.1f} GiB instead of 8.6"),
+    ("CHANGELOG.md", "memory", "Qwen-Image {cells.qwen_image personalize 512 nf4 group batch 1.gib:.1f} instead of"),
     ("docs/person_on_8_gb.md", "memory", "learning took {details.flux_personalize_512_gib.gib:.1f} GiB and drawing"),
     ("CHANGELOG.md", "memory", "at 512 px takes {details.flux_personalize_512_gib.gib:.1f} GiB instead of"),
     ("CHANGELOG.md", "memory", "batch of four now, {details.flux_personalize_512_gib.seconds_a_step:.1f} s a step"),
