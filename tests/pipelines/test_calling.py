@@ -79,6 +79,52 @@ def test_several_images_of_each_prompt(people):
     assert_same(each[1:3], picture(pipe, family, (0, 1), images=2, subjects=[None])[1:3])
 
 
+def by_prompts(pipe, family, prompts, images, **options):
+    """The pictures of prompts, and those of their embeddings, given as `encode_prompt` makes them."""
+    settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", **options}
+    settings["num_videos_per_prompt" if family == "wan" else "num_images_per_prompt"] = images
+    settings |= {"num_frames": 5} if family == "wan" else {}
+    also = {"flux": {"prompt_2": None}, "sd3": {"prompt_2": None, "prompt_3": None}, "wan": {}}[family]
+    names = {
+        "flux": ("prompt_embeds", "pooled_prompt_embeds"),
+        "sd3": ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+        "wan": ("prompt_embeds", "negative_prompt_embeds"),
+    }[family]
+    made = pipe.encode_prompt(prompt=prompts, max_sequence_length=16, **also)
+    embeddings, settings["max_sequence_length"] = dict(zip(names, made, strict=False)), 16
+
+    def drawn(**given):
+        noise = [torch.Generator().manual_seed(number) for number in range(len(prompts) * images)]
+        return pipe(**given, **settings, generator=noise)[0]
+
+    return drawn(prompt=prompts), drawn(**embeddings)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "wan"])
+def test_embeddings_have_as_many_images_as_prompts(people, family):
+    """Bug: several images of each failed: SD3, FLUX.1 and Wan repeat the embeddings that they make themselves."""
+    folder, pipe = people(family), pipeline(family)
+    for name in ("ann", "bob"):
+        pipe.add_subject(folder / name)
+    prompts = ["a photo of a person", "a portrait of a woman in a red coat"]
+    for count, subjects in ((2, ["ann", None, "bob", "ann"]), (2, ["ann", "bob"]), (1, ["ann", "bob"]), (2, "bob")):
+        wanted, found = by_prompts(pipe, family, prompts[:count], 2, subjects=subjects)
+        assert_same(found, wanted)
+    assert np.abs(wanted - by_prompts(pipe, family, prompts, 2, subjects=[None])[0]).max() > 10 * TOLERANCE
+    if family != "sd3":
+        assert_same(*by_prompts(pipe, family, prompts, 2, regions=[("ann", (0, 0, 16, 32))]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_images_of_each_embedding(people, family):
+    folder, pipe = people(family), pipeline(family)
+    for name in ("ann", "bob"):
+        pipe.add_subject(folder / name)
+    each = picture(pipe, family, (0, 1), images=2, subjects=["ann", None, "bob", "ann"])
+    for name, own in (("ann", [0, 3]), (None, [1]), ("bob", [2])):
+        assert_same(each[own], picture(pipe, family, (0, 1), images=2, subjects=[name])[own])
+
+
 def test_nobody_is_exactly_the_base(people):
     pipe = pipeline("flux")
     base = picture(pipe, "flux", (0, 1))

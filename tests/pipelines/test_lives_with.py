@@ -13,16 +13,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
-from peft import inject_adapter_in_model
 from peft.functional import set_adapter
 from safetensors.torch import load_file
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from artefacts_tiny import write_subjects
-from families_tiny import picture as drawn
-from families_tiny import tiny_pipeline
-from peft_metalora import MetaLoraConfig, enable_meta_lora, errors
+from peft_metalora import enable_meta_lora, errors
 from peft_metalora.pipelines import calling, loader
 from peft_metalora.pipelines.table import tables_of
 from peft_metalora.tuner.on_model import meta_lora_layers
@@ -425,24 +422,6 @@ def test_two_that_come_at_once_without_a_name_get_two(people, pipe, monkeypatch)
     other.join()
     (table,) = tables_of(pipe.transformer).values()
     assert sorted(table.names()) == ["ann", "ann-1"]
-
-
-def test_flux_embeddings_of_one_text_for_several_images():
-    pipe = enable_meta_lora(tiny_pipeline("flux"))
-    settings = {"r": 2, "meta_r": 3, "lora_alpha": 16, "init_weights": False}
-    inject_adapter_in_model(MetaLoraConfig(**settings, target_modules=["to_q", "norm1.linear"]), pipe.transformer, "f")
-    subject = MetaLoraConfig(**settings, target_modules=["to_q", "norm1.linear"], stage="subject", down="f")
-    for name in ("ann", "bob"):
-        inject_adapter_in_model(subject, pipe.transformer, name)
-    ann, bob = (drawn(pipe, "flux", (0,), images=2, subjects=name) for name in ("ann", "bob"))
-    mixed = drawn(pipe, "flux", (0,), images=2, subjects=["ann", "bob"])
-    assert distance(mixed[0], ann[0]) < TOLERANCE and distance(mixed[1], bob[1]) < TOLERANCE
-    assert distance(mixed[1], ann[1]) > 10 * TOLERANCE
-    # Of several texts diffusers repeats the words and not their pooled embedding, with subjects or without.
-    for options in ({}, {"subjects": ["ann", "bob"]}):
-        with pytest.raises(RuntimeError, match="must match the size"):
-            drawn(pipe, "flux", (0, 1), images=2, **options)
-    assert distance(drawn(pipe, "flux", (0,), images=2, subjects="ann"), ann) < TOLERANCE
 
 
 # Compiled, and quantised

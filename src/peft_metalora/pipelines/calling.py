@@ -36,7 +36,14 @@ from .denoiser import (
 )
 from .readers import fixed_place, readers_of
 from .regions import read_regions, shown_in_regions
-from .samples import count_samples, read_names, require_one_each, sample_slots, shown_in_samples
+from .samples import (
+    count_samples,
+    embeddings_of_each_image,
+    read_names,
+    require_one_each,
+    sample_slots,
+    shown_in_samples,
+)
 from .saving import saved_in_parts
 from .table import Read, SubjectTable, drop_tables, loaded_configs, put_table, tables_of
 
@@ -77,14 +84,18 @@ class PerSampleMixin:
                     raise RegionError("expected subjects or regions, found both. Name the subjects in the regions.")
                 places = read_regions(regions)
                 names = [place.subject for place in places]
-                with self._showing(model, names) as slots, shown_in_regions(self, model, places, slots):
+                with (
+                    self._showing(model, names) as slots,
+                    shown_in_regions(self, model, places, slots),
+                    embeddings_of_each_image(self),
+                ):
                     return super().__call__(*args, **kwargs)  # type: ignore[misc]
             if subjects is None:
                 renew_folds(layer for _, known in seen(model).layers if (layer := known()) is not None)
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
             names = read_names(subjects)
             prompts, images = count_samples(super().__call__, args, kwargs)  # type: ignore[misc]
-            with self._showing(model, names) as slots:
+            with self._showing(model, names) as slots, embeddings_of_each_image(self):
                 index = sample_slots(names, slots, prompts, images)
                 with shown_in_samples(self, model, index) if slots else nullcontext():
                     made = super().__call__(*args, **kwargs)  # type: ignore[misc]

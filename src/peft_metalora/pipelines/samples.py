@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusers.utils import BaseOutput
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import AdapterStateError
 from ..tuner import set_slots
@@ -43,8 +44,12 @@ def count_samples(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     given = {**given, **given.get("kwargs", {})}
     prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
     count = len(prompt) if isinstance(prompt, (list, tuple)) else 1
-    images = next((n for key, n in given.items() if re.fullmatch(r"num_\w+_per_prompt", key) and n), 1)
-    return (count if embeds is None else len(embeds)), images
+    return (count if embeds is None else len(embeds)), _per_prompt(given)
+
+
+def _per_prompt(given: Mapping[str, Any]) -> int:
+    """How many images, films or the like these arguments ask for of each prompt."""
+    return next((count for name, count in given.items() if re.fullmatch(r"num_\w+_per_prompt", name) and count), 1)
 
 
 def sample_slots(subjects: Sequence[str | None], slots: Mapping[str, int], prompts: int, images: int) -> list[int]:
@@ -119,6 +124,40 @@ def shown_in_samples(pipe: Any, model: nn.Module, index: Sequence[int]) -> Itera
 
     with each_pass(pipe, model, look):
         yield
+
+
+@contextmanager
+def embeddings_of_each_image(pipe: Any) -> Iterator[None]:
+    """For the length of a `with` block embeddings that a call was given are repeated for each image of their prompt.
+
+    Many pipelines (SD3's, FLUX.1's and Wan's among them) repeat those alone that they make of prompts.
+    """
+    encode = getattr(pipe, "encode_prompt", None)
+    if encode is None:
+        yield
+        return
+
+    @functools.wraps(encode)
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        made = encode(*args, **kwargs)
+        given = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
+        images = _per_prompt(given)
+        as_given = {one.shape for one in given.values() if isinstance(one, Tensor)}
+        if images == 1 or not isinstance(made, tuple):
+            return made
+        return tuple(
+            one.repeat_interleave(images, 0) if isinstance(one, Tensor) and one.shape in as_given else one
+            for one in made
+        )
+
+    own = vars(pipe)
+    before = {name: own[name] for name in ("encode_prompt",) if name in own}
+    own["encode_prompt"] = encode_prompt
+    try:
+        yield
+    finally:
+        del own["encode_prompt"]
+        own.update(before)
 
 
 def require_one_each(made: Any, index: Sequence[int]) -> None:
