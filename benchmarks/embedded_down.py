@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_metalora.bases import base_for
-from peft_metalora.checkpoint.artefacts import write_artefact
+from peft_metalora.checkpoint import write_artefact
 from peft_metalora.checkpoint.reader_files import ENCODER_CONFIG_FILE, ENCODER_FILE
 from peft_metalora.checkpoint.space import load_space
 from peft_metalora.checkpoint.untrusted import read_tensors

@@ -28,7 +28,7 @@ from artefacts_tiny import (
     with_subject,
     write_pair,
 )
-from peft_metalora import MetaLoraConfig, checkpoint, errors, fingerprint, save_down, save_subject
+from peft_metalora import MetaLoraConfig, checkpoint, errors, fingerprint, load_subject, save_down, save_subject
 from peft_metalora.checkpoint.base_model import check_fits, with_twins
 from peft_metalora.checkpoint.untrusted import MAX_CONFIG_BYTES, read_tensors
 from peft_metalora.encoder import load_reader
@@ -77,7 +77,7 @@ def test_a_published_down_holds_the_mean_of_the_slots(tmp_path):
 
 def test_a_subject_comes_back_with_its_down(pair):
     _, folder = pair
-    source = checkpoint.load_subject(folder)
+    source = load_subject(folder)
     assert set(source.tensors) == {
         f"blocks.{i}.{t}.metalora_{p}" for i in (0, 1) for t in TARGETS for p in ("mid", "up")
     }
@@ -89,7 +89,7 @@ def test_each_slot_is_a_subject_of_its_own(tmp_path):
     model = with_subject(with_down(), slots=3)
     save_down(tmp_path / "faces", model, "faces")
     save_subject(tmp_path / "second", model, "ann", slot=1, down=tmp_path / "faces")
-    assert equal(checkpoint.load_subject(tmp_path / "second").tensors, subject_state(model, "ann", 1))
+    assert equal(load_subject(tmp_path / "second").tensors, subject_state(model, "ann", 1))
 
 
 def test_equal_adapters_make_equal_files(tmp_path):
@@ -100,10 +100,10 @@ def test_equal_adapters_make_equal_files(tmp_path):
 def test_the_pair_moves_together_and_the_down_may_lie_inside_the_subject(pair, tmp_path):
     shutil.move(tmp_path / "faces", tmp_path / "moved" / "faces")
     shutil.move(tmp_path / "ann", tmp_path / "moved" / "ann")
-    assert checkpoint.load_subject(tmp_path / "moved" / "ann").down.fingerprint
+    assert load_subject(tmp_path / "moved" / "ann").down.fingerprint
     shutil.move(tmp_path / "moved" / "faces", tmp_path / "moved" / "ann" / "down")
     edit_config(tmp_path / "moved" / "ann", down="down")
-    assert checkpoint.load_subject(tmp_path / "moved" / "ann").down.fingerprint
+    assert load_subject(tmp_path / "moved" / "ann").down.fingerprint
 
 
 def test_the_fingerprint_knows_neither_order_nor_metadata_nor_prefix(pair):
@@ -195,7 +195,7 @@ def _config_text(text):
 
 
 REFUSALS = {
-    "no folder": (shutil.rmtree, errors.ArtefactNotFoundError, "adapter_config.json"),
+    "no folder": (shutil.rmtree, errors.ArtefactNotFoundError, ": expected a"),
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), errors.ArtefactNotFoundError, "nothing"),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), errors.ArtefactNotFoundError, "nothing"),
     "configuration is a list": (
@@ -290,7 +290,7 @@ REFUSALS = {
 def test_what_is_wrong_is_refused_by_name(pair, case, kind):
     spoil, error, words = REFUSALS[case]
     folder = pair[kind == "subject"]
-    load = checkpoint.load_subject if kind == "subject" else checkpoint.load_down
+    load = load_subject if kind == "subject" else checkpoint.load_down
     load(folder)
     spoil(folder)
     with pytest.raises(error) as caught:
@@ -302,7 +302,7 @@ def test_what_is_wrong_is_refused_by_name(pair, case, kind):
 def test_a_down_is_no_subject_and_a_subject_no_down(pair):
     down, subject = pair
     with pytest.raises(errors.WrongKindError, match=r"expected a subject.*load_down"):
-        checkpoint.load_subject(down)
+        load_subject(down)
     with pytest.raises(errors.WrongKindError, match=r"expected a Down.*load_subject"):
         checkpoint.load_down(subject)
 
@@ -311,7 +311,7 @@ def test_another_down_is_refused(pair, tmp_path):
     _, subject = pair
     save_down(tmp_path / "faces", with_down(seed=9), "faces")
     with pytest.raises(errors.FingerprintMismatchError, match=r"expected the Down .* found"):
-        checkpoint.load_subject(subject)
+        load_subject(subject)
 
 
 def test_a_changed_down_is_refused(pair):
@@ -324,21 +324,21 @@ def test_a_changed_down_is_refused(pair):
 def test_a_down_outside_the_folder_is_refused(pair, name):
     edit_config(pair[1], down=name)
     with pytest.raises(errors.UnsafeNameError, match="beside the subject"):
-        checkpoint.load_subject(pair[1])
+        load_subject(pair[1])
 
 
 @pytest.mark.parametrize("name", [None, "", "faces", "nowhere"])
 def test_a_subject_whose_down_is_not_here_says_so(pair, name):
     edit_config(pair[1], down=name)
     with pytest.raises(errors.MissingDownError, match=r"Load its Down first|load its Down first"):
-        checkpoint.load_subject(pair[1])
+        load_subject(pair[1])
 
 
 def test_a_subject_needs_the_modules_of_its_down(pair):
     gone = [FIRST + "metalora_mid", FIRST + "metalora_up"]
     edit_tensors(pair[1], lambda tensors: [tensors.pop(name) for name in gone])
     with pytest.raises(errors.MissingKeysError, match="modules of its Down"):
-        checkpoint.load_subject(pair[1])
+        load_subject(pair[1])
 
 
 def test_another_base_is_refused(pair):
@@ -385,8 +385,10 @@ def test_known_twins_are_named_by_themselves():
 
 def test_saving_refuses_what_loading_would(tmp_path):
     model = with_subject(with_down())
-    with pytest.raises(errors.WrongKindError):
+    with pytest.raises(errors.WrongKindError, match=r"^ann: expected a Down .* Use save_subject\."):
         save_down(tmp_path / "x", model, "ann")
+    with pytest.raises(errors.WrongKindError, match=r"^faces: expected a subject .* Use save_down\."):
+        save_subject(tmp_path / "x", model, "faces")
     with pytest.raises(errors.AdapterNotFoundError, match="found no 'bob' among \\['ann', 'faces'\\]"):
         save_subject(tmp_path / "x", model, "bob")
     with torch.no_grad():
@@ -470,7 +472,7 @@ def test_files_have_the_rights_of_any_new_file(pair, tmp_path):
 def test_a_file_of_format_1_still_loads_and_shows_the_same():
     """tests/checkpoint/format_1 was written by release 0.1 with `write_pair`; it must load for ever."""
     folder = Path(__file__).parent / "format_1"
-    source = checkpoint.load_subject(folder / "ann")
+    source = load_subject(folder / "ann")
     assert source.down.fingerprint == "b0f3416c0be718da191dd254a4e4d566bdbebdcad9bd2771fb71ec32c46a9626"
     assert (source.config.r, source.config.meta_r, source.config.lora_alpha) == (2, 4, 3)
     assert source.down.config.facts == {"domain": "faces", "subjects": 2}
@@ -485,7 +487,7 @@ def test_a_file_of_format_1_still_loads_and_shows_the_same():
 def test_files_of_format_2_still_load():
     """tests/checkpoint/format_2 was written with `write_pair`, `add_reader` and `write_code`; it must load for ever."""
     folder = Path(__file__).parent / "format_2"
-    source = checkpoint.load_subject(folder / "bob")
+    source = load_subject(folder / "bob")
     assert source.down.config.space_fingerprint == source.config.space_fingerprint == source.space.fingerprint
     assert source.config.subject_name == "bob" and source.code.code.shape == (5,)
     mid = source.tensors["blocks.0.to_q.metalora_mid"]
@@ -535,7 +537,7 @@ def test_patterns_of_any_kind_are_written_as_module_paths(tmp_path):
     model = with_subject(with_down(**settings), **settings)
     save_down(tmp_path / "faces", model, "faces")
     save_subject(tmp_path / "ann", model, "ann", down=tmp_path / "faces")
-    source = checkpoint.load_subject(tmp_path / "ann")
+    source = load_subject(tmp_path / "ann")
     assert source.config.rank_pattern == {r"^blocks\.0\.to_q$": 1, r"^blocks\.1\.to_q$": 1}
     assert source.config.alpha_pattern == {r"^blocks\.0\.to_out$": 7, r"^blocks\.1\.to_out$": 7}
     assert equal(source.tensors, subject_state(model, "ann"))
@@ -547,7 +549,7 @@ def test_dora_subjects_keep_their_magnitudes(tmp_path):
     save_down(tmp_path / "faces", model, "faces")
     folder = save_subject(tmp_path / "ann", model, "ann", down=tmp_path / "faces")
     assert not (folder / "pytorch_lora_weights.safetensors").exists(), "no ordinary LoRA can say it"
-    source = checkpoint.load_subject(folder)
+    source = load_subject(folder)
     assert source.tensors["blocks.0.to_q.metalora_magnitude"].shape == (1, 6)
     for block in model.blocks:
         block.to_q.set_adapter("ann")
@@ -555,7 +557,7 @@ def test_dora_subjects_keep_their_magnitudes(tmp_path):
     torch.testing.assert_close(PeftModel.from_pretrained(TinyModel(), str(folder))(x), model(x))
     edit_tensors(folder, lambda tensors: tensors.pop(FIRST + "metalora_magnitude"))
     with pytest.raises(errors.MissingKeysError, match="metalora_magnitude"):
-        checkpoint.load_subject(folder)
+        load_subject(folder)
 
 
 def test_peft_saves_and_loads_both_kinds(tmp_path):
@@ -568,7 +570,7 @@ def test_peft_saves_and_loads_both_kinds(tmp_path):
     model.set_adapter("ann")
     wanted = model(x)
 
-    assert checkpoint.load_subject(tmp_path / "ann").down.fingerprint
+    assert load_subject(tmp_path / "ann").down.fingerprint
     again = PeftModel.from_pretrained(TinyModel(), str(tmp_path / "ann"))
     assert torch.equal(again(x), wanted)
     again.load_adapter(str(tmp_path / "down"), "faces")
@@ -599,7 +601,7 @@ def test_peft_puts_nothing_on_a_model_whose_layers_have_other_outputs(pair):
 def test_an_empty_list_of_further_modules_is_none(pair, name):
     """Bug: PEFT looked for the embedding of an empty list of tokens, and a ValueError of its own came out."""
     edit_config(pair[1], **{name: []})
-    source = checkpoint.load_subject(pair[1])
+    source = load_subject(pair[1])
     assert getattr(source.config, name) is None
 
 
@@ -613,7 +615,7 @@ def test_a_number_that_no_float_holds_is_refused_on_reading(pair, text):
         path.write_text(path.read_text().replace('"@"', text))
         if name == "lora_alpha" or text == "1e400":
             with pytest.raises((errors.CorruptFileError, errors.ConfigFormatError)):
-                checkpoint.load_subject(pair[1])
+                load_subject(pair[1])
         path.write_text(kept)
 
 
@@ -647,7 +649,7 @@ def test_nothing_is_written_that_could_not_be_read(pair, options, says):
 def test_revisions_that_git_knows_are_read(pair, revision):
     """Bug: a subject on a branch of such a name was written, and refused when it was read."""
     save_subject(pair[1], with_subject(with_down()), "ann", down=pair[0], base_revision=revision)
-    assert checkpoint.load_subject(pair[1]).config.revision == revision
+    assert load_subject(pair[1]).config.revision == revision
 
 
 def test_names_of_modules_that_no_tensor_has_never_reach_peft(pair):

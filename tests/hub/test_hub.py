@@ -22,8 +22,7 @@ from artefacts_tiny import RANKS, TARGETS, TinyModel, edit_config, with_down, wr
 from fake_hub import TOKEN, FakeHub, point_at
 from families_tiny import denoiser, tiny_pipeline
 from peft_metalora import MetaLoraConfig, errors, hub, save_down
-from peft_metalora.checkpoint.artefacts import load_down as load_local_down
-from peft_metalora.checkpoint.artefacts import load_subject as load_local_subject
+from peft_metalora.checkpoint import load_down as load_local_down
 from peft_metalora.checkpoint.config_file import read_config
 from peft_metalora.hub.cards import model_card
 from peft_metalora.hub.publishing import pull, push_down, push_subject
@@ -405,7 +404,7 @@ def test_what_is_pulled_from_a_subfolder_still_has_its_down(server, pair, tmp_pa
     """Bug: the copy named its Down by the path inside the repository, which leads nowhere from the copy."""
     server.add("ann/all", {f"{f.parent.name}/{f.name}": f.read_bytes() for folder in pair for f in folder.iterdir()})
     folder = pull("ann/all", tmp_path / "copies" / "me", subfolder="ann")
-    assert load_local_subject(folder).down.fingerprint == load_local_down(pair[0]).fingerprint
+    assert hub.load_subject(folder).down.fingerprint == load_local_down(pair[0]).fingerprint
 
 
 def test_a_subject_names_the_commit_that_it_was_checked_with(published, pair, monkeypatch):

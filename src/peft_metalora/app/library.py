@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bases.generic import named_class
-from ..checkpoint.artefacts import save_read_subject
 from ..checkpoint.space import CodeSource
+from ..checkpoint.writing import save_read_subject
 from ..errors import ConfigError, OutputExistsError, WriteFailedError
 from ..files import temporary_folder
 from ..hub.publishing import push_subject

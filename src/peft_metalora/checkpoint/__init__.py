@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from .artefacts import load_down, load_subject, require_replaceable, save_down, save_subject, write_artefact
+from .artefacts import load_down
 from .factors import SubjectSource
+from .writing import require_replaceable, save_down, save_subject, write_artefact
 
 __all__ = [
     "SubjectSource",
     "load_down",
-    "load_subject",
     "require_replaceable",
     "save_down",
     "save_subject",

@@ -31,9 +31,10 @@ from ..errors import (
     TensorDtypeError,
 )
 from ..files import write_tensors
-from ..tuner import MetaLoraConfig
+from ..tuner import MetaLoraConfig, subject_state
 from ..tuner.down import MID, UP, DownSource, digest_of
 from ..tuner.folding import without_autocast
+from ..tuner.placing import require_adapter
 from .factors import SubjectSource, require_finite
 from .untrusted import Header, open_tensors
 
@@ -375,6 +376,18 @@ def load_code(folder: str | os.PathLike[str]) -> SubjectCode:
         raise ShapeMismatchError(f"{path}: expected a code (k,), found {tuple(code.shape)}. Read the photo again.")
     require_finite(tensors, path)
     return SubjectCode(code.float(), down, space, name)
+
+
+def know_code(model: nn.Module, adapter_name: str, code: SubjectCode) -> None:
+    """Remember that the factors of a subject on the model were just expanded from a code."""
+    config = require_adapter(model, adapter_name)
+    config.__dict__["expanded_from"] = code, digest_of(subject_state(model, adapter_name))
+
+
+def code_on_model(model: nn.Module, adapter_name: str) -> SubjectCode | None:
+    """The code of a subject on the model, if its factors are what they were when they were expanded from one."""
+    known = require_adapter(model, adapter_name).expanded_from
+    return known[0] if known is not None and known[1] == digest_of(subject_state(model, adapter_name)) else None
 
 
 def _metadata(header: Header, key: str, path: Path) -> str:

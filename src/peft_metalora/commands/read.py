@@ -91,9 +91,9 @@ def run_read(config: ReadConfig) -> Done:
     from ..bases.generic import named_class
     from ..bases.memory import CPU, require_supported
     from ..bases.precision import choose_device, choose_dtype
-    from ..checkpoint.artefacts import require_replaceable, save_read_subject
     from ..checkpoint.base_model import base_to_load, check_fits
     from ..checkpoint.reader_files import READER_FILES
+    from ..checkpoint.writing import require_replaceable, save_read_subject
     from ..data import Subject, read_photos, read_subjects
     from ..encoder.reader import load_reader, no_encoder
     from ..encoder.sight import Sight

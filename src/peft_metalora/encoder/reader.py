@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checkpoint.artefacts import load_down, write_artefact
+from ..checkpoint.artefacts import load_down
 from ..checkpoint.config_file import read_config
 from ..checkpoint.reader_files import ENCODER_CONFIG_FILE, ReaderFiles
 from ..checkpoint.space import CodeSource, SubjectSpace, load_space
+from ..checkpoint.writing import write_artefact
 from ..data import Photo
 from ..errors import (
     ArtefactNotFoundError,

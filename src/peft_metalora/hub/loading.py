@@ -84,7 +84,8 @@ def load(
     Raises:
         HubError: a repository, its revision or its files cannot be had.
         BaseModelMismatchError: it does not fit `model`.
-        Everything that `checkpoint.load_down` and `checkpoint.load_subject` raise.
+        MissingDownError: a subject names no Down that can be found.
+        Everything that `checkpoint.load_down` raises.
     """
     at = locate(path_or_repo, **hub)
     with open_artefact(fetch(at)) as found:
@@ -156,7 +157,7 @@ def folder_of(path_or_repo: str | os.PathLike[str], also: Sequence[str] = (), **
     """The local folder of an artefact, fetched if need be, with those further files beside it that there are.
 
     Args:
-        also: names of further files, such as `checkpoint.artefacts.READER_FILES`.
+        also: names of further files, such as `checkpoint.reader_files.READER_FILES`.
         hub: huggingface_hub's arguments, see `HubOptions`.
 
     Raises:

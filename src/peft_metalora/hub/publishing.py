@@ -22,14 +22,7 @@ from huggingface_hub import errors as hub_errors
 from typing_extensions import Unpack
 
 from ..checkpoint import load_down as load_local_down
-from ..checkpoint.artefacts import (
-    MAIN_FILES,
-    SIDE_FILES,
-    bare_weights,
-    open_artefact,
-    what_else,
-    write_artefact,
-)
+from ..checkpoint.artefacts import MAIN_FILES, SIDE_FILES, open_artefact
 from ..checkpoint.base_model import REPO_ID
 from ..checkpoint.card_file import CARD_FILE, renewed, sealed
 from ..checkpoint.config_file import CONFIG_FILE
@@ -38,6 +31,7 @@ from ..checkpoint.folded import FOLD_FILE, LoraPair, check_fold, component_name,
 from ..checkpoint.reader_files import ENCODER_CONFIG_FILE, READER_FILES, ReaderFiles, check_reader
 from ..checkpoint.space import CodeSource, SubjectCode
 from ..checkpoint.untrusted import read_json
+from ..checkpoint.writing import bare_weights, what_else, write_artefact
 from ..data import load_image
 from ..data.images import png
 from ..errors import (
@@ -150,7 +144,7 @@ def push_subject(
         FingerprintMismatchError: `down` holds another Down.
         HubError: the Hub refuses, or the repository is public and `private` is True.
         OutputExistsError: something else lies there, or somebody else, and `overwrite` is not set.
-        Everything that `checkpoint.load_subject` raises.
+        Everything that `hub.load` raises.
     """
     with open_artefact(_local(folder)) as found:
         config = found.config

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.artefacts import MAIN_FILES, SIDE_FILES, require_replaceable
+from ..checkpoint.artefacts import MAIN_FILES, SIDE_FILES
 from ..checkpoint.base_model import REPO_ID
 from ..checkpoint.config_file import CONFIG_FILE
 from ..checkpoint.factors import WEIGHTS_FILE, SubjectSource
 from ..checkpoint.folded import FOLD_FILE, LoraPair, component_name, fold_subject, model_class, with_names
+from ..checkpoint.writing import require_replaceable
 from ..errors import ExportError, OutputExistsError
 from ..files import require_apart, save_tensors, staged_folder, write_tensors
 from ..tuner import MetaLoraConfig

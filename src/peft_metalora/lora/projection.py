@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.artefacts import require_replaceable, write_artefact
 from ..checkpoint.base_model import PREFIX
 from ..checkpoint.config_file import CONFIG_FILE, check_values
 from ..checkpoint.factors import WEIGHTS_FILE, listed, require_finite
 from ..checkpoint.folded import FOLD_FILE, fold_subject
 from ..checkpoint.untrusted import open_tensors, read_json, read_tensors
+from ..checkpoint.writing import require_replaceable, write_artefact
 from ..errors import (
     ArtefactNotFoundError,
     CorruptFileError,

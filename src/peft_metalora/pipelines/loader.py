@@ -23,9 +23,8 @@ from typing_extensions import Unpack
 
 from .. import checkpoint
 from ..bases import Base
-from ..checkpoint.artefacts import code_on_model, know_code
 from ..checkpoint.factors import SubjectSource, listed
-from ..checkpoint.space import CodeSource, SubjectCode
+from ..checkpoint.space import CodeSource, SubjectCode, code_on_model, know_code
 from ..data import read_photos
 from ..errors import AdapterStateError, ConfigError
 from ..hub.loading import HubOptions, load

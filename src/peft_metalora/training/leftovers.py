@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ..checkpoint.artefacts import what_else
+from ..checkpoint.writing import what_else
 from .engine.state import checkpoint_folders, goes_on_in_place, is_of_a_run, remove_checkpoint
 from .stage_settings import ENCODER_FOLDER, VALIDATION_FOLDER, TrainingConfig
 

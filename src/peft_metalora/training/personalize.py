@@ -16,11 +16,10 @@ from .. import hub
 from ..bases import Base, open_base
 from ..bases.generic import named_class
 from ..bases.precision import choose_device, choose_dtype, plain_defaults
-from ..checkpoint import require_replaceable
-from ..checkpoint.artefacts import save_read_subject
 from ..checkpoint.base_model import base_to_load, check_fits
 from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import CodeSource
+from ..checkpoint.writing import require_replaceable, save_read_subject
 from ..data import Photo, Subject
 from ..encoder.reader import Reader, load_reader, no_encoder
 from ..errors import ConfigError

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from ..bases import Base
 from ..bases.precision import choose_device, plain_defaults
-from ..checkpoint.artefacts import require_replaceable
 from ..checkpoint.base_model import base_to_load
+from ..checkpoint.writing import require_replaceable
 from ..data import Subject, first_copies
 from ..encoder import EncoderConfig, SubjectEncoder, SubjectSpace, make_encoder, save_reader
 from ..errors import ConfigError
