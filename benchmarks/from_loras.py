@@ -496,7 +496,7 @@ def figures(families: Mapping[str, Any], seeds: int) -> dict[str, Any]:
     for name, one in families.items():
         rows = name.partition(", ")[2] if name.endswith(" rows") else ""
         for control in (*CONTROLS, *SPACE_CONTROLS) if name.startswith("space") else CONTROLS:
-            other = families.get(f"{control}, {rows.rpartition(', ')[2]}" if rows else control)
+            other = families.get(f"{control}, {rows.rpartition(', ')[2]}" if rows else control) or families.get(control)
             if other is not None and other is not one:
                 differences[f"{name} - {control}"] = {
                     step: interval(_less(scores, other["curve"][step]), seeds) for step, scores in one["curve"].items()

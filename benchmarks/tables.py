@@ -914,26 +914,32 @@ FROM_LORAS = {
 }
 
 
+FROM_LORAS_BESIDE = {
+    "random, mean of LoRAs": "minus a random Down from the mean of the LoRAs",
+    "trained": "minus the trained Down",
+}
+
+
 def from_loras(results: dict[str, Data]) -> str:
     """A Down and a space of ordinary LoRAs beside others, after equal steps, and person by person."""
     data = results["from_loras"]
     figures, found = data["figures"], data["families"]
     counts = list(next(iter(figures["scores"].values())))
-    last, rows = counts[-1], []
+    counts, last, rows = list(dict.fromkeys([*counts[:2], counts[-1]])), counts[-1], []
     for name, one in found.items():
         scores = figures["scores"][name]
         label, size = name, ""
         if name.endswith(" rows"):
             label, _, size = name.rpartition(", ")
         cells = [spread(scores[step]["r_facesim"]) for step in counts]
-        less = [figures["differences"].get(f"{name} - {control}") for control in ("random", "random, mean of LoRAs")]
+        less = [figures["differences"].get(f"{name} - {control}") for control in FROM_LORAS_BESIDE]
         paired = ["" if one is None else spread(one[last]) for one in less]
         label = FROM_LORAS[label].replace("Down", f"Down of {size}" if size else "Down", 1)
         rows.append(
             [label, *cells, spread(scores[last]["prompt_adherence"]), *paired, f"{one['arm']}, {one['rate']:g}"]
         )
     heads = ["", *(f"{step} steps" for step in counts), f"adherence, {last} steps"]
-    heads += ["minus a random Down", "minus a random one from the mean of the LoRAs", "chosen, rate"]
+    heads += [*FROM_LORAS_BESIDE.values(), "chosen, rate"]
     note = (
         f". LoRAs of {data['meta_people']} people; {data['people']} people of `{data['split']}`, one reference, "
         f"{data['seeds']} noise{'s' * (data['seeds'] > 1)}, {data['prompts']} prompts; R-FaceSim, mean [95 % interval "

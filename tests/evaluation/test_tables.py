@@ -199,7 +199,25 @@ PROSE = (
     ("docs/person_on_8_gb.md", "memory", "drawing {details.flux_generate_1024_gib.gib:.1f} GiB"),
     ("docs/person_on_8_gb.md", "memory", "alone, {details.flux_read_gib.gib:.1f} GiB as measured"),
     ("docs/serving.md", "service", "from {figures.capacity_images_per_s:.1f} to"),
-    ("docs/from_a_lora.md", "from_loras", "holds {collection.kept.common, factors, 64 rows.common:.2f} of what"),
+    ("docs/from_a_lora.md", "from_loras", "trained one by {figures.differences.common - trained.100} in"),
+    (
+        "docs/from_a_lora.md",
+        "from_loras",
+        "same mean by {figures.differences.common - random, mean of LoRAs.100}. They",
+    ),
+    ("docs/from_a_lora.md", "from_loras", "trained Down by {figures.differences.many - trained.100}. -"),
+    ("docs/from_a_lora.md", "from_loras", "of 64 by {figures.differences.common, 8 rows - trained.100} and"),
+    ("docs/from_a_lora.md", "from_loras", "gains {figures.differences.random, mean of LoRAs - random.100:.3f} from"),
+    ("docs/from_a_lora.md", "from_loras", "by {figures.differences.activations, mean of LoRAs - trained.100}. -"),
+    (
+        "docs/from_a_lora.md",
+        "from_loras",
+        "is behind by {figures.differences.common - LoRA, mean of LoRAs.100:.3f} only",
+    ),
+    ("docs/from_a_lora.md", "from_loras", "beyond {figures.scores.space, common.100.r_facesim:.2f}, and"),
+    ("docs/from_a_lora.md", "from_loras", "reads {figures.scores.space, common, read.0.r_facesim:.2f}. The"),
+    ("docs/from_a_lora.md", "from_loras", "holds {collection.kept.common, products, 64 rows.common:.2f} of what"),
+    ("docs/from_a_lora.md", "from_loras", "and {collection.kept.many, products, 64 rows.many:.2f} where"),
     ("CHANGELOG.md", "layer_details", "{figures.subject_fp32_graph_step_b1:.0f} ms instead of"),
     ("CHANGELOG.md", "layer_details", "instead of {figures.subject_fp32_eager_step_b1:.0f},"),
 )
@@ -358,15 +376,15 @@ def test_a_down_of_loras_stands_beside_the_random_one_of_its_size(tables: Module
         "families": {name: {"arm": "products, mean", "rate": 0.003} for name in ("common", "common, 8 rows")},
         "figures": {
             "scores": {"common": scores, "common, 8 rows": scores},
-            "differences": {"common - random": {"25": at(0.1)}, "common, 8 rows - random": {"25": at(0.2)}},
+            "differences": {"common - trained": {"25": at(0.1)}, "common, 8 rows - trained": {"25": at(0.2)}},
         },
     }  # fmt: skip
     rows = tables.from_loras({"from_loras": data}).splitlines()
     whole, small = (
         next(row for row in rows if row.startswith(start)) for start in ("| **Down from", "| **Down of 8 rows from")
     )
-    assert "| 0.100 [0.100, 0.100] |  | products, mean, 0.003 |" in whole
-    assert "| 0.200 [0.200, 0.200] |  | products, mean, 0.003 |" in small
+    assert "|  | 0.100 [0.100, 0.100] | products, mean, 0.003 |" in whole
+    assert "|  | 0.200 [0.200, 0.200] | products, mean, 0.003 |" in small
     assert any(row.startswith("| *real photos among themselves* | 0.800") for row in rows)
 
 
