@@ -20,6 +20,7 @@ import stat
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -290,6 +291,15 @@ def _exchange(one: Path, other: Path) -> bool:
         return libc.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
     except (AttributeError, OSError, TypeError):
         return False
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Context in which a run writes on its way what its result does not need: a warning says what the disk refuses."""
+    try:
+        yield
+    except WriteFailedError as error:
+        warnings.warn(f"{error} The run goes on without it.", stacklevel=3)
 
 
 # In the name, because one who looks from another machine may not see a lock.

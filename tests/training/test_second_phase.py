@@ -138,7 +138,7 @@ def test_killed_in_stage_1_it_goes_on_there_beside_an_older_runs_second_phase(pl
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_metalora.training.meta_train.write_state", write_and_die)
+        patch.setattr("peft_metalora.training.engine.state.write_state", write_and_die)
         with pytest.raises(RuntimeError, match="killed"):
             meta_train(both_phases(place, out, **settings), progress=False)
     assert (out / "encoder" / "checkpoint-4").exists()

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..bases import Base
-from ..errors import AdapterStateError, ConfigError, TrainingError
+from ..errors import AdapterStateError, ConfigError, TrainingError, WriteFailedError
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.placing import remember, restore
 from .engine.compiling import compile_blocks, uncompile
@@ -107,7 +107,7 @@ def sanity_of(
 
 @contextmanager
 def saying_what_is_left(config: TrainingConfig, result: str | None = None) -> Iterator[None]:
-    """Context of a run that writes: a TrainingError also says what there is of the run, and where.
+    """Context of a run that writes: an error that ends it also says what there is of the run, and where.
 
     Args:
         result: what there is already, in a sentence without its full stop; None: nothing.
@@ -120,3 +120,7 @@ def saying_what_is_left(config: TrainingConfig, result: str | None = None) -> It
         left = "no checkpoint is from before" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
         result = result or f"No result was written to {config.output_dir}"
         raise TrainingError(f"{error} {result}; {left}.", good) from error
+    except WriteFailedError as error:
+        if config.checkpointing_steps is None or last_checkpoint(config.output_dir) is None:
+            raise
+        raise WriteFailedError(f"{error} Then go on with resume_from_checkpoint 'latest'.") from error

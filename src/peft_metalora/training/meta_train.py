@@ -25,14 +25,12 @@ from .engine.origin import Origin
 from .engine.processes import Processes
 from .engine.state import (
     STATE_FILE,
-    checkpoint_folder,
     is_of_this_run,
-    keep_newest,
     last_checkpoint,
     named_folder,
     read_state,
     understanding,
-    write_state,
+    write_checkpoint,
 )
 from .examples.batches import Examples
 from .examples.encoding import encode_subjects
@@ -209,7 +207,8 @@ def _stage_1(
         trackers.finish()
     result = run.finish()
     if processes.is_main:
-        save(result)
+        with saying_what_is_left(config):
+            save(result)
         remove_older_checkpoints(config, len(run.losses), began=done)
         # What taught the older Down to read cannot go on with this one.
         remove_second_phase(Path(config.output_dir), config.logging_dir)
@@ -236,6 +235,4 @@ def _run(
             if validation is not None:
                 validation.look(step.number)
             if every and step.number % every == 0:
-                folder = checkpoint_folder(run.config.output_dir, step.number)
-                write_state(folder, run.state_dict(), run.config, run.processes, origin)
-                keep_newest(run.config, step.number, run.processes)
+                write_checkpoint(run.config, step.number, run.state_dict(), run.processes, origin)

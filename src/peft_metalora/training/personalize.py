@@ -28,7 +28,7 @@ from ..hub.loading import HubOptions, folder_of
 from ..tuner import DownSource
 from .engine.origin import photos_of
 from .engine.processes import Processes
-from .engine.state import checkpoint_folder, checkpoint_folders, keep_newest, read_state, understanding, write_state
+from .engine.state import checkpoint_folders, read_state, understanding, write_checkpoint
 from .examples.batches import Examples
 from .examples.sources import check_instance_source, instance_subject, name_of
 from .injecting import saying_what_is_left
@@ -117,6 +117,7 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     began = run.steps_done
     if processes.is_main:
         make_room(config, kind, name, began=began)
+    save = partial(run.save, subject_name=name)
     output, total, every = Path(config.output_dir), config.max_train_steps, config.checkpointing_steps
     doing = f"stage 2: learning the {kind or 'LoRA'}"
     bar = tqdm(total=total, initial=run.steps_done, desc=doing, unit="step", disable=not progress)
@@ -132,13 +133,12 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
                     if validation.best.finished:
                         break
                 if every and step.number % every == 0 and processes.is_main:
-                    folder = run.save(checkpoint_folder(config.output_dir, step.number), subject_name=name)
                     best = validation.best.state_dict() if validation is not None else None
-                    write_state(folder, {"run": run.state_dict(), "best": best}, config, origin=origin)
-                    keep_newest(config, step.number)
+                    state = {"run": run.state_dict(), "best": best}
+                    write_checkpoint(config, step.number, state, origin=origin, beside=save)
         except KeyboardInterrupt:
             if run.steps_done and processes.is_main:
-                run.save(output, subject_name=name)
+                save(output)
             raise
         finally:
             trackers.finish()
@@ -146,7 +146,8 @@ def personalize(config: PersonalizeConfig, *, progress: bool = True) -> Path:
     if validation is not None:
         validation.use_best()
     if processes.is_main:
-        run.save(output, subject_name=name)
+        with saying_what_is_left(config):
+            save(output)
         remove_older_checkpoints(config, done, began=began)
     processes.wait()
     return output

@@ -38,7 +38,7 @@ from .engine.processes import Processes
 from .engine.sharding import wants_shards
 from .engine.slot_gradients import SlotGradients
 from .engine.stacked import AdapterStack, RowGradients
-from .engine.state import checkpoint_folder, keep_newest, read_state, understanding, write_state
+from .engine.state import read_state, understanding, write_checkpoint
 from .examples.batches import Examples
 from .examples.reading import read_photos
 from .examples.sources import training_subjects
@@ -287,7 +287,8 @@ def teach(
             validation.best.restore()
             steps = validation.best.step
         if processes.is_main:
-            save(run, _facts(run, config, steps))
+            with saying_what_is_left(config):
+                save(run, _facts(run, config, steps))
             remove_older_checkpoints(asked, len(run.losses), began=done)
         processes.wait()
     finally:
@@ -335,10 +336,8 @@ def _run(
                 if score is not None:
                     bar.set_postfix(loss=f"{step.loss:.4f}", score=f"{score:.4f}", refresh=False)
             if every and step.number % every == 0 and run.processes.is_main:
-                folder = checkpoint_folder(config.output_dir, step.number)
                 seen = {} if validation is None else validation.state_dict()
-                write_state(folder, {**run.state_dict(), **seen}, asked, origin=origin)
-                keep_newest(config, step.number)
+                write_checkpoint(asked, step.number, {**run.state_dict(), **seen}, origin=origin)
 
 
 def _facts(run: EncoderTraining, config: TrainEncoderConfig, steps: int) -> dict[str, Any]:

@@ -251,7 +251,7 @@ def test_a_killed_run_goes_on_beside_the_checkpoints_of_an_older_one(place, tmp_
             run(newer)
         return
     with monkeypatch.context() as patch:
-        patch.setattr("peft_metalora.training.meta_train.write_state", write_and_die)
+        patch.setattr("peft_metalora.training.engine.state.write_state", write_and_die)
         with pytest.raises(RuntimeError, match="killed"):
             run(replace(newer, resume_from_checkpoint=None))
     steps, real = [], MetaTraining._loss

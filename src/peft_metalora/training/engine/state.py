@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError, MetaLoraError, WriteFailedError
-from ...files import write_tensors
+from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError, MetaLoraError
+from ...files import going_on, write_tensors
 from ...tuner.down import digest_of
 from ..stage_settings import INPUTS, OUTPUTS, HeldOutConfig, TrainingConfig
 from .origin import Origin
@@ -112,25 +112,62 @@ def write_state(
     write_tensors(folder / _file_name(processes), tensors, {_HEADER: text, _DIGEST: _hash(text, tensors)})
 
 
-def keep_newest(config: TrainingConfig, step: int, processes: Processes = ALONE) -> None:
-    """Remove the oldest checkpoints up to `step`, which all processes have just written or will not write, where
-    `checkpoints_total_limit` asks for it.
+def write_checkpoint(
+    config: TrainingConfig,
+    step: int,
+    state: dict[str, Any],
+    processes: Processes = ALONE,
+    origin: Origin | None = None,
+    beside: Callable[[Path], object] | None = None,
+) -> None:
+    """Write the checkpoint of a step, and remove the oldest where `checkpoints_total_limit` asks for it.
 
-    Raises:
-        WriteFailedError: the disk refuses.
+    Where the disk refuses, the run goes on, as its result may still fit: a warning says so, older checkpoints stay, and
+    nothing of this one does.
+
+    Args:
+        state, processes, origin: as `write_state` takes them.
+        beside: writes into the folder what lies beside the state.
     """
-    if config.checkpoints_total_limit is None:
-        return
-    processes.wait()
-    found = checkpoint_folders(config.output_dir)
+    folder, wrote, whole = checkpoint_folder(config.output_dir, step), False, False
+    try:
+        with going_on():
+            write_state(folder, state, config, processes, origin)
+            wrote = True
+            if beside is not None:
+                beside(folder)
+            whole = True
+        whole = bool(processes.common({step} if whole else set()))
+    except Exception:
+        _take_back(folder, processes, wrote)
+        raise
+    if not whole:
+        _take_back(folder, processes, wrote)
+    elif processes.is_main:
+        _keep_newest(config, step)
+
+
+def _take_back(folder: Path, processes: Processes, wrote: bool) -> None:
+    """Remove what this process wrote of a checkpoint; one of an older run that it did not touch stays."""
+    with suppress(OSError):  # not there, or not empty: another process is at it, or it is not ours alone
+        if wrote and processes.count == 1:
+            remove_checkpoint(folder)
+        elif wrote:
+            (folder / _file_name(processes)).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _keep_newest(config: TrainingConfig, step: int) -> None:
+    limit, found = config.checkpoints_total_limit, checkpoint_folders(config.output_dir)
     own = sorted(number for number, folder in found.items() if number <= step and is_of_a_run(folder))
-    for number in own[: -config.checkpoints_total_limit] if processes.is_main else []:
+    for number in own[:-limit] if limit is not None else []:
         try:
             remove_checkpoint(found[number])
         except OSError as error:
-            raise WriteFailedError(
-                f"expected to remove the old checkpoint {found[number]}, found: {error}. Remove it, and resume"
-            ) from error
+            warnings.warn(
+                f"expected to remove the old checkpoint {found[number]}, found: {error}. The run goes on; remove it",
+                stacklevel=3,
+            )
 
 
 def read_state(

@@ -15,7 +15,7 @@ from ...bases import Base
 from ...data import Photo, Subject, read_subjects
 from ...data.images import png
 from ...errors import ConfigError, CorruptFileError, TooFewImagesError
-from ...files import write_bytes
+from ...files import going_on, write_bytes
 from ...metrics import face_embedder
 from ..engine.processes import Processes
 from ..examples.batches import Examples
@@ -126,11 +126,7 @@ class Watch:
         self._scores.append(faces[number](self._pictures[-1]) if faces else self._losses[number]())
 
     def finish(self, step: int) -> float:
-        """Write what was seen of all subjects at a step; returns their mean score, the higher the better.
-
-        Raises:
-            WriteFailedError: the disk refuses.
-        """
+        """Write what was seen of all subjects at a step; returns their mean score, the higher the better."""
         scores, pictures = self._scores, self._pictures
         self._scores, self._pictures = [], []
         score = sum(scores) / len(scores)
@@ -138,11 +134,13 @@ class Watch:
             subjects = dict(zip(self.held.names, scores, strict=True))
             self._records.append({"step": step, "score": score, "subjects": subjects})
             text = "".join(json.dumps(record) + "\n" for record in self._records)
-            write_bytes(self.folder / SCORES_FILE, text.encode())
+            with going_on():
+                write_bytes(self.folder / SCORES_FILE, text.encode())
             self.trackers.log(step, {"validation_score": score})
             if self.painter.prompts:
                 sheet = contact_sheet([photo.load() for photo in self.held.references], pictures)
-                write_bytes(self.folder / f"{step:05d}.png", png(sheet))
+                with going_on():
+                    write_bytes(self.folder / f"{step:05d}.png", png(sheet))
                 self.trackers.images(step, [sheet])
         return score
 

@@ -55,11 +55,7 @@ class DownValidation:
         self.stage_2 = _stage_2(run.config, len(held.names), run.processes.count)
 
     def look(self, step: int) -> float | None:
-        """Look, if this is a step to look at; returns the mean score of the subjects, the higher the better.
-
-        Raises:
-            WriteFailedError: the disk refuses.
-        """
+        """Look, if this is a step to look at; returns the mean score of the subjects, the higher the better."""
         base, config = self.run.base, self.run.config
         if config.validation_steps is None or step % config.validation_steps:
             return None

@@ -16,7 +16,7 @@ from ...bases.precision import autocast
 from ...data import Photo, Subject, not_among, read_photos
 from ...data.images import png
 from ...errors import ConfigError
-from ...files import write_bytes
+from ...files import going_on, write_bytes
 from ...metrics import face_embedder
 from ...tuner import set_slots
 from ..engine.compiling import eagerly
@@ -61,7 +61,8 @@ class Validation:
         self.trackers.log(step, {"validation_score": score})
         self.trackers.images(step, images)
         for number, image in enumerate(images if self.run.processes.is_main else []):
-            write_bytes(Path(config.output_dir) / VALIDATION_FOLDER / f"{step:05d}-{number:02d}.png", png(image))
+            with going_on():
+                write_bytes(Path(config.output_dir) / VALIDATION_FOLDER / f"{step:05d}-{number:02d}.png", png(image))
         denoiser.train()
         return True
 

@@ -64,11 +64,7 @@ class EncoderValidation:
             self.best.load_state_dict(state["best"])
 
     def look(self, step: int) -> float | None:
-        """Look, if this is a step to look at; returns the mean score of the subjects, the higher the better.
-
-        Raises:
-            WriteFailedError: the disk refuses.
-        """
+        """Look, if this is a step to look at; returns the mean score of the subjects, the higher the better."""
         run, config = self.run, self.config
         denoiser, device = run.base.denoiser, run.base.device
         if config.validation_steps is None or step % config.validation_steps:

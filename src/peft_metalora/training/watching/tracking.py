@@ -7,7 +7,8 @@ score and the validation images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +81,36 @@ class Trackers:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Report numbers by name."""
-        for tracker in self._trackers:
-            tracker.log(values, step=step)
+        self._each(lambda tracker: tracker.log(values, step=step))
 
     def images(self, step: int, images: Sequence[Image.Image]) -> None:
         """Report validation images, to those trackers that take any; all of one size."""
-        for tracker in self._trackers if images else []:
-            if tracker.name == "tensorboard":
-                pixels = np.stack([np.asarray(one) for one in images])
-                tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
-            elif tracker.name in _ONE_BY_ONE:
-                tracker.log_images({f"validation/{number}": one for number, one in enumerate(images)}, step=step)
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": list(images)}, step=step)
+        if images:
+            self._each(lambda tracker: _show(tracker, step, images))
 
     def finish(self) -> None:
         """Close the trackers."""
-        for tracker in self._trackers:
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
         self._trackers = []
+
+    def _each(self, do: Callable[[Any], object]) -> None:
+        """Have each tracker do something; one whose disk or server refuses is left, and a run does not end for it."""
+        for tracker in list(self._trackers):
+            try:
+                do(tracker)
+            except OSError as error:
+                self._trackers.remove(tracker)
+                warnings.warn(f"the tracker {tracker.name!r} failed: {error}. The run goes on without it", stacklevel=4)
+
+
+def _show(tracker: Any, step: int, images: Sequence[Image.Image]) -> None:
+    if tracker.name == "tensorboard":
+        pixels = np.stack([np.asarray(one) for one in images])
+        tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
+    elif tracker.name in _ONE_BY_ONE:
+        tracker.log_images({f"validation/{number}": one for number, one in enumerate(images)}, step=step)
+    elif hasattr(tracker, "log_images"):
+        tracker.log_images({"validation": list(images)}, step=step)
 
 
 def _plain(value: Any) -> Any:
