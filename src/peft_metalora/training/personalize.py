@@ -186,9 +186,7 @@ def _beside(
     others = held_out(base, held[0], config) if held else None
     if down is None or folder is None:
         return others, []
-    assert examples.photo is not None
-    usable = [subject.photos[number] for number in sorted(set(examples.photo.tolist()))]
-    reader, code = _read(base, usable, config, down, folder)
+    reader, code = _read(base, [subject.photos[number] for number in examples.photos()], config, down, folder)
     code = code.to(device)
     if not processes.is_main:  # one start for all, to the last bit
         code.zero_()

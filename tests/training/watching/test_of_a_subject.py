@@ -15,6 +15,7 @@ from peft_metalora import hub
 from peft_metalora.errors import ConfigError
 from peft_metalora.metrics import face_embedder
 from peft_metalora.training.examples.sources import instance_subject
+from peft_metalora.training.examples.views import ViewCutter
 from peft_metalora.training.personalize import personalize
 from peft_metalora.training.watching import of_a_subject as validation
 from peft_metalora.training.watching.best_step import BestStep
@@ -136,6 +137,23 @@ def test_photos_to_look_at_that_cannot_be_used_are_left_out_of_a_face_models_sco
     config = config_for(place, tmp_path / "a", **seen, validation_embedder="training_tiny:Brightness")
     with pytest.warns(UserWarning, match="skipped 1 of 2 images: .*0.png which cannot be decoded"):
         personalize(config, progress=False)
+
+
+def test_photos_to_look_at_are_opened_once(place, tmp_path, monkeypatch):
+    """Bug: each was decoded, and a face looked for, once more to see which can be used, with a cache too."""
+    opened, original = [], ViewCutter.open
+
+    def open_(self, photo, *args, **kwargs):
+        opened.append(photo.path.parent.name)
+        return original(self, photo, *args, **kwargs)
+
+    monkeypatch.setattr(ViewCutter, "open", open_)
+    others, cache = place / "people" / "person-1", tmp_path / "cache"
+    for output in ("a", "b"):
+        personalize(
+            config_for(place, tmp_path / output, validation_data_dir=str(others), cache_dir=str(cache)), progress=False
+        )
+    assert sorted(opened) == ["person-0", "person-1", "person-1"], "each by the first run, none by the second"
 
 
 def test_photos_that_are_trained_on_are_not_looked_at(place, tmp_path):

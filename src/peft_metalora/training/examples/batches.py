@@ -58,6 +58,11 @@ class Examples:
         """Number of subjects."""
         return int(self.subject.max()) + 1
 
+    def photos(self) -> list[int]:
+        """Which of all subjects' photos there are views of."""
+        assert self.photo is not None
+        return sorted(set(self.photo.tolist()))
+
     def by_subject(self) -> list[Tensor]:
         """For each subject, the positions (k,) of its latents."""
         return [(self.subject == subject).nonzero().flatten() for subject in range(self.num_subjects)]

@@ -46,8 +46,7 @@ def read_photos(
     """
     photos = [photo for subject in subjects for photo in subject.photos]
     owners = [number for number, subject in enumerate(subjects) for _ in subject.photos]
-    assert examples.photo is not None
-    usable = sorted(set(examples.photo.tolist()))
+    usable = examples.photos()
     look = _Looker(encoder, config)
     found = see(tqdm([photos[n] for n in usable], desc="reading", unit="image", disable=not progress), look, True)
     features = torch.cat([seen for _, seen in found])

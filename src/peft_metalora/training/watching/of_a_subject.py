@@ -21,7 +21,7 @@ from ...metrics import face_embedder
 from ...tuner import set_slots
 from ..engine.compiling import eagerly
 from ..examples.batches import Examples
-from ..examples.encoding import encode_subjects, usable
+from ..examples.encoding import encode_subjects
 from ..stage_2 import Personalization
 from ..stage_settings import VALIDATION_FOLDER, PersonalizeConfig
 from .best_step import BestStep
@@ -91,9 +91,9 @@ def looked_at(subject: Subject, config: PersonalizeConfig) -> Subject:
 
 
 def held_out(base: Base, held: Subject, config: PersonalizeConfig) -> tuple[list[Photo], Examples]:
-    """The photos of `looked_at` that can be used, and views that no step sees."""
-    (held,) = usable(base, [held], config)
+    """The photos of `looked_at` that can be used, and views that no step sees; raises as `encode_subjects`."""
     # Another seed gives other crops.
     other = replace(config, seed=config.seed + 1)
     views = max(1, 8 // len(held.photos))
-    return held.photos, encode_subjects(base, [held], other, views, progress=False)
+    examples = encode_subjects(base, [held], other, views, progress=False, skip_unreadable=True)
+    return [held.photos[number] for number in examples.photos()], examples
