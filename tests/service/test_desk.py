@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from peft_metalora.errors import WriteFailedError
 from peft_metalora.service.journal import JsonLines, log
 from peft_metalora.service.orders import SubjectOrder
 from peft_metalora.service.tasks import RefusedError
@@ -113,6 +114,81 @@ def test_a_place_that_cannot_be_looked_at_is_said(home, tmp_path, run, monkeypat
     answers, later = run(work())
     assert [answer.status for answer in answers] == [503] * 3 and later == 200
     assert all("ask again later" in answer.error and "secret" not in answer.error for answer in answers)
+
+
+@pytest.mark.parametrize("change", ["enrol", "replace", "delete"])
+def test_a_write_that_does_not_end_holds_up_nobody_and_goes_on(home, tmp_path, run, monkeypatch, change):
+    """Bug: who asked for a write that hung waited without an end, in a place of the queue; so did all of that name."""
+    go = threading.Event()
+
+    async def work():
+        service = Service(home, tmp_path, pool=Gate(), timeout=0.2, queue=2)
+        service.pool.open.set()
+        if change != "enrol":
+            await service.enrol("ann")
+        name = "remove" if change == "delete" else "put_code"
+        write = getattr(service.people, name)
+
+        def slowly(*who, **own):
+            if "ann" in who or getattr(who[0], "name", "") == "ann":
+                go.wait(20)
+            return write(*who, **own)
+
+        def changed(**more):
+            if change == "delete":
+                return service.ask("DELETE", "/subjects/ann")
+            return service.enrol("ann", replace=change == "replace", consent="new", **more)
+
+        monkeypatch.setattr(service.people, name, slowly)
+        try:
+            late = await changed()
+            assert service.desk._inside == 0, "it keeps no place"
+            others = [await service.enrol("bob"), await service.draw(None)]
+            again = [await changed(), await service.ask("DELETE", "/subjects/ann")]
+            meanwhile = await service.draw("ann")
+        finally:
+            go.set()
+        await soon(lambda: not service.desk._late)
+        return service, late, others, again, meanwhile
+
+    service, late, others, again, meanwhile = run(work())
+    assert late.status == 504 and "within 0.2 s" in late.error and "GET /subjects/ann" in late.error
+    assert int(late.headers["retry-after"]) >= 1
+    assert [answer.status for answer in others] == [201, 200]
+    assert [answer.status for answer in again] == [503, 503], "one change of somebody at a time"
+    ann = service.people.entry("acme", "ann")
+    if change == "delete":
+        assert ann is None and service.pool.forgotten, "the copies forget them, too"
+        assert meanwhile.status == 404
+    else:
+        assert ann.consent == "new"
+        assert meanwhile.status == (404 if change == "enrol" else 200)
+
+
+def test_a_late_write_that_fails_leaves_who_was_there(home, tmp_path, run, monkeypatch, caplog):
+    """The desk holds the photos of no more people who are late than there are places."""
+    go = threading.Event()
+
+    def fails(*who, **own):
+        go.wait(20)
+        raise WriteFailedError(f"no room for {who[1]}")
+
+    async def work():
+        service = Service(home, tmp_path, pool=Gate(), timeout=0.2, queue=1)
+        monkeypatch.setattr(service.people, "put_code", fails)
+        try:
+            late, full = await service.enrol("ann"), await service.enrol("bob")
+        finally:
+            go.set()
+        await soon(lambda: not service.desk._late)
+        monkeypatch.undo()
+        found = await service.ask("GET", "/subjects/ann")
+        return [answer.status for answer in (late, full, found, await service.enrol("ann"))]
+
+    with caplog.at_level("INFO", log.name):
+        assert run(work()) == [504, 503, 404, 201]
+    lines = lines_of(caplog)
+    assert any(line["event"] == "a late change failed" for line in lines) and "ann" not in json.dumps(lines)
 
 
 # People
@@ -390,6 +466,21 @@ def test_photos_of_who_is_deleted_are_in_no_job(home, tmp_path, run, monkeypatch
     assert status == 200 and held > before == after
 
 
+def test_who_is_deleted_as_they_come_is_not_tuned(home, tmp_path, run, monkeypatch):
+    async def work():
+        service, writing, go_on = Service(home, tmp_path, pool=Tuning(), tuners=1), threading.Event(), threading.Event()
+        put = service.people.put_code
+        monkeypatch.setattr(service.people, "put_code", lambda *a, **k: (writing.set(), go_on.wait(5), put(*a, **k))[2])
+        coming = asyncio.ensure_future(service.enrol("ann", tune=True))
+        await soon(writing.is_set)
+        leaving = asyncio.ensure_future(service.ask("DELETE", "/subjects/ann"))
+        await asyncio.sleep(0.05)
+        go_on.set()
+        return (await coming).status, (await leaving).status, [*service.desk._jobs]
+
+    assert run(work()) == (202, 200, [])
+
+
 @pytest.mark.parametrize("how", ["cancelled", "deleted", "replaced"])
 def test_a_job_that_ends_early_leaves_nothing(home, tmp_path, run, how):
     async def work():
@@ -436,6 +527,26 @@ def test_a_job_that_is_cancelled_too_late_is_done(home, tmp_path, run, monkeypat
 
     cancelled, person = run(work())
     assert (cancelled.json["status"], person.json["kind"]) == ("done", "files")
+
+
+def test_a_job_that_is_being_written_can_be_asked_to_end(home, tmp_path, run, monkeypatch):
+    """Bug: who ended a job waited without an end for a write that hung."""
+
+    async def work():
+        service, go_on = Service(home, tmp_path, pool=Tuning(), tuners=1, timeout=0.3), threading.Event()
+        writing, put = threading.Event(), service.people.put_files
+        monkeypatch.setattr(service.people, "put_files", lambda *a: (writing.set(), go_on.wait(20), put(*a))[2])
+        path = f"/jobs/{(await service.enrol('ann', tune=True)).json['job']}"
+        for _ in range(3):
+            service.pool.permits.release()
+        await soon(writing.is_set)
+        late = await service.ask("DELETE", path)
+        go_on.set()
+        await soon(lambda: all(job.has_ended for job in service.desk._jobs.values()))
+        return late, await service.ask("GET", path)
+
+    late, job = run(work())
+    assert (late.status, job.json["status"]) == (504, "done") and "GET /jobs/" in late.error
 
 
 def test_who_hangs_up_as_somebody_is_replaced_ends_their_job_too(home, tmp_path, run, monkeypatch):

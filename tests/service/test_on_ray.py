@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from peft_metalora import enable_meta_lora
 from peft_metalora.bases import load_base
 from peft_metalora.commands.serve import serving
 from peft_metalora.errors import BaseModelMismatchError, ConfigError
-from peft_metalora.service.tasks import RefusedError, Task
+from peft_metalora.service.tasks import Offer, RefusedError, Task
 from service_tiny import TOKENS, Answer, photo, settings, write_people
 
 CLIENTS, EACH = 24, 5
@@ -145,6 +146,29 @@ def test_copies_that_tune_are_told_of_a_deletion_too(run):
 def index_of(place) -> list[dict]:
     """Everybody whom the index names."""
     return [one for file in (place / "index").iterdir() for one in json.loads(file.read_text())["people"]]
+
+
+def test_health_is_told_while_every_thread_waits_for_the_place(run, monkeypatch):
+    """Bug: replicas were counted in one of asyncio's few threads, which a place that does not answer holds."""
+    from peft_metalora.service import on_ray
+
+    offer = SimpleNamespace(remote=lambda: SimpleNamespace(result=lambda: Offer(16, 8, True)))
+    states = {"ArtistReplica": SimpleNamespace(replica_states={"RUNNING": 2})}
+    status = SimpleNamespace(applications={on_ray.APP: SimpleNamespace(deployments=states)})
+    monkeypatch.setattr(on_ray.serve, "status", lambda: status)
+    go = threading.Event()
+
+    async def work():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        hung = asyncio.ensure_future(asyncio.to_thread(go.wait, 20))
+        await asyncio.sleep(0)
+        try:
+            return await asyncio.wait_for(on_ray.RayPool(SimpleNamespace(offer=offer), None).replicas(), 2)
+        finally:
+            go.set()
+            await hung
+
+    assert run(work()) == 2
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ import secrets
 import time
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from ..data.images import size_of
@@ -88,6 +89,7 @@ class Desk:
         self._at_work: dict[str, set[asyncio.Task[Any]]] = defaultdict(set)  # what shows somebody, by uid
         # A lock lasts as long as somebody holds it or waits for it.
         self._changes: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = weakref.WeakValueDictionary()
+        self._late: set[asyncio.Task[Any]] = set()  # changes that go on, though nobody waits for them any more
         self._leaving: set[str] = set()
         self._unconfirmed: dict[tuple[str, str], set[str]] = {}  # uids, deleted but perhaps still known to a copy
         self._jobs: OrderedDict[str, Job] = OrderedDict()
@@ -183,8 +185,15 @@ class Desk:
     # People
 
     async def enrol(self, tenant: str, order: SubjectOrder) -> tuple[Person, Job | None]:
-        """Bring somebody in from photos, and have them tuned if that is asked for."""
+        """Bring somebody in from photos, and have them tuned if that is asked for.
+
+        504: they are still being written, and come if that ends well; they are not tuned then.
+        """
         self._may_write()
+        if len(self._late) >= self.config.places:
+            raise RefusedError(
+                503, "expected to be able to write where the people are kept, found that no write ends", retry_after=5
+            )
         if order.tune and not self.config.tuners:
             raise RefusedError(501, "expected no tuning, which this service does not do: leave tune out")
         if order.tune and sum(not job.has_ended for job in self._jobs.values()) >= self.config.places:
@@ -193,22 +202,27 @@ class Desk:
             )
         with self._place():
             photos = self._photos_of(order)
-            async with self._changing(tenant, order.name):
-                before = await self._look_up(tenant, order.name)
-                if before is not None and not order.replace:
-                    raise RefusedError(
-                        409, f"expected a new name, found {order.name}, which is taken: give replace=true"
-                    )
-                code, down, space = await self._in_time(self.pool.read(photos))
-                put, named = self.people.put_code, (tenant, order.name, code)
-                try:
-                    person = await to_its_end(put, *named, down=down, space=space, consent=order.consent, before=before)
-                except (OutputExistsError, UnsafeNameError) as error:
-                    raise RefusedError(409, str(error)) from error
-                finally:
-                    if self.people.entry(tenant, order.name) != before:  # though whoever asked may have hung up
-                        self._cancel_jobs(tenant, order.name)
-        return person, self._start_job(person, photos, order.instance_prompt) if order.tune else None
+            return await self._unless_late(order.name, partial(self._bring_in, tenant, order, photos))
+
+    async def _bring_in(
+        self, tenant: str, order: SubjectOrder, photos: Sequence[bytes], late: asyncio.Event
+    ) -> tuple[Person, Job | None]:
+        async with self._in_turn(tenant, order.name):
+            before = await self._look_up(tenant, order.name)
+            if before is not None and not order.replace:
+                raise RefusedError(409, f"expected a new name, found {order.name}, which is taken: give replace=true")
+            code, down, space = await self._in_time(self.pool.read(photos))
+            put = partial(self.people.put_code, tenant, order.name, code, down=down, space=space)
+            try:
+                person = await self._written(late, partial(put, consent=order.consent, before=before))
+            except (OutputExistsError, UnsafeNameError) as error:
+                raise RefusedError(409, str(error)) from error
+            finally:
+                if self.people.entry(tenant, order.name) != before:  # though whoever asked may have hung up
+                    self._cancel_jobs(tenant, order.name)
+            # In turn, so that a deletion finds the job; who has had their 504 does not know of one.
+            tuned = order.tune and not late.is_set()
+            return person, self._start_job(person, photos, order.instance_prompt) if tuned else None
 
     def _photos_of(self, order: SubjectOrder) -> list[bytes]:
         try:
@@ -228,13 +242,14 @@ class Desk:
     async def delete(self, tenant: str, name: str) -> int:
         """Delete somebody from the disk and from every copy; returns the number of copies.
 
-        Once begun it goes on, whoever hangs up; asking again does no harm.
+        Once begun it goes on, whoever hangs up, and after a 504; asking again does no harm.
         """
         self._may_write()
-        return await asyncio.shield(asyncio.ensure_future(self._delete(tenant, name)))
+        deleting = self._unless_late(name, partial(self._delete, tenant, name))
+        return await asyncio.shield(asyncio.ensure_future(deleting))
 
-    async def _delete(self, tenant: str, name: str) -> int:
-        async with self._changing(tenant, name):
+    async def _delete(self, tenant: str, name: str, late: asyncio.Event) -> int:
+        async with self._in_turn(tenant, name):
             person = await self._look_up(tenant, name) or self.people.entry(tenant, name)
             uids = {*self._unconfirmed.get((tenant, name), ())}
             if person is not None:
@@ -249,7 +264,7 @@ class Desk:
                         work.cancel()
                 if person is not None:
                     try:
-                        await asyncio.to_thread(self.people.remove, person)
+                        await self._written(late, partial(self.people.remove, person))
                     except UnsafeNameError as error:
                         raise RefusedError(409, str(error)) from error
                 self._unconfirmed[tenant, name] = uids
@@ -275,6 +290,55 @@ class Desk:
         """One change of somebody at a time."""
         return self._changes.setdefault((tenant, name), asyncio.Lock())
 
+    @asynccontextmanager
+    async def _in_turn(self, tenant: str, name: str) -> AsyncIterator[None]:
+        """As `_changing`, for a request, which does not wait for ever."""
+        lock = self._changing(tenant, name)
+        await self._in_time(lock.acquire())
+        try:
+            yield
+        finally:
+            lock.release()
+
+    async def _written(self, late: asyncio.Event, write: Callable[[], _Result]) -> _Result:
+        """Have something written to its end; `late` is set once that has taken as long as a request may."""
+        timer = asyncio.get_running_loop().call_later(self.config.timeout, late.set)
+        try:
+            return await to_its_end(write)
+        finally:
+            timer.cancel()
+
+    async def _unless_late(self, name: str, change: Callable[[asyncio.Event], Coroutine[Any, Any, _Result]]) -> _Result:
+        """What a change of somebody comes to; 504 once it is late, as nobody can tell yet: it goes on."""
+        late = asyncio.Event()
+        work, waiting = asyncio.ensure_future(change(late)), asyncio.ensure_future(late.wait())
+        try:
+            await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            work.cancel()
+            raise
+        finally:
+            waiting.cancel()
+            if late.is_set() or not work.done():
+                self._late.add(work)
+                work.add_done_callback(self._has_ended)
+        if late.is_set():
+            raise self._goes_on(f"/subjects/{name}")
+        return work.result()
+
+    def _has_ended(self, work: asyncio.Task[Any]) -> None:
+        self._late.discard(work)
+        if not work.cancelled() and (error := work.exception()) is not None:
+            log.error("a late change failed", exc_info=error)
+
+    def _goes_on(self, path: str) -> RefusedError:
+        return RefusedError(
+            504,
+            f"expected this to end within {self.config.timeout:g} s, found that it goes on: GET {path} says later what "
+            "came of it",
+            retry_after=5,
+        )
+
     def _may_write(self) -> None:
         if self.people.place.read_only:
             raise RefusedError(403, "expected no change of people, who are kept where nothing can be deleted for good")
@@ -297,11 +361,13 @@ class Desk:
         return job
 
     async def cancel(self, tenant: str, name: str) -> Job:
-        """End a job; the person stays who they were before it."""
+        """End a job; the person stays who they were before it. 504: they are being written as who they are after it."""
         job = self.job(tenant, name)
         if job.work is not None and not job.work.done():
             job.work.cancel()
-            await asyncio.wait([job.work])
+            await asyncio.wait([job.work], timeout=self.config.timeout)
+            if not job.work.done():
+                raise self._goes_on(f"/jobs/{name}")
         return job
 
     def _start_job(self, person: Person, photos: Sequence[bytes], prompt: str | None) -> Job:

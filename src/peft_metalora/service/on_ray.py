@@ -15,6 +15,7 @@ import secrets
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -171,6 +172,8 @@ class RayPool:
 
     def __init__(self, artists: DeploymentHandle[Any], tuners: DeploymentHandle[Any] | None) -> None:
         self._artists, self._tuners, self.gauges = artists, tuners, Gauges()
+        # Of its own: asyncio's few threads may all be at a place of people that does not answer.
+        self._watch = ThreadPoolExecutor(1, "replicas")
         offer: Offer | str = artists.offer.remote().result()
         if isinstance(offer, str):
             raise ConfigError(f"expected copies of the base, found that they do not start: {offer}")
@@ -232,7 +235,7 @@ class RayPool:
         return (await self._states()).get("RUNNING", 0)
 
     async def _states(self) -> dict[str, int]:
-        status = await asyncio.to_thread(serve.status)
+        status = await asyncio.get_running_loop().run_in_executor(self._watch, serve.status)
         states = status.applications[APP].deployments["ArtistReplica"].replica_states
         return {str(getattr(state, "value", state)): count for state, count in states.items()}
 

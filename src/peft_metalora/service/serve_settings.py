@@ -95,7 +95,9 @@ class ServeConfig(DrawConfig):
         None,
     )
     rate: float | None = setting("Requests a second of each tenant; more are refused (429). Default: no limit.", None)
-    timeout: float = setting("Seconds in which a request is answered; after that it is refused (503).", 120.0)
+    timeout: float = setting(
+        "Seconds in which a request is answered; after that it is refused (503), or a change goes on (504).", 120.0
+    )
     tune_steps: int = setting("Most steps of a person who is tuned.", 100)
     log_dir: str | None = setting("Folder for logs, a file of JSON lines for each process. Default: Ray's own.", None)
 
