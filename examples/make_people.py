@@ -33,7 +33,7 @@ from peft_metalora.bases.precision import choose_device
 from peft_metalora.data.images import load_image, png
 from peft_metalora.files import staged_folder, write_bytes
 from peft_metalora.metrics import Embedder, InsightFaceEmbedder
-from peft_metalora.metrics.embedders import made_by
+from peft_metalora.metrics.by_name import made_by
 
 Draw = Callable[[str, int, Image.Image | None], Image.Image]
 AGES, KINDS = ("a young", "a middle-aged", "an old"), {"female": "woman", "male": "man"}

@@ -128,7 +128,7 @@ def test_bad_versions_without_the_face_are_left_out_and_so_are_photos(folders, m
             values = torch.tensor([[float(np.asarray(image)[0, 0].mean()), 1.0] for image in images])
             return Embeddings(values, values[:, 0] > limit)
 
-    monkeypatch.setattr("peft_metalora.metrics.embedders.InsightFaceEmbedder", Bright)
+    monkeypatch.setattr("peft_metalora.metrics.by_name.InsightFaceEmbedder", Bright)
     examples = Examples(torch.zeros(6, 4, 4, 4), {}, torch.zeros(6), torch.arange(6) // 2, photo=torch.arange(6))
     encoder = make_encoder(EncoderConfig(source="face", code_size=6))
     monkeypatch.setattr(

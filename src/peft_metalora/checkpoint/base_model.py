@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a Down was made for a base model: its name, where both are known, and the shapes of the adapted layers."""
+"""The base model that a Down was made for: which to load, and whether a model is it, by name and by shapes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`metalora meta-train` and `metalora personalize`; their settings are those of training."""
+"""`metalora meta-train`, `personalize` and `train-encoder`; their settings are those of training."""
 
 from __future__ import annotations
 

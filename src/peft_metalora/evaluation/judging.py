@@ -30,7 +30,7 @@ from ..metrics import (
     r_facesim,
     real_ceiling,
 )
-from ..metrics.embedders import made_by
+from ..metrics.by_name import made_by
 from .evaluation_settings import DEMO, EvaluateConfig
 
 Distance = Callable[[Tensor, Tensor], Tensor]

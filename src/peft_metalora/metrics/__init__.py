@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of images: is it the person, and does it do what the prompt says? Embedders give vectors, scores compare."""
 
+from .by_name import face_embedder
 from .detectors import Face, FaceDetector, InsightFaceDetector
 from .dlib_faces import DlibEmbedder
-from .embedders import ClipEmbedder, Comparison, DinoEmbedder, Embedder, Embeddings, InsightFaceEmbedder, face_embedder
+from .embedders import ClipEmbedder, Comparison, DinoEmbedder, Embedder, Embeddings
+from .insight_faces import InsightFaceEmbedder
 from .perceptual import Lpips
 from .scores import (
     Interval,

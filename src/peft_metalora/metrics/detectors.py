@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from .embedders import open_pack
+from .insight_faces import open_pack
 
 Point = tuple[float, float]
 

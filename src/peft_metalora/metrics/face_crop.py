@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..errors import ConfigError
-from .detectors import Face, FaceDetector, InsightFaceDetector
-from .embedders import made_by
+from .by_name import load_detector
+from .detectors import Face
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,3 @@ def _turned(face: Face, image: Image.Image, margin: float) -> Region | None:
     reach = abs(math.cos(angle)) + abs(math.sin(angle))
     half = min((0.5 + margin) * side, min(x, image.width - x, y, image.height - y) / reach)
     return Region((x, y), 2 * half, 2 * half, angle) if 2 * half >= side else None
-
-
-def load_detector(name: str) -> FaceDetector:
-    """'insightface', or `module:function` that returns a detector; raises as `FaceCrop`."""
-    detector: FaceDetector = InsightFaceDetector() if name == "insightface" else made_by(name, "face_crop", "detect")
-    return detector

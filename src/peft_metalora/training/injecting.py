@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both stages do around the loop: load the base, put an adapter on, make an optimiser, take it off."""
+"""An adapter to train on a denoiser: put on and taken off, what ends its run, and what is said where a run ends."""
 
 from __future__ import annotations
 

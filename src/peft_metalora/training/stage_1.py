@@ -23,8 +23,7 @@ from ..bases.generic import named_class
 from ..bases.precision import autocast
 from ..checkpoint.base_model import with_twins
 from ..errors import ConfigError, TooFewImagesError
-from ..tuner import DownSource, MetaLoraConfig, fingerprint, reset_slots, set_slots, set_warmup
-from ..tuner import placing as injection
+from ..tuner import DownSource, MetaLoraConfig, fingerprint, placing, reset_slots, set_slots, set_warmup
 from ..tuner.down import DOWN, DOWN_PARTS, MID, MID_INIT, UP
 from ..tuner.on_model import meta_lora_layers
 from .engine.compiling import uncompile
@@ -247,7 +246,7 @@ class MetaTraining:
             tensors[f"{path}.{MID}"], tensors[f"{path}.{UP}"] = next(means)[None], next(means)[None]
         set_slots(denoiser, None)
         _publish(denoiser, replace(self.adapter_config, num_slots=1), tensors)
-        injection.remove_adapters(denoiser, [_TRAINING], [PUBLISHED])
+        placing.remove_adapters(denoiser, [_TRAINING], [PUBLISHED])
         uncompile(denoiser, config)
         kept = "learning_rate", "warmup_steps", "subjects_per_batch", "images_per_subject", "resolution", "seed"
         facts = {
@@ -394,10 +393,10 @@ class MetaTraining:
 
 def _publish(denoiser: nn.Module, config: MetaLoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Put a Down on the denoiser, its factors in float32."""
-    injection.inject(denoiser, config, PUBLISHED)
+    placing.inject(denoiser, config, PUBLISHED)
     for _, layer in meta_lora_layers(denoiser):
         layer.metalora_down[PUBLISHED].data = layer.metalora_down[PUBLISHED].data.float()
-    injection.copy_factors(denoiser, tensors, PUBLISHED)
+    placing.copy_factors(denoiser, tensors, PUBLISHED)
     denoiser.eval()
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check before an injection: which modules match, which ranks they get, which Down a subject is bound to.
+"""An adapter comes to a model, all of it or nothing: planned, put on by PEFT, bound to its Down.
 
-Nothing here changes the model, so a config that cannot work fails here and leaves no trace."""
+The plan (which modules match, which ranks they get, which Down a subject is bound to) is made before the model is
+touched, so that a config that cannot work leaves no trace; what fails later is taken back."""
 
 from __future__ import annotations
 
@@ -215,7 +216,7 @@ def _check_fit(
 
 
 @contextmanager
-def _predecessor_aside(model: nn.Module, adapter_name: str) -> Iterator[None]:
+def predecessor_aside(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Replace an adapter of that name, as PEFT's tuners do when a model is adapted again, once the new one is there.
 
     Raises:

@@ -414,9 +414,9 @@ class MetaLoraLayer(Mergeable):
             if name not in self.metalora_mid:
                 continue
             self._unfold_what_trains(name)
-            if not self.subject_index.by_tokens:
+            if (table := self.token_slots) is None:
                 result = self._add(result, base, x, name, self._chosen(x))
-            elif places := self.token_table.positions(self._tokens(x, base), x.device):
+            elif places := table.positions(self._tokens(x, base), x.device):
                 result = self._add_at(result, base, x, name, places)
         return result
 

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import AdapterNotFoundError, AdapterStateError, NoTargetModulesError
-from .adding import _predecessor_aside, inject_all_or_nothing, replace_target
+from .adding import inject_all_or_nothing, predecessor_aside, replace_target
 from .combine import add_weighted_subject
 from .down import DOWN, MID_INIT
 from .functional import set_merge_backup
@@ -38,7 +38,7 @@ class MetaLoraModel(BaseTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        with _predecessor_aside(model, adapter_name):
+        with predecessor_aside(model, adapter_name):
             super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # ---- injection -----------------------------------------------------------------------------------------------

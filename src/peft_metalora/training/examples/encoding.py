@@ -21,12 +21,10 @@ from ...data import TRIGGER_MARK, Photo, Subject, flip_caption
 from ...errors import ConfigError, NoCaptionError, NoFaceError, NoImagesError, UnreadableImageError
 from ..prior import class_prompt
 from ..stage_settings import TrainingConfig
-from .batches import Batch, Examples
+from .batches import Examples
 from .cache import Cache, content_hash, identity
 from .fresh import FreshExamples
 from .views import ViewCutter, latent_mask, mask_content
-
-__all__ = ["Batch", "Examples", "PhotoEncoder", "encode_captions", "encode_subjects"]
 
 _Seen = TypeVar("_Seen")
 
