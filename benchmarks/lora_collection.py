@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_metalora.checkpoint.space import SubjectSpace
-from peft_metalora.lora.projection import nearest
+from peft_metalora.lora.collection import mean_start
 from peft_metalora.tuner.down import DOWN, MID, MID_INIT, UP, DownSource, fingerprint
 from peft_metalora.tuner.ranks import ranks_of
 from peft_metalora.tuner.starts import ROW_LENGTH
@@ -86,10 +86,7 @@ def down_source(like: DownSource, downs: Mapping[str, Tensor], loras: Loras | No
         mid.uniform_(-1 / math.sqrt(meta_r), 1 / math.sqrt(meta_r), generator=generator)
         if loras is not None:
             scaling = ranks_of(config, module).scaling
-            mid, up, _, _ = nearest(loras.mean(module).cpu(), torch.eye(outputs), down, r, scaling)
-            # As long as Mid is drawn, the size in Up: Adam moves both by its rate, whatever their size.
-            length = mid.norm(dim=1).clamp(min=1e-12) / ROW_LENGTH
-            mid, up = (mid / length[:, None]).float(), (up * length).float()
+            mid, up = mean_start(loras.mean(module).cpu(), torch.eye(outputs), down, r, scaling)
         parts = {DOWN: down, MID_INIT: mid, MID: mid[None], UP: up[None]}
         tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     return DownSource(config, tensors, fingerprint(tensors))

@@ -175,6 +175,13 @@ COMMANDS = {
         "commands.transfer:run_project",
         "metalora project --lora ann-lora.safetensors --down faces --output_dir ann",
     ),
+    "down-from-loras": Command(
+        "make a Down of a collection of LoRAs",
+        "commands.transfer:DownFromLorasConfig",
+        "commands.transfer:run_down_from_loras",
+        "metalora down-from-loras --loras loras --output_dir faces \\\n"
+        "    --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev",
+    ),
 }
 
 

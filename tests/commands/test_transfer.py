@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`metalora push`, `pull`, `export` and `project`: arguments to files, repositories and sentences."""
+"""`metalora push`, `pull`, `export`, `project`, `down-from-loras`: arguments to files, repositories and sentences."""
 
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from artefacts_tiny import write_pair
-from peft_metalora import load_subject
+from peft_metalora import load_down, load_subject
 from peft_metalora.cli import main
 
 
@@ -55,6 +57,27 @@ def test_export_and_project(pair, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "blocks.0.to_q    0.0000" in printed and "all layers together: 0.0000" in printed
     assert load_subject(again).down.fingerprint
+
+
+def test_a_down_of_loras(tmp_path, capsys):
+    """Bug besides: `info` did not know the name of the base in the package."""
+    module = "transformer_blocks.0.attn.to_q"
+    width = load_down("peft_metalora/demo-down").tensors[f"{module}.metalora_down"].shape[1]
+    for name in ("ann", "bob"):
+        (tmp_path / "loras" / name).mkdir(parents=True)
+        factors = {"lora_A": torch.randn(2, width), "lora_B": torch.randn(width, 2)}
+        tensors = {f"transformer.{module}.{part}.weight": tensor for part, tensor in factors.items()}
+        save_file(tensors, tmp_path / "loras" / name / "pytorch_lora_weights.safetensors")
+    base = ["--pretrained_model_name_or_path", "peft_metalora/demo-base"]
+    made = ["down-from-loras", "--loras", str(tmp_path / "loras"), "--output_dir", str(tmp_path / "faces"), *base]
+    assert main([*made, "--meta_rank", "4"]) == 0
+    assert "faces: a Down of 2 LoRAs, which holds 1.00 of what they do" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "faces"), *base]) == 0
+    assert "fits peft_metalora/demo-base" in capsys.readouterr().out
+    assert main([*made, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 4
+    assert main([*made[:1], "--loras", str(tmp_path / "nothing"), *made[3:]]) == 2
+    assert "nothing: expected LoRAs" in capsys.readouterr().err
 
 
 def test_an_error_is_one_sentence_and_writes_nothing(pair, tmp_path, capsys):

@@ -14,6 +14,7 @@ from ..checkpoint.folded import FOLD_FILE
 from ..checkpoint.reader_files import ENCODER_CONFIG_FILE, READER_FILES, check_reader
 from ..checkpoint.untrusted import read_json
 from ..errors import BaseModelMismatchError, ConfigError, MetaLoraError
+from ..files import EMBEDDED
 from ..hub.loading import HubOptions, find_down, folder_of, locate, subject_of
 from ..settings import LOCAL_FILES_ONLY, setting, shown
 from ..tuner import DownSource
@@ -47,7 +48,7 @@ def run_info(config: InfoConfig) -> Done:
     """Describe each, and end with code 1 where one does not fit."""
     base = None
     if config.pretrained_model_name_or_path is not None:
-        base = _denoiser(config.pretrained_model_name_or_path, config.local_files_only)
+        base = denoiser_of(config.pretrained_model_name_or_path, config.local_files_only)
     tables = [_table(path, config, base) for path in config.paths]
     downs = {table["path"]: table["fingerprint"] for table in tables if table["kind"] == "Down"}
     for table in tables:
@@ -141,19 +142,20 @@ def _said(check: Any, *arguments: Any, **options: Any) -> bool | str:
     return True
 
 
-def _denoiser(name: str, local_files_only: bool) -> Any:
+def denoiser_of(name: str, local_files_only: bool, revision: str | None = None) -> Any:
     """The denoiser of a pipeline without its weights; raises BaseModelMismatchError where there is none."""
     import diffusers
     from accelerate import init_empty_weights
 
+    place, options = str(EMBEDDED.get(name, name)), {"local_files_only": local_files_only, "revision": revision}
     try:
         try:
-            parts = diffusers.DiffusionPipeline.load_config(name, local_files_only=local_files_only)
+            parts = diffusers.DiffusionPipeline.load_config(place, **options)
         except OSError:
-            parts = diffusers.ModularPipeline.load_config(name, local_files_only=local_files_only)
+            parts = diffusers.ModularPipeline.load_config(place, **options)
         part = next(part for part in ("transformer", "unet", "prior") if part in parts)
         cls = getattr(diffusers, parts[part][1])
-        settings = cls.load_config(name, subfolder=part, local_files_only=local_files_only)
+        settings = cls.load_config(place, subfolder=part, **options)
         with init_empty_weights():
             return cls.from_config(settings)
     except (OSError, ValueError, StopIteration, AttributeError, TypeError) as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `metalora push`, `pull`, `export` and `project` do, and their settings."""
+"""What `metalora push`, `pull`, `export`, `project` and `down-from-loras` do, and their settings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..checkpoint.config_file import read_config
@@ -11,10 +11,12 @@ from ..errors import ConfigError
 from ..files import require_apart
 from ..hub.loading import load_down, load_subject
 from ..hub.publishing import pull, push_down, push_subject
+from ..lora.collection import down_from_loras
 from ..lora.export import FORMATS, export_subject
 from ..lora.projection import project
-from ..settings import DOWN_REVISION, OVERWRITE, setting
+from ..settings import BASE_MODEL, DOWN_REVISION, LOCAL_FILES_ONLY, OVERWRITE, REVISION, setting
 from . import Done
+from .info import denoiser_of
 
 
 @dataclass(kw_only=True)
@@ -73,6 +75,29 @@ class ProjectConfig:
     output_dir: str = setting("Folder for the subject.")
     down_revision: str | None = setting(*DOWN_REVISION)
     overwrite: bool = setting(*OVERWRITE)
+
+
+@dataclass(kw_only=True)
+class DownFromLorasConfig:
+    """Make a Down of what ordinary LoRAs of people share. No photo and no training: the LoRAs are read twice.
+
+    Raises:
+        ConfigError: no LoRAs.
+    """
+
+    loras: list[str] = setting("LoRAs of one base, in diffusers' or PEFT's format: files, or folders of many.")
+    pretrained_model_name_or_path: str = setting(f"{BASE_MODEL} Only its configuration is read.")
+    output_dir: str = setting("Folder for the Down.")
+    revision: str | None = setting(*REVISION)
+    rank: int = setting("Rank r of the mean subject, and of people who are learned on the Down.", 4)
+    meta_rank: int = setting("Rank of the Down (its rows).", 64)
+    domain: str | None = setting("What the LoRAs show, for the model card.", None)
+    local_files_only: bool = setting(*LOCAL_FILES_ONLY)
+    overwrite: bool = setting(*OVERWRITE)
+
+    def __post_init__(self) -> None:
+        if not self.loras:
+            raise ConfigError("expected files or folders of LoRAs as `loras`, found none")
 
 
 def run_push(config: PushConfig) -> Done:
@@ -155,3 +180,27 @@ def run_project(config: ProjectConfig) -> Done:
         "total_error": done.total_error,
     }
     return Done("\n".join(lines), values)
+
+
+def run_down_from_loras(config: DownFromLorasConfig) -> Done:
+    """Make the Down, and say how much of the LoRAs it holds."""
+    base = config.pretrained_model_name_or_path
+    done = down_from_loras(
+        config.loras,
+        denoiser_of(base, config.local_files_only, config.revision),
+        config.output_dir,
+        base_model=base,
+        base_revision=config.revision,
+        r=config.rank,
+        meta_r=config.meta_rank,
+        domain=config.domain,
+        overwrite=config.overwrite,
+    )
+    lines = [f"{module}  left out: not in every LoRA, or not in this base" for module in done.left_out]
+    if done.rows < config.meta_rank:
+        lines.append(
+            f"{done.rows} of {config.meta_rank} rows are the LoRAs' in some layers, the others are random: "
+            f"--meta_rank {done.rows} is a Down without those"
+        )
+    lines.append(f"wrote {done.folder}: a Down of {done.loras} LoRAs, which holds {done.kept:.2f} of what they do")
+    return Done("\n".join(lines), asdict(done))
