@@ -286,7 +286,7 @@ def denoised(world: World, trained: Trained) -> dict[str, dict[str, list[float]]
     """
     people, examples = world.known(), other_photos(world)
     index = torch.stack(examples.by_subject()).flatten().to(world.device)
-    read_subjects = read(world, trained, people)
+    read_subjects = as_read(world, trained, people)
     base = world.base
     stack = world.put(base, trained.recipe, len(people.names))
     latents, text, _ = examples.batch(index)
@@ -315,7 +315,7 @@ def truth(world: World, trained: Trained) -> dict[str, Any]:
     """
     recipe, people = trained.recipe, world.known()
     stack = world.put(world.base, recipe, len(people.names))
-    stack.values.copy_(read(world, trained, people))
+    stack.values.copy_(as_read(world, trained, people))
     images = world.draw(stack, stack.count, [0])
     del stack
     world.clear()
@@ -329,7 +329,7 @@ def truth(world: World, trained: Trained) -> dict[str, Any]:
         found["render"][label] = [round(value, 4) for value in distance.view(-1, each).mean(1).tolist()]
     for kind in ("outside", "unmarked"):
         others = world.known(kind)
-        subjects = read(world, trained, others)
+        subjects = as_read(world, trained, others)
         variants = {"clean": (subjects, 0), "another person's photo": (subjects.roll(1, 0), 0)}
         found[kind] = {"ceiling": world.ceiling(others), **score(world, recipe, others, variants)}
     marked = world.known("marked")
@@ -355,14 +355,14 @@ def sheet(world: World, people: Known, images: Tensor, count: int = 4) -> Image.
     return whole.resize((2 * whole.width, 2 * whole.height), Image.Resampling.NEAREST)
 
 
-def read(world: World, trained: Trained, people: Known) -> Tensor:
+def as_read(world: World, trained: Trained, people: Known) -> Tensor:
     """Subjects (people, N), each read from the reference."""
     return trained.subjects(world.seen(people.photos[:, 0], trained.recipe))
 
 
 def tuning(world: World, trained: Trained, people: Known, rates: Sequence[float], seeds: int) -> dict[str, Any]:
     """Stage 2 from the read start, at every rate and with the noise of every seed, after each number of steps."""
-    args, start = world.args, read(world, trained, people)
+    args, start = world.args, as_read(world, trained, people)
     world.base.shift = trained.recipe.shift
     each = len(rates) * seeds
     rows = len(start) * each
@@ -558,7 +558,7 @@ def claimed(path: Path) -> bool:
     return True
 
 
-def one(world: World, recipe: Recipe) -> dict[str, Any]:
+def train_and_judge(world: World, recipe: Recipe) -> dict[str, Any]:
     """Train and judge a recipe."""
     args = world.args
     trained = train(world, recipe)
@@ -599,7 +599,7 @@ def main() -> None:
     with helpers(args.workers) as pool:
         setting: Setting = DOMAINS[args.domain](args.assets, torch.device(args.device))
         world = World(args, pool, setting.domain, setting.down)
-        world.reader = setting.second_judge(args.output, world.device)
+        world.second_judge = setting.second_judge(args.output, world.device)
         facts = {**origin(world.device), "split": args.split, "people": args.people, "noises": args.seeds}
         print(f"ready after {args.seconds - world.left:.0f} s on {facts['machine']}", flush=True)
         world.speed = SPEED
@@ -614,7 +614,7 @@ def main() -> None:
                 if not claimed(path):
                     continue
                 try:
-                    data = one(world, recipe) if recipe else {"methods": rival(world, job)}
+                    data = train_and_judge(world, recipe) if recipe else {"methods": rival(world, job)}
                 except TrainingError as error:
                     print(error, flush=True)
                     world.clear()

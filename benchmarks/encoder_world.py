@@ -56,8 +56,9 @@ class Recipe:
             reads that are made worse.
         expose: 1: dark photos are made brighter before they are read. erase: 1: boxes of photos are erased, too.
         brief: 1: judged on clean photos alone. 2: and not tuned.
-        width, hidden, dropout: of the encoder. lr, space_lr: rates. shift: of the noise levels of
-            training, above 1 to more noise. steps: of training. seed: of everything.
+        width, hidden, dropout: of the encoder. lr, space_lr: rates. decay: the share of the steps, the last, over which
+            they fall to 0. shift: of the noise levels of training, above 1 to more noise. steps: of training. seed: of
+            everything.
     """
 
     name: str
@@ -140,7 +141,7 @@ class World(Bench):
 
     Attributes:
         taught: what training people are drawn from; the domain itself, if nothing else is said.
-        reader: a second judge, whose scores are kept beside the others'.
+        second_judge: if there is one, its scores are kept beside the others'.
         drawn: images that were drawn last, (n, 3, h, w). speed: steps a second of an encoder, as far as it is known.
     """
 
@@ -160,7 +161,7 @@ class World(Bench):
         self._photos: dict[tuple[str, int, int], tuple[np.ndarray[Any, Any], list[str]]] = {}
         self._targets: dict[tuple[str, int, int], Examples] = {}
         self._worse: dict[tuple[str, int, int, str], Tensor] = {}
-        self.reader: SecondJudge | None = None
+        self.second_judge: SecondJudge | None = None
         self.drawn = torch.empty(0)
         self.speed = 0.0
         self._known: dict[str, Known] = {}
@@ -296,12 +297,12 @@ class World(Bench):
         scores[CHANCE] = self._by_chance(people, whose)
         if people.shown:
             scores |= self._content(people, whose)
-        if isinstance(self.reader, FactorReader):
-            read = self.reader.read(self.drawn).view(rows, len(self.prompts), -1).mean(1)
+        if isinstance(self.second_judge, FactorReader):
+            read = self.second_judge.read(self.drawn).view(rows, len(self.prompts), -1).mean(1)
             scores[FACTORS] = [round(value, 4) for value in (read - people.identity[whose]).abs().mean(1).tolist()]
-        if self.reader is not None:
-            made = self.reader.embed(self.drawn).view(rows, len(self.prompts), -1)
-            real = embedded(self.reader.embed, people.photos)[whose, 1:]
+        if self.second_judge is not None:
+            made = self.second_judge.embed(self.drawn).view(rows, len(self.prompts), -1)
+            real = embedded(self.second_judge.embed, people.photos)[whose, 1:]
             similar = torch.einsum("rpd,rod->rpo", made, real).mean((1, 2))
             scores[SECOND] = [round(value, 4) for value in similar.tolist()]
         if people.marked:
@@ -355,7 +356,7 @@ class World(Bench):
 
     def second_ceiling(self, people: Known) -> list[float] | None:
         """The same for the second judge, if there is one."""
-        return among_themselves(embedded(self.reader.embed, people.photos)[:, 1:]) if self.reader else None
+        return among_themselves(embedded(self.second_judge.embed, people.photos)[:, 1:]) if self.second_judge else None
 
     def put(self, base: Base, recipe: Recipe, rows: int) -> AdapterStack:
         """The adapter of a recipe on a base, stacked."""
