@@ -105,6 +105,16 @@ class Bright:
         return Face((column - 4, row - 4, column + 4, row + 4))
 
 
+class Corner:
+    """Finds a face in the corner of every photo, of so many pixels a side."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def detect(self, image: Image.Image) -> Face:
+        return Face((0, 0, self.side, self.side))
+
+
 SHORT = {
     "pretrained_model_name_or_path": "tiny",
     "output_dir": "unused",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -324,6 +325,34 @@ def test_a_base_that_was_trained_anew_is_another(tmp_path: Path) -> None:
     weights = tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     assert all(now[0] != before[path][0] for path, now in drawn().items())
+
+
+def test_code_of_ones_own_that_was_edited_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: an evaluation knew a class of a base, and a judge, by their names, and showed what they had drawn and scored
+    before an edit."""
+    monkeypatch.syspath_prepend(tmp_path)
+    save_tiny_flux(tmp_path / "base")
+    people = write_people(tmp_path / "people", subjects=1)
+    settings = {"base": str(tmp_path / "base"), "data": str(people), "embedder": "own_judge:judge", "method": ["base"]}
+    settings |= {"seeds": 1, "num_inference_steps": 1, "resolution": 16, "device": "cpu"}
+    settings |= {"generic": f"{tmp_path}/own_base.py:Own"}
+
+    def drawn(base: str, judge: str) -> int:
+        own = (
+            f"from peft_metalora.bases.flux1 import Flux1\n\n\nclass Own(Flux1):\n    def own(self):\n        {base}\n"
+        )
+        (tmp_path / "own_base.py").write_text(own)
+        text = f"from training_tiny import Brightness\n\n\ndef judge():\n    return Brightness()  # {judge}\n"
+        (tmp_path / "own_judge.py").write_text(text)
+        sys.modules.pop("own_judge", None)
+        evaluate(EvaluateConfig(**settings, output=str(tmp_path / "out")), progress=False)
+        return next((tmp_path / "out").rglob("cell.json")).stat().st_mtime_ns
+
+    first = drawn("pass", "one")
+    assert drawn("pass", "one") == first
+    second = drawn("return 2", "one")
+    assert second != first
+    assert drawn("return 2", "two") != second
 
 
 def judge() -> Brightness:

@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
-import inspect
-import linecache
 import re
 import sys
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from ..errors import BaseModelMismatchError, ConfigError
+from ..files import written_in
 from .base import Base
 
 _OWN = "pipeline_class", "target_modules"  # beside its abstract methods, what a class says
@@ -50,22 +48,10 @@ def named_class(base: Base) -> dict[str, str]:
     return {} if ours else {"generic": f"{own.__module__}:{own.__qualname__}"}
 
 
-def written_as(base: Base) -> dict[str, str]:
+def written_as(own: type[Base]) -> dict[str, str]:
     """What tells the class that a base is seen through from others, and one of somebody's own from itself after an
-    edit: its name, and a hash of each file, or cell of a notebook, that it and the classes above it are written in."""
-    found = {"class": type(base).__qualname__}
-    for own in type(base).__mro__:
-        if own.__module__.startswith(f"{__package__}."):
-            continue
-        # By its functions, as two files of one name are one module to Python.
-        for one in vars(own).values():
-            function = getattr(one, "fget", None) or getattr(one, "func", None) or getattr(one, "__func__", one)
-            if isinstance(function, FunctionType):
-                place = inspect.unwrap(function).__code__.co_filename
-                linecache.checkcache(place)
-                text = "".join(linecache.getlines(place))
-                found[f"{own.__qualname__}.{function.__name__}"] = hashlib.sha256(text.encode()).hexdigest()
-    return found
+    edit."""
+    return {"class": own.__qualname__, **written_in(own)}
 
 
 def found_anywhere(generic: str) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from .. import hub
 from ..bases import Base, load_base
+from ..bases.generic import base_class, written_as
 from ..bases.precision import autocast, choose_device, choose_dtype
 from ..checkpoint.base_model import require_class
 from ..checkpoint.reader_files import READER_FILES
@@ -28,6 +29,7 @@ from ..encoder.reader import Reader, load_reader, no_encoder
 from ..errors import ConfigError, MetricInputError, TrainingError
 from ..files import open_regular, write_bytes
 from ..hub.loading import folder_of
+from ..metrics.by_name import code_of
 from ..tuner import DownSource
 from ..tuner.down import digest_of
 from .cells import Cell, hash_of, home_of, is_complete, remove_cell
@@ -108,6 +110,18 @@ class Bench:
             digest.update(f"{path.relative_to(folder).as_posix()}|{path.stat().st_size}|".encode() + start)
         return {"base files": digest.hexdigest()}
 
+    @cached_property
+    def _generic(self) -> dict[str, Any]:
+        """The class of somebody's own, and what tells it from itself after an edit."""
+        name = self.config.generic
+        return {} if name is None else {"generic": [name, written_as(base_class(name))]}
+
+    @cached_property
+    def _code(self) -> dict[str, str]:
+        """What tells judges and readers of somebody's own from themselves after an edit."""
+        names = self.config.embedder, self.config.lpips, self.config.face_model
+        return {f"{name}|{part}": digest for name in names for part, digest in code_of(name).items()}
+
     def _check(self) -> None:
         """Have the judge and the Downs of all methods there before the base is opened."""
         _ = self.judge
@@ -141,7 +155,7 @@ class Bench:
             "down": self._mark(method),
             **{name: getattr(config, name) for name in _MADE_FROM},
             **({} if config.quantize == "none" else {"quantize": config.quantize}),  # cells of before stay valid
-            **({} if config.generic is None else {"generic": config.generic}),
+            **self._generic,
             **self._base_files,
             "resolution": config.side,
             "steps": steps,
@@ -206,6 +220,7 @@ class Bench:
                 "prompts": [prompt.text for prompt in self.prompts],
                 "seeds": self.config.seeds,
                 "judges": [getattr(self.config, name) for name in _JUDGES],
+                **({"code": self._code} if self._code else {}),
             }
         )
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import written_in
 from .detectors import FaceDetector, InsightFaceDetector
 from .dlib_faces import DlibEmbedder
 from .embedders import Embedder
@@ -52,3 +54,11 @@ def made_by(name: str, setting: str, method: str, ours: str = "'insightface'") -
         return made
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{setting} must be {ours} or module:function, found {name!r}: {error}") from error
+
+
+def code_of(name: str | None) -> dict[str, str]:
+    """What tells `module:function` from itself after an edit, as `files.written_in`; nothing of what we bring."""
+    module, _, function = (name or "").partition(":")
+    with suppress(ImportError, AttributeError, ValueError):  # `made_by` names what is wrong
+        return written_in(getattr(importlib.import_module(module), function)) if function else {}
+    return {}

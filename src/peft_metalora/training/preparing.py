@@ -25,7 +25,7 @@ from ..metrics.face_crop import FaceCrop
 from ..tuner import DownSource
 from .engine.compiling import backend_of
 from .engine.optimizers import optimizer_class, optimizer_options
-from .engine.origin import BaseDigest, Origin, photos_of
+from .engine.origin import CODE, BaseDigest, Origin, code_of_settings, photos_of
 from .engine.processes import Processes
 from .engine.sharding import shard, wants_shards
 from .engine.state import check_resumable, last_checkpoint
@@ -208,6 +208,7 @@ def prepare(
     if with_origin:
         digest.see(base, *base.encoder_names)
         origin["class of the base"] = {one: one for one in named_class(base).values()}
+        origin[CODE] = code_of_settings(base, config)
         origin["photos"] = photos_of(subjects, getattr(config, "balance_by", None))
     examples = encode_subjects(base, subjects, config, config.views_per_image, progress=progress, skip_unreadable=True)
     more = None if encode_more is None else encode_more(base, examples)

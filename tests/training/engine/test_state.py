@@ -8,6 +8,7 @@ import itertools
 import random
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -201,6 +202,48 @@ def test_resume_names_what_it_refuses(place, tmp_path):
     shutil.rmtree(people / "person-1")
     with pytest.raises(ConfigError, match=r"photos .*3 then and 2 now"):
         run(replace(resumed, train_data_dir=str(people)))
+
+
+OWN = """
+from peft_metalora.bases.flux1 import Flux1
+from training_tiny import Corner
+
+
+class Own(Flux1):
+    def loss(self, *arguments):
+        return {scale} * super().loss(*arguments)
+
+
+def detector():
+    return Corner(12)
+"""
+
+
+def test_code_of_ones_own_that_was_edited_meanwhile_is_told(place, tmp_path, monkeypatch, recwarn):
+    """Bug: a class of a base was known by its name. A run went on with another loss, and nobody heard of it."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(scale):
+        (tmp_path / "own_code.py").write_text(OWN.format(scale=scale))
+        sys.modules.pop("own_code", None)
+
+    own = {"generic": f"{tmp_path}/own_code.py:Own", "face_crop": "own_code:detector", "face_margin": 0.0}
+    config = make_config(place, "meta-lora", tmp_path / "out", checkpointing_steps=6, **own)
+    write(1.0)
+    run(config)
+    resumed = replace(config, resume_from_checkpoint="checkpoint-6")
+    run(resumed)
+    assert not [one for one in recwarn if "the code that" in str(one.message)]
+    write(2.0)
+    told = (
+        r"the code that generic, face_crop names is not what it was when .*checkpoint-6 was written\. The run goes on"
+    )
+    with pytest.warns(UserWarning, match=told):
+        run(resumed)
+    write(3.0)
+    # It is this run's all the same.
+    with pytest.warns(UserWarning, match=r"the code that generic.*checkpoint-12"):
+        run(replace(resumed, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize("stage", ["meta", "meta-lora"])

@@ -118,6 +118,27 @@ def people(tmp_path):
     return tmp_path / "people"
 
 
+def test_what_an_edited_detector_finds_is_encoded_anew(people, monkeypatch, tmp_path):
+    """Bug: after an edit of a detector of one's own, a run with a cache trained on the crops of before."""
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"face_crop": "own_detector:find", "instance_prompt": "a photo"}
+    base, bob = tiny_base(), read_subjects(people)[1:]
+
+    def encoded(side, **changes):
+        text = f"from training_tiny import Corner\n\n\ndef find():\n    return Corner({side})\n"
+        (tmp_path / "own_detector.py").write_text(text)
+        sys.modules.pop("own_detector", None)
+        return encode_subjects(base, bob, personal_config(**settings, **changes), 1, progress=False).latents
+
+    cached = {"cache_dir": str(tmp_path / "cache")}
+    first = encoded(40, **cached)
+    second = encoded(80, **cached)
+    assert torch.equal(first, encoded(40)) and torch.equal(second, encoded(80)) and not torch.equal(first, second)
+    written = set((tmp_path / "cache").rglob("*"))
+    assert torch.equal(encoded(40, **cached), first)
+    assert set((tmp_path / "cache").rglob("*")) == written
+
+
 def test_photos_without_a_face_are_left_out_and_counted(people, monkeypatch, detector, tmp_path):
     monkeypatch.setattr(face_crop, "load_detector", lambda name: detector)
     config = personal_config(face_crop="told", instance_prompt="a photo", cache_dir=str(tmp_path / "cache"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is made from beside its settings, as hashes: the base, the photos with their captions, the Down.
+"""What a run is made from beside its settings, as hashes: base, photos with their captions, Down, code of one's own.
 
 A checkpoint keeps these in place of paths. The run goes on from wherever the same things lie by then, nobody reads in
 it where a person's photos are, and what has changed meanwhile is named.
@@ -17,9 +17,14 @@ import torch
 from ...bases import Base
 from ...data import Subject
 from ...errors import NoImagesError, UnreadableImageError
+from ...files import written_in
+from ...metrics.by_name import code_of
+from ..stage_settings import TrainingConfig
 
 Origin = dict[str, dict[str, str]]
 """Kind ('photos') to hash by name ('ann'), in the order in which the run takes them."""
+CODE = "code"
+"""The kind that is told when it differs, and not refused: whether an edit changes anything, no hash knows."""
 
 # A retrained base differs nearly everywhere, so that a few numbers of each tensor tell it apart from its origin.
 _SAMPLE = 64
@@ -28,6 +33,14 @@ _SAMPLE = 64
 def photos_of(subjects: Sequence[Subject], tag: str | None = None) -> dict[str, str]:
     """A hash of each subject's photos, masks and captions, and of a tag of theirs."""
     return {subject.name: _hash([subject.tags.get(tag or ""), *map(_photo, subject.photos)]) for subject in subjects}
+
+
+def code_of_settings(base: Base, config: TrainingConfig) -> dict[str, str]:
+    """A hash of the code of somebody's own that examples and losses come from, by the setting that names it."""
+    found = {"generic": written_in(type(base))}
+    for name in ("face_crop", "face_model", "encoder"):
+        found[name] = code_of((getattr(config, name, None) or "").removeprefix("face:"))
+    return {name: _hash(code) for name, code in found.items() if code}
 
 
 class BaseDigest:

@@ -28,7 +28,7 @@ from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError, Meta
 from ...files import going_on, write_tensors
 from ...tuner.down import digest_of
 from ..stage_settings import INPUTS, OUTPUTS, HeldOutConfig, TrainingConfig
-from .origin import Origin
+from .origin import CODE, Origin
 from .processes import ALONE, Processes
 
 STATE_FILE = "training_state.safetensors"
@@ -210,6 +210,7 @@ def read_state(
             return None
         raise ArtefactNotFoundError(f"expected {own.name} in {folder}, found only other processes' files: take another")
     _check(folder, before, origin_before, config, origin, extendable)
+    _warn_of_edits(folder, origin_before.get(CODE, []), (origin or {}).get(CODE, {}))
     return state
 
 
@@ -389,6 +390,8 @@ def _check(
 ) -> None:
     _check_settings(folder, before, config, extendable)
     for kind, hashes in (origin or {}).items():
+        if kind == CODE:
+            continue
         _check_origin(folder, kind, origin_before.get(kind, []), hashes)
 
 
@@ -427,6 +430,17 @@ def _check_origin(folder: Path, kind: str, before: list[str], now: Mapping[str, 
         f"expected the {kind} of the run that wrote {folder}, from wherever they are read, found others ({told}): give "
         "the same, or start anew without resume_from_checkpoint"
     )
+
+
+def _warn_of_edits(folder: Path, before: list[str], now: Mapping[str, str]) -> None:
+    edited = [name for (name, found), then in zip(now.items(), before, strict=False) if found != then]
+    if edited:
+        warnings.warn(
+            f"the code that {', '.join(edited)} names is not what it was when {folder} was written. The run goes on "
+            "with what it is now; if that changes latents, captions or losses, start anew without "
+            "resume_from_checkpoint",
+            stacklevel=3,
+        )
 
 
 def _file_name(processes: Processes) -> str:

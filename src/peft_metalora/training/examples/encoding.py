@@ -161,7 +161,7 @@ class PhotoEncoder:
         self.cutter = ViewCutter(base, config) if cutter is None else cutter
         self._cache = Cache(config.cache_dir)
         cached = config.cache_dir is not None
-        self._made_by = [identity(base.pipeline.vae), written_as(base)] if cached else []
+        self._made_by = [identity(base.pipeline.vae), written_as(type(base))] if cached else []
 
     def __call__(self, photo: Photo) -> tuple[Tensor, list[str], Tensor | None]:
         """Latents (views, c, h, w), captions, and masks (views, 1, h, w) of a photo that has one.
@@ -206,7 +206,7 @@ def encode_captions(base: Base, captions: Sequence[str], *, cache_dir: str | Non
         cache = Cache(cache_dir)
         encoders = identity(*(getattr(base.pipeline, name, None) for name in base.encoder_names if name != "vae"))
         length = base.max_sequence_length
-        made_from = {"encoders": encoders, "base": written_as(base), "length": length, "format": 2}
+        made_from = {"encoders": encoders, "base": written_as(type(base)), "length": length, "format": 2}
         parts = [cache.get({**made_from, "caption": one}, partial(base.encode_text, [one])) for one in captions]
     return {name: _join_text([part[name] for part in parts]) for name in parts[0]}
 

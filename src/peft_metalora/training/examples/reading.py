@@ -16,6 +16,7 @@ from ...data import Photo, Subject
 from ...data.degrade import make_worse
 from ...encoder import SubjectEncoder
 from ...errors import NoFaceError
+from ...metrics.by_name import code_of
 from ..encoder_training import Reads
 from ..stage_settings import TrainEncoderConfig
 from .batches import Examples
@@ -83,6 +84,7 @@ class _Looker:
             "mask": None if mask is None else content_hash(mask),
             "format": 2,
             **{name: getattr(self._config, name) for name in sees},
+            **({"code": code} if (code := code_of(self._config.face_crop)) else {}),
         }
         return self._cache.get(made_from, lambda: {"features": self._look(photo, content, digest)})["features"]
 

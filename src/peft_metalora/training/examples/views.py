@@ -17,6 +17,7 @@ from torch import Tensor
 from ...bases import Base
 from ...data import Photo, cut, cut_mask, random_box, read_file
 from ...encoder.sight import face_region, open_photo
+from ...metrics.by_name import code_of
 from ...metrics.face_crop import FaceCrop, Region
 from ..stage_settings import StageConfig, TrainingConfig
 from .shapes import Shape, crop_shapes, nearest_shape
@@ -72,7 +73,8 @@ class ViewCutter:
         self.settings: dict[str, Any] = {"shapes": self.shapes, "random_flip": config.random_flip}
         if config.face_crop is not None:
             self._faces = FaceCrop(config.face_crop, config.face_margin, config.face_align)
-            self.settings["face"] = [config.face_crop, config.face_margin, config.face_align]
+            code = code_of(config.face_crop).values()
+            self.settings["face"] = [config.face_crop, config.face_margin, config.face_align, *code]
 
     def open(self, photo: Photo, content: bytes | None = None, plan: Plan | None = None) -> Opened:
         """Decode a photo and its mask.
