@@ -276,9 +276,7 @@ def cell_as_ours(cell: Any) -> Any:
 def pytest_runtest_logreport(report: Any) -> None:
     if _outcomes is not None and (report.when == "call" or report.outcome != "passed"):
         name = report.nodeid.replace(StandIn.__name__, "LoraConfig")
-        lines = [
-            line for line in report.longreprtext.strip().splitlines() if "See docs/troubleshooting.md#" not in line
-        ]
+        lines = [line for line in report.longreprtext.strip().splitlines() if "/docs/troubleshooting.md#" not in line]
         last = (lines or [""])[-1]
         with _outcomes.open("a") as file:
             file.write(json.dumps([name, report.outcome, last]) + "\n")

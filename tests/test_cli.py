@@ -19,6 +19,7 @@ from peft_metalora import hub
 from peft_metalora.cli import COMMANDS, build_parser, in_flags, main, make_config
 from peft_metalora.commands import Done
 from peft_metalora.commands.generate import GenerateConfig, generate
+from peft_metalora.errors import PAGE
 from peft_metalora.training.stage_settings import PersonalizeConfig
 from pipelines_tiny import save_tiny_flux
 from training_tiny import write_people
@@ -322,7 +323,7 @@ def test_errors_as_json_have_their_address(capsys):
     out = capsys.readouterr()
     error = json.loads(out.out)["error"]
     assert error["type"] == "ConfigError" and error["message"].startswith("--rank must be")
-    assert error["see"] == "docs/troubleshooting.md#configerror" and out.err.endswith(f". See {error['see']}\n")
+    assert error["see"] == f"{PAGE}#configerror" and out.err.endswith(f". See {error['see']}\n")
 
 
 def test_an_interrupted_run_says_what_it_wrote_and_how_it_goes_on(tmp_path, monkeypatch, capsys):

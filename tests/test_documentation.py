@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from peft_metalora import errors
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 API = (DOCS / "api.md").read_text(encoding="utf-8")
-PAGE = (ROOT / errors.PAGE).read_text(encoding="utf-8")
+PAGE = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
 ENTRIES = re.findall(r"^### (.+)$", PAGE, re.MULTILINE)
 
 
@@ -42,6 +44,21 @@ def test_an_address_leads_to_its_entry(name: str) -> None:
     anchor = name.lower().replace(" ", "-")
     known = errors.OUT_OF_MEMORY if name == "Out of memory" else getattr(errors, name)("x").address
     assert known == f"{errors.PAGE}#{anchor}"
+
+
+def test_an_address_is_a_file_of_this_machine_installed_or_not(tmp_path: Path) -> None:
+    """Bug: it was `docs/troubleshooting.md`, which an installed package did not have, nor any other folder."""
+    assert Path(errors.PAGE).is_absolute() and Path(errors.PAGE).read_text(encoding="utf-8") == PAGE
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"/docs/*.md"]' in settings and '\n"docs" = "peft_metalora/docs"' in settings  # of the wheel
+    installed = tmp_path / "site-packages" / "peft_metalora"
+    (installed / "docs").mkdir(parents=True)
+    shutil.copy(errors.__file__, installed)
+    spec = importlib.util.spec_from_file_location("installed_errors", installed / "errors.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.HubError("x").address == f"{installed / 'docs' / 'troubleshooting.md'}#huberror"
 
 
 def test_an_error_of_somebody_elses_has_the_address_of_its_parent() -> None:

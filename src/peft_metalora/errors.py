@@ -52,8 +52,11 @@ A message says what was expected, what was found and what to do; where there is 
 
 from __future__ import annotations
 
-PAGE = "docs/troubleshooting.md"
-"""The page on which every error has its entry: a path in the source, until the documentation has a place on the web."""
+import pathlib
+
+_DOCS = pathlib.Path(__file__).parent / "docs"  # of an installed package; the source has them beside `src`
+PAGE = str((_DOCS if _DOCS.is_dir() else pathlib.Path(__file__).parents[2] / "docs") / "troubleshooting.md")
+"""The page on which every error has its entry: a file of this machine, as the documentation has no place on the web."""
 OUT_OF_MEMORY = f"{PAGE}#out-of-memory"
 
 
