@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ..checkpoint.config_file import read_config
+from ..checkpoint.folded import FOLD_FILE
 from ..data import load_image
 from ..data.images import png
 from ..files import write_bytes
@@ -196,7 +197,7 @@ def _result(
     if method.settings is None:
         return result
     if method.name.startswith("lora"):
-        weights = load_file(adapter / "pytorch_lora_weights.safetensors")
+        weights = load_file(adapter / FOLD_FILE)
         learned = {
             "steps": method.settings["max_train_steps"] if steps is None else steps,
             "learning_rate": method.settings["learning_rate"],

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import AdapterNotFoundError, AdapterStateError
 from ..tuner import MetaLoraConfig, MetaLoraLayer
 from ..tuner.on_model import configs_of, meta_layers
-from ..tuner.placing import activate, active_adapters, fold_active
+from ..tuner.placing import activate, active_adapters, fold_active, require_adapter
 from .calling import PerSampleMixin
 from .denoiser import adapted_parts, all_layers, denoiser, named_denoiser, refuse_fused, tuner_layers, while_idle
 from .table import loaded_configs, tables_of
@@ -33,13 +33,7 @@ def require_loaded(model: nn.Module, name: str) -> MetaLoraConfig:
             f"expected a loaded Down or subject, found {name!r} in the table of slots alone. Show it with subjects= or "
             "regions=, let it go with the table's evict, or load_meta_lora it under another name."
         )
-    known = loaded_configs(model)
-    if not isinstance(config := known.get(name), MetaLoraConfig):
-        raise AdapterNotFoundError(
-            f"expected a loaded Down or subject, found no {name!r} among {sorted(known) or 'no adapters'}. "
-            "Give the name of one of them, or load it with load_meta_lora."
-        )
-    return config
+    return require_adapter(model, name, loaded_configs(model))
 
 
 def choose(pipe: Any, names: list[str]) -> None:

@@ -28,15 +28,22 @@ from .registration import PREFIX
 from .subject_index import layers_changed
 
 
-def require_adapter(model: nn.Module, name: str) -> MetaLoraConfig:
-    """The configuration of a Down or subject on the model; raises AdapterNotFoundError when there is none."""
-    configs = configs_of(model)
-    if not isinstance(configs.get(name), MetaLoraConfig):
+def require_adapter(model: nn.Module, name: str, among: Mapping[str, Any] | None = None) -> MetaLoraConfig:
+    """The configuration of a Down or subject on the model.
+
+    Args:
+        among: those of its configurations that may be meant; by default all.
+
+    Raises:
+        AdapterNotFoundError: there is none.
+    """
+    known = configs_of(model) if among is None else among
+    if not isinstance(config := known.get(name), MetaLoraConfig):
         raise AdapterNotFoundError(
-            f"expected a loaded Down or subject, found no {name!r} among {sorted(configs) or 'no adapters'}. "
+            f"expected a loaded Down or subject, found no {name!r} among {sorted(known) or 'no adapters'}. "
             "Give the name of one of them, or load it with load_meta_lora."
         )
-    return configs[name]
+    return config
 
 
 def inject(model: nn.Module, config: MetaLoraConfig, name: str, down: DownSource | None = None) -> None:

@@ -24,6 +24,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...checkpoint.config_file import CONFIG_FILE
+from ...checkpoint.factors import WEIGHTS_FILE
+from ...checkpoint.folded import FOLD_FILE
 from ...errors import ArtefactNotFoundError, ConfigError, CorruptFileError, MetaLoraError
 from ...files import going_on, write_tensors
 from ...tuner.down import digest_of
@@ -37,12 +40,7 @@ _HEADER, _DIGEST = "training_state", "training_state_sha256"
 _FOLDER = re.compile(r"checkpoint-([1-9][0-9]*)")
 # What runs write into a checkpoint; the last is what a killed write leaves.
 _STATES = "training_state*.safetensors"
-_OTHERS = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "pytorch_lora_weights.safetensors",
-    ".training_state*.tmp",
-)
+_OTHERS = (CONFIG_FILE, WEIGHTS_FILE, FOLD_FILE, ".training_state*.tmp")
 # May differ between a run and the one that goes on with it: where things lie (`Origin` says what they are), and what
 # leaves every number as it is, or as exact.
 _FREE = {*INPUTS, *OUTPUTS, "revision", "down_revision", "local_files_only"} | {

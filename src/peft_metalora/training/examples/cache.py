@@ -2,8 +2,8 @@
 """Encoded photos and captions on disk, so that a second run needs neither VAE nor text encoders.
 
 A file's name is a hash of everything its content depends on: the encoder's weights, the code of somebody's own base
-class, the photo's bytes, the settings.
-Nothing is ever out of date; a folder may be shared by runs and processes, and deleted at any time.
+class, the photo's bytes, the settings. Nothing is ever out of date; a folder may be shared by runs and processes, and
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _key(name: str, tensors: dict[str, Tensor]) -> str:
 
 
 def identity(*modules: nn.Module | None) -> str:
-    """A hash of models: their configurations, and some numbers of each of their tensors."""
+    """A hash of models: their classes, how an autoencoder scales latents, and some numbers of each of their tensors."""
     digest = hashlib.sha256()
     for module in modules:
         if module is None:
