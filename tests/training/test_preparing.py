@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -94,3 +97,19 @@ def test_a_run_without_enough_memory_leaves_nothing(place, tmp_path, monkeypatch
     assert main(["personalize", "--device", "cpu", *map(str, arguments)]) == 2
     assert "expected enough memory, found: CUDA out of memory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_called_like_a_repository_is_refused_with_the_way_out(place, tmp_path, monkeypatch):
+    """Bug: a Down of a repository was refused on a folder `models/mine` of the working directory as on any other
+    repository, and the message did not say how a folder is written that is none."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "down"):
+        shutil.copytree(place / name, tmp_path / {"base": "models/mine"}.get(name, name))
+    values = json.loads((tmp_path / "down" / "adapter_config.json").read_text())
+    (tmp_path / "down" / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": "a/raw"}))
+    photo = str(place / "people" / "person-0" / "0.png")
+    settings = {"instance_data_dir": photo, "down": "down", "output_dir": "ann"}
+    told = r"expected the base model a/raw, found models/mine\. .* no copy of that repository, write \./models/mine\."
+    with pytest.raises(BaseModelMismatchError, match=told):
+        personalize(personal_config(**settings, pretrained_model_name_or_path="models/mine"), progress=False)
+    personalize(personal_config(**settings, pretrained_model_name_or_path="./models/mine"), progress=False)

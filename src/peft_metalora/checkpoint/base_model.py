@@ -58,9 +58,11 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
         others = fits_of(source.config)
         if has not in others:
             told = f", or on {' or '.join(others)}, which it says it fits" if others else ""
+            # By its name, as a copy of a repository often lies in a folder that is called like it.
+            hint = f" If {has} is a folder of yours and no copy of that repository, write ./{has}." * os.path.isdir(has)
             raise BaseModelMismatchError(
                 f"{name}: expected the base model {wanted}, found {has}. Load it on the base that it was trained on"
-                f"{told}."
+                f"{told}.{hint}"
             )
         warnings.warn(f"{name} was trained on {wanted} and says that it fits {has}", stacklevel=2)
     layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
