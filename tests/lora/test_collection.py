@@ -134,6 +134,14 @@ def test_a_lora_of_another_base_is_named_and_nothing_is_written(tmp_path, shapes
     assert not (tmp_path / "faces").exists()
 
 
+def test_loras_that_were_never_trained_are_no_down(tmp_path):
+    tensors = {"blocks.0.to_q.lora_A.weight": torch.ones(2, 8), "blocks.0.to_q.lora_B.weight": torch.zeros(6, 2)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(errors.WrongKindError, match="expected LoRAs that change something, found 1 of zeros"):
+        down_from_loras([tmp_path / "lora.safetensors"], TinyModel(), tmp_path / "faces", meta_r=4, **BASE)
+    assert not (tmp_path / "faces").exists()
+
+
 def test_what_is_no_lora_is_refused_and_inputs_stay(tmp_path):
     write_loras(tmp_path / "loras", 2)
     (tmp_path / "empty").mkdir()

@@ -199,8 +199,8 @@ def run_down_from_loras(config: DownFromLorasConfig) -> Done:
     lines = [f"{module}  left out: not in every LoRA, or not in this base" for module in done.left_out]
     if done.rows < config.meta_rank:
         lines.append(
-            f"{done.rows} of {config.meta_rank} rows are the LoRAs' in some layers, the others are random: "
-            f"--meta_rank {done.rows} is a Down without those"
+            f"{done.rows} of {config.meta_rank} rows are the LoRAs' in some layers, the others are random"
+            + (f": --meta_rank {done.rows} is a Down without those" if done.rows else "")
         )
     lines.append(f"wrote {done.folder}: a Down of {done.loras} LoRAs, which holds {done.kept:.2f} of what they do")
     return Done("\n".join(lines), asdict(done))

@@ -79,7 +79,7 @@ def down_from_loras(
 
     Raises:
         ArtefactNotFoundError: there is no LoRA. ConfigError: `folder` is one of theirs, or a rank that cannot be.
-        WrongKindError: they have no layer in common. BaseModelMismatchError: one was made for another base.
+        WrongKindError: they have no layer in common, or change nothing. BaseModelMismatchError: one is for another base.
         OutputExistsError: something else lies there. Everything that `read_lora` raises.
     """
     given = list(loras)
@@ -90,6 +90,8 @@ def down_from_loras(
     files = find_loras(given)
     rows, shapes, left_out = _leading_rows(files, denoiser, meta_r)
     means, kept = _means_in(files, rows)
+    if not kept:
+        raise WrongKindError(f"expected LoRAs that change something, found {len(files)} of zeros. Train them first.")
     tensors: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -207,4 +209,4 @@ def _means_in(files: list[Path], rows: Mapping[str, Tensor]) -> tuple[dict[str, 
             means[module] = means.get(module, 0) + reached / len(files)
             inside += float(reached.double().square().sum())
             whole += float((torch.linalg.qr(b).R @ a).double().square().sum())
-    return means, inside / whole if whole else 0.0
+    return means, min(1.0, inside / whole) if whole else 0.0
