@@ -79,7 +79,7 @@ def down_from_loras(
 
     Raises:
         ArtefactNotFoundError: there is no LoRA. ConfigError: `folder` is one of theirs, or a rank that cannot be.
-        WrongKindError: they have no layer in common, or change nothing. BaseModelMismatchError: one is for another base.
+        WrongKindError: they share no layer, or change nothing. BaseModelMismatchError: one is for another base.
         OutputExistsError: something else lies there. Everything that `read_lora` raises.
     """
     given = list(loras)
