@@ -32,6 +32,7 @@ from ..errors import (
 )
 from ..files import EMBEDDED
 from ..tuner import DownSource, MetaLoraConfig, fingerprint
+from ..tuner.down import modules_in
 from ..tuner.ranks import whole_paths
 from .base_model import REPO_ID, check_layers, require_held
 from .config_file import CONFIG_FILE, check_values, check_version, read_config
@@ -240,7 +241,7 @@ def check_files(folder: Path, config: MetaLoraConfig, model: nn.Module) -> None:
             f"{folder}: expected the Down {str(config.down_fingerprint)[:16]}…, as its configuration says, found "
             f"{fingerprint(tensors)[:16]}…. Fetch it again."
         )
-    modules = {name.rpartition(".")[0] for name in tensors}
+    modules = modules_in(tensors)
     # PEFT compares each name of a list with each other one.
     many = not isinstance(config.target_modules, str) and len(config.target_modules or ()) > len(modules)
     if many or (isinstance(config.target_modules, str) and config.target_modules != "all-linear"):
@@ -306,7 +307,7 @@ def _canonical(config: MetaLoraConfig, tensors: Mapping[str, Any]) -> MetaLoraCo
     """The configuration with its modules spelt out: a file's own patterns are never matched against a model."""
     return dataclasses.replace(
         config,
-        target_modules=whole_paths({name.rpartition(".")[0] for name in tensors}),
+        target_modules=whole_paths(modules_in(tensors)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

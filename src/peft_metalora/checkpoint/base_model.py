@@ -16,7 +16,7 @@ from ..errors import BaseModelMismatchError, ConfigError, NonFiniteError
 from ..settings import shown
 from ..tuner import MetaLoraConfig
 from ..tuner.base_layers import base_of, factor_shape
-from ..tuner.down import DOWN, UP
+from ..tuner.down import DOWN, UP, modules_in
 from ..tuner.on_model import module_path
 from .untrusted import TensorEntry
 
@@ -65,8 +65,8 @@ def check_fits(model: nn.Module, source: _Down, *, name: str = "this Down") -> N
                 f"{told}.{hint}"
             )
         warnings.warn(f"{name} was trained on {wanted} and says that it fits {has}", stacklevel=2)
-    layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
-    modules = sorted({key.rpartition(".")[0] for key in source.tensors})
+    layers = _base_layers(model)
+    modules = modules_in(source.tensors)
     absent = [module for module in modules if module not in layers]
     if absent:
         raise BaseModelMismatchError(
@@ -112,9 +112,10 @@ def check_layers(model: nn.Module, tensors: Mapping[str, torch.Tensor | TensorEn
     Raises:
         BaseModelMismatchError
     """
-    layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
-    for module in sorted({key.rpartition(".")[0] for key in tensors} & layers.keys()):
-        _check_layer(layers[module], module, tensors, f"{name}: expected a base model")
+    layers = _base_layers(model)
+    for module in modules_in(tensors):
+        if module in layers:
+            _check_layer(layers[module], module, tensors, f"{name}: expected a base model")
 
 
 def require_held(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> None:
@@ -123,7 +124,7 @@ def require_held(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: st
     Raises:
         NonFiniteError: one that the dtype cannot hold.
     """
-    layers = {module_path(path): base_of(module) for path, module in model.named_modules()}
+    layers = _base_layers(model)
     for key, tensor in tensors.items():
         weight = getattr(layers.get(key.rpartition(".")[0]), "weight", None)
         # Where weights have fewer bits still, factors have not.
@@ -133,6 +134,11 @@ def require_held(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: st
                 f"{name}: expected numbers that {dtype} can hold in {key}, found more than that. Load the base model "
                 "in bfloat16 or float32, or fetch the file again."
             )
+
+
+def _base_layers(model: nn.Module) -> dict[str, Any]:
+    """What there is without tuners, by its path in the bare model."""
+    return {module_path(path): base_of(module) for path, module in model.named_modules()}
 
 
 def _check_layer(layer: nn.Module, module: str, tensors: Mapping[str, torch.Tensor | TensorEntry], told: str) -> None:

@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..files import save_tensors
 from ..tuner import DownSource, MetaLoraConfig
-from ..tuner.down import DOWN, DOWN_PARTS, MAGNITUDE, MID, MID_INIT, UP, digest_of
+from ..tuner.down import DOWN, DOWN_PARTS, MAGNITUDE, MID, MID_INIT, UP, digest_of, modules_in
 from ..tuner.ranks import ranks_of
 from .base_model import PREFIX
 from .config_file import CONFIG_FILE, config_json, parse_config
@@ -220,8 +220,7 @@ def check_subject_on_down(
     Raises:
         MissingKeysError, ForeignKeysError, RankMismatchError, ShapeMismatchError
     """
-    mine = {name.rpartition(".")[0] for name in subject}
-    its = {name.rpartition(".")[0] for name in down}
+    mine, its = {*modules_in(subject)}, {*modules_in(down)}
     if its - mine:
         raise MissingKeysError(
             f"{path}: expected the modules of its Down, found no {listed(its - mine)}. Save it again."

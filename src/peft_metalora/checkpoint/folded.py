@@ -12,7 +12,7 @@ import torch
 from ..errors import CorruptFileError, NonFiniteError
 from ..files import save_tensors
 from ..tuner import MetaLoraConfig
-from ..tuner.down import DOWN, MID, UP
+from ..tuner.down import DOWN, MID, UP, modules_in
 from ..tuner.folding import without_autocast
 from ..tuner.ranks import ranks_of
 from .untrusted import open_tensors
@@ -45,7 +45,7 @@ def fold_subject(
         NonFiniteError: the product does not fit into that dtype.
     """
     pairs = {}
-    for module in () if config.use_dora else sorted({name.rpartition(".")[0] for name in subject}):
+    for module in () if config.use_dora else modules_in(subject):
         mid, up = subject[f"{module}.{MID}"][0], subject[f"{module}.{UP}"][0]
         factor = down[f"{module}.{DOWN}"].to(mid.device)
         wide = torch.promote_types(mid.dtype, torch.float32)

@@ -18,6 +18,7 @@ from ..files import EMBEDDED
 from ..hub.loading import HubOptions, find_down, folder_of, locate, subject_of
 from ..settings import LOCAL_FILES_ONLY, setting, shown
 from ..tuner import DownSource
+from ..tuner.down import modules_in
 from . import Done
 
 _ENCODER_FIELDS = "source", "resolution", "code_size"
@@ -89,7 +90,6 @@ def _table(path: str, config: InfoConfig, base: Any) -> dict[str, Any]:
 
 def _common(path: str, found: Artefact) -> dict[str, Any]:
     own, folder = found.config, found.folder
-    modules = {name.rpartition(".")[0] for name in found.tensors}
     kind = {"kind": "Down"} if found.is_down else {"kind": "subject", "subject_name": own.subject_name}
     down = {} if found.is_down else {"down": own.down, "down_fingerprint": own.down_fingerprint}
     if found.code is not None:
@@ -104,7 +104,7 @@ def _common(path: str, found: Artefact) -> dict[str, Any]:
         "meta_r": own.meta_r,
         "lora_alpha": own.lora_alpha,
         "other_ranks": len(own.rank_pattern) + len(own.meta_rank_pattern),
-        "modules": len(modules),
+        "modules": len(modules_in(found.tensors)),
         "numbers": sum(math.prod(entry.shape) for entry in found.tensors.values()),
         "code_size": None if found.code is None else len(found.code.code),
         **down,

@@ -34,7 +34,7 @@ from ..errors import (
 from ..files import require_apart
 from ..tuner import DownSource
 from ..tuner.config import reference_to_write, wrong_field
-from ..tuner.down import DOWN, MID, MID_INIT, UP, subject_config
+from ..tuner.down import DOWN, MID, MID_INIT, UP, modules_in, subject_config
 from ..tuner.ranks import from_pattern, ranks_of, scale_of
 
 # module, factor, and the adapter's name where PEFT's state_dict was written as it is
@@ -98,7 +98,7 @@ def project(
     require_apart(folder, lora=lora, down=down_reference)
     require_replaceable(folder, "subject", overwrite=overwrite)
     pairs = read_lora(lora)
-    modules = sorted({name.rpartition(".")[0] for name in down.tensors})
+    modules = modules_in(down.tensors)
     if not set(modules) & set(pairs):
         raise WrongKindError(
             f"{lora}: expected a LoRA on layers of this Down, such as {modules[0]}, found {sorted(pairs)[0]}. "

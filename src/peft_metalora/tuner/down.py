@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +25,11 @@ DOWN, MID_INIT, MID, UP = "metalora_down", "metalora_mid_init", "metalora_mid", 
 MAGNITUDE = "metalora_magnitude"
 DOWN_PARTS = (DOWN, MID_INIT, MID, UP)
 """What a Down's file holds of each module: Mid and Up are the mean subject of stage 1."""
+
+
+def modules_in(tensors: Iterable[str]) -> list[str]:
+    """The paths of the modules that factors belong to, in order, by the names of these: `{module}.metalora_mid`."""
+    return sorted({name.rpartition(".")[0] for name in tensors})
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def subject_config(source: DownSource, *, r: int | None = None, **changes: Any) 
         return alpha * scale_of(1, old, before.use_rslora) / scale_of(1, new, config.use_rslora)
 
     alphas = {}
-    for module in {name.removesuffix(f".{DOWN}") for name in source.tensors if name.endswith(f".{DOWN}")}:
+    for module in modules_in(source.tensors):
         of_down = ranks_of(before, module)
         alphas[module] = kept(of_down.lora_alpha, of_down.r, ranks_of(config, module).r)
     common = kept(before.lora_alpha, before.r, config.r)
