@@ -2,12 +2,13 @@
 """Downs and subjects on stock pipeline objects: loading, choosing, deleting, and undoing to the last bit."""
 
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.functional import set_adapter
 
 from artefacts_tiny import edit_config, edit_tensors, write_subjects
@@ -198,6 +199,76 @@ def test_a_subject_and_an_ordinary_lora_live_side_by_side(artefacts, pipe):
     pipe.unload_meta_lora()
     pipe.set_adapters("style")
     assert same(image(pipe), styled)
+
+
+@pytest.fixture(scope="module")
+def style(tmp_path_factory):
+    """The folder of an ordinary LoRA."""
+    folder, other = tmp_path_factory.mktemp("style"), tiny_flux_pipeline()
+    other.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"], init_lora_weights=False), "style")
+    layers = get_peft_model_state_dict(other.transformer, adapter_name="style")
+    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder
+
+
+def test_a_lora_takes_nobodys_place(artefacts, pipe, style):
+    """Bug: a hotswap onto a person's name, which PEFT refuses, took the person off; onto that of the slots, all in
+    them. A LoRA could have the name of somebody in the slots."""
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    pipe.add_subject(folder / "bob")
+    slots = next(name for name in pipe.transformer.peft_config if name.startswith("slots-"))
+    for name in ("ann", "bob", slots):
+        for hotswap in (False, True):
+            with pytest.raises(errors.AdapterStateError, match=f"expected a new adapter name, found '{name}'"):
+                pipe.load_lora_weights(style, adapter_name=name, hotswap=hotswap)
+    with pytest.raises(errors.AdapterNotFoundError, match="expected a loaded Down or subject"):
+        pipe.fuse_lora(adapter_names=[slots])
+    assert same(image(pipe), images["ann"]) and pipe.get_active_adapters() == ["ann"]
+    assert same(image(pipe, subjects="bob"), images["bob"])
+    for hotswap in (False, True):
+        pipe.load_lora_weights(style, adapter_name="style", hotswap=hotswap)
+    assert pipe.get_list_adapters() == {"transformer": ["ann", "style"]}
+
+
+def test_two_loras_beside_a_person(artefacts, pipe, style):
+    """Bug: on FLUX.1 the second one ended in a KeyError, as diffusers finds no weights below two methods."""
+    pipe.load_meta_lora(artefacts[0] / "ann")
+    for name in ("one", "two"):
+        pipe.load_lora_weights(style, adapter_name=name)
+    pipe.set_adapters(["ann", "one"], [1.0, 1.0])
+    wanted = image(pipe)
+    pipe.set_adapters(["ann", "one", "two"], [1.0, 0.5, 0.5])
+    assert same(image(pipe), wanted)
+    pipe.set_adapters("ann")
+    assert not same(image(pipe), wanted)
+    pipe.unload_lora_weights()
+    assert pipe.get_list_adapters() == {"transformer": ["ann"]}
+
+
+@pytest.mark.parametrize("verb", ["load_lora_weights", "fuse_lora", "unfuse_lora", "disable_lora", "enable_lora"])
+def test_diffusers_verbs_wait_for_a_running_image(artefacts, pipe, style, verb):
+    """Bug: a LoRA that another thread loaded came into the image that was drawn; who it turned off went out of it."""
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    if verb != "load_lora_weights":
+        pipe.load_lora_weights(style, adapter_name="style")
+        pipe.set_adapters("ann")
+    if verb == "unfuse_lora":
+        pipe.fuse_lora(adapter_names=["ann"])
+    given = {"load_lora_weights": ([style], {}), "fuse_lora": ([], {"adapter_names": ["style"]})}
+    args, options = given.get(verb, ([], {}))
+    other = threading.Thread(target=getattr(pipe, verb), args=args, kwargs=options)
+
+    def meanwhile(pipe, step, timestep, tensors):
+        if not other.ident:
+            other.start()
+            other.join(0.3)
+            assert other.is_alive(), "it waits for the image"
+        return tensors
+
+    assert same(image(pipe, callback_on_step_end=meanwhile), images["ann"])
+    other.join()
 
 
 def test_texts_and_several_images_of_each_with_subjects(artefacts, pipe):

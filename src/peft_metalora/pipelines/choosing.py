@@ -143,6 +143,16 @@ class ChoosingMixin(PerSampleMixin):
             super().set_lora_device(names, device)  # type: ignore[misc]
 
     @while_idle
+    def disable_lora(self) -> None:
+        """As diffusers: no adapter shows until `enable_lora`, of any method."""
+        super().disable_lora()  # type: ignore[misc]
+
+    @while_idle
+    def enable_lora(self) -> None:
+        """Undo `disable_lora`."""
+        super().enable_lora()  # type: ignore[misc]
+
+    @while_idle
     def disable_meta_lora(self) -> None:
         """Make every image the base model's until `enable_meta_lora`, ordinary LoRAs aside; what is fused comes out."""
         layers = meta_layers(denoiser(self))

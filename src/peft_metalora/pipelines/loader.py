@@ -8,10 +8,12 @@ The adapters sit on the denoiser (`pipe.transformer` or `pipe.unet`) as PEFT ada
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -107,6 +109,22 @@ def _refuse_taken(model: nn.Module, name: str) -> None:
             f"expected a new adapter name, found {name!r}, which this pipeline has already. "
             "Choose another one, or delete_adapters it first (evict it, if add_subject brought it)."
         )
+
+
+@contextmanager
+def _weights_under_one_base_layer(model: nn.Module) -> Iterator[None]:
+    """Within the block `state_dict` has the weights of a layer below adapters of two methods under one `base_layer` as
+    well, where diffusers looks for FLUX.1's as it loads a LoRA."""
+
+    def add(_: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        below = [key for key in state if ".base_layer.base_layer." in key]
+        state.update({re.sub(r"(\.base_layer)+", ".base_layer", key): state[key] for key in below})
+
+    hook = model.register_state_dict_post_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class MetaLoraLoaderMixin(ChoosingMixin):
@@ -335,6 +353,21 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         vars(self).pop(KEPT, None)
 
     @while_idle
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers, for ordinary LoRAs.
+
+        Raises:
+            AdapterStateError: `adapter_name` is a Down's or a person's, whom `hotswap` would take off.
+        """
+        below, model = cast(Any, super()).load_lora_weights, denoiser(self)
+        name: Any = inspect.signature(below).bind_partial(*args, **kwargs).arguments.get("adapter_name")
+        ordinary = {own for own, config in configs_of(model).items() if not isinstance(config, MetaLoraConfig)}
+        if name not in ordinary:  # what diffusers makes of one that is depends on `hotswap`
+            _refuse_taken(model, name)
+        with name_kept(model, name), _weights_under_one_base_layer(model):
+            below(*args, **kwargs)
+
+    @while_idle
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Take ordinary LoRAs off, as diffusers does; Downs and subjects stay, but for what is fused.
 
@@ -444,6 +477,24 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         with offload_paused(self), merged_or_as_before(layers, safe_fusing, names):
             for layer in layers:
                 layer.merge(safe_merge=safe_fusing, adapter_names=names)
+
+    @while_idle
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers, and `fuse_meta_lora` for what is ours.
+
+        Raises:
+            AdapterNotFoundError: `adapter_names` names the adapter of the slots, which is nobody's.
+        """
+        below, model = cast(Any, super()).fuse_lora, denoiser(self)
+        for name in inspect.signature(below).bind_partial(*args, **kwargs).arguments.get("adapter_names") or ():
+            if isinstance(configs_of(model).get(name), MetaLoraConfig):
+                require_loaded(model, name)
+        below(*args, **kwargs)
+
+    @while_idle
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers, and `unfuse_meta_lora` for what is ours."""
+        cast(Any, super()).unfuse_lora(*args, **kwargs)
 
     @while_idle
     def unfuse_meta_lora(self) -> None:
