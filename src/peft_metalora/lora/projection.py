@@ -233,7 +233,10 @@ def _lora_file(path: Path) -> tuple[Path, dict[str, Any] | None]:
     if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
         config = read_json(path / CONFIG_FILE)
         if config.get("peft_type") != "LORA" or config.get("use_dora"):
-            raise WrongKindError(f"{path}: expected a plain LoRA, found {str(config.get('peft_type'))[:40]!r}.")
+            kind = str(config.get("peft_type"))[:40]
+            raise WrongKindError(
+                f"{path}: expected a plain LoRA, found {kind!r}. A subject is one once `metalora export` has written it."
+            )
         return path / WEIGHTS_FILE, config
     if (path / FOLD_FILE).is_file():
         return path / FOLD_FILE, None
