@@ -235,7 +235,7 @@ def _lora_file(path: Path) -> tuple[Path, dict[str, Any] | None]:
         if config.get("peft_type") != "LORA" or config.get("use_dora"):
             kind = str(config.get("peft_type"))[:40]
             raise WrongKindError(
-                f"{path}: expected a plain LoRA, found {kind!r}. A subject is one once `metalora export` has written it."
+                f"{path}: expected a plain LoRA, found {kind!r}. A subject is one after `metalora export`."
             )
         return path / WEIGHTS_FILE, config
     if (path / FOLD_FILE).is_file():
