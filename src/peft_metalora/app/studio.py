@@ -26,6 +26,7 @@ from ..checkpoint.reader_files import READER_FILES
 from ..checkpoint.space import CodeSource
 from ..data.images import decode_image
 from ..encoder import load_reader
+from ..encoder.sources.source import middle_square
 from ..errors import ConfigError
 from ..hub.loading import folder_of, load_subject
 from ..metrics.face_crop import Region
@@ -129,10 +130,7 @@ class Studio:
             image = decode_image(content, name)
             region = sight.region(image, name)
             crop = image if region is None else region.cut(image)
-            edge = min(crop.size)
-            left, top = (crop.width - edge) // 2, (crop.height - edge) // 2
-            square = crop.crop((left, top, left + edge, top + edge)).resize((side, side), Image.Resampling.LANCZOS)
-            found.append(Seen(image, region, square))
+            found.append(Seen(image, region, middle_square(crop, side)))
         return found
 
     def read(self, tenant: str, name: str, photos: Sequence[bytes], consent: str) -> Person:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from ..errors import (
 from ..files import write_bytes, write_tensors
 from ..tuner.folding import without_autocast
 from .sight import Sight
-from .sources import Source, make_source, source_kinds
+from .sources import EncodeImages, Source, make_source, source_kinds
 
 FORMAT_VERSION = 1
 # A configuration may come from anybody. A photo of more pixels than these would take a VAE minutes.
@@ -196,9 +196,7 @@ class SubjectEncoder(nn.Module):
         write_bytes(Path(folder) / ENCODER_CONFIG_FILE, (json.dumps(facts, indent=2) + "\n").encode())
 
 
-def make_encoder(
-    config: EncoderConfig, encode_images: Callable[[Tensor], Tensor] | None = None, seed: int = 0
-) -> SubjectEncoder:
+def make_encoder(config: EncoderConfig, encode_images: EncodeImages | None = None, seed: int = 0) -> SubjectEncoder:
     """A new encoder with random weights of that seed; the global random state is left as it was.
 
     Args:
@@ -216,7 +214,7 @@ def make_encoder(
 def load_encoder(
     folder: str | os.PathLike[str],
     space: SubjectSpace,
-    encode_images: Callable[[Tensor], Tensor] | None = None,
+    encode_images: EncodeImages | None = None,
     face_model: str | None = None,
 ) -> SubjectEncoder:
     """Read an encoder that `SubjectEncoder.save` wrote, in evaluation mode.

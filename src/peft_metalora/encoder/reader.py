@@ -37,6 +37,7 @@ from ..tuner import DownSource
 from ..tuner.down import subject_config
 from .networks import SubjectEncoder, load_encoder
 from .sight import Sight
+from .sources import EncodeImages
 
 _BATCH = 8  # photos that are encoded together: as decoded, a camera's take 36 MB each
 
@@ -201,7 +202,7 @@ def no_encoder(name: str | os.PathLike[str]) -> ArtefactNotFoundError:
 def load_reader(
     folder: str | os.PathLike[str],
     down: DownSource,
-    encode_images: Callable[[Tensor], Tensor] | None = None,
+    encode_images: EncodeImages | None = None,
     face_model: str | None = None,
     space: SubjectSpace | None = None,
 ) -> Reader:

@@ -60,7 +60,7 @@ def conditions_of(texts: Sequence[str], data: str | Path, subjects: Sequence[Sub
         if condition.name not in DEGRADATIONS and lacking:
             raise ConfigError(
                 f"degrade: expected one of {', '.join(DEGRADATIONS)}, or a photo of every person, found no "
-                f"{Path(data) / lacking[0] / 'conditions' / str(condition)}.png"
+                f"{Path(data) / lacking[0] / CONDITIONS_FOLDER / str(condition)}.png"
             )
     return found
 

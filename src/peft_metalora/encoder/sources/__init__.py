@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from ...errors import ConfigError
 from .face import FaceSource
 from .latents import LatentSource
@@ -31,13 +29,13 @@ def source_kinds() -> tuple[str, ...]:
     return tuple(_SOURCES)
 
 
-def make_source(name: str, *, resolution: int, encode_images: Callable[[Tensor], Tensor] | None = None) -> Source:
+def make_source(name: str, *, resolution: int, encode_images: EncodeImages | None = None) -> Source:
     """The source of that name.
 
     Args:
         name: kind, and after a colon what the kind takes.
         resolution: side in pixels to which photos are brought, where the source has none of its own.
-        encode_images: the base's VAE, (n, 3, h, w) in [-1, 1] to latents (n, c, h / f, w / f); for `latents`.
+        encode_images: the base's VAE, for `latents`.
 
     Raises:
         ConfigError: no such source, or one that lacks what it needs.

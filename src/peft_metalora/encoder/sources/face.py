@@ -7,14 +7,14 @@ too. Results must not be scored by the embedder that was read, nor by a relative
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from PIL import Image
 from torch import Tensor
 
 from ...errors import NoFaceError
 from ...metrics import face_embedder
-from .source import Still
+from .source import EncodeImages, Still
 
 
 class FaceSource(Still):
@@ -28,9 +28,7 @@ class FaceSource(Still):
         ConfigError: no such function. EmbedderUnavailableError: insightface or its weights are not there.
     """
 
-    def __init__(
-        self, detail: str, *, resolution: int = 0, encode_images: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, detail: str, *, resolution: int = 0, encode_images: EncodeImages | None = None) -> None:
         self.name = f"face:{detail}" if detail else "face"
         self._embedder = face_embedder(detail or "insightface", "what follows face:")
         blank = Image.new("RGB", (64, 64))

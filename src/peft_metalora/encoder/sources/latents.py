@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from .source import to_pixels
+from .source import EncodeImages, to_pixels
 
 _LAST = 4  # side of the last plane: where a feature sits in it matters, so that it is not pooled away
 _GROUPS = 8
@@ -30,7 +30,7 @@ class LatentSource:
         ConfigError: a detail, no VAE, or latents smaller than 4 x 4.
     """
 
-    def __init__(self, detail: str, *, resolution: int, encode_images: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, detail: str, *, resolution: int, encode_images: EncodeImages | None) -> None:
         if detail:
             raise ConfigError(f"encoder 'latents' takes nothing after it, found {detail!r}")
         if encode_images is None:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 EncodeImages = Callable[[Tensor], Tensor]
+"""The base's VAE: images (n, 3, h, w) in [-1, 1] to latents (n, c, h / f, w / f)."""
 
 
 class Source(Protocol):
@@ -43,12 +44,15 @@ class Still:
         return nn.LayerNorm(self.feature_shape[-1])
 
 
+def middle_square(photo: Image.Image, side: int) -> Image.Image:
+    """The largest square in the middle of a photo, `side` pixels wide."""
+    edge = min(photo.size)
+    left, top = (photo.width - edge) / 2, (photo.height - edge) / 2
+    box = (left, top, left + edge, top + edge)
+    return photo.convert("RGB").resize((side, side), Image.Resampling.LANCZOS, box=box)
+
+
 def to_pixels(photos: Sequence[Image.Image], side: int) -> Tensor:
-    """The largest square in the middle of each photo: (n, 3, side, side) float32 in [0, 1]."""
-    squares = []
-    for photo in photos:
-        edge = min(photo.size)
-        left, top = (photo.width - edge) / 2, (photo.height - edge) / 2
-        box = (left, top, left + edge, top + edge)
-        squares.append(np.array(photo.convert("RGB").resize((side, side), Image.Resampling.LANCZOS, box=box)))
+    """The middle square of each photo: (n, 3, side, side) float32 in [0, 1]."""
+    squares = [np.array(middle_square(photo, side)) for photo in photos]
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255

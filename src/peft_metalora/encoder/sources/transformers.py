@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ...errors import ConfigError, EmbedderUnavailableError
-from .source import Still, to_pixels
+from .source import EncodeImages, Still, to_pixels
 
 # Mean and deviation of the images that DINOv2 (and most vision models) were trained on.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,9 +28,7 @@ class TransformersSource(Still):
         ConfigError: no model is named. EmbedderUnavailableError: it cannot be loaded.
     """
 
-    def __init__(
-        self, detail: str, *, resolution: int, encode_images: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, detail: str, *, resolution: int, encode_images: EncodeImages | None = None) -> None:
         if not detail:
             raise ConfigError("encoder 'transformers' needs a model, for example 'transformers:facebook/dinov2-base'")
         # Not on import of the room: transformers is heavy.
