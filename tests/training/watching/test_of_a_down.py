@@ -129,6 +129,21 @@ def test_resumed_goes_on_with_its_scores(place, tmp_path):
         meta_train(config_for(place, tmp_path / "whole", **settings), progress=False)
 
 
+def test_a_reference_that_is_gone_by_then_ends_no_run(place, tmp_path, monkeypatch):
+    """Bug: each validation opened the references for its sheet, and ended a run of hours when one had gone."""
+    others = shutil.copytree(place / "others", tmp_path / "others")
+    config = config_for(place, tmp_path / "out", **looking(place, validation_prompt=["a photo"], validation_steps=4))
+    see = held_out.Watch.see
+
+    def gone(self, number):
+        shutil.rmtree(others, ignore_errors=True)
+        see(self, number)
+
+    monkeypatch.setattr(held_out.Watch, "see", gone)
+    meta_train(replace(config, validation_data_dir=str(others)), progress=False)
+    assert (tmp_path / "out" / "validation" / "00008.png").is_file()
+
+
 def test_some_subjects_of_the_training_data_are_held_out(place, tmp_path):
     held = {"validation_steps": 3, "validation_subjects": 1, "validation_train_steps": 2, "bucket_size": None}
     result = meta_train(config_for(place, tmp_path / "a", **held, max_train_steps=3), progress=False)

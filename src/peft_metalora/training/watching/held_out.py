@@ -110,6 +110,10 @@ class Watch:
         self.held, self.is_main, self.trackers = held, processes.is_main, trackers
         self.folder = Path(config.output_dir, VALIDATION_FOLDER)
         self.painter = Painter(base, config.validation_prompt, resolution=config.resolution, seed=config.seed)
+        # Read now: in hours they may have gone.
+        size = config.resolution, config.resolution
+        shown = held.references if self.painter.prompts and processes.is_main else []
+        self._references = [ImageOps.fit(photo.load(), size) for photo in shown]
         self._losses = [HeldOutLoss(base, examples, seed=config.seed) for examples in held.scored]
         self._faces: list[FaceScore] = []
         if config.validation_embedder is not None:
@@ -138,7 +142,7 @@ class Watch:
                 write_bytes(self.folder / SCORES_FILE, text.encode())
             self.trackers.log(step, {"validation_score": score})
             if self.painter.prompts:
-                sheet = contact_sheet([photo.load() for photo in self.held.references], pictures)
+                sheet = contact_sheet(self._references, pictures)
                 with going_on():
                     write_bytes(self.folder / f"{step:05d}.png", png(sheet))
                 self.trackers.images(step, [sheet])
