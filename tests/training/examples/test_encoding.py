@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from peft_metalora.bases import base_for
 from peft_metalora.data import cut, load_image, random_box, read_subjects
 from peft_metalora.errors import ConfigError, TrainingError
+from peft_metalora.training.examples.cache import Cache
 from peft_metalora.training.examples.encoding import encode_captions, encode_subjects
 from training_tiny import CAPTIONS, personal_config, tiny_base, write_people
 
@@ -77,6 +78,18 @@ def test_disk_gives_back_what_was_encoded_without_any_encoder(base, people, tmp_
     for change in ({"seed": 1}, {"random_flip": False}, {"resolution": 24}):
         with pytest.raises(AssertionError, match="encoded again"):
             encode(base, people, replace(config, **change))
+
+
+@pytest.mark.parametrize("folder", [None, "cache"])
+def test_what_is_encoded_has_the_layout_of_what_is_read(tmp_path, folder):
+    """Bug: an encoder that was resumed with a cache was not, to the last bit, what it would have been: features came
+    out of a convolution in its own layout, and from the file in the plain one, on which others round otherwise."""
+    cache = Cache(folder and str(tmp_path / folder))
+
+    def make():
+        return {"features": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
+
+    assert [cache.get({}, make)["features"].stride() for _ in range(2)] == [(48, 16, 4, 1)] * 2
 
 
 def test_a_cached_file_of_other_content_is_encoded_anew(base, people, tmp_path):

@@ -49,14 +49,19 @@ class Cache:
             WriteFailedError: the folder cannot be written.
         """
         if self.folder is None:
-            return make()
+            return _as_read(make())
         name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         path = self.folder / name[:2] / f"{name}.safetensors"
         tensors = _read(path, name)
         if tensors is None:
-            tensors = make()
+            tensors = _as_read(make())
             write_tensors(path, tensors, {_KEY: _key(name, tensors)})
         return tensors
+
+
+def _as_read(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same in the layout of a file: convolutions round otherwise on what they left in one of their own."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _read(path: Path, name: str) -> dict[str, Tensor] | None:
