@@ -27,6 +27,7 @@ from ..settings import (
     setting,
 )
 from . import Done
+from .clips import CLIP_FORMATS
 
 
 @dataclass(kw_only=True)
@@ -66,7 +67,7 @@ class GenerateConfig:
         "Frames of a clip, on a base that draws clips; 1 is a picture. Default: the pipeline's own.", None
     )
     clip_format: str = setting(
-        "File of a clip: an animated webp, or mp4, which needs the extra [video].", "webp", ("webp", "mp4")
+        "File of a clip: an animated webp, or mp4, which needs the extra [video].", "webp", CLIP_FORMATS
     )
     max_sequence_length: int | None = setting(
         "Tokens of a prompt. Default: what the tokenizer allows, at most 512.", None
