@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxInpaintPipeline
 from PIL import Image
 
 from artefacts_tiny import write_subjects
@@ -185,3 +186,22 @@ def test_regions_beside_subjects_are_refused(people):
 def test_other_denoisers_are_refused():
     with pytest.raises(errors.PipelineError, match="SD3Transformer2DModel"):
         picture(enable_meta_lora(tiny_pipeline("sd3")), "sd3", regions=[(None, WHOLE)])
+
+
+def test_a_crop_around_a_mask_has_no_places_of_the_image(people):
+    """Bug: `padding_mask_crop` draws a part as large as the image, in which people stood by the boxes of the whole."""
+    pipe = enable_meta_lora(FluxInpaintPipeline.from_pipe(people("flux", IMAGE_ONLY["flux"])))
+    pipe.set_progress_bar_config(disable=True)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:24, 16:28] = 255
+    settings = {"image": Image.new("RGB", (32, 32), "grey"), "mask_image": Image.fromarray(mask), "height": 32}
+    settings |= {"width": 32, "num_inference_steps": 4, "strength": 1.0, "output_type": "np"}
+
+    def drawn(regions, **options):
+        noise = torch.Generator().manual_seed(0)
+        return pipe("a photo", regions=regions, generator=noise, **settings, **options).images
+
+    nobody = drawn([(None, WHOLE)])
+    assert np.abs(drawn([("ann", RIGHT)]) - nobody).max() > 0.01
+    with pytest.raises(errors.RegionError, match="expected regions of the whole image, found padding_mask_crop"):
+        drawn([("ann", LEFT)], padding_mask_crop=2)

@@ -75,13 +75,19 @@ class PerSampleMixin:
             AdapterStateError: a number of subjects that fits neither prompts nor images, subjects of several Downs, a
                 denoiser's batch that is not the images as they are or once for each pass of guidance, something of ours
                 that is fused, or adapters that are disabled.
-            RegionError: a region that is empty or does not fit the image, or regions together with subjects.
+            RegionError: a region that is empty or does not fit the image, or regions together with subjects or with
+                `padding_mask_crop`.
             PipelineError: regions for another kind of denoiser.
         """
         with self._idle() as model, call_on(model):
             if regions is not None:
                 if subjects is not None:
                     raise RegionError("expected subjects or regions, found both. Name the subjects in the regions.")
+                if kwargs.get("padding_mask_crop") is not None:  # the denoiser sees a part of the image alone
+                    raise RegionError(
+                        "expected regions of the whole image, found padding_mask_crop, which draws a part of it at the "
+                        "size of the whole. Leave it out, or use subjects= for who is in that part."
+                    )
                 places = read_regions(regions)
                 names = [place.subject for place in places]
                 with (
