@@ -60,6 +60,16 @@ def artefacts(tmp_path_factory):
     return folder, images
 
 
+@pytest.fixture(scope="module")
+def style(tmp_path_factory):
+    """The folder of an ordinary LoRA."""
+    folder, other = tmp_path_factory.mktemp("style"), tiny_flux_pipeline()
+    other.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"], init_lora_weights=False), "style")
+    layers = get_peft_model_state_dict(other.transformer, adapter_name="style")
+    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder
+
+
 @pytest.fixture
 def pipe():
     return enable_meta_lora(tiny_flux_pipeline())
@@ -138,6 +148,31 @@ def test_weights_scale_and_names_are_checked(artefacts, pipe):
     assert pipe.get_active_adapters() == []
 
 
+@pytest.mark.parametrize(
+    ("names", "weights", "error"),
+    [
+        (["ann", "style"], [float("nan"), 1.0], errors.AdapterStateError),
+        (["ann", "style"], [{"transformer": {"single_transformer_blocks": 0.5}}, 1.0], errors.AdapterStateError),
+        (["ann", "style"], [0.5, "x"], TypeError),
+        (["ann", "ann"], [0.2, 1.0], errors.AdapterStateError),
+        (["ann", "style", "ann"], [0.2, 0.0, 1.0], errors.AdapterStateError),
+    ],
+)
+def test_refused_weights_beside_a_lora_change_nobody(artefacts, pipe, style, names, weights, error):
+    """Bug: beside a LoRA a person took NaN, which made the image black, and weights that diffusers refused on half of
+    the layers; named twice, she was there twice."""
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    pipe.load_lora_weights(style, adapter_name="style")
+    pipe.set_adapters("ann")
+    with pytest.raises(error):
+        pipe.set_adapters(names, weights)
+    assert same(image(pipe), images["ann"]) and pipe.get_active_adapters() == ["ann"]
+    assert same(image(pipe, subjects="ann"), images["ann"])
+    pipe.set_adapters(["ann", "style"], [None, 0.0])
+    assert same(image(pipe), images["ann"])
+
+
 def test_disable_and_enable(artefacts, pipe):
     folder, images = artefacts
     pipe.load_meta_lora(folder / "ann")
@@ -199,16 +234,6 @@ def test_a_subject_and_an_ordinary_lora_live_side_by_side(artefacts, pipe):
     pipe.unload_meta_lora()
     pipe.set_adapters("style")
     assert same(image(pipe), styled)
-
-
-@pytest.fixture(scope="module")
-def style(tmp_path_factory):
-    """The folder of an ordinary LoRA."""
-    folder, other = tmp_path_factory.mktemp("style"), tiny_flux_pipeline()
-    other.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"], init_lora_weights=False), "style")
-    layers = get_peft_model_state_dict(other.transformer, adapter_name="style")
-    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
-    return folder
 
 
 def test_a_lora_takes_nobodys_place(artefacts, pipe, style):

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import AdapterNotFoundError, AdapterStateError
 from ..tuner import MetaLoraConfig, MetaLoraLayer
 from ..tuner.on_model import configs_of, meta_layers
-from ..tuner.placing import activate, active_adapters, fold_active, require_adapter
+from ..tuner.placing import activate, active_adapters, chosen_or_as_before, fold_active, require_adapter
 from .calling import PerSampleMixin
 from .denoiser import adapted_parts, all_layers, denoiser, named_denoiser, refuse_fused, tuner_layers, while_idle
 from .table import loaded_configs, tables_of
@@ -81,7 +81,7 @@ class ChoosingMixin(PerSampleMixin):
 
         Raises:
             AdapterNotFoundError: an adapter that is not loaded.
-            AdapterStateError: weights that are no numbers, or not as many as names; or something is fused.
+            AdapterStateError: weights that are no numbers, or not as many as names; a name twice; something is fused.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
@@ -90,15 +90,19 @@ class ChoosingMixin(PerSampleMixin):
             raise AdapterStateError(
                 f"expected {len(names)} weights for {names}, found {len(weights)}. Give one for each."
             )
+        if len({*names}) < len(names):
+            raise AdapterStateError(f"expected each adapter once, found {names}. Give one weight for each.")
         ordinary = self._loaded() - {n for n, config in configs_of(model).items() if isinstance(config, MetaLoraConfig)}
         for name in set(names) - ordinary:
             require_loaded(model, name)
         refuse_fused(all_layers(self))
-        if ordinary & set(names):
-            super().set_adapters(names, weights)  # type: ignore[misc]
-            return
-        if strange := [one for one in weights if not (one is None or (isinstance(one, Real) and math.isfinite(one)))]:
+        ours = [weight for name, weight in zip(names, weights, strict=True) if name not in ordinary]
+        if strange := [one for one in ours if not (one is None or (isinstance(one, Real) and math.isfinite(one)))]:
             raise AdapterStateError(f"expected a finite number as the weight of an adapter, found {strange[0]!r}.")
+        if ordinary & set(names):
+            with chosen_or_as_before(all_layers(self)):
+                super().set_adapters(names, weights)  # type: ignore[misc]
+            return
         choose(self, names)
         for name, weight in zip(names, weights, strict=True):
             for layer in meta_layers(model):

@@ -123,6 +123,23 @@ def choice_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def chosen_or_as_before(layers: Iterable[Any]) -> Iterator[None]:
+    """Where a `with` block that chooses adapters and their weights fails, these layers of any method are as before.
+
+    diffusers goes from layer to layer, and may find only on the way what it does not take.
+    """
+    before = [(layer, layer._active_adapter, {**getattr(layer, "scaling", {})}) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, active, scaling in before:
+            layer._active_adapter = active
+            getattr(layer, "scaling", {}).update(scaling)
+        layers_changed()
+        raise
+
+
+@contextmanager
 def shown_alone(model: nn.Module, name: str | None) -> Iterator[None]:
     """For the length of a `with` block our layers show this adapter, or none, in slot 0; then what they showed before.
 
