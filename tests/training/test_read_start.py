@@ -174,6 +174,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(place, reading, tmp_path):
     assert hub.load_subject(personalize(again, progress=False)).config.facts["steps"] == steps
 
 
+def test_no_steps_go_on_from_no_checkpoint(place, reading, tmp_path):
+    """Bug: the person was written as read, and the checkpoints that the run was to go on from were removed."""
+    config = config_of(place, reading, tmp_path / "ann", max_drift=0.0, checkpointing_steps=1)
+    personalize(config, progress=False)
+    with pytest.raises(ConfigError, match="goes on from no checkpoint, found resume_from_checkpoint 'latest'"):
+        personalize(replace(config, max_train_steps=0, resume_from_checkpoint="latest"), progress=False)
+    assert len(list((tmp_path / "ann").glob("checkpoint-*"))) == 3
+
+
 def test_the_photo_is_read_as_it_is_cut_for_training(place, reading, tmp_path):
     detector, photos = "training_tiny:Bright", tmp_path / "photos"
     photos.mkdir()

@@ -505,6 +505,11 @@ class PersonalizeConfig(StageConfig):
         steps = self.max_train_steps
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
             raise ConfigError(f"max_train_steps must be a whole number of at least 0, found {steps!r}")
+        if steps == 0 and self.resume_from_checkpoint is not None:
+            raise ConfigError(
+                "max_train_steps 0 writes the person as read and goes on from no checkpoint, found "
+                f"resume_from_checkpoint {self.resume_from_checkpoint!r}: leave one of them out"
+            )
         if self.method == "lora" and self.start == "encoder":
             raise ConfigError("start 'encoder' belongs to method 'meta-lora', found 'lora': leave one of them out")
         self._check_schedule(steps)
