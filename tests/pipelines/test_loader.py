@@ -15,6 +15,7 @@ from artefacts_tiny import edit_config, edit_tensors, write_subjects
 from peft_metalora import errors
 from peft_metalora.pipelines.loader import MetaLoraLoaderMixin, enable_meta_lora
 from peft_metalora.tuner import MetaLoraLayer
+from peft_metalora.tuner.on_model import meta_layers
 from pipelines_tiny import tiny_flux_pipeline
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -171,6 +172,19 @@ def test_refused_weights_beside_a_lora_change_nobody(artefacts, pipe, style, nam
     assert same(image(pipe, subjects="ann"), images["ann"])
     pipe.set_adapters(["ann", "style"], [None, 0.0])
     assert same(image(pipe), images["ann"])
+
+
+def test_a_person_beside_a_lora_is_as_fast_as_alone(artefacts, pipe, style):
+    """Bug: beside a LoRA a person trained, which no image needs: they were not folded, and copied for each call."""
+    pipe.load_meta_lora(artefacts[0] / "ann")
+    pipe.load_lora_weights(style, adapter_name="style")
+    pipe.set_adapters(["ann", "style"], [1.0, 0.5])
+    layers = meta_layers(pipe.transformer)
+    assert not any(layer.metalora_up["ann"].requires_grad for layer in layers)
+    assert all(layer.is_folded("ann") for layer in layers)
+    both = image(pipe)
+    pipe.set_adapters("style", 0.5)
+    assert same(image(pipe, subjects="ann"), both) and not same(image(pipe), both)
 
 
 def test_disable_and_enable(artefacts, pipe):

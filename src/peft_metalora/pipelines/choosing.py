@@ -102,6 +102,9 @@ class ChoosingMixin(PerSampleMixin):
         if ordinary & set(names):
             with chosen_or_as_before(all_layers(self)):
                 super().set_adapters(names, weights)  # type: ignore[misc]
+            for layer in meta_layers(model):  # which diffusers lets train
+                layer.set_adapter(names, inference_mode=True)
+            fold_active(model)
             return
         choose(self, names)
         for name, weight in zip(names, weights, strict=True):
