@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.functional import set_adapter
+from safetensors.torch import load_file, save_file
 
 from artefacts_tiny import edit_config, edit_tensors, write_subjects
 from peft_metalora import errors
@@ -20,6 +21,7 @@ from pipelines_tiny import tiny_flux_pipeline
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 RANKS = {"r": 2, "meta_r": 4, "lora_alpha": 4, "target_modules": TARGETS, "init_weights": False}
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def image(pipe, prompt="a photo of a person", seed=0, **options):
@@ -268,6 +270,20 @@ def test_a_lora_takes_nobodys_place(artefacts, pipe, style):
     for hotswap in (False, True):
         pipe.load_lora_weights(style, adapter_name="style", hotswap=hotswap)
     assert pipe.get_list_adapters() == {"transformer": ["ann", "style"]}
+
+
+def test_offloading_stays_where_a_lora_is_loaded_beside_a_person(artefacts, pipe, style, tmp_path):
+    """Bug: diffusers put it back on the first accelerator, or failed without one, and left it off after an error."""
+    pipe.load_meta_lora(artefacts[0] / "ann")
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.load_lora_weights(style, adapter_name="style")
+    broken = {name: one[:-1] if "lora_B" in name else one for name, one in load_file(style / LORA).items()}
+    save_file({name: one.contiguous() for name, one in broken.items()}, tmp_path / LORA)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        pipe.load_lora_weights(tmp_path, adapter_name="broken")
+    assert pipe._offload_device == torch.device("cpu", 0) and hasattr(pipe.transformer, "_hf_hook")
+    pipe.set_adapters("ann")
+    assert same(image(pipe), artefacts[1]["ann"])
 
 
 def test_two_loras_beside_a_person(artefacts, pipe, style):

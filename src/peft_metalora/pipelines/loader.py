@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -364,7 +364,9 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         ordinary = {own for own, config in configs_of(model).items() if not isinstance(config, MetaLoraConfig)}
         if name not in ordinary:  # what diffusers makes of one that is depends on `hotswap`
             _refuse_taken(model, name)
-        with name_kept(model, name), _weights_under_one_base_layer(model):
+        # Offloading that is on diffusers would put back on the first accelerator, and after an error not at all.
+        paused = offload_paused(self) if meta_layers(model) else nullcontext()
+        with name_kept(model, name), paused, _weights_under_one_base_layer(model):
             below(*args, **kwargs)
 
     @while_idle
