@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
@@ -116,6 +117,11 @@ def below_one(settings: object, *names: str) -> str | None:
         if (value := getattr(settings, name)) is not None and value < 1:
             return f"{name} must be at least 1, found {value}"
     return None
+
+
+def is_revision(text: str) -> bool:
+    """Whether a revision is none but that: it becomes part of addresses and of paths in the Hub's cache."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,/@+=#%-]{0,254}", text) is not None and ".." not in text
 
 
 def shown(value: object) -> str:

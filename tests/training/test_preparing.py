@@ -18,7 +18,7 @@ from peft_metalora.training.personalize import personalize
 from peft_metalora.training.preparing import prepare
 from peft_metalora.training.stage_2 import Personalization
 from pipelines_tiny import save_tiny_flux
-from training_tiny import personal_config, write_people
+from training_tiny import meta_config, personal_config, write_people
 
 
 def test_never_all_of_a_base_is_loaded_at_once(place, tmp_path, monkeypatch):
@@ -113,3 +113,21 @@ def test_a_folder_that_is_called_like_a_repository_is_refused_with_the_way_out(p
     with pytest.raises(BaseModelMismatchError, match=told):
         personalize(personal_config(**settings, pretrained_model_name_or_path="models/mine"), progress=False)
     personalize(personal_config(**settings, pretrained_model_name_or_path="./models/mine"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"revision": "../x"}, r"revision must be a branch, a tag or a commit, found '\.\./x'"),
+        ({"revision": ""}, "revision must be .* found ''"),
+        ({"down_revision": "a b"}, "down_revision must be .* found 'a b'"),
+        ({"instance_prompt": "x" * 300_000}, "instance_prompt must be of at most 20000 characters, .* found 300002"),
+        ({"domain": "x" * 300_000}, "domain must be of at most 20000 characters"),
+        ({"fits": [f"a/b{number}" for number in range(20_000)]}, "fits must be of at most 20000 characters"),
+    ],
+)
+def test_what_could_not_be_saved_is_refused_with_the_settings(changes, told):
+    """Bug: with a base and a Down in folders a revision is asked of nobody, and a prompt may be of any length: both
+    were refused as the result was saved, after all steps, and it was lost."""
+    with pytest.raises(ConfigError, match=told):
+        (meta_config if changes.keys() & {"domain", "fits"} else personal_config)(**changes)

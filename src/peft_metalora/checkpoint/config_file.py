@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigFormatError, FormatVersionError, MetaLoraError, WrongKindError
+from ..settings import is_revision
 from ..tuner import MetaLoraConfig
 from ..tuner.config import MAX_ALPHA, wrong_field
 from .untrusted import MAX_CONFIG_BYTES, parse_json, read_json
@@ -112,7 +113,7 @@ def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = F
         if values.get(name) is not None and not re.fullmatch(r"[0-9a-f]{64}", values[name]):
             raise _bad_field(path, name, "64 hexadecimal digits", values[name])
     for name in ("revision", "down_revision"):
-        if values.get(name) is not None and not _is_revision(values[name]):
+        if values.get(name) is not None and not is_revision(values[name]):
             raise _bad_field(path, name, "a branch, tag or commit", values[name])
     mapping = values.get("auto_mapping") or {}
     if not all(isinstance(one, str) for pair in mapping.items() for one in pair):
@@ -124,11 +125,6 @@ def check_values(values: Mapping[str, Any], path: Path, *, expressions: bool = F
 def is_name(who: str | None) -> bool:
     """Whether a subject may be called so; None is no name."""
     return who is None or (0 < len(who) <= 256 and who.isprintable())
-
-
-def _is_revision(text: str) -> bool:
-    """Whether a revision is none but that: it becomes part of addresses and of paths in the Hub's cache."""
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,/@+=#%-]{0,254}", text) is not None and ".." not in text
 
 
 def _is_tame(pattern: str) -> bool:

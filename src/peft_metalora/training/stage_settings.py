@@ -29,7 +29,9 @@ from ..settings import (
     REVISION,
     below_one,
     fault_of,
+    is_revision,
     setting,
+    shown,
 )
 from .examples.shapes import parse_shapes
 
@@ -51,6 +53,7 @@ INPUTS = (
 """Settings that may be paths of this machine, or name something elsewhere: a run only reads what they name."""
 OUTPUTS = "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint"
 """Settings that are paths of this machine and say where a run keeps what."""
+_LONGEST = 20_000  # characters; a configuration may have a quarter of a megabyte
 _POLYNOMIAL_END = 1e-7  # the learning rate at which diffusers' schedule of that name ends
 
 
@@ -153,8 +156,23 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"{name} must be 0 or more, found {value!r}")
+        self._check_what_is_written()
         if Path(self.output_dir).is_file():
             raise ConfigError(f"output_dir must be a folder, found a file: {self.output_dir}")
+
+    def _check_what_is_written(self) -> None:
+        """Check what goes into the configuration of a result as it is, which could not be saved else."""
+        for name in ("revision", "down_revision"):
+            value = getattr(self, name, None)
+            if value is not None and not is_revision(value):
+                raise ConfigError(f"{name} must be a branch, a tag or a commit, found {shown(value)}: leave it out")
+        for name in ("domain", "fits", "instance_prompt", "trigger"):
+            length = len(repr(getattr(self, name, None)))
+            if length > _LONGEST:
+                raise ConfigError(
+                    f"{name} must be of at most {_LONGEST} characters, as it is written beside the weights, found "
+                    f"{length}: shorten it"
+                )
 
     @property
     def noise_levels(self) -> dict[str, Any]:
