@@ -301,6 +301,22 @@ def test_two_loras_beside_a_person(artefacts, pipe, style):
     assert pipe.get_list_adapters() == {"transformer": ["ann"]}
 
 
+@pytest.mark.parametrize("name", ["an", "s", "0"])
+def test_a_hotswap_of_a_lora_leaves_people_alone(artefacts, pipe, style, name):
+    """Bug: PEFT zeroes each parameter with "lora_" and the LoRA's name in its path that the new file lacks: so it did
+    Mid, Up and Down of people, where that name was part of theirs or of a module's."""
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    pipe.add_subject(folder / "bob")
+    assert same(image(pipe, subjects="bob"), images["bob"])
+    for hotswap in (False, True):
+        pipe.load_lora_weights(style, adapter_name=name, hotswap=hotswap)
+    pipe.set_adapters(["ann", name], [1.0, 0.0])
+    assert same(image(pipe), images["ann"])
+    for person in ("ann", "bob"):
+        assert same(image(pipe, subjects=person), images[person])
+
+
 @pytest.mark.parametrize("verb", ["load_lora_weights", "fuse_lora", "unfuse_lora", "disable_lora", "enable_lora"])
 def test_diffusers_verbs_wait_for_a_running_image(artefacts, pipe, style, verb):
     """Bug: a LoRA that another thread loaded came into the image that was drawn; who it turned off went out of it."""

@@ -43,6 +43,7 @@ from ..tuner.placing import (
     remove_other_methods,
     restore,
 )
+from ..tuner.registration import PREFIX
 from .choosing import ChoosingMixin, choose, displace_ordinary, give_back, require_loaded
 from .denoiser import (
     all_layers,
@@ -112,15 +113,21 @@ def _refuse_taken(model: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def _weights_under_one_base_layer(model: nn.Module) -> Iterator[None]:
-    """Within the block `state_dict` has the weights of a layer below adapters of two methods under one `base_layer` as
-    well, where diffusers looks for FLUX.1's as it loads a LoRA."""
+def _seen_as_of_loras(model: nn.Module) -> Iterator[None]:
+    """Within the block `state_dict` is what diffusers and PEFT take it for as they load a LoRA.
 
-    def add(_: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        below = [key for key in state if ".base_layer.base_layer." in key]
-        state.update({re.sub(r"(\.base_layer)+", ".base_layer", key): state[key] for key in below})
+    Of FLUX.1 weights are looked for below one `base_layer`, where adapters of two methods have made two of it. A
+    hotswap zeroes whatever the new file lacks: all with "lora_" and the LoRA's name in its path, as ours may have.
+    """
 
-    hook = model.register_state_dict_post_hook(add)
+    def change(_: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for key in [*state]:
+            if f".{PREFIX}" in key:
+                del state[key]
+            elif ".base_layer.base_layer." in key:
+                state[re.sub(r"(\.base_layer)+", ".base_layer", key)] = state[key]
+
+    hook = model.register_state_dict_post_hook(change)
     try:
         yield
     finally:
@@ -366,7 +373,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             _refuse_taken(model, name)
         # Offloading that is on diffusers would put back on the first accelerator, and after an error not at all.
         paused = offload_paused(self) if meta_layers(model) else nullcontext()
-        with name_kept(model, name), paused, _weights_under_one_base_layer(model):
+        with name_kept(model, name), paused, _seen_as_of_loras(model):
             below(*args, **kwargs)
 
     @while_idle
