@@ -131,3 +131,30 @@ def test_what_could_not_be_saved_is_refused_with_the_settings(changes, told):
     were refused as the result was saved, after all steps, and it was lost."""
     with pytest.raises(ConfigError, match=told):
         (meta_config if changes.keys() & {"domain", "fits"} else personal_config)(**changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "told"),
+    [
+        (meta_config, {"target_modules": "("}, r"found '\(': missing \)"),
+        (personal_config, {"target_modules": "to_q(", "method": "lora"}, r"found 'to_q\(': missing \)"),
+        (meta_config, {"target_modules": " , "}, "found ' , ': no name"),
+        (personal_config, {"target_modules": "to_q"}, "belongs to method 'lora': .* those of the Down"),
+    ],
+)
+def test_modules_that_cannot_be_named_are_refused_with_the_settings(make, settings, told):
+    """Bugs: Python's own error of an expression, once the weights were there; and beside a Down, which has its modules,
+    those that were named were passed over in silence."""
+    with pytest.raises(ConfigError, match=f"target_modules .*{told}"):
+        make(**settings)
+
+
+@pytest.mark.parametrize(("modules", "told"), [("no_such", "no_such"), (".*", "not supported")])
+def test_a_plain_lora_on_modules_that_are_none_is_refused_as_ours(place, tmp_path, modules, told):
+    """Bug: PEFT's own errors."""
+    photo = str(place / "people" / "person-0" / "0.png")
+    settings = {"pretrained_model_name_or_path": str(place / "base"), "instance_data_dir": photo, "method": "lora"}
+    config = personal_config(**settings, output_dir=str(tmp_path / "ann"), target_modules=modules)
+    with pytest.raises(ConfigError, match=f"expected target_modules that can be adapted, found: .*{told}"):
+        personalize(config, progress=False)
+    assert not (tmp_path / "ann").exists()

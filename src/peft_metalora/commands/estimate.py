@@ -35,7 +35,6 @@ from ..data import read_subjects
 from ..errors import ConfigError, MetaLoraError
 from ..hub.loading import folder_of
 from ..settings import setting
-from ..training.injecting import targets
 from ..training.stage_settings import MetaTrainConfig, PersonalizeConfig, TrainEncoderConfig, TrainingConfig
 from ..tuner import MetaLoraConfig
 from . import Done
@@ -295,7 +294,7 @@ def _numbers(
     if isinstance(config, PersonalizeConfig):
         samples = config.train_batch_size * (2 if config.prior_loss_weight else 1)
         if down is None:
-            layers = _adapted(base, targets(base, config))
+            layers = _adapted(base, config.modules or base.target_modules)
             rank = config.rank or 1
             trained = float(sum(rank * (one.weight.shape[0] + one.weight[0].numel()) for one in layers))
             return samples, trained, 0.0, trained
@@ -307,7 +306,9 @@ def _numbers(
         rows = config.subjects_per_batch
         space = float(config.code_size * each)
         return rows * config.images_per_subject, space + rows * each / 2, shared, space + shared
-    each, shared = numbers_of_subject(_adapted(base, targets(base, config)), config.rank, config.meta_rank)
+    each, shared = numbers_of_subject(
+        _adapted(base, config.modules or base.target_modules), config.rank, config.meta_rank
+    )
     subjects = 1 if config.train_data_dir is None else len(read_subjects(config.train_data_dir))
     slots = min(config.bucket_size or subjects, subjects)
     return config.subjects_per_batch * config.images_per_subject, slots * each + shared, 0.0, shared + each

@@ -14,25 +14,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..bases import Base
-from ..errors import AdapterStateError, ConfigError, TrainingError, WriteFailedError
+from ..errors import AdapterStateError, ConfigError, MetaLoraError, TrainingError, WriteFailedError
 from ..tuner.on_model import meta_lora_layers
 from ..tuner.placing import remember, restore
 from .engine.compiling import compile_blocks, uncompile
 from .engine.loop import Sanity
 from .engine.state import last_checkpoint
 from .examples.batches import Examples
-from .stage_settings import StageConfig, TrainingConfig
+from .stage_settings import TrainingConfig
 
 _DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
-
-
-def targets(base: Base, config: StageConfig) -> list[str] | str:
-    """The modules to adapt, as PEFT takes them."""
-    if config.target_modules is None:
-        return base.target_modules
-    if any(sign in config.target_modules for sign in r"\^$*+?()[]{}|"):
-        return config.target_modules
-    return [name.strip() for name in config.target_modules.split(",")]
 
 
 def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -> list[nn.Parameter]:
@@ -59,7 +50,12 @@ def inject(base: Base, adapter: PeftConfig, name: str, config: TrainingConfig) -
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            denoiser.add_adapter(adapter, adapter_name=name)
+            try:
+                denoiser.add_adapter(adapter, adapter_name=name)
+            except ValueError as error:
+                if isinstance(error, MetaLoraError):
+                    raise
+                raise ConfigError(f"expected target_modules that can be adapted, found: {error}") from error
         for path, _ in meta_lora_layers(denoiser):
             if re.fullmatch(base.ragged_layers, path):
                 raise ConfigError(

@@ -35,7 +35,7 @@ from .engine.sampler import SubjectSampler, balanced_buckets
 from .engine.slot_optimizer import SlotOptimizer
 from .engine.state import check_steps, restore_generator, started
 from .examples.batches import Examples
-from .injecting import inject, sanity_of, targets
+from .injecting import inject, sanity_of
 from .stage_settings import MetaTrainConfig
 
 _TRAINING, PUBLISHED = "stage_1", "default"
@@ -157,7 +157,7 @@ class MetaTraining:
             r=config.rank,
             meta_r=config.meta_rank,
             lora_alpha=config.lora_alpha or config.rank,
-            target_modules=targets(base, config),
+            target_modules=config.modules or base.target_modules,
             num_slots=len(self.buckets[0]),
             base_model_name_or_path=config.pretrained_model_name_or_path,
         )

@@ -43,7 +43,7 @@ from .engine.replay import ReplayedLoss, named, text_in, why_not_recorded
 from .engine.slot_optimizer import SlotOptimizer
 from .engine.state import check_steps, started
 from .examples.batches import Examples
-from .injecting import inject, sanity_of, take_off, targets
+from .injecting import inject, sanity_of, take_off
 from .prior import distance_from_base
 from .stage_settings import PersonalizeConfig
 
@@ -198,9 +198,8 @@ class Personalization:
         return _Drift(self.parameters, distances) if self.config.max_drift else None
 
     def _targets(self) -> list[str] | str:
-        if self.down is not None and self.config.target_modules is None:
-            return self.down.config.target_modules or self.base.target_modules
-        return targets(self.base, self.config)
+        own = None if self.down is None else self.down.config.target_modules
+        return self.config.modules or own or self.base.target_modules
 
     def steps(self) -> Iterator[Step]:
         """Train; yields each step when it is finished. With several subjects `loss` is their mean.

@@ -229,6 +229,23 @@ class StageConfig(TrainingConfig):
         super().__post_init__()
         if self.aspect_ratio_buckets is not None:
             parse_shapes(self.aspect_ratio_buckets)
+        try:
+            fault = "no name" if self.modules == [] else ""
+            re.compile(self.modules if isinstance(self.modules, str) else "")
+        except (re.error, OverflowError, RecursionError) as error:
+            fault = str(error)
+        if fault:
+            raise ConfigError(
+                "target_modules must be names separated by commas, or one regular expression, found "
+                f"{shown(self.target_modules)}: {fault}"
+            )
+
+    @property
+    def modules(self) -> list[str] | str | None:
+        """The modules to adapt, as PEFT takes them: names, or one expression; None: the family's own choice."""
+        if self.target_modules is None or any(sign in self.target_modules for sign in r"\^$*+?()[]{}|"):
+            return self.target_modules
+        return [name.strip() for name in self.target_modules.split(",") if name.strip()]
 
     @property
     def has_constant_rate(self) -> bool:
@@ -453,6 +470,11 @@ class PersonalizeConfig(StageConfig):
         choices=("meta-lora", "lora"),
     )
     down: str | None = setting("The Down (method 'meta-lora'): a folder or a repository id.", None)
+    target_modules: str | None = setting(
+        "Modules to adapt (method 'lora'): names separated by commas, or one regular expression. Default: the family's "
+        "own choice; with 'meta-lora' they are those of the Down.",
+        None,
+    )
     down_revision: str | None = setting(*DOWN_REVISION)
     start: str | None = setting(
         "Where a subject starts: 'encoder' (as the Down's encoder reads the photos), 'stored' (the Down's own Mid, "
@@ -520,6 +542,8 @@ class PersonalizeConfig(StageConfig):
             )
         if self.method == "meta-lora" and self.lora_alpha is not None:
             raise ConfigError("lora_alpha belongs to method 'lora': with 'meta-lora' the Down's own scale is used")
+        if self.method == "meta-lora" and self.target_modules is not None:
+            raise ConfigError("target_modules belongs to method 'lora': with 'meta-lora' they are those of the Down")
         steps = self.max_train_steps
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
             raise ConfigError(f"max_train_steps must be a whole number of at least 0, found {steps!r}")

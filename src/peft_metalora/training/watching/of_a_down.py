@@ -80,6 +80,7 @@ def _stage_2(config: MetaTrainConfig, subjects: int, processes: int) -> Personal
     shared = {one.name: getattr(config, one.name) for one in fields(StageConfig)}
     shared |= {"gradient_accumulation_steps": 1, "lr_scheduler": "constant", "lr_warmup_steps": 0}
     shared |= {"checkpointing_steps": None, "resume_from_checkpoint": None, "dynamo_backend": "no"}
+    shared |= {"target_modules": None}  # the Down has them
     samples = config.subjects_per_batch * config.images_per_subject // processes
     return PersonalizeConfig(
         **shared,
