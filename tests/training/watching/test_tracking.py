@@ -123,6 +123,19 @@ def test_a_tracker_of_ones_own_sees_stage_2(place, tmp_path, monkeypatch):
     assert said["images"] == (2, [(16, 16), (16, 16)])
 
 
+@pytest.mark.parametrize("asked", ["notebook,notebook", "all, notebook", "notebook,all"])
+def test_a_tracker_that_is_named_twice_reports_once(tmp_path, monkeypatch, asked):
+    """Bug: every step was reported twice; and beside another one "all" was refused as none of "all, ..."."""
+    monkeypatch.setitem(trackers_of_accelerate.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["notebook"])
+    Notebook.pages.clear()
+    trackers = tracking.Trackers(meta_config(report_to=asked, output_dir=str(tmp_path)), Processes())
+    trackers.start()
+    trackers.log(1, {"loss": 1.0})
+    trackers.finish()
+    assert [kind for kind, _ in Notebook.pages] == ["project", "start", "settings", "log", "finish"]
+
+
 def test_only_the_main_process_reports(tmp_path):
     config = meta_config(report_to="tensorboard", output_dir=str(tmp_path))
     other = tracking.Trackers(config, Processes(1, 2))

@@ -42,9 +42,9 @@ class Trackers:
         self.config = config
         self._trackers: list[Any] = []
         there = [str(name) for name in get_available_trackers()]
-        wanted = [name.strip() for name in (config.report_to or "").split(",") if name.strip()]
-        if wanted == ["all"]:
-            wanted = there
+        asked = [name.strip() for name in (config.report_to or "").split(",") if name.strip()]
+        # Each once: two of a kind would write into one place.
+        wanted = list(dict.fromkeys(name for one in asked for name in (there if one == "all" else [one])))
         for name in wanted:
             if name not in LOGGER_TYPE_TO_CLASS:
                 known = ", ".join(["all", *sorted(LOGGER_TYPE_TO_CLASS)])
