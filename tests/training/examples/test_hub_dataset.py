@@ -107,6 +107,24 @@ def test_columns_of_other_names(place, tmp_path):
         read_dataset(config(tmp_path, tmp_path / "other.parquet", **{**columns, "subject_column": "photo"}))
 
 
+def test_a_column_that_somebody_named_has_to_be_there(place, tmp_path):
+    """Bug: with another caption_column than there is `instance_prompt` was every photo's caption, with another
+    subject_column stage 2 took several people for one, and captions of several texts were passed over."""
+    people = {"dataset_name": str(place / "people.parquet"), "cache_dir": str(tmp_path / "cache")}
+    for changes in ({"caption_column": "words"}, {"subject_column": "who"}):
+        (column,) = changes.values()
+        for one in (True, False):
+            with pytest.raises(MetadataError, match=rf"column\(s\) '{column}' in .*, found image, text, subject"):
+                read_dataset(personal_config(**people, **changes, instance_prompt="a photo"), one_subject=one)
+    table = datasets.load_dataset(
+        "parquet", data_files=people["dataset_name"], split="train", cache_dir=str(tmp_path / "cache")
+    )
+    several = [[caption, caption] for caption in table["text"]]
+    table.remove_columns("text").add_column("text", several).to_parquet(str(tmp_path / "several.parquet"))
+    with pytest.raises(MetadataError, match=r"expected texts in the column 'text' of .*List"):
+        read_dataset(config(tmp_path, tmp_path / "several.parquet", instance_prompt="a photo"))
+
+
 def test_both_stages_train_from_a_data_set_as_from_the_folder(place, tmp_path):
     shared = {"pretrained_model_name_or_path": str(place / "base"), "cache_dir": str(tmp_path / "cache")}
     downs = []

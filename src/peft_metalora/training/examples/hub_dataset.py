@@ -34,8 +34,10 @@ def read_dataset(config: TrainingConfig, *, one_subject: bool = False) -> list[S
     name = str(config.dataset_name)
     table = _load(config, name)
     features = table.features
-    required = [config.image_column] + ([] if one_subject else [config.subject_column])
-    missing = [column for column in required if column not in features]
+    # What somebody named has to be there: without it captions would be another's, and several people one.
+    optional = {"text", "subject"} if one_subject else {"text"}
+    required = [config.image_column, config.subject_column, config.caption_column]
+    missing = [column for column in required if column not in features and column not in optional]
     if missing:
         raise MetadataError(
             f"expected the column(s) {', '.join(map(repr, missing))} in {name}, found {', '.join(features)}: name them "
@@ -55,6 +57,11 @@ def read_dataset(config: TrainingConfig, *, one_subject: bool = False) -> list[S
         raise MetadataError(
             f"expected names or labels in the column {config.subject_column!r} of {name}, found "
             f"{features[config.subject_column]}: name another subject_column"
+        )
+    if config.caption_column in features and config.caption_column not in texts:
+        raise MetadataError(
+            f"expected texts in the column {config.caption_column!r} of {name}, found "
+            f"{features[config.caption_column]}: name another caption_column, or leave this column out"
         )
     captions = _captions(config, name, texts)
     owners = texts.pop(config.subject_column, None) or ["subject"] * len(table)
