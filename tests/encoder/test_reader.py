@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -280,6 +282,30 @@ def test_the_second_photo_waits_for_no_file(tmp_path, down_folder, opened):
     fresh = enable_meta_lora(tiny_flux_pipeline())
     fresh.read_subject(photo(tmp_path, 2), "cleo", down=down_folder)
     torch.testing.assert_close(draw(copied, subjects="cleo"), draw(fresh), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["from_pipe", "copy", "pickle"])
+def test_who_has_the_people_knows_where_their_down_lies(tmp_path, down_folder, how):
+    """Bug: a pipeline that shares a denoiser, a copy and a pickle could blend nobody and read no photo unasked: they
+    took the Down for one that came from nowhere."""
+    pipe = enable_meta_lora(tiny_flux_pipeline())
+    pipe.load_meta_lora(down_folder, token="hf_secret")
+    pipe.read_subject(photo(tmp_path), "ann")
+    pipe.read_subject(photo(tmp_path, 1), "bob", as_adapter=False)
+    if how == "from_pipe":
+        other = enable_meta_lora(FluxPipeline.from_pipe(pipe))
+    elif how == "copy":
+        other = copy.deepcopy(pipe)
+    else:
+        pickled = pickle.dumps(pipe)
+        assert b"hf_secret" not in pickled
+        other = pickle.loads(pickled)
+    other.set_progress_bar_config(disable=True)
+    other.blend_subjects({"ann": 1.0, "bob": 0.0}, "child")
+    torch.testing.assert_close(draw(other), draw(pipe, subjects="ann"), rtol=0, atol=1e-4)
+    other.read_subject(photo(tmp_path, 2), "cleo")
+    other.unload_meta_lora()
+    assert not [name for name in vars(other.transformer) if "meta_lora" in name]
 
 
 def test_an_encoder_that_was_trained_anew_is_noticed(tmp_path, down_folder):

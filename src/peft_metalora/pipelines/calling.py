@@ -34,7 +34,7 @@ from .denoiser import (
     refresh_offload,
     refuse_fused,
 )
-from .readers import fixed_place, readers_of
+from .readers import fixed_place, readers_of, remember_place
 from .regions import read_regions, shown_in_regions
 from .samples import (
     count_samples,
@@ -250,7 +250,7 @@ class PerSampleMixin:
 
         readers = readers_of(self)
         source = load_subject(path_or_repo, known_down=known, known_space=partial(readers.space, model), **hub)
-        readers.remember(source, path_or_repo, hub)
+        remember_place(model, source, path_or_repo, hub)
         last = hub.get("subfolder") or path_or_repo
         own = self._into_table(model, source, name, last, _Again(fixed_place(path_or_repo), hub))
         if isinstance(source, CodeSource):

@@ -56,7 +56,7 @@ from .denoiser import (
     refuse_fused,
     while_idle,
 )
-from .readers import KEPT, readers_of
+from .readers import KEPT, forget_places, readers_of, remember_place
 from .saving import refuse_to_save, saved_in_parts
 from .table import down_known, drop_tables, tables_of
 
@@ -165,7 +165,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         known_down, known_space = partial(down_known, model), partial(readers.space, model)
         source = load(path_or_repo, model=model, known_down=known_down, known_space=known_space, **hub)
         self._install(source, name)
-        readers.remember(source, path_or_repo, hub)
+        remember_place(model, source, path_or_repo, hub)
         if isinstance(source, CodeSource):
             readers.keep(model, source.space)
         return name
@@ -358,6 +358,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             drop_tables(model)
             restore(model)
         vars(self).pop(KEPT, None)
+        forget_places(model)
 
     @while_idle
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -456,6 +457,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         with offload_paused(self), saved_in_parts(model):
             if all(name in ours for name, config in known.items() if isinstance(config, MetaLoraConfig)):
                 give_back(self)
+                forget_places(model)
             active = [name for name in active_adapters(model) if name not in ours]
             remove_adapters(model, sorted(ours, key=lambda name: known[name].stage == "meta"), active)
 

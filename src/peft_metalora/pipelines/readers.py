@@ -2,7 +2,8 @@
 """What a pipeline reads photos and codes with, kept so that the second person waits for no file.
 
 A subject space lies on the denoiser's device, an encoder on the VAE's; both go with `unload_meta_lora`. Copies and
-pickles of a pipeline come without, and read the files again when they need them.
+pickles of a pipeline come without, and read the files again when they need them: the model knows where they lie, and
+so does each pipeline that shares it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,26 @@ from .denoiser import denoiser
 from .table import down_known, tables_of
 
 KEPT = "_meta_lora_readers"
+_PLACES = "_meta_lora_places"
 Place = tuple[str, HubOptions]
+
+
+class _Places(dict[str, Place]):
+    """Where Downs lie, by their fingerprints; a token does not go into copies and pickles of the model."""
+
+    def __reduce__(self) -> Any:
+        without = {mark: (place, {k: v for k, v in hub.items() if k != "token"}) for mark, (place, hub) in self.items()}
+        return _Places, (without,)
+
+
+def _places_of(model: nn.Module) -> _Places:
+    places: _Places = vars(model).setdefault(_PLACES, _Places())
+    return places
+
+
+def forget_places(model: nn.Module) -> None:
+    """As the last adapter of ours goes: nobody asks any more where its Down lies."""
+    vars(model).pop(_PLACES, None)
 
 
 @dataclass(frozen=True)
@@ -48,28 +68,15 @@ class Readers:
     """What one pipeline has read so far; see `readers_of`."""
 
     def __init__(self) -> None:
-        self._places: dict[str, Place] = {}  # of Downs, by their fingerprints
         self._folders: dict[Any, Path] = {}  # of repositories, so that not every photo asks the Hub
         self._spaces: dict[str, SubjectSpace] = {}
         self._opened: dict[tuple[Path, str | None, str | type[Base] | None], _Opened] = {}
-
-    def remember(self, source: DownSource | SubjectSource, path: str | os.PathLike[str], hub: HubOptions) -> None:
-        """Know where the Down of what was loaded lies.
-
-        Args:
-            path, hub: where `source` was loaded from.
-        """
-        if isinstance(source, DownSource):
-            self._places[source.fingerprint] = fixed_place(path), hub
-        elif (place := source.config.located_down()) is not None:
-            of_down: HubOptions = {**hub, "subfolder": None, "revision": source.config.down_revision}
-            self._places.setdefault(source.down.fingerprint, (fixed_place(place), of_down))
 
     def space(self, model: nn.Module, fingerprint: str) -> SubjectSpace | None:
         """A subject space that a table holds, that was read before, or that lies beside a Down that was loaded."""
         if (known := self._known(model, fingerprint)) is not None:
             return known
-        for place, hub in [*self._places.values()]:
+        for place, hub in [*_places_of(model).values()]:
             with suppress(MetaLoraError):  # moved or gone by now: there may be another
                 if read_config(self._folder(place, hub, [])).space_fingerprint == fingerprint:
                     folder = self._folder(place, hub, [SPACE_FILE])
@@ -134,7 +141,7 @@ class Readers:
             reader.encoder.to(_device(getattr(pipe, "vae", None) or model))
             self._opened[folder, face_model, generic] = _Opened(file, source.config, reader.encoder)
             self.keep(model, reader.space)
-        self._places.setdefault(source.fingerprint, (fixed_place(place), hub))
+        _places_of(model).setdefault(source.fingerprint, (fixed_place(place), hub))
         return reader, source, (os.path.abspath(folder) if os.path.isdir(place) else place, hub)
 
     def down(self, model: nn.Module, fingerprint: str) -> tuple[DownSource, Place]:
@@ -143,7 +150,7 @@ class Readers:
         Raises:
             AdapterStateError: nobody knows where it came from.
         """
-        if (known := self._places.get(fingerprint)) is None:
+        if (known := _places_of(model).get(fingerprint)) is None:
             raise AdapterStateError(
                 f"expected a Down that came from a folder or a repository, found {fingerprint[:16]}…, which came from "
                 "neither. Load it with load_meta_lora."
@@ -154,7 +161,7 @@ class Readers:
             return found.down(fingerprint, known=down_known(model, fingerprint)), (place, hub)
 
     def _place_of_one(self, model: nn.Module) -> Place:
-        here = [place for mark, place in self._places.items() if down_known(model, mark) is not None]
+        here = [place for mark, place in _places_of(model).items() if down_known(model, mark) is not None]
         if len(here) != 1:
             raise AdapterStateError(
                 f"expected down=, or one Down on this pipeline that came from a folder or a repository, found "
@@ -175,6 +182,21 @@ def readers_of(pipe: Any) -> Readers:
     """What a pipeline keeps."""
     kept: Readers = vars(pipe).setdefault(KEPT, Readers())
     return kept
+
+
+def remember_place(
+    model: nn.Module, source: DownSource | SubjectSource, path: str | os.PathLike[str], hub: HubOptions
+) -> None:
+    """Know where the Down of what was loaded lies.
+
+    Args:
+        path, hub: where `source` was loaded from.
+    """
+    if isinstance(source, DownSource):
+        _places_of(model)[source.fingerprint] = fixed_place(path), hub
+    elif (place := source.config.located_down()) is not None:
+        of_down: HubOptions = {**hub, "subfolder": None, "revision": source.config.down_revision}
+        _places_of(model).setdefault(source.down.fingerprint, (fixed_place(place), of_down))
 
 
 def fixed_place(place: str | os.PathLike[str]) -> str:
