@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,3 +159,19 @@ def test_a_plain_lora_on_modules_that_are_none_is_refused_as_ours(place, tmp_pat
     with pytest.raises(ConfigError, match=f"expected target_modules that can be adapted, found: .*{told}"):
         personalize(config, progress=False)
     assert not (tmp_path / "ann").exists()
+
+
+def test_a_trigger_that_no_caption_holds_is_told(place, tmp_path, recwarn):
+    """Bug: nothing was said, and the person was learned by other words than the one that somebody then drew with."""
+    photo = place / "people" / "person-0" / "0.png"
+    own = tmp_path / "0.png"
+    shutil.copy(photo, own)  # without its caption
+    settings = {"pretrained_model_name_or_path": str(place / "base"), "down": str(place / "down"), "trigger": "sks"}
+    config = personal_config(**settings, output_dir=str(tmp_path / "out"), instance_prompt="a {trigger} person")
+    told = r"trigger 'sks' stands in no caption, .* write \{trigger\} into the captions, or into instance_prompt"
+    with pytest.warns(UserWarning, match=told):
+        personalize(replace(config, instance_data_dir=str(photo)), progress=False)
+    recwarn.clear()
+    for prompt in (config.instance_prompt, "a sks person"):
+        personalize(replace(config, instance_data_dir=str(own), instance_prompt=prompt), progress=False)
+    assert not [one for one in recwarn if "stands in no caption" in str(one.message)]

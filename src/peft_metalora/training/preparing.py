@@ -17,7 +17,7 @@ from ..bases.memory import COMPILED, CPU, DIVIDED, DRAWING, UNCHECKPOINTED, requ
 from ..bases.precision import choose_dtype
 from ..bases.streaming import blocks_of
 from ..checkpoint.base_model import check_fits
-from ..data import Subject, first_copies
+from ..data import TRIGGER_MARK, Subject, first_copies
 from ..errors import ConfigError, NoImagesError, UnreadableImageError
 from ..files import require_apart, require_writable
 from ..metrics import face_embedder
@@ -92,7 +92,8 @@ def _check_helpers(
 
 
 def _check_photos(config: TrainingConfig, subjects: Sequence[Subject], held: Sequence[Subject]) -> None:
-    """Check that photos have captions and, of one subject, that a photo can be decoded; warn of known held-out ones.
+    """Check that photos have captions and, of one subject, that a photo can be decoded; warn of a trigger that none
+    has, and of known held-out ones.
 
     Raises:
         NoCaptionError, ConfigError: as `caption_of`. UnreadableImageError, NoImagesError: no photo can be.
@@ -100,6 +101,13 @@ def _check_photos(config: TrainingConfig, subjects: Sequence[Subject], held: Seq
     for subject in (*subjects, *held):
         for photo in subject.photos:
             caption_of(photo, config)
+    word = config.trigger
+    if word and not any(word in caption_of(photo, config) for subject in subjects for photo in subject.photos):
+        warnings.warn(
+            f"trigger {word!r} stands in no caption, so that nobody is learned by that word: write {TRIGGER_MARK} into "
+            "the captions, or into instance_prompt, which photos with a caption of their own do not take",
+            stacklevel=3,
+        )
     if len(subjects) != 1:  # minutes, of many
         _warn_of_known(subjects, held)
         return
