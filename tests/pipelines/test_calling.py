@@ -287,6 +287,20 @@ def test_pinned_subjects_stay(served):
     assert table.statistics().on_device == 2
 
 
+def test_one_name_is_no_list_of_letters(served, people):
+    """Bug: of a name given alone each letter was taken for a person, so that others were let go of, or nobody was."""
+    pipe, table, _ = served
+    for letter in "ann":
+        pipe.add_subject(people("flux") / "bob", letter)
+    table.pin("ann")
+    table.unpin("ann")
+    table.preload("bob")
+    table.bring("cleo")
+    assert {*table.bring(["bob", "cleo"])} == {"bob", "cleo"}
+    table.evict("ann")
+    assert "ann" not in table.names() and {"a", "n"} < {*table.names()}
+
+
 def test_an_evicted_subject_is_gone(served):
     pipe, table, _ = served
     table.bring(["ann"])

@@ -203,6 +203,15 @@ def test_several_adapters_merge_together_and_by_name():
     assert torch.equal(layer_of(model).base_layer.weight, base.lin0.weight)
 
 
+def test_an_adapter_that_is_named_twice_is_merged_once():
+    """Bug: it was added twice."""
+    base, x = mlp(), torch.randn(3, 12)
+    model = randomise(adapted(base))
+    wanted = model(x)
+    model.merge_adapter(["default", "default"])
+    torch.testing.assert_close(model(x), wanted)
+
+
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_adapters_merged_in_turn_are_what_they_are_together(where):
     """Bug: DoRA's rows were measured on the weight into which the one before was merged already."""

@@ -269,7 +269,7 @@ class SubjectTable:
         return self._device_order.pop(name, None)
 
     @while_idle
-    def bring(self, names: Iterable[str]) -> dict[str, int]:
+    def bring(self, names: str | Iterable[str]) -> dict[str, int]:
         """Have these subjects on the device; returns the slot of each. Least recently used others leave for them.
 
         Called by a callback while an image is drawn, it leaves the slots of that image as they are.
@@ -278,7 +278,7 @@ class SubjectTable:
             AdapterNotFoundError: a name that was neither registered nor loaded.
             AdapterStateError: more than the capacity, or too many are pinned or in the image that is drawn.
         """
-        wanted = list(dict.fromkeys(names))
+        wanted = _each(names)
         for name in wanted:
             if name not in self and self._is_loaded(name):
                 self._read[name] = None
@@ -316,30 +316,30 @@ class SubjectTable:
             return name not in self._replaced
         return torch.equal(row.to(self._flat.device), self._flat[slot])
 
-    def preload(self, names: Iterable[str]) -> None:
+    def preload(self, names: str | Iterable[str]) -> None:
         """Bring subjects in before they are needed; raises as `bring`."""
         self.bring(names)
 
     @while_idle
-    def pin(self, names: Iterable[str]) -> None:
+    def pin(self, names: str | Iterable[str]) -> None:
         """Bring subjects in and keep them on the device; raises as `bring`."""
-        names = list(names)
+        names = _each(names)
         self.bring(names)
         self._pinned |= set(names)
 
     @while_idle
-    def unpin(self, names: Iterable[str]) -> None:
+    def unpin(self, names: str | Iterable[str]) -> None:
         """Let pinned subjects leave again."""
-        self._pinned -= set(names)
+        self._pinned -= {*_each(names)}
 
     @while_idle
-    def evict(self, names: Iterable[str]) -> None:
+    def evict(self, names: str | Iterable[str]) -> None:
         """Take subjects off the device and out of the table, and overwrite what was there.
 
         Raises:
             AdapterNotFoundError: a name that was not registered.
         """
-        names = list(dict.fromkeys(names))
+        names = _each(names)
         for name in names:
             if name not in self:
                 raise AdapterNotFoundError(f"expected a subject of this table, found {name!r}. See names().")
@@ -451,6 +451,10 @@ class SubjectTable:
         for name in [name for name in self._host if self._read.get(name) is not None][:over]:
             del self._host[name]
             self._counts["host_evictions"] += 1
+
+
+def _each(names: str | Iterable[str]) -> list[str]:
+    return [names] if isinstance(names, str) else [*dict.fromkeys(names)]
 
 
 _TABLES = "_meta_lora_tables"

@@ -113,7 +113,8 @@ class Mergeable(Foldable):
             AdapterStateError: the samples use different slots.
             UnsupportedModuleError: the quantised weight cannot be read or written.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.metalora_mid]
+        wanted = dict.fromkeys(check_adapters_to_merge(self, adapter_names))
+        names = [name for name in wanted if name in self.metalora_mid]
         if not names:
             return
         merged = self.merged_weight(names, finite=safe_merge)
