@@ -160,6 +160,12 @@ class TrainingConfig:
         if Path(self.output_dir).is_file():
             raise ConfigError(f"output_dir must be a folder, found a file: {self.output_dir}")
 
+    def _check_validation(self, often: int, *names: str) -> None:
+        """Raise ConfigError where validation is described and never happens."""
+        for name in (*names, "validation_embedder", "validation_prompt"):
+            if getattr(self, name, None) and getattr(self, "validation_steps", None) is None:
+                raise ConfigError(f"{name} needs validation_steps, found none: say how often, for example {often}")
+
     def _check_what_is_written(self) -> None:
         """Check what goes into the configuration of a result as it is, which could not be saved else."""
         for name in ("revision", "down_revision"):
@@ -309,8 +315,7 @@ class HeldOutConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.validation_steps is None and (self.validation_data_dir or self.validation_subjects):
-            raise ConfigError("held-out subjects need validation_steps, found none: say how often, for example 500")
+        self._check_validation(500, "validation_data_dir", "validation_subjects")
         if self.validation_embedder is not None and not (self.validation_steps and self.validation_prompt):
             raise ConfigError("validation_embedder needs images: give validation_steps and validation_prompt too")
 
@@ -534,8 +539,7 @@ class PersonalizeConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patience is not None and self.validation_steps is None:
-            raise ConfigError("patience needs validation_steps, found none: say how often to look, for example 25")
+        self._check_validation(25, "validation_data_dir", "patience")
         if self.validation_embedder is not None and not (self.validation_data_dir and self.validation_prompt):
             raise ConfigError(
                 "validation_embedder needs photos and prompts: give validation_data_dir and validation_prompt too"

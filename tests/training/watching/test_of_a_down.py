@@ -201,7 +201,9 @@ def test_held_out_photos_without_a_face_are_named_before_the_first_step(place, t
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(ConfigError, match="held-out subjects need validation_steps"):
-        meta_config(validation_data_dir="people")
+    # Bug: with prompts alone nothing was drawn, and nobody told.
+    for name, value in {"validation_data_dir": "people", "validation_subjects": 2, "validation_prompt": ["a"]}.items():
+        with pytest.raises(ConfigError, match=f"{name} needs validation_steps, found none: say how often"):
+            meta_config(**{name: value})
     with pytest.raises(ConfigError, match="give validation_steps and validation_prompt too"):
         meta_config(validation_steps=2, validation_embedder="insightface")

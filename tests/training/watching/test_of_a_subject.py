@@ -176,8 +176,13 @@ def test_resumed_equals_uninterrupted_with_validation(place, tmp_path):
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(ConfigError, match="patience needs validation_steps"):
-        personal_config(patience=2)
+    # Bug: all but patience was passed over, a face model loaded for nothing.
+    judged = {"validation_data_dir": "ann", "validation_prompt": ["a"], "validation_embedder": "dlib"}
+    for settings in ({"patience": 2}, {"validation_data_dir": "ann"}, {"validation_prompt": ["a"]}, judged):
+        with pytest.raises(
+            ConfigError, match=r"(patience|validation_data_dir|validation_prompt) needs validation_steps"
+        ):
+            personal_config(**settings)
     with pytest.raises(ConfigError, match="validation_embedder needs photos and prompts"):
         personal_config(validation_embedder="insightface", validation_steps=2)
     with pytest.raises(ConfigError, match="'insightface', 'dlib' or module:function"):
