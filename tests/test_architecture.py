@@ -47,7 +47,8 @@ FORBIDDEN = {
     "tuner": HEAVY | NETWORK | {"peft_metalora.data", "peft_metalora.files", "peft_metalora.metrics"},
     "data": HEAVY | NETWORK | {"peft", "peft_metalora.metrics", "peft_metalora.tuner"},
     "metrics": {"accelerate", "diffusers", "peft", "peft_metalora.data", "peft_metalora.tuner"},
-    **{room: NETWORK | {"accelerate", "diffusers", "insightface"} for room in ("checkpoint", "encoder", "lora")},
+    **{room: NETWORK | {"accelerate", "diffusers", "insightface"} for room in ("checkpoint", "encoder")},
+    "lora": NETWORK | {"accelerate", "insightface"},
 }
 # PEFT itself needs transformers; GPT-2's Conv1D, which PEFT adapts too, lives in this small module.
 EXCEPTIONS = {("tuner", "transformers.pytorch_utils")}

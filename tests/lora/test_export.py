@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from peft.functional import set_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from artefacts_tiny import RANKS, TinyModel, write_pair, write_subjects
 from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
@@ -19,6 +19,7 @@ from peft_metalora import errors, load_subject
 from peft_metalora.checkpoint.folded import fold_subject
 from peft_metalora.lora.export import export_subject, in_original_layers
 from peft_metalora.lora.original_names import original_names
+from peft_metalora.lora.projection import _LOADERS, project, read_lora
 from peft_metalora.pipelines.loader import enable_meta_lora
 
 # Largest difference of a pixel in [0, 1] between our image and another tool's, in float32.
@@ -110,6 +111,67 @@ def test_stock_diffusers_shows_the_same_image_from_a_comfyui_file(subjects, fami
     pipe = tiny_pipeline(family)
     pipe.load_lora_weights(path)
     assert_same(picture(pipe, family), wanted, base)
+
+
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [
+        *((family, "kohya") for family in KOHYA),
+        *((family, "comfyui") for family in ("flux2", "qwen_image", "krea2", "wan")),
+    ],
+)
+def test_a_file_of_another_tool_is_read_as_the_lora_that_it_was(subjects, family, format, tmp_path):
+    """Bug: `project` refused what kohya's scripts and ComfyUI call a LoRA."""
+    source = load_subject(subjects(family, KOHYA[family] if format == "kohya" else None)[0])
+    path = export_subject(source, tmp_path / "ann.safetensors", format)
+    wanted = fold_subject(source.config, source.down.tensors, source.tensors)
+    found = read_lora(path, source.config.auto_mapping["base_model_class"], wanted.keys())
+    assert found.keys() >= wanted.keys()
+    for module, (a, b) in found.items():  # a layer that is one with others has a product of zeros
+        delta = b.flatten(1) @ a.flatten(1)
+        pair = wanted.get(module)
+        expected = torch.zeros_like(delta) if pair is None else pair.b.flatten(1) @ pair.a.flatten(1)
+        torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "of"),
+    [
+        # Bug in waiting: diffusers doubles such an alpha for ever.
+        (
+            {"lora_unet_x.lora_down.weight": (2, 8), "lora_unet_x.lora_up.weight": (8, 2), "lora_unet_x.alpha": ()},
+            "Qwen",
+        ),
+        # and names a variable that it has not set.
+        ({"diffusion_model.img_in.lora_A.weight": (2, 8), "diffusion_model.img_in.lora_B.weight": (8, 2)}, "Wan"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": (8, 2)}, "Flux"),
+    ],
+)
+def test_what_diffusers_cannot_rename_is_read_as_it_is_or_refused(tmp_path, names, of):
+    model_class = next(name for name in _LOADERS if name.startswith(of))
+    save_file({name: torch.zeros(shape) for name, shape in names.items()}, tmp_path / "lora.safetensors")
+    try:
+        found = read_lora(tmp_path / "lora.safetensors", model_class, {"blocks.0.to_q"})
+    except errors.MetaLoraError:
+        return
+    assert found.keys() == {"lora_unet_x" if of == "Qwen" else "img_in"}
+
+
+def test_text_encoders_in_a_kohya_file_are_named_as_left_out(subjects, tmp_path):
+    """Bug: one file of kohya's scripts holds UNet and text encoders, and was refused for them."""
+    source = load_subject(subjects("sdxl", None)[0])
+    path = export_subject(source, tmp_path / "ann.safetensors", "kohya")
+    layers = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+    tensors = load_file(path)
+    for layer in layers:
+        tensors |= {f"{layer}.lora_down.weight": torch.ones(2, 8), f"{layer}.lora_up.weight": torch.ones(8, 2)}
+        tensors[f"{layer}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path)
+    done = project(
+        path, source.down, tmp_path / "again", down_reference=str(subjects("sdxl", None)[0].parent / "faces")
+    )
+    assert len(done.dropped) == 2 and all(name.startswith("text_encoder") for name in done.dropped)
+    assert max(done.relative_error.values()) < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -70,7 +70,9 @@ class ExportConfig:
 class ProjectConfig:
     """Bring an ordinary LoRA onto a Down: the subject that comes nearest to it."""
 
-    lora: str = setting("File or folder of the LoRA, in diffusers' or PEFT's format.")
+    lora: str = setting(
+        "File or folder of the LoRA: of diffusers or PEFT, kohya's scripts, or a trainer that diffusers reads."
+    )
     down: str = setting("Folder or repository of the Down.")
     output_dir: str = setting("Folder for the subject.")
     down_revision: str | None = setting(*DOWN_REVISION)
@@ -85,7 +87,7 @@ class DownFromLorasConfig:
         ConfigError: no LoRAs.
     """
 
-    loras: list[str] = setting("LoRAs of one base, in diffusers' or PEFT's format: files, or folders of many.")
+    loras: list[str] = setting("LoRAs of one base, as `project` takes them: files, or folders of many.")
     pretrained_model_name_or_path: str = setting(f"{BASE_MODEL} Only its configuration is read.")
     output_dir: str = setting("Folder for the Down.")
     revision: str | None = setting(*REVISION)

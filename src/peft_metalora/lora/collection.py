@@ -69,7 +69,7 @@ def down_from_loras(
     """Write the Down that ordinary LoRAs of people have in common, and their mean subject.
 
     Args:
-        loras: .safetensors files in diffusers' format, folders of PEFT or diffusers that hold one, or folders of these.
+        loras: .safetensors files that diffusers reads, folders of PEFT or diffusers that hold one, or folders of these.
         denoiser: of the base that all of them were made for; its weights may be on the meta device.
         folder: where the Down is written.
         base_model: repository id or path of the base. base_revision: its revision.
@@ -89,7 +89,7 @@ def down_from_loras(
     config = MetaLoraConfig(stage="meta", r=r, meta_r=meta_r, lora_alpha=r, inference_mode=True)
     files = find_loras(given)
     rows, shapes, left_out = _leading_rows(files, denoiser, meta_r)
-    means, kept = _means_in(files, rows)
+    means, kept = _means_in(files, rows, type(denoiser).__name__)
     if not kept:
         raise WrongKindError(f"expected LoRAs that change something, found {len(files)} of zeros. Train them first.")
     tensors: dict[str, Tensor] = {}
@@ -165,7 +165,7 @@ def _leading_rows(
     shapes: dict[str, torch.Size] = {}
     named: set[str] = set()
     for number, file in enumerate(files):
-        pairs = read_lora(file)
+        pairs = read_lora(file, type(denoiser).__name__, layers)
         factors = {f"{module}.{DOWN}": a for module, (a, _) in pairs.items()}
         factors |= {f"{module}.{UP}": b.flatten(1)[None] for module, (_, b) in pairs.items()}
         check_layers(denoiser, factors, str(file))
@@ -174,7 +174,7 @@ def _leading_rows(
         if not shared:
             raise WrongKindError(
                 f"{file}: expected a LoRA on layers of this base that the others have too, found {listed(pairs)}. "
-                "Use LoRAs of one base model, in diffusers' or PEFT's format."
+                "Use LoRAs of one base model, in a format that diffusers reads."
             )
         rows = {module: _with(rows.get(module), *pairs[module], most=4 * meta_r) for module in shared}
         shapes = {module: pairs[module][0].shape[1:] for module in shared}
@@ -197,12 +197,12 @@ def _leading(rows: Tensor, count: int) -> Tensor:
     return (turns[:, there].flip(1)[:, :count].T @ exact).float()
 
 
-def _means_in(files: list[Path], rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+def _means_in(files: list[Path], rows: Mapping[str, Tensor], of: str) -> tuple[dict[str, Tensor], float]:
     """The mean of all B @ A in the rows of each module, (d_out, rows), and the share of all that lies in them."""
     means: dict[str, Tensor] = {}
     inside = whole = 0.0
     for file in files:
-        pairs = read_lora(file)
+        pairs = read_lora(file, of, rows)
         for module, found in rows.items():
             a, b = (factor.flatten(1).float() for factor in pairs[module])
             reached = b @ (a @ found.T)

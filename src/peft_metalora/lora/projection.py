@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from ..checkpoint.base_model import PREFIX
 from ..checkpoint.config_file import CONFIG_FILE, check_values
 from ..checkpoint.factors import WEIGHTS_FILE, listed, require_finite
-from ..checkpoint.folded import FOLD_FILE, fold_subject
+from ..checkpoint.folded import FOLD_FILE, fold_subject, model_class
 from ..checkpoint.untrusted import open_tensors, read_json, read_tensors
 from ..checkpoint.writing import require_replaceable, write_artefact
 from ..errors import (
@@ -50,6 +51,18 @@ _PARTS = {
     "lora.up": "b",
 }
 _PREFIXES = (PREFIX, "transformer.", "unet.", "diffusion_model.")
+
+# What reads the files of other trainers in diffusers, by the class of the denoiser.
+_LOADERS = {
+    "UNet2DConditionModel": "StableDiffusionXLLoraLoaderMixin",
+    "FluxTransformer2DModel": "FluxLoraLoaderMixin",
+    "Flux2Transformer2DModel": "Flux2LoraLoaderMixin",
+    "Flux3Transformer2DModel": "Flux3LoraLoaderMixin",
+    "QwenImageTransformer2DModel": "QwenImageLoraLoaderMixin",
+    "ZImageTransformer2DModel": "ZImageLoraLoaderMixin",
+    "Krea2Transformer2DModel": "Krea2LoraLoaderMixin",
+    "WanTransformer3DModel": "WanLoraLoaderMixin",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def project(
     """Write the subject on a Down that comes nearest to an ordinary LoRA of the same base.
 
     Args:
-        lora: a .safetensors file in diffusers' format, or a folder of PEFT or diffusers that holds one.
+        lora: a .safetensors file that diffusers reads, or a folder of PEFT or diffusers that holds one.
         down: as `load_down` gives it; the subject gets its rank.
         folder: where the subject is written.
         down_reference: what the subject names as its Down: a repository id or a folder.
@@ -97,12 +110,12 @@ def project(
     """
     require_apart(folder, lora=lora, down=down_reference)
     require_replaceable(folder, "subject", overwrite=overwrite)
-    pairs = read_lora(lora)
     modules = modules_in(down.tensors)
+    pairs = read_lora(lora, model_class(down.config), modules)
     if not set(modules) & set(pairs):
         raise WrongKindError(
             f"{lora}: expected a LoRA on layers of this Down, such as {modules[0]}, found {sorted(pairs)[0]}. "
-            "Use a LoRA of the same base model, in diffusers' or PEFT's format."
+            "Use a LoRA of the same base model, in a format that diffusers reads."
         )
     config = subject_config(
         down,
@@ -170,8 +183,14 @@ def nearest(
     return mid, up, residual, norm
 
 
-def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def read_lora(
+    path: str | os.PathLike[str], of: str = "", layers: Collection[str] = ()
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Read an ordinary LoRA: module path -> (a (k, d_in), b (d_out, k)), with alpha / rank folded into b.
+
+    Args:
+        of: class of the denoiser. Where none of its `layers` is named, the names are those of other tools, and
+            diffusers says what they mean.
 
     Raises:
         As `project`.
@@ -190,19 +209,20 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, tor
     check_values(config, file, expressions=True)
     tensors = read_tensors(file)
     require_finite(tensors, file)
+    if layers and not any(_module_of(key) in layers for key in map(_KEY.fullmatch, tensors) if key is not None):
+        renamed = _named_by_diffusers(tensors, of, layers)
+        tensors, config = (tensors, config) if renamed is None else (renamed, {})
     found: dict[str, dict[str, torch.Tensor]] = {}
     adapters = set()
     for name, tensor in tensors.items():
         key = _KEY.fullmatch(name)
         if key is None:
             raise ForeignKeysError(
-                f"{file}: expected the factors of a plain LoRA, found {name}. DoRA, LoKr and text encoders cannot be "
-                "projected; kohya files first go through pipe.load_lora_weights and save_lora_weights."
+                f"{file}: expected the factors of a plain LoRA, found {name}. DoRA and LoKr cannot be projected; other "
+                "LoRAs that pipe.load_lora_weights takes can go through that and save_lora_weights."
             )
         adapters.add(key["adapter"])
-        module, part = key["module"] or key["of"], _PARTS.get(key["part"], "alpha")
-        prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
-        found.setdefault(module.removeprefix(prefix), {})[part] = tensor
+        found.setdefault(_module_of(key), {})[_PARTS.get(key["part"], "alpha")] = tensor
     if len(adapters - {None}) > 1:
         raise ForeignKeysError(
             f"{file}: expected one LoRA, found {len(adapters - {None})}: {listed(filter(None, adapters))}. Save the "
@@ -211,7 +231,7 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, tor
     pairs = {}
     for module, parts in found.items():
         a, b, alpha = parts.get("a"), parts.get("b"), parts.get("alpha")
-        if a is None or b is None or min(a.ndim, b.ndim) < 2 or b[0].numel() != len(a):
+        if a is None or b is None or min(a.ndim, b.ndim) < 2 or not len(b) or b[0].numel() != len(a):
             raise RankMismatchError(
                 f"{file}: expected two factors of one rank in {module}, found others. Fetch it again."
             )
@@ -224,6 +244,43 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Tensor, tor
     if not pairs:
         raise WrongKindError(f"{file}: expected a LoRA, found no tensors. Check the path.")
     return pairs
+
+
+def _module_of(key: re.Match[str]) -> str:
+    module = key["module"] or key["of"]
+    return module.removeprefix(next((prefix for prefix in _PREFIXES if module.startswith(prefix)), ""))
+
+
+def _named_by_diffusers(
+    tensors: Mapping[str, torch.Tensor], of: str, layers: Collection[str]
+) -> dict[str, torch.Tensor] | None:
+    """Tensors in the names of kohya's scripts, ComfyUI or other trainers as diffusers renames them; None: it does not.
+
+    It would leave the magnitudes of DoRA out, and what is left would be another LoRA.
+    """
+    loader = _LOADERS.get(of)
+    alphas = [tensor for name, tensor in tensors.items() if name.endswith(".alpha")]
+    # diffusers counts up to the largest number of a block, and doubles an alpha until it is large.
+    endless = any(alpha.numel() != 1 or not alpha > 0 for alpha in alphas)
+    foreign = any(re.search(r"dora_scale|magnitude|lokr_|hada_|[0-9]{4}", name) for name in tensors)
+    if loader is None or endless or foreign:
+        return None
+    from diffusers.loaders import lora_pipeline
+    from diffusers.utils.state_dict_utils import DIFFUSERS_TO_PEFT, UNET_TO_DIFFUSERS, convert_state_dict
+
+    blocks = {}
+    if of == "UNet2DConditionModel":  # its original has one list of what are blocks of so many layers here
+        numbers = [int(number) for number in re.findall(r"down_blocks\.\d+\.attentions\.(\d+)\.", "\n".join(layers))]
+        blocks = {"unet_config": SimpleNamespace(layers_per_block=1 + max(numbers, default=1))}
+    try:
+        given = {name: tensor.clone() for name, tensor in tensors.items()}  # some loaders scale in place
+        renamed = getattr(lora_pipeline, loader).lora_state_dict(given, **blocks)
+    except (ValueError, LookupError, RuntimeError, AttributeError, TypeError, NameError, AssertionError):
+        return None
+    state, scales = renamed if isinstance(renamed, tuple) else (renamed, None)
+    whole = {**state, **{name: torch.as_tensor(scale, device="cpu") for name, scale in (scales or {}).items()}}
+    found = convert_state_dict(whole, {**UNET_TO_DIFFUSERS, **DIFFUSERS_TO_PEFT})  # those of UNets have older names
+    return {name.replace(".lora_A.weight.alpha", ".alpha"): tensor for name, tensor in found.items()}
 
 
 def _lora_file(path: Path) -> tuple[Path, dict[str, Any] | None]:
