@@ -301,6 +301,31 @@ def test_two_loras_beside_a_person(artefacts, pipe, style):
     assert pipe.get_list_adapters() == {"transformer": ["ann"]}
 
 
+def test_diffusers_verbs_reach_a_compiled_denoiser(artefacts, pipe, style):
+    """Bug: under torch.compile's wrapper they did nothing, without a word: whoever had been active went on to show."""
+    folder, images = artefacts
+    for name in ("ann", "bob"):
+        pipe.load_meta_lora(folder / name)
+    pipe.load_lora_weights(style, adapter_name="style")
+    pipe.set_adapters(["ann", "style"], [1.0, 0.5])
+    both, plain = image(pipe), pipe.transformer
+    pipe.set_adapters("bob")
+    torch._dynamo.reset()
+    pipe.transformer = compiled = torch.compile(plain, backend="eager")
+    assert same(image(pipe), images["bob"])
+    pipe.set_adapters(["ann", "style"], [1.0, 0.5])
+    assert same(image(pipe), both)
+    pipe.disable_lora()
+    assert same(image(pipe), images["base"])
+    pipe.enable_lora()
+    pipe.fuse_lora()
+    assert all(layer.merged_adapters == ["ann"] for layer in meta_layers(plain)) and same(image(pipe), both)
+    pipe.unfuse_lora()
+    pipe.delete_adapters("style")
+    assert pipe.get_list_adapters() == {"transformer": ["ann", "bob"]} and pipe.transformer is compiled
+    assert same(image(pipe), images["ann"])
+
+
 @pytest.mark.parametrize("name", ["an", "s", "0"])
 def test_a_hotswap_of_a_lora_leaves_people_alone(artefacts, pipe, style, name):
     """Bug: PEFT zeroes each parameter with "lora_" and the LoRA's name in its path that the new file lacks: so it did

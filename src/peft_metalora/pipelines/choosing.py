@@ -16,7 +16,16 @@ from ..tuner import MetaLoraConfig, MetaLoraLayer
 from ..tuner.on_model import configs_of, meta_layers
 from ..tuner.placing import activate, active_adapters, chosen_or_as_before, fold_active, require_adapter
 from .calling import PerSampleMixin
-from .denoiser import adapted_parts, all_layers, denoiser, named_denoiser, refuse_fused, tuner_layers, while_idle
+from .denoiser import (
+    adapted_parts,
+    all_layers,
+    denoiser,
+    named_denoiser,
+    refuse_fused,
+    tuner_layers,
+    uncompiled,
+    while_idle,
+)
 from .table import loaded_configs, tables_of
 
 _DISPLACED = "_meta_lora_displaced"
@@ -100,7 +109,7 @@ class ChoosingMixin(PerSampleMixin):
         if strange := [one for one in ours if not (one is None or (isinstance(one, Real) and math.isfinite(one)))]:
             raise AdapterStateError(f"expected a finite number as the weight of an adapter, found {strange[0]!r}.")
         if ordinary & set(names):
-            with chosen_or_as_before(all_layers(self)):
+            with chosen_or_as_before(all_layers(self)), uncompiled(self):
                 super().set_adapters(names, weights)  # type: ignore[misc]
             for layer in meta_layers(model):  # which diffusers lets train
                 layer.set_adapter(names, inference_mode=True)
@@ -147,17 +156,20 @@ class ChoosingMixin(PerSampleMixin):
         for layer in meta_layers(denoiser(self)):
             layer.move_adapters(names, torch.device(device))
         if hasattr(super(), "set_lora_device"):
-            super().set_lora_device(names, device)  # type: ignore[misc]
+            with uncompiled(self):
+                super().set_lora_device(names, device)  # type: ignore[misc]
 
     @while_idle
     def disable_lora(self) -> None:
         """As diffusers: no adapter shows until `enable_lora`, of any method."""
-        super().disable_lora()  # type: ignore[misc]
+        with uncompiled(self):
+            super().disable_lora()  # type: ignore[misc]
 
     @while_idle
     def enable_lora(self) -> None:
         """Undo `disable_lora`."""
-        super().enable_lora()  # type: ignore[misc]
+        with uncompiled(self):
+            super().enable_lora()  # type: ignore[misc]
 
     @while_idle
     def disable_meta_lora(self) -> None:

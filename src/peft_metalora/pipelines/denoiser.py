@@ -69,6 +69,19 @@ def denoiser(pipe: Any) -> nn.Module:
     return named_denoiser(pipe)[1]
 
 
+@contextmanager
+def uncompiled(pipe: Any) -> Iterator[None]:
+    """Within the block components stand on the pipeline without torch.compile's wrapper, under which diffusers' verbs
+    for LoRAs pass them over without a word."""
+    own = vars(pipe)
+    wrapped = {name: part for name, part in own.items() if isinstance(part, nn.Module) and hasattr(part, "_orig_mod")}
+    own.update({name: part._orig_mod for name, part in wrapped.items()})
+    try:
+        yield
+    finally:
+        own.update(wrapped)
+
+
 def adapted_parts(pipe: Any) -> list[nn.Module]:
     """The components with adapters among those that diffusers can adapt, and the denoiser."""
     found = [denoiser(pipe), *(getattr(pipe, name, None) for name in getattr(pipe, "_lora_loadable_modules", ()))]

@@ -54,6 +54,7 @@ from .denoiser import (
     named_denoiser,
     offload_paused,
     refuse_fused,
+    uncompiled,
     while_idle,
 )
 from .readers import KEPT, forget_places, readers_of, remember_place
@@ -374,7 +375,7 @@ class MetaLoraLoaderMixin(ChoosingMixin):
             _refuse_taken(model, name)
         # Offloading that is on diffusers would put back on the first accelerator, and after an error not at all.
         paused = offload_paused(self) if meta_layers(model) else nullcontext()
-        with name_kept(model, name), paused, _seen_as_of_loras(model):
+        with name_kept(model, name), paused, _seen_as_of_loras(model), uncompiled(self):
             below(*args, **kwargs)
 
     @while_idle
@@ -387,7 +388,8 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         if any(layer.merged for layer in meta_layers(model)):
             self.unload_meta_lora(keep_fused=True)
         if not meta_layers(model):
-            below.unload_lora_weights(*args, **kwargs)
+            with uncompiled(self):
+                below.unload_lora_weights(*args, **kwargs)
             return
         others = [name for name in self._lora_loadable_modules if name != named_denoiser(self)[0]]  # type: ignore[attr-defined]
         with offload_paused(self):
@@ -446,7 +448,8 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         refuse_fused(all_layers(self))
         downs = {down_fingerprint(model, name) for name in ours}
         if others and hasattr(super(), "delete_adapters"):
-            super().delete_adapters(others)  # type: ignore[misc]
+            with uncompiled(self):
+                super().delete_adapters(others)  # type: ignore[misc]
         with books_of(model):
             for fingerprint, table in tables_of(model).items():
                 table.evict([name for name in ours if name in table])
@@ -500,12 +503,14 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         for name in inspect.signature(below).bind_partial(*args, **kwargs).arguments.get("adapter_names") or ():
             if isinstance(configs_of(model).get(name), MetaLoraConfig):
                 require_loaded(model, name)
-        below(*args, **kwargs)
+        with uncompiled(self):
+            below(*args, **kwargs)
 
     @while_idle
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers, and `unfuse_meta_lora` for what is ours."""
-        cast(Any, super()).unfuse_lora(*args, **kwargs)
+        with uncompiled(self):
+            cast(Any, super()).unfuse_lora(*args, **kwargs)
 
     @while_idle
     def unfuse_meta_lora(self) -> None:
