@@ -134,6 +134,21 @@ def test_a_file_of_another_tool_is_read_as_the_lora_that_it_was(subjects, family
         torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_kohya_file_of_the_real_flux_is_read(tmp_path):
+    """Tiny ones have no single blocks in it: diffusers knows where q, k, v and MLP meet by the real width alone."""
+    width, layer = 3072, "lora_unet_single_blocks_0_linear1"
+    down, up = torch.randn(4, width), torch.randn(7 * width, 4)
+    factors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    save_file({f"{layer}.{name}": tensor for name, tensor in factors.items()}, tmp_path / "lora.safetensors")
+    single = "single_transformer_blocks.0"
+    parts = {"attn.to_q": width, "attn.to_k": width, "attn.to_v": width, "proj_mlp": 4 * width}
+    found = read_lora(tmp_path / "lora.safetensors", "FluxTransformer2DModel", {f"{single}.attn.to_q"})
+    assert found.keys() == {f"{single}.{part}" for part in parts}
+    for part, rows in zip(parts, up.split([*parts.values()]), strict=True):
+        a, b = found[f"{single}.{part}"]
+        torch.testing.assert_close(b @ a, 0.5 * rows @ down)
+
+
 @pytest.mark.parametrize(
     ("names", "of"),
     [
