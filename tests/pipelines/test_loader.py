@@ -326,6 +326,19 @@ def test_diffusers_verbs_reach_a_compiled_denoiser(artefacts, pipe, style):
     assert same(image(pipe), images["ann"])
 
 
+def test_the_scale_of_a_fusion_ends_with_it(artefacts, pipe):
+    """Bug: after `fuse_lora(lora_scale=0.5)` and `unfuse_lora` half of the person showed in all later images."""
+    folder, images = artefacts
+    pipe.load_meta_lora(folder / "ann")
+    pipe.set_adapters("ann", 0.5)
+    half = image(pipe)
+    pipe.set_adapters("ann")
+    pipe.fuse_lora(lora_scale=0.5)
+    assert same(image(pipe), half)
+    pipe.unfuse_lora()
+    assert same(image(pipe), images["ann"]) and same(image(pipe, subjects="ann"), images["ann"])
+
+
 @pytest.mark.parametrize("name", ["an", "s", "0"])
 def test_a_hotswap_of_a_lora_leaves_people_alone(artefacts, pipe, style, name):
     """Bug: PEFT zeroes each parameter with "lora_" and the LoRA's name in its path that the new file lacks: so it did

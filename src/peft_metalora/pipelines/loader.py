@@ -44,6 +44,7 @@ from ..tuner.placing import (
     restore,
 )
 from ..tuner.registration import PREFIX
+from ..tuner.subject_index import layers_changed
 from .choosing import ChoosingMixin, choose, displace_ordinary, give_back, require_loaded
 from .denoiser import (
     all_layers,
@@ -503,8 +504,14 @@ class MetaLoraLoaderMixin(ChoosingMixin):
         for name in inspect.signature(below).bind_partial(*args, **kwargs).arguments.get("adapter_names") or ():
             if isinstance(configs_of(model).get(name), MetaLoraConfig):
                 require_loaded(model, name)
-        with uncompiled(self):
-            below(*args, **kwargs)
+        scales = [(layer, {**layer.scaling}) for layer in meta_layers(model)]
+        try:
+            with uncompiled(self):
+                below(*args, **kwargs)
+        finally:
+            for layer, scaling in scales:  # `lora_scale` is of the fused weights, and would stay after unfuse_lora
+                layer.scaling.update(scaling)
+            layers_changed()
 
     @while_idle
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
