@@ -176,3 +176,70 @@ def test_a_factor_of_one_dimension_is_refused_in_words(pair, tmp_path):
     edit_tensors(lora, lambda tensors: tensors.update({name: one.flatten() for name, one in tensors.items()}))
     with pytest.raises(errors.RankMismatchError, match="expected two factors of one rank"):
         project(lora, subject.down, tmp_path / "again")
+
+
+def test_a_scale_costs_a_lora_in_float16_no_digits(tmp_path):
+    """Bug: factor times scale was rounded to the file's type, to steps of 10 % and more, or was infinite in it."""
+    torch.manual_seed(0)
+    a, b = torch.randn(32, 64).half(), (1e-3 * torch.randn(48, 32)).half()
+    for alpha in (1e-2, 1e9):
+        factors = {"lora_down.weight": a, "lora_up.weight": b, "alpha": torch.tensor(alpha)}
+        save_file({f"to_q.{name}": tensor for name, tensor in factors.items()}, tmp_path / "lora.safetensors")
+        found = deltas(read_lora(tmp_path / "lora.safetensors"))["to_q"]
+        torch.testing.assert_close(found, alpha / 32 * b.double() @ a.double(), rtol=1e-5, atol=1e-5 * alpha / 32)
+    factors |= {"lora_up.weight": 1e30 * b.float(), "alpha": torch.tensor(1e30)}
+    save_file({f"to_q.{name}": tensor for name, tensor in factors.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(errors.NonFiniteError):
+        read_lora(tmp_path / "lora.safetensors")
+
+
+FLUX, FLUX_2, UNET, WAN = (
+    ("FluxTransformer2DModel", "double_blocks_0_img_attn_proj", "transformer_blocks.0.attn.to_out.0"),
+    ("Flux2Transformer2DModel", "double_blocks_0_img_attn_proj", "transformer_blocks.0.attn.to_out.0"),
+    ("UNet2DConditionModel", "down_blocks_0_attentions_0_proj_in", "down_blocks.0.attentions.0.proj_in"),
+    ("WanTransformer3DModel", "blocks.0.self_attn.q", "blocks.0.attn1.to_q"),
+)
+
+
+def kohya_layer(name, alpha):
+    return {
+        f"{name}.lora_down.weight": torch.randn(2, 8),
+        f"{name}.lora_up.weight": torch.randn(8, 2),
+        f"{name}.alpha": torch.tensor(alpha),
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "other", "found"),
+    [
+        (FLUX, "lora_te3_encoder_block_0_layer_0_SelfAttention_q", None),
+        (FLUX_2, "lora_unet_double_stream_modulation_img_lin", None),
+        (UNET, "lora_unet_input_blocks_1_1_proj_in", None),
+        (FLUX, "lora_unet_final_layer_linear", "proj_out"),
+    ],
+)
+@pytest.mark.parametrize("alpha", [1.0, 0.0, -3.0])
+def test_what_diffusers_leaves_out_is_there_under_its_own_name(tmp_path, family, other, found, alpha):
+    """Bug: layers went with a warning, or without one; `dropped` did not name them, and `total_error` was that of the
+    rest. The alpha of FLUX's last layer was passed over, and one of 0 kept the whole file from being read."""
+    of, ours, module = family
+    tensors = kohya_layer(f"lora_unet_{ours}", 1.0) | kohya_layer(other, alpha)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    pairs = deltas(read_lora(tmp_path / "lora.safetensors", of, {module}))
+    assert pairs.keys() == {module, found or other}
+    wanted = alpha / 2 * tensors[f"{other}.lora_up.weight"] @ tensors[f"{other}.lora_down.weight"]
+    torch.testing.assert_close(pairs[found or other], wanted.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["diff", "diff_b"])
+def test_a_change_of_a_norm_is_refused_unless_it_is_none(tmp_path, part):
+    """Bug: diffusers passes it over, and the person was another one than their file's, unsaid."""
+    of, ours, module = WAN
+    change = torch.zeros(8)
+    tensors = kohya_layer(f"diffusion_model.{ours}", 1.0) | {f"diffusion_model.blocks.0.norm3.{part}": change}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert read_lora(tmp_path / "lora.safetensors", of, {module}).keys() == {module}
+    change[3] = 1.0
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(errors.ForeignKeysError, match="norm3"):
+        read_lora(tmp_path / "lora.safetensors", of, {module})

@@ -240,9 +240,11 @@ def read_lora(
                 f"{file}: expected one number as the alpha of {module}, found {tuple(alpha.shape)}. Fetch it again."
             )
         scale = _scale(config, module, len(a)) if alpha is None else float(alpha) / len(a)
-        pairs[module] = (a, b * scale)
+        # In float16 what is multiplied by a small scale would lose its digits, by a large one be infinite.
+        pairs[module] = (a, b.to(torch.promote_types(b.dtype, torch.float32)) * scale)
     if not pairs:
         raise WrongKindError(f"{file}: expected a LoRA, found no tensors. Check the path.")
+    require_finite({module: b for module, (_, b) in pairs.items()}, file)
     return pairs
 
 
@@ -256,31 +258,65 @@ def _named_by_diffusers(
 ) -> dict[str, torch.Tensor] | None:
     """Tensors in the names of kohya's scripts, ComfyUI or other trainers as diffusers renames them; None: it does not.
 
-    It would leave the magnitudes of DoRA out, and what is left would be another LoRA.
+    Scales are in the factors before it sees them, as it rounds them, forgets one or counts up to it for ever. What it
+    leaves out keeps its own name. Of DoRA it would leave the magnitudes out, and the rest would be another LoRA.
     """
     loader = _LOADERS.get(of)
-    alphas = [tensor for name, tensor in tensors.items() if name.endswith(".alpha")]
-    # diffusers counts up to the largest number of a block, and doubles an alpha until it is large.
-    endless = any(alpha.numel() != 1 or not alpha > 0 for alpha in alphas)
+    given = _with_scales_inside(tensors)
+    # It counts up to the largest number of a block, and doubles the alpha that is left without a factor.
+    endless = any(name.endswith(".alpha") and (one.numel() != 1 or not one > 0) for name, one in given.items())
     foreign = any(re.search(r"dora_scale|magnitude|lokr_|hada_|[0-9]{4}", name) for name in tensors)
     if loader is None or endless or foreign:
         return None
-    from diffusers.loaders import lora_pipeline
-    from diffusers.utils.state_dict_utils import DIFFUSERS_TO_PEFT, UNET_TO_DIFFUSERS, convert_state_dict
-
     blocks = {}
     if of == "UNet2DConditionModel":  # its original has one list of what are blocks of so many layers here
         numbers = [int(number) for number in re.findall(r"down_blocks\.\d+\.attentions\.(\d+)\.", "\n".join(layers))]
         blocks = {"unet_config": SimpleNamespace(layers_per_block=1 + max(numbers, default=1))}
+    numbered = {
+        name: tensor.clone() if name.endswith(".alpha") else torch.full_like(tensor, 1 + number)
+        for number, (name, tensor) in enumerate(given.items())
+    }
     try:
-        given = {name: tensor.clone() for name, tensor in tensors.items()}  # some loaders scale in place
-        renamed = getattr(lora_pipeline, loader).lora_state_dict(given, **blocks)
+        found = _renamed(given, loader, blocks)
+        there = {value for tensor in _renamed(numbered, loader, blocks).values() for value in _largest_in_rows(tensor)}
     except (ValueError, LookupError, RuntimeError, AttributeError, TypeError, NameError, AssertionError):
         return None
+    lost = {
+        name
+        for name, tensor in numbered.items()
+        if not name.endswith(".alpha") and not there & {*_largest_in_rows(tensor)}
+    }
+    # Changes of norms and biases are often written, and are zeros.
+    return found | {name: given[name] for name in lost if _KEY.fullmatch(name) or given[name].any()}
+
+
+def _with_scales_inside(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in which each alpha is the rank, what it was before in the factor beside it."""
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        key = _KEY.fullmatch(name)
+        if key is not None and _PARTS.get(key["part"]) == "b" and tensor.ndim > 1:
+            alpha = copies.get(f"{key['module']}.alpha")
+            if alpha is not None and alpha.numel() == 1:
+                copies[name] *= float(alpha) / tensor.shape[1]
+                alpha.fill_(tensor.shape[1])
+    return copies
+
+
+def _renamed(tensors: Mapping[str, torch.Tensor], loader: str, blocks: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    from diffusers.loaders import lora_pipeline
+    from diffusers.utils.state_dict_utils import DIFFUSERS_TO_PEFT, UNET_TO_DIFFUSERS, convert_state_dict
+
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # some loaders scale in place
+    renamed = getattr(lora_pipeline, loader).lora_state_dict(copies, **blocks)
     state, scales = renamed if isinstance(renamed, tuple) else (renamed, None)
     whole = {**state, **{name: torch.as_tensor(scale, device="cpu") for name, scale in (scales or {}).items()}}
     found = convert_state_dict(whole, {**UNET_TO_DIFFUSERS, **DIFFUSERS_TO_PEFT})  # those of UNets have older names
     return {name.replace(".lora_A.weight.alpha", ".alpha"): tensor for name, tensor in found.items()}
+
+
+def _largest_in_rows(tensor: torch.Tensor) -> list[float]:
+    return tensor.reshape(len(tensor), -1).amax(1).tolist() if tensor.ndim else [float(tensor)]
 
 
 def _lora_file(path: Path) -> tuple[Path, dict[str, Any] | None]:
