@@ -159,6 +159,55 @@ def test_what_is_no_lora_is_refused_and_inputs_stay(tmp_path):
     ]
 
 
+def test_a_person_counts_once_by_whatever_path(tmp_path):
+    """Bug: a link, or a path by way of another folder, counted somebody twice in rows, mean and `subjects`."""
+    write_loras(tmp_path / "loras", 2)
+    (tmp_path / "loras" / "ann.safetensors").symlink_to(tmp_path / "loras" / "000.safetensors")
+    given = [tmp_path / "loras", tmp_path / "loras" / ".." / "loras", tmp_path / "loras" / "ann.safetensors"]
+    done = down_from_loras(given, TinyModel(), tmp_path / "faces", meta_r=4, **BASE)
+    assert done.loras == load_down(tmp_path / "faces").config.facts["subjects"] == 2
+
+
+def test_nobody_in_a_folder_is_passed_over(tmp_path):
+    """Bug: who lay in a folder of their own under another name than diffusers' went unsaid, and everybody did where one
+    file beside theirs had that name."""
+    write_loras(tmp_path / "loras", 2)
+    write_loras(tmp_path / "loras" / "bob", 1)
+    (tmp_path / "loras" / "001.safetensors").rename(tmp_path / "loras" / "pytorch_lora_weights.safetensors")
+    (tmp_path / "loras" / "._000.safetensors").touch()
+    (tmp_path / "loras" / "pictures").mkdir()
+    names = ["000.safetensors", "bob/000.safetensors", "pytorch_lora_weights.safetensors"]
+    assert find_loras([tmp_path / "loras"]) == [tmp_path / "loras" / name for name in names]
+    assert find_loras([tmp_path / "loras" / "bob"]) == [tmp_path / "loras" / "bob" / "000.safetensors"]
+    write_loras(tmp_path / "loras" / "bob", 2)
+    with pytest.raises(errors.ConfigError, match=r"expected one LoRA in .*bob, found 2: 000\.safetensors, 001"):
+        find_loras([tmp_path / "loras"])
+
+
+def test_a_lora_behind_a_link_is_not_written_over(tmp_path):
+    """Bug: its folder could be the output, and with `overwrite` the person was gone."""
+    write_loras(tmp_path / "ann", 1)
+    (tmp_path / "ann" / "000.safetensors").rename(tmp_path / "ann" / "pytorch_lora_weights.safetensors")
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "ann").symlink_to(tmp_path / "ann")
+    with pytest.raises(errors.ConfigError, match="apart from loras"):
+        down_from_loras([tmp_path / "loras"], TinyModel(), tmp_path / "ann", meta_r=4, overwrite=True, **BASE)
+    assert [path.name for path in (tmp_path / "ann").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+def test_numbers_that_cannot_be_are_refused_in_words(tmp_path):
+    """Bug: a product beyond float32 became a Down of random rows that holds 1.00 of the LoRAs, and meta_r without an
+    end an error of torch's."""
+    write_loras(tmp_path / "loras", 1)
+    with pytest.raises(errors.ConfigError, match="at most as many rows as a layer has inputs, 8, found meta_r=100000"):
+        down_from_loras([tmp_path / "loras"], TinyModel(), tmp_path / "faces", meta_r=10**11, **BASE)
+    tensors = {"blocks.0.to_q.lora_A.weight": torch.ones(2, 8), "blocks.0.to_q.lora_B.weight": torch.ones(6, 2)}
+    save_file({name: 1e30 * tensor for name, tensor in tensors.items()}, tmp_path / "loras" / "000.safetensors")
+    with pytest.raises(errors.NonFiniteError, match=r"000.safetensors: expected finite numbers in blocks\.0\.to_q"):
+        down_from_loras([tmp_path / "loras"], TinyModel(), tmp_path / "faces", meta_r=4, **BASE)
+    assert not (tmp_path / "faces").exists()
+
+
 def test_the_size_of_the_mean_is_in_up():
     torch.manual_seed(0)
     a, b, down = torch.randn(2, 8), torch.randn(6, 2), torch.randn(8, 8)

@@ -187,6 +187,7 @@ def run_project(config: ProjectConfig) -> Done:
 def run_down_from_loras(config: DownFromLorasConfig) -> Done:
     """Make the Down, and say how much of the LoRAs it holds."""
     base = config.pretrained_model_name_or_path
+    require_apart(config.output_dir, pretrained_model_name_or_path=base)
     done = down_from_loras(
         config.loras,
         denoiser_of(base, config.local_files_only, config.revision),

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..checkpoint.base_model import check_layers, with_twins
 from ..checkpoint.config_file import CONFIG_FILE
-from ..checkpoint.factors import listed
+from ..checkpoint.factors import WEIGHTS_FILE, listed, require_finite
 from ..checkpoint.folded import FOLD_FILE
 from ..checkpoint.writing import require_replaceable, write_artefact
-from ..errors import ArtefactNotFoundError, WrongKindError
+from ..errors import ArtefactNotFoundError, ConfigError, WrongKindError
 from ..files import require_apart
 from ..tuner import MetaLoraConfig
 from ..tuner.down import DOWN, MID, MID_INIT, UP, fingerprint
@@ -31,8 +31,6 @@ from ..tuner.on_model import module_path
 from ..tuner.ranks import whole_paths
 from ..tuner.starts import ROW_LENGTH, set_rows
 from .projection import nearest, read_lora
-
-_FILES = CONFIG_FILE, FOLD_FILE
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,12 @@ def down_from_loras(
     require_replaceable(folder, "meta", overwrite=overwrite)
     config = MetaLoraConfig(stage="meta", r=r, meta_r=meta_r, lora_alpha=r, inference_mode=True)
     files = find_loras(given)
+    for path in files:  # a link in a folder leads elsewhere
+        require_apart(folder, loras=path)
     rows, shapes, left_out = _leading_rows(files, denoiser, meta_r)
+    widest = max(shape.numel() for shape in shapes.values())
+    if meta_r > widest:
+        raise ConfigError(f"expected at most as many rows as a layer has inputs, {widest}, found meta_r={meta_r}")
     means, kept = _means_in(files, rows, type(denoiser).__name__)
     if not kept:
         raise WrongKindError(f"expected LoRAs that change something, found {len(files)} of zeros. Train them first.")
@@ -121,20 +124,22 @@ def down_from_loras(
 
 
 def find_loras(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The LoRAs among files and folders, those in a folder by name.
+    """The LoRAs among files and folders, those in a folder by name, each once by whatever path.
 
     Raises:
-        ArtefactNotFoundError: a path without one.
+        ArtefactNotFoundError: a path without one. ConfigError: a folder in a folder that holds several.
     """
-    found: list[Path] = []
+    found: dict[str, Path] = {}
     for path in map(Path, paths):
-        inside = [path] if _is_lora(path) else sorted(filter(_is_lora, path.iterdir() if path.is_dir() else []))
+        inside = [path] if _is_weights(path) else _loras_in(path)
         if not inside:
             raise ArtefactNotFoundError(
                 f"{path}: expected LoRAs (.safetensors files, or folders that hold one), found none. Check the path."
             )
-        found += [one for one in inside if one not in found]
-    return found
+        for one in inside:
+            weights = next((one / name for name in (WEIGHTS_FILE, FOLD_FILE) if (one / name).is_file()), one)
+            found.setdefault(os.path.realpath(weights), one)
+    return [*found.values()]
 
 
 def mean_start(a: Tensor, b: Tensor, down: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -152,8 +157,29 @@ def mean_start(a: Tensor, b: Tensor, down: Tensor, r: int, scaling: float) -> tu
     return mid.float(), (up * torch.where(there, length, 0.0).T).float()
 
 
-def _is_lora(path: Path) -> bool:
-    return path.suffix == ".safetensors" if path.is_file() else any((path / name).is_file() for name in _FILES)
+def _loras_in(folder: Path) -> list[Path]:
+    """A folder that is a LoRA; or its files, and the LoRA of each folder in it."""
+    there = sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    files = [path for path in there if _is_weights(path)]
+    if (folder / CONFIG_FILE).is_file() or files == [folder / FOLD_FILE]:
+        return [folder]
+    return [one for path in there for one in ([path] if path in files else _lora_in(path))]
+
+
+def _lora_in(folder: Path) -> list[Path]:
+    if any((folder / name).is_file() for name in (CONFIG_FILE, FOLD_FILE)):
+        return [folder]
+    files = sorted(filter(_is_weights, folder.iterdir() if folder.is_dir() else []))
+    if len(files) > 1:
+        raise ConfigError(
+            f"expected one LoRA in {folder}, found {len(files)}: {listed(path.name for path in files)}. Take the "
+            "others out, or give the files that are meant as `loras`."
+        )
+    return files
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix == ".safetensors" and path.name[0] != "." and path.is_file()
 
 
 def _leading_rows(
@@ -176,15 +202,25 @@ def _leading_rows(
                 f"{file}: expected a LoRA on layers of this base that the others have too, found {listed(pairs)}. "
                 "Use LoRAs of one base model, in a format that diffusers reads."
             )
-        rows = {module: _with(rows.get(module), *pairs[module], most=4 * meta_r) for module in shared}
+        own = {module: _rows_of(*pairs[module]) for module in shared}
+        require_finite(own, file)
+        rows = {module: _with(rows.get(module), own[module], most=4 * meta_r) for module in shared}
         shapes = {module: pairs[module][0].shape[1:] for module in shared}
     found = {module: _leading(rows[module], meta_r) for module in sorted(rows)}
-    return {module: F.normalize(one, dim=1) for module, one in found.items()}, shapes, sorted(named - found.keys())
+    return (
+        {module: F.normalize(one.double(), dim=1).float() for module, one in found.items()},
+        shapes,
+        sorted(named - found.keys()),
+    )
 
 
-def _with(rows: Tensor | None, a: Tensor, b: Tensor, most: int) -> Tensor:
-    """Rows and below them those of b @ a, turned into as few as its rank; where they are too many, half as many."""
-    own = torch.linalg.qr(b.flatten(1).float()).R @ a.flatten(1).float()
+def _rows_of(a: Tensor, b: Tensor) -> Tensor:
+    """The rows of b @ a, turned into as few as its rank."""
+    return torch.linalg.qr(b.flatten(1).float()).R @ a.flatten(1).float()
+
+
+def _with(rows: Tensor | None, own: Tensor, most: int) -> Tensor:
+    """Rows and below them those of one more; where they are too many, half as many."""
     rows = own if rows is None else torch.cat([rows, own])
     return rows if len(rows) <= most else _leading(rows, most // 2)
 
@@ -208,5 +244,5 @@ def _means_in(files: list[Path], rows: Mapping[str, Tensor], of: str) -> tuple[d
             reached = b @ (a @ found.T)
             means[module] = means.get(module, 0) + reached / len(files)
             inside += float(reached.double().square().sum())
-            whole += float((torch.linalg.qr(b).R @ a).double().square().sum())
+            whole += float(_rows_of(a, b).double().square().sum())
     return means, min(1.0, inside / whole) if whole else 0.0
