@@ -76,6 +76,9 @@ def test_a_down_of_loras(tmp_path, capsys):
     assert "fits peft_metalora/demo-base" in capsys.readouterr().out
     assert main([*made, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 4
+    alone = ["--loras", str(tmp_path / "loras" / "ann"), "--meta_rank", "2"]
+    assert main([*made[:1], *alone, *made[3:]]) == 0  # bug: nothing said who would be public with a push
+    assert "the mean subject is that person: push this Down with --no-public" in capsys.readouterr().out
     assert main([*made[:1], "--loras", str(tmp_path / "nothing"), *made[3:]]) == 2
     assert "nothing: expected LoRAs" in capsys.readouterr().err
 

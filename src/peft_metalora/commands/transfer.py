@@ -205,5 +205,9 @@ def run_down_from_loras(config: DownFromLorasConfig) -> Done:
             f"{done.rows} of {config.meta_rank} rows are the LoRAs' in some layers, the others are random"
             + (f": --meta_rank {done.rows} is a Down without those" if done.rows else "")
         )
+    if done.loras == 1:
+        lines.append(
+            "of one LoRA the mean subject is that person: push this Down with --no-public, or give more people"
+        )
     lines.append(f"wrote {done.folder}: a Down of {done.loras} LoRAs, which holds {done.kept:.2f} of what they do")
     return Done("\n".join(lines), asdict(done))
