@@ -243,3 +243,12 @@ def test_a_change_of_a_norm_is_refused_unless_it_is_none(tmp_path, part):
     save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(errors.ForeignKeysError, match="norm3"):
         read_lora(tmp_path / "lora.safetensors", of, {module})
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_that_moved_its_base_is_refused(tmp_path, start):
+    """Bug: the factors alone were taken for what such a LoRA changes."""
+    config = peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=start)
+    peft.get_peft_model(TinyModel(), config).save_pretrained(tmp_path / "lora")
+    with pytest.raises(errors.WrongKindError, match=f"found the start '{start}', which moved the base"):
+        read_lora(tmp_path / "lora")

@@ -50,6 +50,8 @@ _PARTS = {
     "lora.down": "a",
     "lora.up": "b",
 }
+_MOVING = r"pissa|olora|corda|loftq|lora_ga"
+"""Starts of PEFT that take from the base what they put into the factors."""
 _PREFIXES = (PREFIX, "transformer.", "unet.", "diffusion_model.")
 
 # What reads the files of other trainers in diffusers, by the class of the denoiser.
@@ -329,6 +331,11 @@ def _lora_file(path: Path) -> tuple[Path, dict[str, Any] | None]:
             kind = str(config.get("peft_type"))[:40]
             raise WrongKindError(
                 f"{path}: expected a plain LoRA, found {kind!r}. A subject is one after `metalora export`."
+            )
+        if re.match(_MOVING, start := str(config.get("init_lora_weights"))[:40]):
+            raise WrongKindError(
+                f"{path}: expected a LoRA on the base as it is, found the start {start!r}, which moved the base. "
+                "Save it with path_initial_model_for_weight_conversion of PEFT's save_pretrained."
             )
         return path / WEIGHTS_FILE, config
     if (path / FOLD_FILE).is_file():
