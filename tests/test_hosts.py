@@ -75,7 +75,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "diffusers.hooks.hooks.HookRegistry":
         ("f32bbaeb4920", "pipelines/denoiser.py, training/engine/replay.py", "keeps its hooks: _diffusers_hook"),
     "diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY":
-        ("1eb29b3d2bf6", "lora/projection.py", "copied: where a LoRA file keeps its alpha"),
+        ("1eb29b3d2bf6", "lora/lora_file.py", "copied: where a LoRA file keeps its alpha"),
     "diffusers.loaders.lora_base.LoraBaseMixin._lora_loadable_modules":
         ("b09136e0b7be", "pipelines/denoiser.py, pipelines/loader.py", "read; shadowed in an unload"),
     "diffusers.loaders.lora_base.LoraBaseMixin.set_lora_device":
@@ -245,7 +245,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "peft.tuners.tuners_utils._maybe_include_all_linear_layers":
         ("bf425e0708a8", "tuner/adding.py", "called"),
     "peft.utils.other.get_pattern_key":
-        ("9bb4d7c2a1be", "tuner/ranks.py, lora/projection.py", "undocumented: which pattern a module takes"),
+        ("9bb4d7c2a1be", "tuner/ranks.py, lora/lora_file.py", "undocumented: which pattern a module takes"),
     "peft.utils.peft_types.register_peft_method":
         ("112c577f8b9f", "tuner/registration.py", "done by hand there"),
     "peft.utils.quantization_utils.Bnb4bitBackend":

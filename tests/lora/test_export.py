@@ -18,8 +18,9 @@ from families_tiny import FAMILIES, TARGETS, denoiser, picture, tiny_pipeline
 from peft_metalora import errors, load_subject
 from peft_metalora.checkpoint.folded import fold_subject
 from peft_metalora.lora.export import export_subject, in_original_layers
+from peft_metalora.lora.lora_file import LOADERS, read_lora
 from peft_metalora.lora.original_names import original_names
-from peft_metalora.lora.projection import _LOADERS, project, read_lora
+from peft_metalora.lora.projection import project
 from peft_metalora.pipelines.loader import enable_meta_lora
 
 # Largest difference of a pixel in [0, 1] between our image and another tool's, in float32.
@@ -163,7 +164,7 @@ def test_a_kohya_file_of_the_real_flux_is_read(tmp_path):
     ],
 )
 def test_what_diffusers_cannot_rename_is_read_as_it_is_or_refused(tmp_path, names, of):
-    model_class = next(name for name in _LOADERS if name.startswith(of))
+    model_class = next(name for name in LOADERS if name.startswith(of))
     save_file({name: torch.zeros(shape) for name, shape in names.items()}, tmp_path / "lora.safetensors")
     try:
         found = read_lora(tmp_path / "lora.safetensors", model_class, {"blocks.0.to_q"})

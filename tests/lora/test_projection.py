@@ -10,7 +10,8 @@ from artefacts_tiny import TARGETS, TinyModel, edit_config, edit_tensors, write_
 from peft_metalora import errors, load_down, load_subject
 from peft_metalora.checkpoint.folded import fold_subject
 from peft_metalora.lora.export import export_subject
-from peft_metalora.lora.projection import nearest, project, read_lora
+from peft_metalora.lora.lora_file import read_lora
+from peft_metalora.lora.projection import nearest, project
 
 
 @pytest.fixture

@@ -30,7 +30,8 @@ from ..tuner.down import DOWN, MID, MID_INIT, UP, fingerprint
 from ..tuner.on_model import module_path
 from ..tuner.ranks import whole_paths
 from ..tuner.starts import ROW_LENGTH, set_rows
-from .projection import nearest, read_lora
+from .lora_file import read_lora
+from .projection import nearest
 
 
 @dataclass(frozen=True)
@@ -244,5 +245,6 @@ def _means_in(files: list[Path], rows: Mapping[str, Tensor], of: str) -> tuple[d
             reached = b @ (a @ found.T)
             means[module] = means.get(module, 0) + reached / len(files)
             inside += float(reached.double().square().sum())
-            whole += float(_rows_of(a, b).double().square().sum())
+            # The square of B @ A, from the products of each factor with itself.
+            whole += float(((b.double().T @ b.double()) * (a.double() @ a.double().T)).sum())
     return means, min(1.0, inside / whole) if whole else 0.0
